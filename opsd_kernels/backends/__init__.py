@@ -1,0 +1,1 @@
+"""Launchers and kernels; each takes a problem and a plan and knows no other backend."""

@@ -1,0 +1,171 @@
+"""Generalized Jensen-Shannon divergence straight from hidden states and LM-head weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from opsd_kernels import checks
+from opsd_kernels.ops.divergence import divergence
+from opsd_kernels.problem import DIVERGENCE_STATS
+from opsd_kernels.reduction import row_scale
+
+Stats = dict[str, Tensor]
+
+
+def fused_linear_jsd(
+    student_input: Tensor,  # (..., D_s)
+    student_weight: Tensor,  # (V, D_s)
+    teacher_input: Tensor,  # (..., D_t)
+    teacher_weight: Tensor,  # (V, D_t)
+    shift_labels: Tensor | None = None,  # (...)
+    *,
+    student_bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,  # (...)
+    token_clip: float | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    num_tokens: float | Tensor | None = None,
+    schedule: str = "auto",
+    workspace_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
+    """Divergence of two LM heads per token, without the [tokens, vocabulary] logits.
+
+    With z = softcap(h @ W.T + b) / temperature and s, t = softmax(z_s), softmax(z_t)::
+
+        beta = 0        sum t (log t - log s)                      forward KL
+        beta = 1        sum s (log s - log t)                      reverse KL
+        0 < beta < 1    beta KL(t|m) + (1 - beta) KL(s|m),         m = beta t + (1 - beta) s
+
+    Equation 7 of the OPSD paper; beta = 0 and 1 are special cases, not limits, as in TRL and
+    Liger. There is no factor temperature**2. Only the student is differentiated.
+
+    Args:
+        student_input, teacher_input: hidden states, float32, bfloat16, float16 (or float64);
+            hidden sizes may differ, leading shapes may not.
+        student_weight, teacher_weight: heads; passing the same tensor twice computes both models'
+            logits in one product.
+        shift_labels: integer labels, already shifted; rows equal to `ignore_index` are dropped
+            before any product. The others are only read for the statistics.
+        token_weight: multiplies each token's value; a constant. Rows of weight 0 are dropped.
+        token_clip: each vocabulary entry contributes min(entry, token_clip); the entry of the
+            JSD is beta t log(t/m) + (1 - beta) s log(s/m). Values can become negative.
+        student_softcap, teacher_softcap: c of c tanh(z / c).
+        vocab_size: real vocabulary shared by two heads that are padded differently.
+        reduction: "mean" divides the weighted sum by `num_tokens`, by default the number of
+            tokens not ignored (all ignored gives 0); "sum"; "none".
+        num_tokens: global divisor under gradient accumulation or data parallelism.
+        schedule, workspace_bytes: see `opsd_kernels.plan`.
+        process_group: the heads' rows are sharded over this group in rank order; values are those
+            of the whole vocabulary and the hidden gradient is summed over the group.
+        return_stats: also return detached fp32 tensors (...), unweighted: divergence,
+            student_entropy, teacher_entropy; student_logprob and teacher_logprob of the label
+            where labels were given; clipped_mass (what the clip took off) where a clip was given.
+            Dropped rows read 0. No further product.
+
+    Returns:
+        fp32 scalar, or (...) for "none" (fp64 for fp64 inputs); with the statistics if asked.
+        Disjoint supports make a KL infinite; the gradient stays finite.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it expects.
+    """
+    checks.reduction_arguments(reduction, num_tokens)
+    problem = checks.divergence_problem(
+        student_input, student_weight, teacher_input, teacher_weight, shift_labels,
+        student_bias=student_bias, teacher_bias=teacher_bias, beta=beta, temperature=temperature,
+        ignore_index=ignore_index, token_weight=token_weight, token_clip=token_clip,
+        student_softcap=student_softcap, teacher_softcap=teacher_softcap, vocab_size=vocab_size,
+        with_stats=return_stats,
+        execution=checks.execution(schedule, workspace_bytes, process_group),
+    )  # fmt: skip
+    counted = None if problem.labels is None else problem.labels != ignore_index
+    scale = row_scale(problem.student.hidden, counted, token_weight, reduction, num_tokens)
+    loss, value, stats = divergence(problem, scale, reduced=reduction != "none")
+    shape = student_input.shape[:-1]
+    if reduction == "none":
+        loss = loss.reshape(shape)
+    if not return_stats:
+        return loss
+    named = {"divergence": value.reshape(shape)}
+    for name, row in zip(DIVERGENCE_STATS, stats, strict=True):
+        absent = (name == "clipped_mass" and token_clip is None) or (
+            name.endswith("_logprob") and shift_labels is None
+        )
+        if not absent:
+            named[name] = row.reshape(shape)
+    return loss, named
+
+
+class FusedLinearJSD(nn.Module):
+    """`fused_linear_jsd` as a module, with the call order of Liger's `LigerFusedLinearJSD`.
+
+    The options are those of the function; `jsd_beta` is its `beta`.
+    """
+
+    def __init__(
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        *,
+        token_clip: float | None = None,
+        student_softcap: float | None = None,
+        teacher_softcap: float | None = None,
+        vocab_size: int | None = None,
+        reduction: str = "mean",
+        schedule: str = "auto",
+        workspace_bytes: int | None = None,
+        process_group: ProcessGroup | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        self.options = {
+            "beta": jsd_beta,
+            "ignore_index": ignore_index,
+            "temperature": temperature,
+            "token_clip": token_clip,
+            "student_softcap": student_softcap,
+            "teacher_softcap": teacher_softcap,
+            "vocab_size": vocab_size,
+            "reduction": reduction,
+            "schedule": schedule,
+            "workspace_bytes": workspace_bytes,
+            "process_group": process_group,
+            "return_stats": return_stats,
+        }
+
+    def forward(
+        self,
+        student_input: Tensor,
+        student_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        shift_labels: torch.LongTensor | None = None,
+        *,
+        student_bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
+        num_tokens: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Stats]:
+        return fused_linear_jsd(
+            student_input,
+            student_weight,
+            teacher_input,
+            teacher_weight,
+            shift_labels,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            token_weight=token_weight,
+            num_tokens=num_tokens,
+            **self.options,
+        )

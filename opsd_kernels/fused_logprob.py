@@ -1,0 +1,61 @@
+"""Log-probability of a token, and the entropy around it, straight from hidden states."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from opsd_kernels import checks
+from opsd_kernels.ops.logprob import logprob
+from opsd_kernels.problem import LOGPROB_STATS
+
+
+def fused_linear_logprob(
+    input: Tensor,  # (..., D)
+    weight: Tensor,  # (V, D)
+    target: Tensor,  # (...)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    vocab_size: int | None = None,
+    return_entropy: bool = False,
+    schedule: str = "auto",
+    workspace_bytes: int | None = None,
+    process_group: ProcessGroup | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple:
+    """log p(target) per token, without the [tokens, vocabulary] logits. Equal to::
+
+        z = softcap(input @ weight.T + bias) / temperature
+        torch.log_softmax(z.float(), -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+    Args:
+        input, weight, bias: float32, bfloat16, float16 (or float64), each may need a gradient.
+        target: integers in [0, V), or `ignore_index` (value 0, no gradient).
+        return_entropy: also return the entropy per token, differentiable too.
+        return_stats: also return {"lse", "entropy"}, detached.
+        Other arguments as `fused_jsd.fused_linear_jsd`.
+
+    Returns:
+        logprob (...) in fp32; then entropy (...), then the statistics, where asked for.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what it got and what it expects.
+    """
+    problem = checks.logprob_problem(
+        input, weight, target,
+        bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
+        vocab_size=vocab_size, with_entropy=return_entropy or return_stats,
+        execution=checks.execution(schedule, workspace_bytes, process_group),
+    )  # fmt: skip
+    value, entropy, stats = logprob(problem, entropy_grad=return_entropy)
+    shape = input.shape[:-1]
+    result: list[Tensor | dict[str, Tensor]] = [value.reshape(shape)]
+    if return_entropy:
+        result.append(entropy.reshape(shape))
+    if return_stats:
+        named = {n: row.reshape(shape) for n, row in zip(LOGPROB_STATS, stats, strict=True)}
+        result.append({name: named[name] for name in ("lse", "entropy")})
+    return result[0] if len(result) == 1 else tuple(result)

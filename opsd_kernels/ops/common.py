@@ -1,0 +1,157 @@
+"""What the operators of both families share: planning, fake outputs and scaled gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd_kernels.backends import blocked_torch
+from opsd_kernels.plan import Plan, plan
+from opsd_kernels.problem import Execution, Head, Result, Wanted, stat_dtype
+
+_SLICE_ELEMENTS = 2**20
+
+
+def plan_for(
+    loss: str,
+    head: Head,
+    vocab_size: int,
+    e: Execution,
+    row_scale: Tensor | None,
+    needed: Wanted,
+    teacher: Head | None = None,
+) -> Plan:
+    """The plan of one operator call."""
+    return plan(
+        *head.hidden.shape, vocab_size,
+        loss=loss, dtype=head.hidden.dtype,
+        teacher_dtype=None if teacher is None else teacher.hidden.dtype, device=head.hidden.device,
+        grad_input=needed.hidden, grad_weight=needed.weight, grad_bias=needed.bias,
+        reduced=row_scale is not None, entropy_grad=needed.entropy,
+        workspace_bytes=e.workspace_bytes, schedule=e.schedule,
+    )  # fmt: skip
+
+
+def whole_vocabulary(head: Head, e: Execution) -> tuple[int, int]:
+    """(entries over all shards, entries of the largest shard)."""
+    local = head.weight.shape[0]
+    if e.group_name is None:
+        return local, local
+    return blocked_torch.vocabulary_shard(local, e.group_name)[1:]
+
+
+def no_autocast(tensor: Tensor) -> torch.autocast:
+    """Operands were cast by `checks`; inside, every product names its own dtypes."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def wanted(head: Head) -> Wanted:
+    """The gradients that autograd will ask for."""
+    if not torch.is_grad_enabled():
+        return Wanted()
+    bias = head.bias is not None and head.bias.requires_grad
+    return Wanted(head.hidden.requires_grad, head.weight.requires_grad, bias)
+
+
+def or_empty(grad: Tensor | None, value: Tensor) -> Tensor:
+    """Operators return tensors only; a gradient nobody asked for is empty."""
+    return value.new_empty(0) if grad is None else grad
+
+
+def fake_grad(h: Tensor, present: bool) -> Tensor:
+    """Fake of an optional gradient of the hidden states."""
+    return h.new_empty(h.shape) if present else h.new_empty(0, dtype=stat_dtype(h.dtype))
+
+
+def summed(result: Result, row_scale: Tensor) -> tuple[Tensor, ...]:
+    """Outputs of a `*_sum` operator."""
+    grads = (result.grad_hidden, result.grad_weight, result.grad_bias)
+    return (
+        (result.value * row_scale).sum(),
+        result.value,
+        result.stats,
+        *(or_empty(grad, result.value) for grad in grads),
+        result.scale,
+    )
+
+
+def fake_sum(h: Tensor, w: Tensor, stats: int, flags: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Fake outputs of a `*_sum` operator."""
+    value = h.new_empty(h.shape[0], dtype=stat_dtype(h.dtype))
+    return (
+        value.new_empty(()),
+        value,
+        value.new_empty(stats, h.shape[0]),
+        fake_grad(h, flags[0]),
+        value.new_empty(w.shape if flags[1] else 0),
+        value.new_empty(w.shape[0] if flags[2] else 0),
+        value.new_empty(()),
+    )
+
+
+def save_sum(ctx: Any, parameters: Sequence[Tensor | None], flags: tuple, output: tuple) -> None:
+    """Keep what the backward of a `*_sum` operator scales."""
+    ctx.flags = flags
+    ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+    ctx.save_for_backward(*output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def sum_backward(arguments: int) -> Callable[..., tuple]:
+    """Backward of a `*_sum` operator with that many arguments."""
+
+    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+        if grad_loss is None:
+            return (None,) * arguments
+        refuse_double_backward()
+        *grads, scale = ctx.saved_tensors
+        return in_order(arguments, scaled_grads(grads, scale * grad_loss, ctx.flags, ctx.dtypes))
+
+    return backward
+
+
+def scaled_grads(
+    grads: Sequence[Tensor], factor: Tensor, flags: tuple, dtypes: Sequence[torch.dtype | None]
+) -> list[Tensor | None]:
+    """Each wanted gradient times factor, rounded once to its parameter's dtype."""
+    return [
+        scale_cast(grad, factor, dtype) if flag else None
+        for grad, flag, dtype in zip(grads, flags, dtypes, strict=True)
+    ]
+
+
+def in_order(arguments: int, grads: Sequence[Tensor | None]) -> tuple:
+    """Gradients in argument order: the student's hidden, weight and bias come first."""
+    return (*grads, *(None,) * (arguments - len(grads)))
+
+
+def refuse_double_backward() -> None:
+    """The gradients were made in forward; their own derivatives are not known."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "opsd_kernels losses are differentiable once; create_graph=True is not supported"
+        )
+
+
+@torch.library.custom_op("opsd_kernels::scale_cast", mutates_args=())
+def scale_cast(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor in `dtype`, in slices: no second copy of a large gradient in fp32.
+
+    factor is a scalar or has one entry per row of grad.
+    """
+    out = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
+    rows = max(1, _SLICE_ELEMENTS // max(1, grad[:1].numel()))
+    for first in range(0, grad.shape[0], rows):
+        part = slice(first, first + rows)
+        scale = factor if factor.ndim == 0 else factor[part].unsqueeze(-1)
+        out[part] = grad[part] * scale
+    return out
+
+
+@scale_cast.register_fake
+def _(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return grad.new_empty(grad.shape, dtype=dtype)

@@ -1,0 +1,180 @@
+"""Registered operators of the divergence family: schema, fake kernels, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opsd_kernels import checks
+from opsd_kernels.backends import blocked_torch
+from opsd_kernels.ops.common import (
+    fake_grad,
+    fake_sum,
+    in_order,
+    no_autocast,
+    or_empty,
+    plan_for,
+    refuse_double_backward,
+    save_sum,
+    scale_cast,
+    scaled_grads,
+    sum_backward,
+    summed,
+    wanted,
+    whole_vocabulary,
+)
+from opsd_kernels.problem import (
+    DIVERGENCE_STATS,
+    DivergenceProblem,
+    Execution,
+    Head,
+    Result,
+    Wanted,
+    stat_dtype,
+)
+
+
+def divergence(
+    p: DivergenceProblem, row_scale: Tensor, reduced: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, value, stats): loss is sum(row_scale * value) when reduced, else (N,) weighted."""
+    needed = wanted(p.student)
+    s, t, e = p.student, p.teacher, p.execution
+    tensors = (s.hidden, s.weight, s.bias, t.hidden, t.weight, t.bias, p.labels, p.keep)
+    numbers = (p.beta, p.temperature, p.clip, s.softcap, t.softcap)
+    run = (p.with_stats, e.schedule, e.workspace_bytes, e.group_name)
+    flags = (needed.hidden, needed.weight, needed.bias)
+    if reduced and (needed.weight or needed.bias):
+        loss, value, stats, *_ = divergence_sum(*tensors, *numbers, *run, *flags, row_scale)
+        return loss, value, stats
+    value, stats, _ = divergence_tokens(*tensors, *numbers, *run, *flags)
+    weighted = value * row_scale
+    return (weighted.sum() if reduced else weighted), value.detach(), stats
+
+
+@torch.library.custom_op("opsd_kernels::divergence_tokens", mutates_args=())
+def divergence_tokens(
+    student_input: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    keep: Tensor | None,
+    beta: float,
+    temperature: float,
+    clip: float | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    with_stats: bool,
+    schedule: str,
+    workspace_bytes: int | None,
+    group_name: str | None,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(value (N,), stats (S, N), d value / d hidden (N, D) or empty)."""
+    p = DivergenceProblem(
+        Head(student_input, student_weight, student_bias, student_softcap),
+        Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap),
+        labels, keep, beta, temperature, clip, with_stats,
+        Execution(schedule, workspace_bytes, group_name),
+    )  # fmt: skip
+    now = grad_hidden and not (grad_weight or grad_bias)
+    result = _run_divergence(p, None, Wanted(hidden=now))
+    return result.value, result.stats, or_empty(result.grad_hidden, result.value)
+
+
+@torch.library.custom_op("opsd_kernels::divergence_sum", mutates_args=())
+def divergence_sum(
+    student_input: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    keep: Tensor | None,
+    beta: float,
+    temperature: float,
+    clip: float | None,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    with_stats: bool,
+    schedule: str,
+    workspace_bytes: int | None,
+    group_name: str | None,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+    row_scale: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(sum(row_scale * value), value, stats, dh, dW, db, scale); gradients times scale."""
+    p = DivergenceProblem(
+        Head(student_input, student_weight, student_bias, student_softcap),
+        Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap),
+        labels, keep, beta, temperature, clip, with_stats,
+        Execution(schedule, workspace_bytes, group_name),
+    )  # fmt: skip
+    result = _run_divergence(p, row_scale, Wanted(grad_hidden, grad_weight, grad_bias))
+    return summed(result, row_scale)
+
+
+@divergence_tokens.register_fake
+def _(h, w, b, *rest) -> tuple[Tensor, ...]:
+    with_stats, (hidden, weight, bias) = rest[10], rest[-3:]
+    value = h.new_empty(h.shape[0], dtype=stat_dtype(h.dtype))
+    stats = value.new_empty(len(DIVERGENCE_STATS) if with_stats else 0, h.shape[0])
+    return value, stats, fake_grad(h, hidden and not (weight or bias))
+
+
+@divergence_sum.register_fake
+def _(h, w, b, *rest) -> tuple[Tensor, ...]:
+    return fake_sum(h, w, len(DIVERGENCE_STATS) if rest[10] else 0, rest[-4:-1])
+
+
+def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Wanted) -> Result:
+    vocab_size, largest = whole_vocabulary(p.student, p.execution)
+    if p.labels is not None:
+        checks.labels_in_vocabulary("shift_labels", p.labels, p.keep, vocab_size)
+    with no_autocast(p.student.hidden):
+        chosen = plan_for(
+            "divergence", p.student, largest, p.execution, row_scale, needed, p.teacher
+        )
+        return blocked_torch.divergence(p, chosen, row_scale, needed)
+
+
+def _divergence_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    ctx.trained = inputs[18] or inputs[19]
+    ctx.numbers = inputs[8:20]
+    saved = inputs[:8] if ctx.trained else (output[2],)
+    ctx.save_for_backward(*saved)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _divergence_tokens_backward(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple:
+    if grad_value is None:
+        return (None,) * 20
+    refuse_double_backward()
+    if not ctx.trained:
+        (unit,) = ctx.saved_tensors
+        return in_order(20, [scale_cast(unit, grad_value, unit.dtype)])
+    numbers = (*ctx.numbers[:5], False, *ctx.numbers[6:])  # without the statistics
+    _, _, _, *grads, scale = divergence_sum(*ctx.saved_tensors, *numbers, grad_value.contiguous())
+    dtypes = [None if p is None else p.dtype for p in ctx.saved_tensors[:3]]
+    return in_order(20, scaled_grads(grads, scale, numbers[-3:], dtypes))
+
+
+def _divergence_sum_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+    save_sum(ctx, inputs[:3], inputs[17:20], output)
+
+
+divergence_tokens.register_autograd(
+    _divergence_tokens_backward, setup_context=_divergence_tokens_setup
+)
+divergence_sum.register_autograd(sum_backward(21), setup_context=_divergence_sum_setup)

@@ -1,0 +1,101 @@
+"""What a backend is asked to compute: plain containers, filled by `checks`, read by `backends`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Head:
+    """One model's last layer: logits z = softcap(hidden @ weight.T + bias) / temperature."""
+
+    hidden: Tensor  # (N, D)
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+
+
+@dataclass
+class Execution:
+    """How to run it, as the caller asked: schedule, memory and vocabulary-parallel group."""
+
+    schedule: str
+    workspace_bytes: int | None
+    group_name: str | None  # the head's rows are sharded over this group's ranks
+
+
+@dataclass
+class DivergenceProblem:
+    """Per-token divergence between a student and a teacher head."""
+
+    student: Head
+    teacher: Head
+    labels: Tensor | None  # (N,) int64, only read for the label statistics
+    keep: Tensor | None  # (N,) bool, rows to compute; None keeps all
+    beta: float
+    temperature: float
+    clip: float | None
+    with_stats: bool
+    execution: Execution
+
+
+@dataclass
+class LogprobProblem:
+    """Per-token log-probability of a target, entropy and log-sum-exp under one head."""
+
+    head: Head
+    target: Tensor  # (N,) int64
+    keep: Tensor | None  # (N,) bool
+    temperature: float
+    label_smoothing: float
+    with_entropy: bool
+    execution: Execution
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients to make on the way."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    entropy: bool = False  # a second gradient of hidden: that of the entropy
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+@dataclass
+class Result:
+    """Values per token and gradients of sum(row_scale * value), up to the factor `scale`.
+
+    Gradients are kept relative to the largest row scale: multiplied by 1/num_tokens first, they
+    would underflow in float16.
+    """
+
+    value: Tensor  # (N,) divergence, or (smoothed) log-probability
+    stats: Tensor  # (S, N), rows as named by the operator
+    grad_hidden: Tensor | None = None  # (N, D), input dtype
+    grad_entropy: Tensor | None = None  # (N, D), d entropy / d hidden
+    grad_weight: Tensor | None = None  # (V, D), accumulated in fp32 (fp64 for fp64)
+    grad_bias: Tensor | None = None  # (V,), fp32
+    scale: Tensor | None = None  # ()
+
+
+DIVERGENCE_STATS = (
+    "student_entropy",
+    "teacher_entropy",
+    "student_logprob",
+    "teacher_logprob",
+    "clipped_mass",
+)
+LOGPROB_STATS = ("logprob", "entropy", "lse")
+
+
+def stat_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Row statistics are fp32 whatever the inputs are; fp64 inputs keep fp64 for gradcheck."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

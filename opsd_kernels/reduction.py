@@ -1,0 +1,31 @@
+"""From values per token to the loss the caller asked for."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from opsd_kernels.problem import stat_dtype
+
+
+def row_scale(
+    like: Tensor,  # (N, ...), gives N, the device and the dtype
+    counted: Tensor | None,  # (N,) bool, tokens the mean counts; None counts all
+    token_weight: Tensor | None,  # (...)
+    reduction: str,
+    num_tokens: float | Tensor | None,
+) -> Tensor:
+    """(N,) factor of each token's value in the loss; for "none" it is the token's weight.
+
+    The mean divides by num_tokens, by default the number of tokens counted; a batch without any
+    gives 0, not NaN.
+    """
+    scale = like.new_ones(like.shape[0], dtype=stat_dtype(like.dtype))
+    if token_weight is not None:
+        scale = scale * token_weight.reshape(-1).to(scale.dtype)
+    if reduction != "mean":
+        return scale
+    if num_tokens is None:
+        if counted is None:
+            return scale / max(like.shape[0], 1)
+        num_tokens = counted.sum().clamp(min=1)
+    return scale / num_tokens

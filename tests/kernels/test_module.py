@@ -1,0 +1,57 @@
+"""FusedLinearJSD: Liger's call order around fused_linear_jsd."""
+
+import inspect
+
+import pytest
+import torch
+from kernel_cases import STUDENT, run
+
+from opsd_kernels.fused_jsd import FusedLinearJSD, fused_linear_jsd
+from opsd_kernels.testing import make_pair
+
+LIGER = ["student_input", "student_weight", "teacher_input", "teacher_weight", "shift_labels"]
+
+
+def test_call_order_is_ligers() -> None:
+    constructor = list(inspect.signature(FusedLinearJSD).parameters)
+    assert constructor[:3] == ["jsd_beta", "ignore_index", "temperature"]
+    forward = list(inspect.signature(FusedLinearJSD.forward).parameters)
+    assert forward[1:6] == LIGER
+    pair = make_pair(20, 12, 70, masked=3)
+    positional = FusedLinearJSD(0.1, -100, 1.5)(*(pair[name] for name in LIGER))
+    named = {name: pair[name] for name in LIGER}
+    assert torch.equal(positional, fused_linear_jsd(**named, beta=0.1, temperature=1.5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"jsd_beta": 0.0, "temperature": 0.7},
+        {"jsd_beta": 1.0, "ignore_index": 3},
+        {"jsd_beta": 0.0, "token_clip": 0.05},
+        {"reduction": "none", "student_softcap": 8.0, "workspace_bytes": 64 << 20},
+    ],
+    ids=str,
+)
+def test_equals_the_function(options: dict[str, float]) -> None:
+    pair = make_pair(20, 12, 70, masked=3)
+    pair["shift_labels"] = pair["shift_labels"].clamp(
+        min=-100 if "ignore_index" not in options else 0
+    )
+    pair["token_weight"] = torch.linspace(0, 1, 20)
+    names = {"beta" if key == "jsd_beta" else key: value for key, value in options.items()}
+    ours = run(FusedLinearJSD(**options), pair, STUDENT)
+    expected = run(fused_linear_jsd, pair, STUDENT, **names)
+    assert torch.equal(ours[0][0], expected[0][0])
+    for name in STUDENT:
+        assert torch.equal(ours[1][name], expected[1][name])
+
+
+def test_labels_are_optional_and_num_tokens_is_passed_on() -> None:
+    pair = make_pair(20, 12, 70)
+    del pair["shift_labels"]
+    module = FusedLinearJSD()
+    assert torch.equal(module(**pair), fused_linear_jsd(**pair))
+    assert torch.equal(module(**pair, num_tokens=37), fused_linear_jsd(**pair, num_tokens=37))
+    assert not list(module.parameters()) and not module.state_dict()

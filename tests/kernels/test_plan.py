@@ -1,0 +1,103 @@
+"""plan(): a pure function whose answer a person can read."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from opsd_kernels import Plan, plan
+
+TYPICAL = (8192, 4096, 151936)
+
+
+def test_is_pure_frozen_and_hashable() -> None:
+    first, second = plan(*TYPICAL), plan(*TYPICAL)
+    assert isinstance(first, Plan) and first == second and hash(first) == hash(second)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        first.gemms = 1
+
+
+@pytest.mark.parametrize("loss", ["divergence", "logprob"])
+@pytest.mark.parametrize("tokens", [1, 255, 1024, 8192])
+@pytest.mark.parametrize("workspace_mib", [None, 4, 64, 1024])
+def test_blocks_cover_the_tokens_within_the_budget(
+    workspace_mib: int | None, tokens: int, loss: str
+) -> None:
+    budget = None if workspace_mib is None else workspace_mib << 20
+    p = plan(tokens, 1024, 32768, loss=loss, workspace_bytes=budget)
+    assert p.schedule == "blocked"
+    assert 1 <= p.rows_per_block <= tokens
+    assert p.num_blocks == math.ceil(tokens / p.rows_per_block)
+    assert 0 < p.workspace_bytes <= (256 << 20 if budget is None else budget)
+    # Both models' fp32 logits of a block, or one model's, are at least what a block holds.
+    buffers = 2 if loss == "divergence" else 1
+    assert p.workspace_bytes >= buffers * p.rows_per_block * 32768 * 4
+
+
+def test_a_larger_budget_never_means_smaller_blocks() -> None:
+    rows = [plan(*TYPICAL, workspace_bytes=mib << 20).rows_per_block for mib in (16, 64, 512, 4096)]
+    assert rows == sorted(rows) and rows[0] < rows[-1]
+
+
+def test_rows_follow_the_budget_not_the_shape_of_the_head() -> None:
+    """Rows from V/D alone give many tiny chunks; here D plays no part."""
+    rows = {
+        plan(8192, d, 32768, workspace_bytes=256 << 20).rows_per_block for d in (64, 1024, 8192)
+    }
+    assert len(rows) == 1
+    assert rows.pop() >= 256
+
+
+@pytest.mark.parametrize(
+    ("options", "gemms"),
+    [
+        ({"grad_input": False}, 2),
+        ({"grad_input": False, "reduced": False}, 2),
+        ({}, 3),
+        ({"reduced": False}, 3),
+        ({"grad_weight": True}, 4),
+        ({"grad_weight": True, "reduced": False}, 6),
+        ({"loss": "logprob", "grad_input": False}, 1),
+        ({"loss": "logprob", "reduced": False}, 2),
+        ({"loss": "logprob"}, 2),
+        ({"loss": "logprob", "grad_weight": True}, 3),
+        ({"loss": "logprob", "grad_weight": True, "reduced": False}, 4),
+        ({"loss": "logprob", "entropy_grad": True, "reduced": False}, 3),
+    ],
+    ids=str,
+)
+def test_gemms(options: dict[str, object], gemms: int) -> None:
+    p = plan(*TYPICAL, **options)
+    assert p.gemms == gemms and isinstance(p.gemms, int)
+    _, d, v = TYPICAL
+    assert p.accumulator_bytes == (4 * d * v if options.get("grad_weight") else 0)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"grad_weight": True}, {"loss": "logprob", "dtype": torch.bfloat16}]
+)
+def test_reads_as_a_sentence(options: dict[str, object]) -> None:
+    p = plan(1024, 1024, 32768, **options)
+    text = str(p)
+    for part in (p.schedule, str(p.rows_per_block), str(p.gemms), "GEMM", "MiB"):
+        assert part in text, (part, text)
+    assert "Plan(" not in text and "\n" not in text and " " in text
+    assert p.reason and isinstance(p.reason, str)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"loss": "hinge"}, ["loss", "hinge", "divergence", "logprob"]),
+        ({"schedule": "fast"}, ["schedule", "fast", "blocked"]),
+        ({"workspace_bytes": 0}, ["workspace_bytes", "0"]),
+        ({"workspace_bytes": -5}, ["workspace_bytes", "-5"]),
+    ],
+    ids=str,
+)
+def test_errors(options: dict[str, object], words: list[str]) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        plan(*TYPICAL, **options)
+    for word in words:
+        assert word in str(caught.value)

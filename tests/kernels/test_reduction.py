@@ -1,0 +1,123 @@
+"""Sums over tokens: reductions, weights, the global divisor under accumulation, statistics."""
+
+import pytest
+import torch
+from kernel_cases import STUDENT, check, run
+from torch import Tensor
+
+from opsd_kernels import reference
+from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
+from opsd_kernels.fused_jsd import fused_linear_jsd
+from opsd_kernels.testing import assert_close, make_pair, single
+
+ROWS = ("student_input", "teacher_input", "shift_labels")
+
+
+def token_weight(dtype: torch.dtype = torch.float32) -> Tensor:
+    weight = torch.linspace(-1, 2, 28).round(decimals=1).to(dtype)
+    weight[[5, 6]] = 0.0
+    return weight
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_token_weight(beta: float, reduction: str) -> None:
+    pair = make_pair(28, 12, 70, masked=4)
+    options = {"beta": beta, "reduction": reduction, "token_weight": token_weight()}
+    for dtype in (torch.float32, torch.float64):
+        check(fused_linear_jsd, reference.linear_jsd, pair, STUDENT, dtype=dtype, **options)
+
+
+def test_weights_do_not_change_the_divisor() -> None:
+    pair = make_pair(28, 12, 70, masked=4)
+    each = fused_linear_jsd(**pair, token_weight=token_weight(), reduction="none")
+    assert_close(fused_linear_jsd(**pair, token_weight=token_weight()), each.sum() / 24)
+    no_labels = {k: v for k, v in pair.items() if k != "shift_labels"}
+    each = fused_linear_jsd(**no_labels, token_weight=token_weight(), reduction="none")
+    assert_close(fused_linear_jsd(**no_labels, token_weight=token_weight()), each.sum() / 28)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype(dtype: torch.dtype) -> None:
+    pair = make_pair(28, 12, 70, dtype=torch.float32)
+    weight = torch.tensor([0.5, 1.0, 2.0, 0.0]).repeat(7)
+    expected = fused_linear_jsd(**pair, token_weight=weight)
+    found = fused_linear_jsd(**pair, token_weight=weight.to(dtype))
+    assert found.dtype == torch.float32
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("divisor", [100, 100.0, torch.tensor(100), torch.tensor(100.0)], ids=repr)
+def test_num_tokens_divides(divisor: float | Tensor) -> None:
+    pair = make_pair(28, 12, 70, masked=4)
+    total, total_grads = run(fused_linear_jsd, pair, STUDENT, [1.0], reduction="sum")
+    mean, grads = run(fused_linear_jsd, pair, STUDENT, [1.0], num_tokens=divisor)
+    assert_close(mean[0], total[0] / 100)
+    for name in STUDENT:
+        assert_close(grads[name], total_grads[name] / 100, name=name)
+    case = single(pair)
+    total = fused_linear_cross_entropy(**case, reduction="sum")
+    assert_close(fused_linear_cross_entropy(**case, num_tokens=divisor), total / 100)
+
+
+@pytest.mark.parametrize("fn", [fused_linear_jsd, fused_linear_cross_entropy])
+def test_two_halves_sum_to_the_whole(fn: object) -> None:
+    """Gradient accumulation over micro-batches of unequal token counts."""
+    pair = make_pair(28, 12, 70, masked=5)
+    wrt = STUDENT
+    rows = ROWS
+    if fn is fused_linear_cross_entropy:
+        pair, wrt, rows = single(pair), ("input", "weight", "bias"), ("input", "target")
+    whole, whole_grads = run(fn, pair, wrt, [1.0])
+    parts = []
+    for cut in (slice(0, 9), slice(9, None)):
+        half = {k: v[cut] if k in rows else v for k, v in pair.items()}
+        parts.append(run(fn, half, wrt, [1.0], num_tokens=23))
+    assert_close(parts[0][0][0] + parts[1][0][0], whole[0])
+    for name in wrt:
+        first, second = parts[0][1][name], parts[1][1][name]
+        joined = torch.cat([first, second]) if name in rows else first + second
+        assert_close(joined, whole_grads[name], name=name)
+
+
+@pytest.mark.parametrize("wrt", [(), STUDENT[:1], STUDENT])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_stats(beta: float, clip: float | None, reduction: str, wrt: tuple[str, ...]) -> None:
+    pair = make_pair(28, 12, 70, masked=4, seed=1)
+    leaves = {k: v.clone().requires_grad_() if k in wrt else v for k, v in pair.items()}
+    options = {"beta": beta, "token_clip": clip, "token_weight": token_weight(), "temperature": 1.2}
+    loss, stats = fused_linear_jsd(**leaves, reduction=reduction, return_stats=True, **options)
+    true, truth = reference.linear_jsd(**pair, reduction=reduction, return_stats=True, **options)
+    assert_close(loss, true)
+    assert set(stats) == set(truth)
+    for name, value in stats.items():
+        assert not value.requires_grad, name
+        assert_close(value, truth[name], name=name, atol=1e-14)
+
+
+def test_stats_in_float32_are_float32_and_need_labels_for_log_probabilities() -> None:
+    pair = make_pair(28, 12, 70, dtype=torch.bfloat16)
+    del pair["shift_labels"]
+    loss, stats = fused_linear_jsd(**pair, return_stats=True)
+    assert set(stats) == {"divergence", "student_entropy", "teacher_entropy"}
+    assert all(x.dtype == torch.float32 for x in (loss, *stats.values()))
+
+
+def test_another_ignore_index() -> None:
+    pair = make_pair(28, 12, 70, masked=4)
+    other = dict(
+        pair, shift_labels=torch.where(pair["shift_labels"] == -100, 3, pair["shift_labels"])
+    )
+    options = {"ignore_index": 3, "reduction": "mean"}
+    check(fused_linear_jsd, reference.linear_jsd, other, STUDENT, dtype=torch.float64, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
+    pair = make_pair(28, 12, 70)
+    _, wide = fused_linear_jsd(**pair, return_stats=True)
+    pair["shift_labels"] = pair["shift_labels"].to(dtype)
+    _, narrow = fused_linear_jsd(**pair, return_stats=True)
+    assert torch.equal(wide["student_logprob"], narrow["student_logprob"])
