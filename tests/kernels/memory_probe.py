@@ -28,7 +28,7 @@ def inputs(
     w = (torch.randn(vocab, hidden) * spread).to(dtype)
     h.requires_grad_(args.wrt != "nothing")
     w.requires_grad_(args.wrt == "head")
-    labels = torch.randint(0, vocab, (tokens,))
+    labels = torch.randint(0, vocab - 8, (tokens,))
     if args.op in ("logprob", "cross_entropy"):
         return {"input": h, "weight": w, "target": labels}
     teacher = w if args.op == "shared" else (torch.randn(vocab, hidden) * spread).to(dtype)
@@ -43,6 +43,8 @@ def inputs(
 
 def call(args: argparse.Namespace, tensors: dict[str, torch.Tensor]) -> None:
     options = {} if args.op == "reference" else {"workspace_bytes": args.workspace_mib << 20}
+    if args.op == "padded":
+        options["vocab_size"] = tensors["student_weight"].shape[0] - 8
     if args.op == "logprob":
         logprob, entropy = fused_linear_logprob(**tensors, return_entropy=True, **options)
         loss = logprob + entropy

@@ -61,7 +61,9 @@ def test_equals_casting_by_hand(
     _, plain_grads = run(truth, inputs, wrt)
     for name in wrt:
         assert grads[name].dtype == torch.float32
-        assert_close(grads[name], true_grads[name], plain_grads[name], factor=1.2, name=name)
+        assert_close(
+            grads[name], true_grads[name], plain_grads[name], factor=1.2, max_factor=2.0, name=name
+        )
 
 
 def test_mixed_input_and_head() -> None:

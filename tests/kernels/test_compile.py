@@ -6,6 +6,8 @@ import pytest
 import torch
 from kernel_cases import STUDENT, run, workspace_for
 from torch import Tensor
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_kernels.fused_advantage import fused_linear_advantage, policy_gradient_loss
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
@@ -141,6 +143,35 @@ def test_token_count_may_vary(fn: Callable) -> None:
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (24, 31, 7):
         equal_bits(fn, compiled, case(tokens), STUDENT)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of this package's registered operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "opsd_kernels":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("wrt", [(), FROZEN, STUDENT], ids=["forward", "frozen", "trained"])
+@pytest.mark.parametrize("fn", [jsd, jsd_none_stats, logprob_entropy_stats, cross_entropy])
+def test_fake_kernels_tell_the_truth(fn: Callable, wrt: tuple[str, ...], layout: str) -> None:
+    """Shapes, dtypes and strides; inductor builds on them, aot_eager would not notice."""
+    pair = case()
+    if layout == "transposed":
+        for name in ("student_input", "student_weight", "teacher_input"):
+            pair[name] = pair[name].T.contiguous().T
+    with Recorder() as recorder:
+        run(fn, pair, wrt)
+    assert recorder.calls
+    for operator, args, kwargs in recorder.calls:
+        opcheck(operator, args, kwargs, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.slow

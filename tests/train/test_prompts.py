@@ -1,0 +1,149 @@
+"""Prompts as token ids, with a small tokenizer made here."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from opsd_train.data import Problem
+from opsd_train.errors import UserError
+from opsd_train.prompts import PromptBuilder
+from opsd_train.sections import PromptsConfig
+
+PROBLEM = Problem("p-1", "2 + 3 =", "5", "2 + 3 is 5")
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+THINKING = CHAT + (
+    "{% if enable_thinking is not defined %}{% elif enable_thinking %}<think>\n"
+    "{% else %}<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
+    """One token a byte, the chat marks one token each, <s> before plain text."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {character: index for index, character in enumerate(sorted(alphabet))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    marks = ["<s>", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>"]
+    tokenizer.add_special_tokens(marks)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+    wrapped.chat_template = chat_template
+    return wrapped
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def prompts(**more) -> PromptsConfig:
+    defaults = {
+        "student": "{{ problem.question }}\n",
+        "teacher": "{{ problem.question }} [{{ problem.solution }}|{{ problem.answer }}]",
+        "max_prompt_tokens": 100,
+    }
+    return PromptsConfig(**defaults | more)
+
+
+def test_both_sides_in_the_chat_template(tokenizer):
+    builder = PromptBuilder(tokenizer, prompts())
+    student, teacher = builder.student(PROBLEM), builder.teacher(PROBLEM)
+    assert tokenizer.decode(student) == "<|user|>2 + 3 =<|end|><|assistant|>"
+    assert tokenizer.decode(teacher) == "<|user|>2 + 3 = [2 + 3 is 5|5]<|end|><|assistant|>"
+    assert student[0] == tokenizer.convert_tokens_to_ids("<|user|>")
+
+
+def test_the_student_does_not_see_the_solution(tokenizer):
+    builder = PromptBuilder(tokenizer, prompts())
+    other = Problem("p-1", PROBLEM.question, "6", "something else")
+    assert builder.student(PROBLEM) == builder.student(other)
+    assert builder.teacher(PROBLEM) != builder.teacher(other)
+
+
+def test_system_message_and_plain_text(tokenizer):
+    builder = PromptBuilder(tokenizer, prompts(system="Add.", student_chat_template=False))
+    assert tokenizer.decode(builder.student(PROBLEM)) == "<s>Add.\n\n2 + 3 ="
+    assert tokenizer.decode(builder.teacher(PROBLEM)).startswith("<|system|>Add.<|end|><|user|>2")
+
+
+def test_plain_text_needs_no_chat_template():
+    plain = make_tokenizer(None)
+    config = prompts(student_chat_template=False, teacher_chat_template=False)
+    assert plain.decode(PromptBuilder(plain, config).student(PROBLEM)) == "<s>2 + 3 ="
+    with pytest.raises(UserError, match=r"teacher_chat_template is true.* no chat template"):
+        PromptBuilder(plain, prompts(student_chat_template=False))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "words"),
+    [
+        (None, None, None),
+        (True, True, None),
+        (False, False, None),
+        (None, True, ("leaves the think block alone", "opens a think block")),
+        (False, True, ("closes the think block", "opens a think block")),
+    ],
+)
+def test_a_think_block_on_one_side_is_said(student, teacher, words, capsys):
+    config = prompts(student_thinking=student, teacher_thinking=teacher)
+    PromptBuilder(make_tokenizer(THINKING), config)
+    said = capsys.readouterr().err
+    if words is None:
+        assert said == ""
+    else:
+        assert said.startswith("warning: ") and said.count("\n") == 1
+        assert f"student's prompt {words[0]}, the teacher's {words[1]}" in said
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ problem.anser }}", ["prompts.teacher", "anser"]),
+        ("{{ question }}", ["prompts.teacher", "'question' is undefined"]),
+        ("first\n{% if %}", ["prompts.teacher, line 2"]),
+        ("{{ problem.answer + 1 }}", ["prompts.teacher", "str"]),
+        ("{{ problem.__class__.__mro__ }}", ["prompts.teacher", "unsafe"]),
+    ],
+)
+def test_bad_templates(tokenizer, template, words):
+    with pytest.raises(UserError) as error:
+        PromptBuilder(tokenizer, prompts(teacher=template))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_chat_template_that_refuses():
+    refusing = make_tokenizer("{{ raise_exception('no system role here') }}")
+    with pytest.raises(UserError, match="chat template: no system role here"):
+        PromptBuilder(refusing, prompts())
+
+
+def test_prompts_within_the_limit_are_all_kept(tokenizer, capsys):
+    problems = [PROBLEM] * 3
+    longest = len(PromptBuilder(tokenizer, prompts()).teacher(PROBLEM))
+    builder = PromptBuilder(tokenizer, prompts(max_prompt_tokens=longest))
+    assert builder.filter(problems) == problems
+    assert capsys.readouterr().err == ""
+
+
+def test_overlong_prompts_are_counted_and_the_longest_named(tokenizer, capsys):
+    wordy = Problem("p-2", "2 + 3 =", "5", "x" * 200)
+    long_question = Problem("p-3", "y" * 100, "5", "5")
+    problems = [PROBLEM, wordy, long_question]
+    limit = "prompts.max_prompt_tokens=100"
+    with pytest.raises(UserError) as error:
+        PromptBuilder(tokenizer, prompts()).filter(problems)
+    for word in ("2 of 3 problems", limit, "teacher prompt of p-2, 215 tokens", "overlong=skip"):
+        assert word in str(error.value), error.value
+
+    builder = PromptBuilder(tokenizer, prompts(overlong="skip"))
+    assert builder.filter(problems) == [PROBLEM]
+    said = capsys.readouterr().err
+    assert said.startswith("skipped: 2 of 3 problems") and said.count("\n") == 1
+    with pytest.raises(UserError, match="none is left"):
+        builder.filter([wordy])
