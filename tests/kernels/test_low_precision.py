@@ -1,8 +1,8 @@
 """bfloat16 and float16: value error at most 2 and gradient error at most 1.2 times plain PyTorch's.
 
 Plain PyTorch is the reference run in that dtype: matmul, log_softmax, formula and autograd. The 1.2
-holds for the RMS error. The worst of 70 000 entries is one draw from a heavy tail (over 12 seeds its
-ratio had median 0.8 and maximum 1.34, the RMS ratio 0.75 and 1.03), so it gets the house's 2.
+holds for the RMS error. The worst of 70 000 entries is one draw from a heavy tail (over 12 seeds
+its ratio had median 0.8 and maximum 1.34; the RMS ratio 0.75 and 1.03), so it gets the house's 2.
 """
 
 from collections.abc import Callable

@@ -26,7 +26,6 @@ def trainer(monkeypatch):
     module = types.ModuleType("opsd_train.trainer")
     module.seen = []
     module.train = lambda config: module.seen.append(config) or 130
-    module.dry_run = lambda config: f"plan for {config.steps} steps"
     monkeypatch.setitem(sys.modules, "opsd_train.trainer", module)
     monkeypatch.setattr(opsd_train, "trainer", module, raising=False)
     return module
@@ -84,7 +83,11 @@ def test_overrides_with_and_without_a_recipe(trainer):
     assert trainer.seen[1].output_dir == "elsewhere"
 
 
-def test_dry_run_anywhere_on_the_line(trainer, capsys):
+def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
+    module = types.ModuleType("opsd_train.dry_run")
+    module.dry_run = lambda config: f"plan for {config.steps} steps"
+    monkeypatch.setitem(sys.modules, "opsd_train.dry_run", module)
+    monkeypatch.setattr(opsd_train, "dry_run", module, raising=False)
     assert main(["demo/opsd", "--dry-run", "steps=900"]) == 0
     assert capsys.readouterr().out == "plan for 900 steps\n"
     assert trainer.seen == []

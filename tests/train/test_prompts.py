@@ -1,8 +1,7 @@
 """Prompts as token ids, with a small tokenizer made here."""
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tiny import CHAT, make_tokenizer
 
 from opsd_train.data import Problem
 from opsd_train.errors import UserError
@@ -10,31 +9,10 @@ from opsd_train.prompts import PromptBuilder
 from opsd_train.sections import PromptsConfig
 
 PROBLEM = Problem("p-1", "2 + 3 =", "5", "2 + 3 is 5")
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
 THINKING = CHAT + (
     "{% if enable_thinking is not defined %}{% elif enable_thinking %}<think>\n"
     "{% else %}<think>\n\n</think>\n\n{% endif %}"
 )
-
-
-def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
-    """One token a byte, the chat marks one token each, <s> before plain text."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    vocabulary = {character: index for index, character in enumerate(sorted(alphabet))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    marks = ["<s>", "<|user|>", "<|system|>", "<|assistant|>", "<|end|>"]
-    tokenizer.add_special_tokens(marks)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
-    )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-    wrapped.chat_template = chat_template
-    return wrapped
 
 
 @pytest.fixture(scope="module")

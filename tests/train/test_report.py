@@ -9,7 +9,8 @@ import pytest
 from opsd_train.cli import main
 from opsd_train.config import config_from, load_recipe, to_yaml
 from opsd_train.errors import UserError
-from opsd_train.plots import _smooth, _wilson, _window, _window_sizes
+from opsd_train.evaluation.intervals import wilson
+from opsd_train.plots import _smooth, _window, _window_sizes
 from opsd_train.report import write_report
 
 RESULT = {"accuracy": 0.4, "interval": [0.31, 0.5], "correct": 40, "problems": 100}
@@ -197,5 +198,5 @@ def test_smoothing():
 
 def test_wilson_interval():
     # The textbook case of 8 right out of 10.
-    assert _wilson(8, 10) == (pytest.approx(0.490, abs=1e-3), pytest.approx(0.943, abs=1e-3))
-    assert _wilson(0, 16)[0] == 0.0 and _wilson(16, 16)[1] == 1.0
+    assert wilson(8, 10) == (pytest.approx(0.490, abs=1e-3), pytest.approx(0.943, abs=1e-3))
+    assert wilson(0, 16)[0] == 0.0 and wilson(16, 16)[1] == 1.0

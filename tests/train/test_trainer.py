@@ -1,0 +1,200 @@
+"""Whole runs on a tiny random model: what they leave behind, also when they are cut short."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import config, make_model, make_tokenizer, recipe
+
+from opsd_train import cli, trainer
+from opsd_train.dry_run import dry_run
+from opsd_train.errors import UserError
+from opsd_train.model import check_vocabulary
+from opsd_train.trainer import Clock, Trainer, stable_seed, train, unused_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("objective", ["full_vocabulary", "sampled_token"])
+def test_run_folder(tiny_folder: Path, tmp_path: Path, objective: str) -> None:
+    assert train(config(tiny_folder, tmp_path / "run", f"loss.objective={objective}")) == 0
+    run = tmp_path / "run"
+    metrics = rows(run)
+    assert [row["step"] for row in metrics] == [1, 2, 3]
+    wanted = {"loss", "divergence", "accuracy", "completion_length", "grad_norm", "lr", "tokens"}
+    assert wanted <= metrics[0].keys() and metrics[0]["grad_norm"] > 0
+    assert ("student_entropy" in metrics[0]) == (objective == "full_vocabulary")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished" and summary["steps"] == 3
+    assert summary["before"]["problems"] == summary["after"]["problems"] == 6
+    assert summary["paired"]["difference"] == pytest.approx(
+        summary["after"]["accuracy"] - summary["before"]["accuracy"]
+    )
+    assert summary["tokens"] == metrics[-1]["tokens"] and summary["peak_memory_mib"] > 0
+    assert {row["step"] for row in rows(run, "samples.jsonl")} == {1, 2}
+    assert (run / "adapter" / "adapter_model.safetensors").stat().st_size > 0
+    assert "<html" in (run / "report.html").read_text()
+    assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 3
+
+
+def test_training_moves_the_adapter_and_not_the_base(tiny_folder: Path, tmp_path: Path) -> None:
+    run = Trainer(config(tiny_folder, tmp_path / "run"), Clock())
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    draws = run._draws()
+    for step in (1, 2):
+        run.step(step, next(draws))
+    for name, value in run.model.state_dict().items():
+        if "lora_B" in name:
+            assert not torch.equal(value, before[name]), name
+        elif "lora_" not in name:
+            assert torch.equal(value, before[name]), name
+
+
+def test_the_divergence_falls(tiny_folder: Path, tmp_path: Path) -> None:
+    changes = ["steps=30", "optim.lr=2e-2", "loss.beta=0.5", "evaluation.problems=6"]
+    train(config(tiny_folder, tmp_path / "run", *changes))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["divergence_after"] < 0.7 * summary["divergence_before"]
+
+
+def test_two_runs_are_bit_identical(tiny_folder: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        train(config(tiny_folder, tmp_path / name))
+    one, two = (
+        [(r["loss"], r["grad_norm"], r["tokens"]) for r in rows(tmp_path / name)] for name in "ab"
+    )
+    assert one == two
+
+
+def test_a_second_run_overwrites_nothing(tiny_folder: Path, tmp_path: Path) -> None:
+    assert unused_folder(tmp_path / "run") == tmp_path / "run"
+    for _ in range(2):
+        train(config(tiny_folder, tmp_path / "run", "steps=1", "evaluation.problems=0"))
+    assert len(rows(tmp_path / "run")) == len(rows(tmp_path / "run-2")) == 1
+
+
+def test_every_problem_once_a_pass(tiny_folder: Path, tmp_path: Path) -> None:
+    run = Trainer(config(tiny_folder, tmp_path / "run"), Clock())
+    draws = run._draws()
+    drawn = [problem.id for _ in range(5) for problem in next(draws)]
+    assert len(drawn) == 20 and sorted(drawn) == sorted(problem.id for problem in run.problems)
+    assert not {p.question for p in run.problems} & {p.question for p in run.heldout}
+
+
+def test_engine_stops_samples_and_repeats(tiny_folder: Path, tmp_path: Path) -> None:
+    run = Trainer(config(tiny_folder, tmp_path / "run"), Clock())
+    prompts = [run.prompts.student(problem) for problem in run.problems[:7]]
+    greedy = run.engine.generate(prompts, 6, seed=None)
+    alone = [run.engine.generate([prompt], 6, seed=None)[0] for prompt in prompts]
+    assert greedy == alone  # left padding changes nothing
+    sampled = run.engine.generate(prompts, 12, seed=3)
+    assert sampled == run.engine.generate(prompts, 12, seed=3)
+    assert sampled != run.engine.generate(prompts, 12, seed=4)
+    run.engine.stop_id = sampled[0][4]  # a token it is known to make
+    stopped = run.engine.generate(prompts, 12, seed=3)[0]
+    assert stopped[-1] == run.engine.stop_id and run.engine.stop_id not in stopped[:-1]
+
+
+def test_interrupted_between_steps(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    original = Trainer.step
+
+    def step(self, number, problems):
+        if number == 3:
+            raise KeyboardInterrupt
+        return original(self, number, problems)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert train(config(tiny_folder, tmp_path / "run", "steps=9")) == 130
+    run = tmp_path / "run"
+    assert len(rows(run)) == 2
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["steps"] == 2
+    assert "interrupted" in (run / "report.html").read_text()
+
+
+def test_interrupted_by_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
+    path, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(recipe(tiny_folder, run)))
+    command = [sys.executable, "-m", "opsd_train", str(path), "steps=100000"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not ((run / "metrics.jsonl").exists() and rows(run)):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
+    assert (run / "report.html").stat().st_size > 0
+
+
+@pytest.mark.parametrize("place", ["loss", "gradient"])
+def test_not_finite_keeps_the_batch(tiny_folder, tmp_path, monkeypatch, capsys, place) -> None:
+    original = trainer.opsd.student_loss
+
+    def student_loss(*arguments):
+        loss, stats = original(*arguments)
+        # The square root's slope is infinite where the loss itself is 0.
+        return (loss * torch.nan if place == "loss" else (loss - loss.detach()).sqrt()), stats
+
+    monkeypatch.setattr(trainer.opsd, "student_loss", student_loss)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe(tiny_folder, tmp_path / "run")))
+    assert cli.main([str(path), "evaluation.problems=0"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: step 1:") and "nonfinite_step_1.pt" in error
+    batch = torch.load(tmp_path / "run" / "nonfinite_step_1.pt")
+    assert batch and batch[0].keys() >= {"problem", "student_prompt", "completion"}
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.name_or_path=/no/such/model", "model.name_or_path=/no/such/model"),
+        ("model.device=cuda:7", "model.device=cuda:7 is not there"),
+        ("lora.target_modules=[q_proj,lm_head]", "lm_head cannot have an adapter"),
+        ("prompts.max_prompt_tokens=3", "problems have a prompt longer than"),
+        ("data.train_size=5000", "distinct problems"),
+        ("micro_batch_tokens=10", "micro_batch_tokens=10"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_folder, tmp_path, capsys, override: str, message: str) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe(tiny_folder, tmp_path / "run")))
+    assert cli.main([str(path), override]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_vocabulary_smaller_than_the_tokenizers() -> None:
+    check_vocabulary(make_model(), make_tokenizer())
+    with pytest.raises(UserError, match=r"\(100 entries\) is smaller than the tokenizer's \(261\)"):
+        check_vocabulary(make_model(vocab_size=100), make_tokenizer())
+
+
+def test_dry_run_tells_the_plan(tiny_folder: Path, tmp_path: Path) -> None:
+    text = dry_run(config(tiny_folder, tmp_path / "run"))
+    assert re.search(r"loss plan: divergence of \d+ tokens, hidden size 32, vocabulary 261", text)
+    assert "3 GEMMs" in text and "memory expected on cpu" in text and "steps: 3" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_seeds_do_not_depend_on_the_process() -> None:
+    assert stable_seed(0, "rollout", 1) == 3460020679
+    assert stable_seed(0, "rollout", 2) != stable_seed(0, "rollout", 1)
