@@ -103,9 +103,17 @@ def _generate(config: DataConfig, wanted: int) -> Iterator[Problem]:
         answer = entry["answer"]
         if answer is None:
             raise UserError(f"data.task {task} gives no answers, so nothing can be checked")
-        # The only task family with worked steps in its metadata (gsm_symbolic) names them so.
-        solution = entry["metadata"].get("answer_cot") or answer
-        yield Problem(f"{task}-{index}", entry["question"], str(answer), str(solution))
+        yield Problem(
+            f"{task}-{index}", entry["question"], str(answer), _solution(entry["metadata"], answer)
+        )
+
+
+def _solution(metadata: dict[str, Any], answer: str) -> str:
+    """Worked steps where a task has them (gsm_symbolic), an equation where it has an expression."""
+    if metadata.get("answer_cot"):
+        return str(metadata["answer_cot"])
+    expression = metadata.get("expression")
+    return f"{expression} = {answer}" if isinstance(expression, str) else str(answer)
 
 
 def _read(path: Path, columns: ColumnsConfig) -> Iterator[Problem]:

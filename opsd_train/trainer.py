@@ -257,7 +257,7 @@ class Trainer:
                     "question": sample.problem.question,
                     "answer": sample.problem.answer,
                     "completion": text,
-                    "extracted": extract_answer(text),
+                    "extracted": extract_answer(text, sample.problem.answer),
                     "correct": is_correct(sample.problem, text),
                     "divergence": divergence,
                 }

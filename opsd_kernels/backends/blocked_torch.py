@@ -90,7 +90,7 @@ def _divergence_tile(
         clip=p.clip,
         want_grad=run.wanted.any,
         group=run.group,
-    )  # fmt: skip
+    )
     run.value[rows] = value.squeeze(-1)
     if p.with_stats:
         for row, column in zip(stats, [*columns, removed], strict=True):

@@ -53,6 +53,8 @@ def test_the_solution_is_the_worked_steps_where_the_task_has_them():
     train, _ = load_problems(made("gsm_symbolic", 5, 1))
     assert all(len(problem.solution) > len(problem.answer) + 10 for problem in train)
     train, _ = load_problems(made())
+    assert all(problem.solution.endswith(f" = {problem.answer}") for problem in train)
+    train, _ = load_problems(made("letter_counting", 5, 1))
     assert all(problem.solution == problem.answer for problem in train)
 
 

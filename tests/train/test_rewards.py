@@ -7,20 +7,30 @@ from opsd_train.rewards import extract_answer, is_correct
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"),
+    ("expected", "text", "answer"),
     [
-        (r"so \boxed{5}.", "5"),
-        (r"\boxed{4} no, \boxed{ 5 }", "5"),
-        (r"\boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
-        (r"\boxed{{a}", r"\boxed{{a}"),
-        ("first\n\n 5 \n\n", "5"),
-        ("5", "5"),
-        ("", None),
-        (" \n\t\n", None),
+        ("5", r"so \boxed{5}.", "5"),
+        ("5", r"\boxed{4} no, \boxed{ 5 }", "5"),
+        ("1/2", r"\boxed{\frac{1}{2}} it is", r"\frac{1}{2}"),
+        ("a", r"\boxed{{a}", r"\boxed{{a}"),
+        ("five", "first\n\n five \n\n", "five"),
+        ("5", "5", "5"),
+        ("5", "", None),
+        ("five", " \n\t\n", None),
+        ("5", "no number", None),
+        ("84", "58 + 26 = 84", "84"),
+        ("84", "The sum of 58 and 26 is 84.", "84"),
+        ("-4", "3 - 7 = -4", "-4"),
+        ("3", "It is 7 - 3", "3"),
+        ("3", "It is 7-3", "3"),
+        ("3", "f(2)-3", "3"),
+        ("-5", "= - 5", "- 5"),
+        ("1234", "in all 1,234 apples", "1234"),
+        ("0.5", "about 0.5, or 1/2", "1/2"),
     ],
 )
-def test_extract_answer(text, answer):
-    assert extract_answer(text) == answer
+def test_extract_answer(expected, text, answer):
+    assert extract_answer(text, expected) == answer
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""process_group: the head sharded by rows over ranks gives what one process gives."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+import opsd_kernels as k
+from opsd_kernels.testing import make_pair
+
+TOKENS, HIDDEN, VOCAB = 13, 8, 101
+SIZES = {2: (60, 41), 3: (50, 1, 50)}
+
+
+def losses(p: dict[str, Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+    """One loss of every kind; `p` holds whole heads or shards."""
+    both = (p["student_input"], p["student_weight"], p["teacher_input"], p["teacher_weight"])
+    one = both[:2]
+    label, bias = p["shift_labels"], {"student_bias": p["student_bias"]}
+    run = {"process_group": group}
+    clipped, stats = k.fused_linear_jsd(
+        *both, label, **bias, **run, token_clip=0.01, student_softcap=20.0, return_stats=True
+    )
+    logprob, entropy = k.fused_linear_logprob(*one, label, **run, return_entropy=True)
+    advantage, sampled = k.fused_linear_advantage(*both, label, **run)
+    return [
+        k.fused_linear_jsd(*both, label, **bias, **run, beta=0.3, reduction="none").sum(),
+        k.fused_linear_forward_kl(*both, label, **bias, **run),
+        k.fused_linear_reverse_kl(*both, label, **bias, **run, temperature=1.3),
+        clipped + sum(column.sum() for column in stats.values()),
+        (2 * logprob + entropy).sum(),
+        k.fused_linear_cross_entropy(*one, label, **run, label_smoothing=0.1),
+        k.policy_gradient_loss(advantage, sampled, label),
+    ]
+
+
+def gradients(p: dict[str, Tensor], names: list[str], group) -> list[dict[str, Tensor]]:
+    leaves = {name: p[name].requires_grad_() for name in names}
+    result = []
+    for value in losses(p, group):
+        grads = torch.autograd.grad(value, leaves.values(), allow_unused=True)
+        found = {n: g for n, g in zip(leaves, grads, strict=True) if g is not None}
+        result.append({"value": value.detach(), **found})
+    return result
+
+
+def rank_main(rank: int, sizes: tuple[int, ...], names: list[str], folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=len(sizes))
+    p = inputs()
+    first = sum(sizes[:rank])
+    for name in ("student_weight", "teacher_weight", "student_bias"):
+        p[name] = p[name][first : first + sizes[rank]].clone()
+    made = gradients(p, names, dist.group.WORLD)
+    message = ""
+    try:
+        k.fused_linear_jsd(
+            p["student_input"],
+            p["student_weight"],
+            p["teacher_input"],
+            p["teacher_weight"],
+            torch.full((TOKENS,), VOCAB),
+            process_group=dist.group.WORLD,
+        )
+    except ValueError as error:
+        message = str(error)
+    torch.save((made, message), Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def inputs() -> dict[str, Tensor]:
+    pair = make_pair(TOKENS, HIDDEN, VOCAB, masked=3, seed=11)
+    return {
+        name: value.double() if value.is_floating_point() else value for name, value in pair.items()
+    }
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("ranks", "names"), [(2, ["student_input", "student_weight"]), (3, ["student_input"])]
+)
+def test_shards_equal_the_whole(ranks: int, names: list[str], tmp_path: Path) -> None:
+    sizes = SIZES[ranks]
+    mp.spawn(rank_main, (sizes, names, str(tmp_path)), nprocs=ranks)
+    whole = gradients(inputs(), names, None)
+    shards = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)]
+    for index, truth in enumerate(whole):
+        parts = [made[index] for made, _ in shards]
+        for part in parts:
+            torch.testing.assert_close(part["value"], truth["value"])
+            torch.testing.assert_close(part["student_input"], truth["student_input"])
+        if "student_weight" in truth:
+            weight = torch.cat([part["student_weight"] for part in parts])
+            torch.testing.assert_close(weight, truth["student_weight"])
+    for _, message in shards:
+        assert f"[0, {VOCAB})" in message and f"got {VOCAB} at token 0" in message
