@@ -49,6 +49,8 @@ def divergence_problem(
     teacher = _head("teacher_", teacher_input, teacher_weight, teacher_bias, teacher_softcap)
     _same_place("teacher_input", teacher_input, "student_input", student_input.device)
     same_tokens(student_input, teacher_input)
+    if teacher_weight is student_weight:
+        teacher.weight = student.weight  # one cast under autocast, and known to be shared
     _cut([student, teacher], vocab_size, execution)
     teacher.hidden, teacher.weight = teacher.hidden.detach(), teacher.weight.detach()
     teacher.bias = None if teacher.bias is None else teacher.bias.detach()
@@ -141,7 +143,9 @@ def reduction_arguments(reduction: str, num_tokens: float | Tensor | None) -> No
                 f"num_tokens: expected a number or a 0-dim tensor, got shape "
                 f"{tuple(num_tokens.shape)}"
             )
-    elif not num_tokens > 0:
+        if num_tokens.device.type != "cpu" or torch.compiler.is_compiling():
+            return  # reading it would stall the device, or break the graph
+    if not num_tokens > 0:
         raise ValueError(f"num_tokens: expected a positive number, got {num_tokens}")
 
 
@@ -290,8 +294,8 @@ def _tensor(name: str, value: Tensor) -> None:
     if type(value).__name__ == "DTensor":
         raise TypeError(
             f"{name}: is a DTensor; under FSDP2 call the loss inside a forward of the module that "
-            "owns it (register_fsdp_forward_method), where it is a plain tensor; a frozen one may be "
-            "passed as full_tensor()"
+            "owns it (register_fsdp_forward_method), where it is a plain tensor; a frozen one may "
+            "be passed as full_tensor()"
         )
 
 

@@ -73,10 +73,10 @@ def plan(
 ) -> Plan:
     """Choose how to compute a loss of `num_tokens` tokens over `vocab_size` logits.
 
-    loss is "divergence" (student and teacher) or "logprob" (one head). `teacher_dtype`
-    defaults to `dtype`. `grad_input`, `grad_weight` and `grad_bias` say which gradients are needed, `reduced` that the loss is
-    reduced to a scalar inside the call, `entropy_grad` that the entropy is differentiated too.
-    `workspace_bytes` defaults to 512 MiB on a GPU and 256 MiB elsewhere.
+    loss is "divergence" (student and teacher) or "logprob" (one head); `teacher_dtype` defaults
+    to `dtype`. `grad_input`, `grad_weight` and `grad_bias` say which gradients are needed,
+    `reduced` that the loss is reduced to a scalar inside the call, `entropy_grad` that the entropy
+    is differentiated too. `workspace_bytes` defaults to 512 MiB on a GPU and 256 MiB elsewhere.
 
     Raises ValueError for an unknown loss or schedule, and for a workspace too small for one row.
     """

@@ -177,9 +177,19 @@ class _Run:
         self.kept = _kept_rows(hidden, keep)
         self.row_scale, self.entropy_scale, self.scale = _relative(row_scale, entropy_scale)
         self.value = hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
-        self.grad_hidden = torch.zeros_like(hidden) if wanted.hidden else None
-        self.grad_entropy = torch.zeros_like(hidden) if wanted.entropy else None
-        self.grad_weight = torch.zeros_like(weight, dtype=self.dtype) if wanted.weight else None
+        self.grad_hidden = (
+            torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+            if wanted.hidden
+            else None
+        )
+        self.grad_entropy = (
+            torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+            if wanted.entropy
+            else None
+        )
+        self.grad_weight = (
+            weight.new_zeros(weight.shape, dtype=self.dtype) if wanted.weight else None
+        )
         self.grad_bias = (
             weight.new_zeros(weight.shape[0], dtype=self.dtype) if wanted.bias else None
         )

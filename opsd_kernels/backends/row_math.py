@@ -14,7 +14,7 @@ Group = dist.ProcessGroup | None
 
 # A finite stand-in for log 0: exp gives exactly 0, and differences of two of them do not overflow.
 LOG_ZERO = -1e38
-# No finite divergence gets near; a sum beyond it met probability against LOG_ZERO.
+# No finite log-probability gets near; a value beyond it met LOG_ZERO.
 _INFINITE = 1e20
 
 
@@ -132,15 +132,17 @@ def _forward_kl_(
     group: Group,
 ) -> tuple[Tensor, Tensor | None]:
     """sum t log(t/s); gradient T s - t over the unclipped entries, T their teacher mass."""
-    entries = log_t.sub_(log_s).mul_(t)
+    gap = log_t.sub_(log_s)
+    infinite = _banned(gap, group)
+    entries = gap.mul_(t)
     total = _row_sum(entries, group)
     if clip is None:
         torch.sub(s, t, out=log_s)
-        return _restore_infinity(total), None
+        return total.masked_fill_(infinite, torch.inf), None
     t.masked_fill_(entries > clip, 0)
     value = _row_sum(entries.clamp_(max=clip), group)
     torch.mul(s, _row_sum(t, group), out=log_s).sub_(t)
-    return _restore_infinity(value), _restore_infinity(total - value)
+    return value, (total - value).masked_fill_(infinite, torch.inf)
 
 
 def _reverse_kl_(
@@ -153,21 +155,21 @@ def _reverse_kl_(
     group: Group,
 ) -> tuple[Tensor, Tensor | None]:
     """sum s log(s/t); gradient s (log(s/t) - value), or its form over the unclipped entries."""
-    entries = log_s.sub_(log_t).mul_(s)
+    gap = log_s.sub_(log_t)
+    infinite = _banned(gap, group)
+    entries = gap.mul_(s)
     total = _row_sum(entries, group)
     if clip is None:
         if want_grad:
-            entries.addcmul_(s, total, value=-1)
-            infinite = total > _INFINITE
-            if bool(infinite.any()):  # inf - inf has no direction; the infinite value reports it
-                entries.masked_fill_(infinite, 0)
-        return _restore_infinity(total), None
+            # inf - inf has no direction; the infinite value reports it
+            entries.addcmul_(s, total, value=-1).masked_fill_(infinite, 0)
+        return total.masked_fill_(infinite, torch.inf), None
     over = entries > clip
     value = _row_sum(torch.clamp(entries, max=clip, out=work), group)
     if want_grad:
         entries.add_(s).masked_fill_(over, 0)
         entries.addcmul_(s, _row_sum(entries, group), value=-1)
-    return value, _restore_infinity(total - value)
+    return value, (total - value).masked_fill_(infinite, torch.inf)
 
 
 def _jsd_(
@@ -218,5 +220,10 @@ def _row_sum(tile: Tensor, group: Group) -> Tensor:
 
 
 def _restore_infinity(column: Tensor) -> Tensor:
-    """Sums that met LOG_ZERO are infinite in truth."""
+    """Log-probabilities that met LOG_ZERO are infinite in truth."""
     return torch.where(column.abs() > _INFINITE, column * torch.inf, column)
+
+
+def _banned(gap: Tensor, group: Group) -> Tensor:
+    """Rows where log p - log q met q = 0 < p, however faint p is."""
+    return reduce_columns(gap.amax(-1, keepdim=True), "MAX", group) > -LOG_ZERO / 2

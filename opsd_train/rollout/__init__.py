@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from opsd_train.rollout.transformers_engine import TransformersEngine
 from opsd_train.sections import RolloutConfig
 
 
@@ -20,6 +21,4 @@ class Engine(Protocol):
 
 def make_engine(config: RolloutConfig, model: nn.Module, tokenizer: Any) -> Engine:
     """The engine that the recipe names."""
-    from opsd_train.rollout.transformers_engine import TransformersEngine
-
     return TransformersEngine(model, tokenizer, config)
