@@ -197,7 +197,7 @@ class Trainer:
         stats.add(group, loss, columns)
 
     def _evaluate(self, when: str, summary: dict[str, Any], logger: RunLogger) -> Evaluation | None:
-        """Held-out accuracy and divergence; before training the teacher's and the majority's too."""
+        """Held-out accuracy and divergence; at first the teacher's and the majority's too."""
         settings = self.config.evaluation
         if not self.heldout:
             return None
