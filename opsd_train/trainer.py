@@ -173,6 +173,7 @@ class Trainer:
         completions = self.engine.generate(
             prompts,
             self.config.rollout.max_new_tokens,
+            batch_size=self.config.rollout.batch_size,
             seed=stable_seed(self.config.seed, "rollout", step),
         )
         return [

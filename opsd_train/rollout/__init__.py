@@ -14,7 +14,12 @@ class Engine(Protocol):
     """What the trainer asks of an engine."""
 
     def generate(
-        self, prompts: list[list[int]], max_new_tokens: int, *, seed: int | None
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        *,
+        batch_size: int,
+        seed: int | None,
     ) -> list[list[int]]:
         """One completion per prompt, its end token included; greedy where seed is None."""
 

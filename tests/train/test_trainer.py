@@ -96,14 +96,14 @@ def test_every_problem_once_a_pass(tiny_folder: Path, tmp_path: Path) -> None:
 def test_engine_stops_samples_and_repeats(tiny_folder: Path, tmp_path: Path) -> None:
     run = Trainer(config(tiny_folder, tmp_path / "run"), Clock())
     prompts = [run.prompts.student(problem) for problem in run.problems[:7]]
-    greedy = run.engine.generate(prompts, 6, seed=None)
-    alone = [run.engine.generate([prompt], 6, seed=None)[0] for prompt in prompts]
+    greedy = run.engine.generate(prompts, 6, batch_size=3, seed=None)
+    alone = [run.engine.generate([prompt], 6, batch_size=3, seed=None)[0] for prompt in prompts]
     assert greedy == alone  # left padding changes nothing
-    sampled = run.engine.generate(prompts, 12, seed=3)
-    assert sampled == run.engine.generate(prompts, 12, seed=3)
-    assert sampled != run.engine.generate(prompts, 12, seed=4)
+    sampled = run.engine.generate(prompts, 12, batch_size=3, seed=3)
+    assert sampled == run.engine.generate(prompts, 12, batch_size=3, seed=3)
+    assert sampled != run.engine.generate(prompts, 12, batch_size=3, seed=4)
     run.engine.stop_id = sampled[0][4]  # a token it is known to make
-    stopped = run.engine.generate(prompts, 12, seed=3)[0]
+    stopped = run.engine.generate(prompts, 12, batch_size=3, seed=3)[0]
     assert stopped[-1] == run.engine.stop_id and run.engine.stop_id not in stopped[:-1]
 
 
