@@ -206,13 +206,7 @@ class Trainer:
             sides = ["student", "teacher"] if settings.teacher and when == "before" else ["student"]
             prompts = {s: [getattr(self.prompts, s)(p) for p in self.heldout] for s in sides}
             made = {
-                side: evaluate(
-                    self.engine,
-                    self.tokenizer,
-                    self.heldout,
-                    prompts[side],
-                    settings.max_new_tokens,
-                )
+                side: evaluate(self.engine, self.tokenizer, self.heldout, prompts[side], settings)
                 for side in sides
             }
             summary[when] = made["student"].summary()
