@@ -1,7 +1,6 @@
 """Whole runs on a tiny random model: what they leave behind, also when they are cut short."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -129,14 +128,23 @@ def test_interrupted_by_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe(tiny_folder, run)))
     command = [sys.executable, "-m", "opsd_train", str(path), "steps=100000"]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run started in the background ignores SIGINT, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
-    while not ((run / "metrics.jsonl").exists() and rows(run)):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while not ((run / "metrics.jsonl").exists() and rows(run)):
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130 and "Traceback" not in errors
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     assert (run / "report.html").stat().st_size > 0
