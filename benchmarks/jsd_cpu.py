@@ -1,6 +1,6 @@
 """JSD from hidden states on a CPU: ours, TRL's two, Liger's chunked one and the bare GEMM floor.
 
-    python benchmarks/jsd_cpu.py                     # the README's table, about five minutes
+    python benchmarks/jsd_cpu.py                     # the README's table, about three minutes
     python benchmarks/jsd_cpu.py --vocab 151936      # another shape
     python benchmarks/jsd_cpu.py --dtype float32
 
@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=32768)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
