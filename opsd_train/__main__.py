@@ -1,5 +1,6 @@
 """``python -m opsd_train``."""
 
+import os
 import sys
 
 
@@ -17,6 +18,9 @@ def run() -> int:
             file=sys.stderr,
         )
         return 2
+    except BrokenPipeError:  # `... --help | head`; what is left to print has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ def error_line(capsys) -> str:
     return captured.err
 
 
+def test_a_reader_that_leaves_early():
+    pipe = f"'{sys.executable}' -m opsd_train --help | head -1"
+    done = subprocess.run(pipe, shell=True, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout == "Usage:\n" and done.stderr == ""
+
+
 def test_a_wrong_key_in_a_real_process():
     done = run("demo/opsd", "optim.lrr=3")
     assert done.returncode == 2
