@@ -89,7 +89,6 @@ def main() -> None:
     result = {
         "extra": status("VmHWM") - before,
         "outputs": sum(g.numel() * g.element_size() for g in grads),
-        "accumulator": promised.accumulator_bytes,
         "planned_workspace": promised.workspace_bytes,
     }
     print(json.dumps(result))
