@@ -29,6 +29,9 @@ def measure(
         env={
             **os.environ,
             "OMP_WAIT_POLICY": "PASSIVE",
+            # Every large buffer is mapped and unmapped by itself: glibc would otherwise keep freed
+            # ones, which hides a part of the peak or, by fragmentation, adds to it.
+            "MALLOC_MMAP_THRESHOLD_": str(MIB),
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
         },
         capture_output=True,
