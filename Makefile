@@ -22,7 +22,8 @@ test-slow: $(READY)
 
 bench: $(READY)
 	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
-	$(BIN)/python benchmarks/jsd_cpu.py
+	test -f benchmarks/.cache/real_pair.pt || $(BIN)/python -m benchmarks.real_pair
+	$(BIN)/python -m pytest benchmarks --benchmark
 
 # torch first and by itself: whatever else is installed then takes this one and no other.
 $(READY): pyproject.toml constraints.txt Makefile

@@ -196,7 +196,7 @@ class _Run:
         self.group, self.offset, self.vocab_size = None, 0, weight.shape[0]
         if group_name is not None:
             self.group = _resolve_process_group(group_name)
-            self.offset, self.vocab_size = vocabulary_shard(weight.shape[0], group_name)[:2]
+            self.offset, self.vocab_size = vocabulary_shard(weight, group_name)[:2]
         self._slope = self.tile() if head.softcap is not None and wanted.any else None
 
     def stats(self, count: int) -> Tensor:
@@ -267,12 +267,16 @@ class _Run:
         )
 
 
-def vocabulary_shard(local: int, group_name: str) -> tuple[int, int, int]:
+def vocabulary_shard(weight: Tensor, group_name: str) -> tuple[int, int, int]:
     """(first entry of this rank's shard, size of the whole vocabulary, largest shard)."""
     group = _resolve_process_group(group_name)
-    sizes: list[int] = [0] * dist.get_world_size(group)
-    dist.all_gather_object(sizes, local, group=group)
-    return sum(sizes[: dist.get_rank(group)]), sum(sizes), max(sizes)
+    rank = dist.get_rank(group)
+    # A tensor on the head's device suits NCCL and gloo; all_gather_object would need numpy.
+    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
+    counts[rank] = weight.shape[0]
+    dist.all_reduce(counts, group=group)
+    sizes = counts.tolist()
+    return sum(sizes[:rank]), sum(sizes), max(sizes)
 
 
 def _kept_rows(hidden: Tensor, keep: Tensor | None) -> Tensor:

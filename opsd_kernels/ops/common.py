@@ -37,10 +37,9 @@ def plan_for(
 
 def whole_vocabulary(head: Head, e: Execution) -> tuple[int, int]:
     """(entries over all shards, entries of the largest shard)."""
-    local = head.weight.shape[0]
     if e.group_name is None:
-        return local, local
-    return blocked_torch.vocabulary_shard(local, e.group_name)[1:]
+        return head.weight.shape[0], head.weight.shape[0]
+    return blocked_torch.vocabulary_shard(head.weight, e.group_name)[1:]
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:

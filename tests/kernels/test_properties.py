@@ -9,7 +9,7 @@ from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import cast, make_pair, single
 
-pytest.importorskip("hypothesis")
+pytest.importorskip("hypothesis", reason="needs hypothesis: pip install hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

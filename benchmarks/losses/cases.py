@@ -1,0 +1,184 @@
+"""What is measured: operations at sizes named after models, and which of them by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+
+OPERATIONS = {
+    "jsd": "JSD, beta 0.5",
+    "forward_kl": "forward KL",
+    "reverse_kl": "reverse KL",
+    "logprob": "log-probability with entropy",
+    "cross_entropy": "cross-entropy",
+    "advantage": "sampled-token advantage",
+}
+ONE_HEAD = ("logprob", "cross_entropy")
+HEADS = ("frozen", "trained")
+DTYPES = ("bfloat16", "float32")
+TOKENS = tuple(2**power for power in range(8, 16))  # 256 to 32768
+# Contenders that compile do so in this many cases of a default selection, the first ones.
+COMPILED = 2
+# More than this many operations in one step is no use on a CPU: about 4 s of bare bf16 products.
+_CPU_OPERATIONS = 1.5e12
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Hidden size and vocabulary of a model's LM head."""
+
+    name: str
+    hidden: int
+    vocab: int
+
+    @property
+    def slug(self) -> str:
+        return self.name.lower().replace("-", "_")
+
+
+SMOLLM2 = Shape("SmolLM2-135M", 576, 49152)
+QWEN3_06B = Shape("Qwen3-0.6B", 1024, 151936)
+QWEN3_17B = Shape("Qwen3-1.7B", 2048, 151936)
+QWEN3_8B = Shape("Qwen3-8B", 4096, 151936)
+LLAMA3 = Shape("Llama-3-8B", 4096, 128256)
+TINY = Shape("tiny", 32, 131)
+SHAPES = (SMOLLM2, QWEN3_06B, QWEN3_17B, QWEN3_8B, LLAMA3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: every contender on the same inputs.
+
+    inputs: "random", "close" (the teacher is the student and 5 % noise) or "real" (SmolLM2 as
+    student and as privileged teacher, captured by `python -m benchmarks.real_pair`).
+    """
+
+    operation: str
+    head: str
+    dtype: str
+    shape: Shape
+    tokens: int
+    inputs: str = "random"
+
+    @property
+    def title(self) -> str:
+        return OPERATIONS[self.operation]
+
+    @property
+    def id(self) -> str:
+        names = (self.operation, self.head, self.dtype, self.shape.slug, self.tokens, self.inputs)
+        return "-".join(map(str, names))
+
+    @property
+    def small(self) -> Case:
+        """The same at a size that takes no time, to load libraries with."""
+        return replace(self, shape=TINY, tokens=64, inputs="random")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def trained(self) -> bool:
+        return self.head == "trained"
+
+    @property
+    def models(self) -> int:
+        return 1 if self.operation in ONE_HEAD else 2
+
+    @property
+    def gemms(self) -> int:
+        """Products that nobody can avoid: logits once per model, one for each gradient."""
+        return self.models + 1 + int(self.trained)
+
+    @property
+    def logits_bytes(self) -> int:
+        """One model's logits in the case's dtype."""
+        return self.tokens * self.shape.vocab * self.torch_dtype.itemsize
+
+    @property
+    def input_bytes(self) -> int:
+        """Both models' hidden states and heads."""
+        size = (self.tokens + self.shape.vocab) * self.shape.hidden
+        return 2 * size * self.torch_dtype.itemsize
+
+    @property
+    def operations(self) -> int:
+        return self.gemms * 2 * self.tokens * self.shape.hidden * self.shape.vocab
+
+
+def default_cases(device: torch.device) -> list[Case]:
+    """The selection that ends within five minutes on 2 cores; the most telling cases first."""
+    if device.type == "cuda":
+        return _gpu_cases()
+    bf16 = "bfloat16"
+    others = [Case(name, "frozen", bf16, SMOLLM2, 256) for name in list(OPERATIONS)[1:]]
+    return [
+        Case("jsd", "frozen", bf16, SMOLLM2, 1024),
+        Case("cross_entropy", "trained", bf16, SMOLLM2, 256),
+        Case("jsd", "frozen", bf16, QWEN3_06B, 256),
+        Case("jsd", "frozen", bf16, SMOLLM2, 256),
+        Case("jsd", "frozen", bf16, SMOLLM2, 256, "close"),
+        Case("jsd", "frozen", bf16, SMOLLM2, 256, "real"),
+        Case("jsd", "trained", bf16, SMOLLM2, 256),
+        Case("jsd", "frozen", "float32", SMOLLM2, 256),
+        *others,
+        Case("logprob", "trained", bf16, SMOLLM2, 256),
+    ]
+
+
+def _gpu_cases() -> list[Case]:
+    bf16 = "bfloat16"
+    return [
+        Case("jsd", "frozen", bf16, QWEN3_8B, 8192),
+        Case("cross_entropy", "trained", bf16, LLAMA3, 8192),
+        Case("jsd", "frozen", bf16, SMOLLM2, 1024, "close"),
+        Case("jsd", "frozen", bf16, SMOLLM2, 1024, "real"),
+        Case("jsd", "trained", bf16, QWEN3_8B, 8192),
+        *(Case(name, "frozen", bf16, QWEN3_8B, 8192) for name in list(OPERATIONS)[1:]),
+        *(Case("jsd", "frozen", bf16, QWEN3_8B, n) for n in (1024, 2048, 4096, 16384, 32768)),
+        *(Case("jsd", "frozen", bf16, shape, 8192) for shape in (LLAMA3, QWEN3_17B, QWEN3_06B)),
+        Case("jsd", "frozen", "float32", QWEN3_06B, 4096),
+        Case("logprob", "trained", bf16, QWEN3_8B, 8192),
+    ]
+
+
+def full_cases(device: torch.device, memory: int) -> list[Case]:
+    """Everything that `memory` bytes hold and, on a CPU, that is over in seconds."""
+    random = _cases(product(OPERATIONS, HEADS, DTYPES, SHAPES, TOKENS))
+    alike = [
+        Case(name, "frozen", dtype, SMOLLM2, tokens, inputs)
+        for name, dtype, tokens, inputs in product(
+            OPERATIONS, DTYPES, (256, 1024), ("close", "real")
+        )
+    ]
+    return [case for case in (*random, *alike) if fits(case, device, memory)]
+
+
+def _cases(rows: Iterable[tuple]) -> list[Case]:
+    return [Case(*row) for row in rows]
+
+
+def fits(case: Case, device: torch.device, memory: int) -> bool:
+    # Beside the inputs: a trained head's gradient and its fp32 accumulator, and room to work.
+    gradient = 3 * case.shape.vocab * case.shape.hidden * 4 if case.trained else 0
+    if case.input_bytes + gradient + 2**30 > 0.8 * memory:
+        return False
+    return device.type == "cuda" or case.operations <= _CPU_OPERATIONS
+
+
+def check_cases() -> list[Case]:
+    """Every operation, head and dtype at a size that takes milliseconds."""
+    return _cases(product(OPERATIONS, HEADS, DTYPES, (TINY,), (48,)))
+
+
+def find(identifier: str) -> Case:
+    """The case of an id; raises ValueError for an unknown part."""
+    operation, head, dtype, slug, tokens, inputs = identifier.split("-")
+    shape = {shape.slug: shape for shape in (*SHAPES, TINY)}.get(slug)
+    if operation not in OPERATIONS or shape is None:
+        raise ValueError(f"unknown case {identifier!r}")
+    return Case(operation, head, dtype, shape, int(tokens), inputs)

@@ -1,0 +1,166 @@
+"""Everyone who takes part: the floor, ours, and every peer with what it needs to run.
+
+A contender computes the mean loss over tokens from hidden states and heads. `contenders(case)`
+lists those that have an answer to the case's operation; `why_not` says why one cannot give it here.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.losses import eager, peers
+from benchmarks.losses.cases import Case
+from benchmarks.losses.inputs import Inputs
+from benchmarks.losses.truth import BETA
+from opsd_kernels import (
+    fused_linear_advantage,
+    fused_linear_cross_entropy,
+    fused_linear_jsd,
+    fused_linear_logprob,
+    plan,
+    policy_gradient_loss,
+)
+from opsd_kernels.plan import SCHEDULES
+
+FLOOR = "bare GEMMs"
+OURS = "opsd_kernels"
+# The floor's products run in blocks of rows whose logits take this much at most.
+_FLOOR_BYTES = 2**30
+
+Call = Callable[[Inputs], Tensor]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """role is "floor", "ours" or "peer". `logits` counts the (N, V) tensors it is known to hold."""
+
+    name: str
+    role: str
+    call: Call
+    package: str | None = None
+    needs_gpu: bool = False
+    compiles: bool = False
+    logits: int = 0
+
+    def why_not(self, case: Case, device: torch.device, memory: int) -> str | None:
+        """Why it cannot run the case on this device with that many bytes, None if it can."""
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.needs_gpu and device.type != "cuda":
+            return "its Triton kernel needs a GPU"
+        # Full logits are kept in fp32 by softmax and its gradient, whatever the inputs are.
+        held = self.logits * case.tokens * case.shape.vocab * 4
+        if held + case.input_bytes > 0.9 * memory:
+            return f"needs about {held / 2**30:.0f} GiB for its logits"
+        return None
+
+
+def contenders(case: Case, device: torch.device) -> list[Contender]:
+    """The floor first, then ours, then the peers."""
+    return [Contender(FLOOR, "floor", floor), *_ours(case, device), *_peers(case)]
+
+
+def _ours(case: Case, device: torch.device) -> list[Contender]:
+    """What `schedule="auto"` gives, each other schedule, and the shared head where it applies."""
+    chosen = our_plan(case, device).schedule
+    found = [Contender(OURS, "ours", lambda x: _call(x, "auto"))]
+    for schedule in SCHEDULES:
+        if schedule not in ("auto", chosen):
+            name = f"{OURS}, {schedule}"
+            found.append(Contender(name, "ours", lambda x, s=schedule: _call(x, s)))
+    if case.operation in BETA and not case.trained:
+        shared = Contender(f"{OURS}, shared head", "ours", lambda x: _call(x, "auto", shared=True))
+        found.append(shared)
+    return found
+
+
+def our_plan(case: Case, device: torch.device) -> object:
+    """The plan of ours, as the operators make it."""
+    return plan(
+        case.tokens, case.shape.hidden, case.shape.vocab,
+        loss="divergence" if case.operation in BETA else "logprob",
+        dtype=case.torch_dtype, device=device, grad_weight=case.trained,
+        reduced=case.operation in (*BETA, "cross_entropy"),
+    )  # fmt: skip
+
+
+def _call(x: Inputs, schedule: str, shared: bool = False) -> Tensor:
+    operation = x.case.operation
+    teacher = x.teacher, x.head if shared else x.teacher_head
+    if operation in BETA:
+        return fused_linear_jsd(
+            x.student, x.head, *teacher, beta=BETA[operation], schedule=schedule
+        )
+    if operation == "cross_entropy":
+        return fused_linear_cross_entropy(x.student, x.head, x.labels, schedule=schedule)
+    if operation == "logprob":
+        logprob, _ = fused_linear_logprob(
+            x.student, x.head, x.labels, return_stats=True, schedule=schedule
+        )
+        return -(x.upstream * logprob).mean()
+    advantage, logprob = fused_linear_advantage(
+        x.student, x.head, *teacher, x.labels, schedule=schedule
+    )
+    return policy_gradient_loss(advantage, logprob)
+
+
+def _peers(case: Case) -> list[Contender]:
+    operation, liger = case.operation, "liger_kernel"
+    found = [
+        Contender("PyTorch eager", "peer", eager.loss, logits=4),
+        Contender("torch.compile of eager", "peer", eager.compiled, compiles=True, logits=3),
+    ]
+    if operation in BETA:
+        return [
+            *found,
+            Contender("TRL generalized_jsd_loss", "peer", peers.trl_jsd, "trl", logits=4),
+            Contender("TRL ChunkedDivergenceFunction", "peer", peers.trl_divergence, "trl"),
+            Contender("Liger FusedLinearJSD", "peer", peers.liger_jsd, liger, needs_gpu=True),
+            Contender(
+                "Liger chunked_loss JSD", "peer", peers.liger_chunked_jsd, liger, compiles=True
+            ),
+        ]
+    if operation == "cross_entropy":
+        return [
+            *found,
+            Contender("torch linear_cross_entropy", "peer", peers.torch_cross_entropy),
+            Contender("TRL ChunkedLogProbFunction", "peer", peers.trl_cross_entropy, "trl"),
+            Contender(
+                "Liger FusedLinearCrossEntropy", "peer", peers.liger_ce, liger, needs_gpu=True
+            ),
+            Contender(
+                "Cut Cross-Entropy", "peer", peers.cut_ce, "cut_cross_entropy", needs_gpu=True
+            ),
+        ]
+    eager_name = "TRL selective_log_softmax" + ("_and_entropy" if operation == "logprob" else "")
+    return [
+        *found,
+        Contender(eager_name, "peer", peers.trl_eager_logprob, "trl", logits=3),
+        Contender("TRL ChunkedLogProbFunction", "peer", peers.trl_logprob, "trl"),
+    ]
+
+
+def floor(x: Inputs) -> Callable[[], None]:
+    """Logits of each model, then each gradient's product; returns the backward half."""
+    rows = max(1, _FLOOR_BYTES // (x.head.shape[0] * x.head.element_size()))
+    blocks = torch.arange(x.student.shape[0], device=x.student.device).split(rows)
+    student, head = x.student.detach(), x.head.detach()
+    for block in blocks:
+        part = slice(int(block[0]), int(block[-1]) + 1)
+        logits = student[part] @ head.T
+        if x.case.models == 2:
+            x.teacher[part] @ x.teacher_head.T
+
+    def backward() -> None:
+        for block in blocks:
+            part = slice(int(block[0]), int(block[-1]) + 1)
+            logits[: len(block)] @ head
+            if x.case.trained:
+                logits[: len(block)].T @ student[part]
+
+    return backward

@@ -1,0 +1,62 @@
+"""What one would write by hand: full logits, fp32 softmax; and the same through torch.compile."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.losses.inputs import Inputs
+from benchmarks.losses.truth import BETA
+
+
+def loss(x: Inputs) -> Tensor:
+    return _loss(x.case.operation, *_tensors(x))
+
+
+def compiled(x: Inputs) -> Tensor:
+    return _compiled(x.case.operation, *_tensors(x))
+
+
+def _tensors(x: Inputs) -> tuple[Tensor, ...]:
+    return x.student, x.head, x.teacher, x.teacher_head, x.labels, x.upstream
+
+
+def _loss(
+    operation: str,
+    student: Tensor,
+    head: Tensor,
+    teacher: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+) -> Tensor:
+    z = F.linear(student, head).float()
+    if operation == "cross_entropy":
+        return F.cross_entropy(z, labels)
+    log_s = z.log_softmax(-1)
+    logprob = log_s.gather(-1, labels[:, None]).squeeze(-1)
+    if operation == "logprob":
+        # The entropy is watched, not trained on, as a GRPO step does; it cannot be optimised away.
+        entropy = -(log_s.detach().exp() * log_s.detach()).sum(-1)
+        return -(upstream * logprob).mean() + 0 * entropy.mean()
+    log_t = F.linear(teacher, teacher_head).float().log_softmax(-1)
+    if operation == "advantage":
+        advantage = log_t.gather(-1, labels[:, None]).squeeze(-1) - logprob.detach()
+        return -(advantage * logprob).mean()
+    return divergence(log_s, log_t, BETA[operation]).mean()
+
+
+def divergence(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+    if beta == 0:
+        return (log_t.exp() * (log_t - log_s)).sum(-1)
+    if beta == 1:
+        return (log_s.exp() * (log_s - log_t)).sum(-1)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    to_teacher = (log_t.exp() * (log_t - log_m)).sum(-1)
+    return beta * to_teacher + (1 - beta) * (log_s.exp() * (log_s - log_m)).sum(-1)
+
+
+_compiled = torch.compile(_loss, fullgraph=True, dynamic=False)

@@ -1,0 +1,178 @@
+"""Peak extra memory where it is real: CUDA's allocator, or the resident set of a fresh process.
+
+On a CPU each contender gets a process of its own that stays for the session: inputs made, a small
+warm call, the kernel's high-water mark reset, the call. glibc is told to map every large buffer by
+itself (MALLOC_MMAP_THRESHOLD_): it would otherwise keep freed buffers in the resident set, where
+they hide a part of the next peak or, by fragmentation, add to it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.environment import ROOT
+from benchmarks.losses.cases import find
+from benchmarks.losses.contenders import Contender, contenders
+from benchmarks.losses.inputs import Inputs
+
+_MIB = 2**20
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_NOT_MEASURED = "needs Linux's /proc/self/clear_refs"
+
+
+class Memory(Protocol):
+    """`method` is a sentence for the record."""
+
+    method: str
+
+    def measure(self, contender: Contender, x: Inputs) -> dict[str, Any]:
+        """{"peak_extra_mib": {"forward", "backward", "both"}}, or None with "peak_why"."""
+
+
+class NoMemory:
+    """For the runs that only check that everything runs."""
+
+    method = "not measured"
+
+    def measure(self, contender: Contender, x: Inputs) -> dict[str, Any]:
+        return {"peak_extra_mib": None, "peak_why": "not asked for"}
+
+
+class CudaMemory:
+    method = "growth of torch.cuda.max_memory_allocated over one warm call"
+
+    def measure(self, contender: Contender, x: Inputs) -> dict[str, Any]:
+        x.clear()
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+
+        def reset() -> None:
+            torch.cuda.reset_peak_memory_stats()
+
+        peaks = _halves(contender, x, reset, lambda: torch.cuda.max_memory_allocated() - before)
+        x.clear()
+        return {"peak_extra_mib": peaks}
+
+
+class ProcessMemory:
+    """One waiting process per contender; a context manager."""
+
+    method = (
+        "growth of the resident set over one call after a small warm one, in a fresh process per "
+        "contender, with MALLOC_MMAP_THRESHOLD_ set so that freed buffers leave it"
+    )
+
+    def __init__(self) -> None:
+        self.workers: dict[str, subprocess.Popen] = {}
+        self.folder = tempfile.TemporaryDirectory()
+        self.saved: Inputs | None = None
+
+    def __enter__(self) -> ProcessMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.stdin.close()
+            worker.wait()
+        self.folder.cleanup()
+
+    def measure(self, contender: Contender, x: Inputs) -> dict[str, Any]:
+        if not _CLEAR_REFS.exists():
+            return {"peak_extra_mib": None, "peak_why": _NOT_MEASURED}
+        worker = self.workers.get(contender.name) or self._start(contender.name)
+        path = Path(self.folder.name) / "inputs.pt"
+        if self.saved is not x:
+            x.save(path)
+            self.saved = x
+        worker.stdin.write(json.dumps([x.case.id, str(path)]) + "\n")
+        worker.stdin.flush()
+        answer = worker.stdout.readline()
+        if not answer:
+            raise RuntimeError(
+                f"{contender.name}: the process that measures its memory died in {x.case.id}; "
+                "its error stands above"
+            )
+        return {"peak_extra_mib": json.loads(answer)}
+
+    def _start(self, name: str) -> subprocess.Popen:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.losses.memory", name],
+            cwd=ROOT,
+            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(_MIB), "OMP_WAIT_POLICY": "passive"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.workers[name] = worker
+        return worker
+
+
+@contextmanager
+def memory_for(device: torch.device) -> Iterator[Memory]:
+    if device.type == "cuda":
+        yield CudaMemory()
+        return
+    with ProcessMemory() as chosen:
+        yield chosen
+
+
+def _halves(contender: Contender, x: Inputs, reset: Any, peak: Any) -> dict[str, float]:
+    """Peak MiB of forward and of backward, both above what was held before the call."""
+    grad = contender.role != "floor"
+    with torch.set_grad_enabled(grad):
+        reset()
+        result = contender.call(x)
+        forward = peak()
+        reset()
+        result.backward() if grad else result()
+        backward = peak()
+    found = {"forward": forward, "backward": backward, "both": max(forward, backward)}
+    return {name: round(value / _MIB, 2) for name, value in found.items()}
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return 1024 * int(line.split()[1])
+    raise KeyError(key)
+
+
+def _serve(name: str) -> None:
+    """Answer [case id, file of its inputs] on stdin with peaks on stdout, a line of JSON each."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a peer prints goes to stderr
+    device = torch.device("cpu")
+    for line in sys.stdin:
+        identifier, path = json.loads(line)
+        x = Inputs.load(find(identifier), Path(path))
+        contender = next(c for c in contenders(x.case, device) if c.name == name)
+        answers.write(json.dumps(_resident(contender, x)) + "\n")
+        answers.flush()
+
+
+def _resident(contender: Contender, x: Inputs) -> dict[str, float]:
+    # A compiled contender is compiled for this very shape, the others only need their libraries.
+    warm = x if contender.compiles else Inputs(x.case.small, x.student.device)
+    _halves(contender, warm, lambda: None, lambda: 0)
+    x.clear()
+    del warm
+    gc.collect()
+    before = _status("VmRSS")
+    return _halves(
+        contender, x, lambda: _CLEAR_REFS.write_text("5"), lambda: _status("VmHWM") - before
+    )
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -1,0 +1,96 @@
+"""The peers' calls, each as its documentation shows it; imported when first called."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.losses.inputs import Inputs
+from benchmarks.losses.truth import BETA
+
+
+def trl_jsd(x: Inputs) -> Tensor:
+    from trl.experimental.gkd import GKDTrainer
+
+    student, teacher = x.student @ x.head.T, x.teacher @ x.teacher_head.T
+    return GKDTrainer.generalized_jsd_loss(student, teacher, beta=BETA[x.case.operation])
+
+
+def trl_divergence(x: Inputs) -> Tensor:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    heads = x.student, x.head, None, x.teacher, x.teacher_head, None
+    divergence, _ = ChunkedDivergenceFunction.apply(*heads, BETA[x.case.operation])
+    return divergence.mean()
+
+
+def liger_jsd(x: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=BETA[x.case.operation])
+    return loss(x.student, x.head, x.teacher, x.teacher_head, x.labels)
+
+
+def liger_chunked_jsd(x: Inputs) -> Tensor:
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
+
+    beta = BETA[x.case.operation]
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
+    return loss(x.student, x.head, x.teacher, x.teacher_head, x.labels)
+
+
+def _trl_chunked(hidden: Tensor, head: Tensor, labels: Tensor, *outputs: str) -> Tensor:
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer import utils
+
+    size = utils._CHUNKED_LOGPROB_CHUNK_SIZE  # what TRL's trainers pass
+    options = None, labels, 1.0, size, None, 1.0, outputs
+    return ChunkedLogProbFunction.apply(hidden, head, *options)[0]
+
+
+def trl_logprob(x: Inputs) -> Tensor:
+    if x.case.operation == "logprob":
+        return -(x.upstream * _trl_chunked(x.student, x.head, x.labels, "entropy")).mean()
+    with torch.no_grad():
+        teacher = _trl_chunked(x.teacher, x.teacher_head, x.labels)
+    student = _trl_chunked(x.student, x.head, x.labels)
+    return -((teacher - student.detach()) * student).mean()
+
+
+def trl_cross_entropy(x: Inputs) -> Tensor:
+    return -_trl_chunked(x.student, x.head, x.labels).mean()
+
+
+def trl_eager_logprob(x: Inputs) -> Tensor:
+    from trl.trainer.utils import selective_log_softmax, selective_log_softmax_and_entropy
+
+    logits = x.student @ x.head.T
+    if x.case.operation == "logprob":
+        logprob, _ = selective_log_softmax_and_entropy(
+            logits, x.labels, entropy_requires_grad=False
+        )
+        return -(x.upstream * logprob).mean()
+    with torch.no_grad():
+        teacher = selective_log_softmax(x.teacher @ x.teacher_head.T, x.labels)
+    student = selective_log_softmax(logits, x.labels)
+    return -((teacher - student.detach()) * student).mean()
+
+
+def torch_cross_entropy(x: Inputs) -> Tensor:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotImplementedError(f"torch {torch.__version__} has none; it came after 2.11")
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(x.student, x.head, x.labels, options=options)
+
+
+def liger_ce(x: Inputs) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(x.head, x.student, x.labels)
+
+
+def cut_ce(x: Inputs) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(x.student, x.head, x.labels)

@@ -1,0 +1,40 @@
+"""The JSON of a run of the loss benchmarks: what was measured, on what."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import environment
+
+
+@dataclass
+class Record:
+    """Grows case by case; `benchmarks.report` reads what `write` leaves."""
+
+    memory_method: str = "not measured"
+    cases: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    started: float = field(default_factory=time.time)
+    commit: str | None = None
+
+    def skip(self, case_id: str, why: str) -> None:
+        self.skipped.append({"id": case_id, "why": why})
+
+    def as_json(self) -> dict[str, Any]:
+        found = environment()
+        return {
+            "kind": "losses",
+            "environment": found | {"commit": found["commit"] or self.commit},
+            "memory_method": self.memory_method,
+            "seconds": round(time.time() - self.started, 1),
+            "cases": self.cases,
+            "skipped": self.skipped,
+        }
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.as_json(), indent=1) + "\n")

@@ -1,0 +1,176 @@
+"""Times, errors and memory of one case: all contenders in turn, on the same tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.environment import total_memory
+from benchmarks.losses.call import call
+from benchmarks.losses.cases import Case
+from benchmarks.losses.check import Check
+from benchmarks.losses.contenders import OURS, Contender, contenders, our_plan
+from benchmarks.losses.inputs import Inputs
+from benchmarks.losses.memory import Memory
+
+# A peer whose first warm call took longer sits out the rounds: that call is its only sample.
+PATIENCE = 2.5
+MAX_ROUNDS, MIN_ROUNDS = 20, 3
+
+
+@dataclass
+class Samples:
+    """Seconds per call, forward and backward apart."""
+
+    forward: list[float] = field(default_factory=list)
+    backward: list[float] = field(default_factory=list)
+
+    def add(self, forward: float, backward: float) -> None:
+        self.forward.append(forward)
+        self.backward.append(backward)
+
+    def as_json(self) -> dict[str, list[float]]:
+        both = [f + b for f, b in zip(self.forward, self.backward, strict=True)]
+        parts = {"forward": self.forward, "backward": self.backward, "both": both}
+        return {name: [round(value, 7) for value in values] for name, values in parts.items()}
+
+
+def measure(
+    case: Case,
+    device: torch.device,
+    memory: Memory,
+    *,
+    budget: float = 8.0,
+    compiled: bool = True,
+    drive: Callable[..., Any] | None = None,
+) -> dict[str, Any]:
+    """One case as JSON; `budget` is the time for its rounds in seconds.
+
+    `drive(target, setup=, rounds=)` runs the rounds (pytest-benchmark's `pedantic`): the setup runs
+    everybody else, the target ours.
+    """
+    x = Inputs(case, device)
+    taking_part, absent = _present(case, device, compiled)
+    check = Check(x)
+    first = {c.name: _warm_up(c, x, check, absent) for c in taking_part}
+    taking_part = [c for c in taking_part if c.name not in absent]
+    samples = {c.name: Samples() for c in taking_part}
+    quick = [c for c in taking_part if c.role != "peer" or sum(first[c.name]) <= PATIENCE]
+    for contender in taking_part:
+        if contender not in quick:
+            samples[contender.name].add(*first[contender.name])
+    rounds = _rounds(sum(sum(first[c.name]) for c in quick), budget)
+    _run_rounds(quick, x, samples, rounds, drive or _plain)
+    peaks = {c.name: memory.measure(c, x) for c in taking_part}
+    found = {
+        c.name: {"role": c.role, "seconds": samples[c.name].as_json()}
+        | peaks[c.name]
+        | ({"error": check.errors[c.name]} if c.name in check.errors else {})
+        for c in taking_part
+    }
+    order = [c.name for c in contenders(case, device)]
+    roles = {c.name: c.role for c in contenders(case, device)}
+    return _describe(case, device, rounds, len(check.tokens)) | {
+        "contenders": {
+            name: found.get(name) or {"role": roles[name], "why_not": absent[name]}
+            for name in order
+        }
+    }
+
+
+def _describe(case: Case, device: torch.device, rounds: int, checked: int) -> dict[str, Any]:
+    return {
+        "id": case.id,
+        "operation": case.operation,
+        "title": case.title,
+        "head": case.head,
+        "dtype": case.dtype,
+        "shape": case.shape.name,
+        "tokens": case.tokens,
+        "hidden": case.shape.hidden,
+        "vocab": case.shape.vocab,
+        "inputs": case.inputs,
+        "gemms": case.gemms,
+        "rounds": rounds,
+        "error_rows": checked,
+        "plan": str(our_plan(case, device)),
+    }
+
+
+def _present(
+    case: Case, device: torch.device, compiled: bool
+) -> tuple[list[Contender], dict[str, str]]:
+    """Contenders that can be tried, and why the others cannot."""
+    taking_part, absent = [], {}
+    for contender in contenders(case, device):
+        reason = contender.why_not(case, device, total_memory(device))
+        if contender.compiles and not compiled:
+            reason = "compiles for longer than it runs: only in the first cases and with --full"
+        if reason is None:
+            taking_part.append(contender)
+        else:
+            absent[contender.name] = reason
+    return taking_part, absent
+
+
+def _warm_up(
+    contender: Contender, x: Inputs, check: Check, absent: dict[str, str]
+) -> tuple[float, float]:
+    """Seconds of a call of full size with everything loaded and compiled; its answers are checked.
+
+    A peer that fails is noted in `absent`; ours is not excused.
+    """
+    try:
+        if contender.compiles:
+            call(contender, x)
+        else:
+            call(contender, Inputs(x.case.small, x.student.device))
+        seconds = call(contender, x)[:2]
+        if contender.role != "floor":
+            check.full_size(contender, x)
+            check.answers(contender)
+        return seconds
+    except Exception as error:
+        if contender.role != "peer":
+            raise
+        lines = str(error).strip().splitlines() or [""]
+        absent[contender.name] = f"{type(error).__name__}: {lines[0]}"[:200]
+        return 0.0, 0.0
+    finally:
+        x.clear()
+
+
+def _rounds(seconds: float, budget: float) -> int:
+    return max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget / max(seconds, 1e-6))))
+
+
+def _run_rounds(
+    taking_part: list[Contender],
+    x: Inputs,
+    samples: dict[str, Samples],
+    rounds: int,
+    drive: Callable[..., Any],
+) -> None:
+    ours = next(c for c in taking_part if c.name == OURS)
+    others = [c for c in taking_part if c is not ours]
+
+    def sample(contender: Contender) -> None:
+        samples[contender.name].add(*call(contender, x)[:2])
+
+    def everybody_else() -> None:
+        for contender in others:
+            sample(contender)
+        others.append(others.pop(0))  # nobody always follows the same one
+        x.clear()
+
+    drive(lambda: sample(ours), setup=everybody_else, rounds=rounds)
+    x.clear()
+
+
+def _plain(target: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
+    for _ in range(rounds):
+        setup()
+        target()

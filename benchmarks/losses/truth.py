@@ -1,0 +1,72 @@
+"""What every answer is measured against: float64 over full logits, a block of rows at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.losses.inputs import Inputs
+from opsd_kernels import reference
+
+BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
+# Logits of this many elements are folded in float64; more tokens are checked on a part of them.
+_CPU_ELEMENTS, _GPU_ELEMENTS = 2**22, 2**29
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+_WEIGHT_ROWS = 64
+
+
+@dataclass
+class Truth:
+    """Loss and gradients; of the head's gradient only the rows `entries` are known."""
+
+    loss: float
+    grad_hidden: Tensor
+    grad_weight: Tensor | None
+    entries: Tensor
+
+
+def checked_tokens(x: Inputs) -> Tensor:
+    """The tokens to check, spread over all of them."""
+    tokens, vocab = x.student.shape[0], x.head.shape[0]
+    limit = _GPU_ELEMENTS if x.student.device.type == "cuda" else _CPU_ELEMENTS
+    count = min(tokens, max(1, limit // vocab))
+    return torch.linspace(0, tokens - 1, count, device=x.student.device).long()
+
+
+def truth(x: Inputs) -> Truth:
+    """Mean loss over x's tokens and its gradients."""
+    tokens, vocab = x.student.shape[0], x.head.shape[0]
+    head, teacher_head = (w.detach().double() for w in (x.head, x.teacher_head))
+    labelled = x.labels.unique()[: _WEIGHT_ROWS // 2]
+    spread = torch.linspace(0, vocab - 1, _WEIGHT_ROWS // 2, device=head.device).long()
+    entries = torch.cat([labelled, spread]).unique()
+    grad_hidden = torch.zeros(x.student.shape, dtype=torch.float64, device=head.device)
+    grad_weight = grad_hidden.new_zeros(len(entries), head.shape[1])
+    loss = 0.0
+    size = max(1, _BLOCK_ELEMENTS[head.device.type] // vocab)
+    for rows in torch.arange(tokens, device=head.device).split(size):
+        hidden = x.student.detach()[rows].double()
+        z = (hidden @ head.T).requires_grad_()
+        z_t = None if x.case.models == 1 else x.teacher[rows].double() @ teacher_head.T
+        value = _values(x, rows, z, z_t).sum() / tokens
+        (grad,) = torch.autograd.grad(value, z)
+        loss += value.item()
+        grad_hidden[rows] = grad @ head
+        grad_weight += grad[:, entries].T @ hidden
+    return Truth(loss, grad_hidden, grad_weight if x.case.trained else None, entries)
+
+
+def _values(x: Inputs, rows: Tensor, z: Tensor, z_t: Tensor | None) -> Tensor:
+    """The loss of each token."""
+    log_s, labels = z.log_softmax(-1), x.labels[rows]
+    if x.case.operation in BETA:
+        return reference.divergence(log_s, z_t.log_softmax(-1), BETA[x.case.operation])
+    if x.case.operation == "cross_entropy":
+        return reference.cross_entropy(log_s, labels)
+    logprob = reference.logprob(log_s, labels)
+    if x.case.operation == "logprob":
+        return -x.upstream[rows].double() * logprob
+    advantage = reference.advantage(log_s, z_t.log_softmax(-1), labels).detach()
+    return -advantage * logprob

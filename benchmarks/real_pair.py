@@ -1,0 +1,62 @@
+"""Hidden states of a real pair: SmolLM2-135M as student and as teacher that sees the solution.
+
+    python -m benchmarks.real_pair
+
+Samples completions of the demo's training problems, runs the model over them under the student's
+and the teacher's prompt, and keeps the last hidden states of 1024 completion tokens with the head
+in benchmarks/.cache/real_pair.pt (about 60 MB, ignored by git). About a minute on 2 cores.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.losses.inputs import REAL_PAIR
+from opsd_train.batches import make_batch
+from opsd_train.config import config_from, load_recipe
+from opsd_train.data import load_problems
+from opsd_train.model import completion_hidden, lm_head, load_model, load_tokenizer
+from opsd_train.prompts import PromptBuilder
+from opsd_train.rollout import make_engine
+
+TOKENS = 1024
+_COMPLETION = 48
+
+
+@torch.no_grad()
+def capture(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    """{"student", "teacher"} (tokens, D), "head" (V, D), "labels" (tokens,): the sampled tokens."""
+    config = config_from(load_recipe("demo/opsd"))
+    tokenizer = load_tokenizer(config.model)
+    prompts = PromptBuilder(tokenizer, config.prompts)
+    model = load_model(config.model, tokenizer, torch.device("cpu"))
+    engine = make_engine(config.rollout, model, tokenizer)
+    held: dict[str, list[torch.Tensor]] = {"student": [], "teacher": [], "labels": []}
+    problems, count, seed = iter(prompts.filter(load_problems(config.data)[0])), 0, 0
+    while count < tokens:
+        group = [next(problems) for _ in range(config.rollout.batch_size)]
+        asked = [prompts.student(problem) for problem in group]
+        completions = engine.generate(asked, _COMPLETION, batch_size=len(group), seed=seed)
+        for side in ("student", "teacher"):
+            shown = [getattr(prompts, side)(problem) for problem in group]
+            batch = make_batch(shown, completions, tokenizer.pad_token_id, model.device)
+            held[side].append(completion_hidden(model, batch))
+        held["labels"].append(batch.targets)
+        count, seed = count + len(batch.targets), seed + 1
+    pair = {name: torch.cat(parts)[:tokens].contiguous() for name, parts in held.items()}
+    return pair | {"head": lm_head(model).weight.detach().clone()}
+
+
+def main() -> None:
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    pair = capture()
+    REAL_PAIR.parent.mkdir(exist_ok=True)
+    torch.save(pair, REAL_PAIR)
+    size = REAL_PAIR.stat().st_size / 2**20
+    print(f"wrote {REAL_PAIR}: {len(pair['labels'])} tokens, {size:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.report`: plots, a page and the README's tables from JSON alone."""

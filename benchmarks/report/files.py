@@ -1,0 +1,190 @@
+"""The benchmark's JSON files: found, read, checked, and merged per device."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report.data import (
+    Case,
+    Contender,
+    Demo,
+    Device,
+    Json,
+    ReportError,
+    Share,
+    Source,
+    Trainer,
+    TrainStep,
+)
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load(paths: Iterable[Path]) -> list[Device]:
+    """The devices in these files and folders: CPUs first, each with its newest results."""
+    contents = [(_read(path), path) for path in _files(paths)]
+    # Stable: of two files of one date, the one later in the alphabet.
+    contents.sort(key=lambda item: str(item[0]["environment"].get("date") or ""))
+    devices: dict[str, Device] = {}
+    for content, path in contents:
+        try:
+            _add(devices, content, path)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            kind = content["kind"]
+            raise ReportError(f"{path} is not as kind {kind!r} should be: {what}") from None
+    for device in devices.values():
+        device.cases = {case.id: case for case in sorted(device.cases.values(), key=_order)}
+        device.skipped = {i: why for i, why in device.skipped.items() if i not in device.cases}
+    return sorted(devices.values(), key=lambda d: (d.kind != "cpu", d.name))
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    files: dict[Path, Path] = {}
+    for path in paths:
+        found = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not found:
+            raise ReportError(f"there is no .json file in {path}")
+        files |= {file.resolve(): file for file in found}
+    return [files[key] for key in sorted(files)]
+
+
+def _read(path: Path) -> Json:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ReportError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ReportError(f"{path} is not valid JSON: {error}") from None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind not in _READERS:
+        known = ", ".join(_READERS)
+        raise ReportError(f"{path} has kind {kind!r}; it must be one of {known}")
+    environment = content.get("environment")
+    if not isinstance(environment, dict) or not environment.get("device"):
+        raise ReportError(f"{path} does not name the device: no 'environment' with 'device'")
+    return content
+
+
+def _add(devices: dict[str, Device], content: Json, path: Path) -> None:
+    environment = content["environment"]
+    inside = path.resolve().is_relative_to(ROOT)
+    file = path.resolve().relative_to(ROOT).as_posix() if inside else path.name
+    name = str(environment["device"])
+    device = devices.setdefault(name, Device(name, environment.get("kind") or "cpu"))
+    source = Source(file, environment, content.get("memory_method"))
+    _READERS[content["kind"]](device, content, source)
+
+
+def _losses(device: Device, content: Json, source: Source) -> None:
+    for case in content["cases"]:
+        device.cases[case["id"]] = _case(case, source)
+    for skipped in content.get("skipped") or []:
+        device.skipped[skipped["id"]] = str(skipped["why"])
+
+
+def _case(case: Json, source: Source) -> Case:
+    words = {key: str(case[key]) for key in ("id", "operation", "head", "dtype", "shape", "inputs")}
+    sizes = {key: int(case[key]) for key in ("tokens", "hidden", "vocab")}
+    rest = {key: case.get(key) for key in ("gemms", "rounds", "error_rows", "plan")}
+    contenders = tuple(_contender(name, value) for name, value in case["contenders"].items())
+    title = case.get("title") or words["operation"]
+    return Case(**words, **sizes, **rest, title=title, contenders=contenders, source=source)
+
+
+def _contender(name: str, value: Json) -> Contender:
+    if value["role"] not in ("floor", "ours", "peer"):
+        raise ValueError(f"{name} has role {value['role']!r}")
+    return Contender(
+        name=name,
+        role=value["role"],
+        seconds=_medians(value.get("seconds")),
+        samples=max(map(len, (value.get("seconds") or {}).values()), default=0),
+        peak_extra_mib={k: _number(v) for k, v in (value.get("peak_extra_mib") or {}).items()},
+        error={k: _number(v) for k, v in (value.get("error") or {}).items()},
+        why_not=value.get("why_not"),
+        peak_why=value.get("peak_why"),
+    )
+
+
+def _train_step(device: Device, content: Json, source: Source) -> None:
+    settings = content["settings"]
+    trainers = tuple(_trainer(name, value) for name, value in content["contenders"].items())
+    step = TrainStep(dict(settings), trainers, source)
+    device.steps[json.dumps(settings, sort_keys=True)] = step
+
+
+def _trainer(name: str, value: Json) -> Trainer:
+    seconds, losses = value.get("seconds"), value.get("loss")
+    return Trainer(
+        name=name,
+        phases=_medians(value.get("phases")),
+        seconds=statistics.median(seconds) if seconds else None,
+        peak_extra_mib=_number(value.get("peak_extra_mib")),
+        peak_mib=_number(value.get("peak_mib")),
+        loss_tokens=value.get("loss_tokens"),
+        loss=statistics.fmean(losses) if losses else None,
+        why_not=value.get("why_not"),
+    )
+
+
+def _demo(device: Device, content: Json, source: Source) -> None:
+    summary, recipe = content["summary"], content["recipe"]
+    before, after, paired = (_there(summary, key) for key in ("before", "after", "paired"))
+    divergence = (summary.get("divergence_before"), summary.get("divergence_after"))
+    majority = summary.get("majority")
+    device.demos[recipe] = Demo(
+        recipe=recipe,
+        steps=int(summary["steps"]),
+        problems=int(before["problems"]),
+        before=_share(before, "accuracy"),
+        after=_share(after, "accuracy"),
+        gain=_share(paired, "difference"),
+        gained=int(paired["gained"]),
+        lost=int(paired["lost"]),
+        teacher=_share(summary["teacher"], "accuracy") if summary.get("teacher") else None,
+        majority=(str(majority["answer"]), float(majority["accuracy"])) if majority else None,
+        divergence=None if None in divergence else divergence,
+        tokens=int(summary["tokens"]),
+        peak_mib=float(summary["peak_memory_mib"]),
+        seconds=float(summary["seconds"]["total"]),
+        source=source,
+    )
+
+
+_READERS = {"losses": _losses, "train_step": _train_step, "demo": _demo}
+
+
+def _there(summary: Json, key: str) -> Json:
+    # An interrupted run writes null.
+    if not summary.get(key):
+        raise KeyError(key)
+    return summary[key]
+
+
+def _share(value: Json, key: str) -> Share:
+    low, high = value["interval"]
+    return Share(float(value[key]), float(low), float(high))
+
+
+def _medians(samples: dict[str, list[float]] | None) -> dict[str, float]:
+    return {k: float(statistics.median(v)) for k, v in (samples or {}).items() if v}
+
+
+def _number(value: float | str | None) -> float | None:
+    return None if value is None else float(value)
+
+
+_OPERATIONS = ("jsd", "forward_kl", "reverse_kl", "logprob", "cross_entropy", "advantage")
+
+
+def _order(case: Case) -> tuple[Any, ...]:
+    known = case.operation in _OPERATIONS
+    rank = _OPERATIONS.index(case.operation) if known else len(_OPERATIONS)
+    what = (rank, case.operation, case.title, case.head, case.dtype)
+    return (*what, case.vocab, case.hidden, case.shape, case.tokens, case.inputs, case.id)

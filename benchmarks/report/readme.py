@@ -1,0 +1,143 @@
+"""The README's tables: Markdown from results, and the text between the README's markers.
+
+<!-- benchmark: losses -->
+anything here is replaced
+<!-- /benchmark: losses -->
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+
+from benchmarks.report.data import Device, ReportError
+from benchmarks.report.tables import (
+    Table,
+    case_text,
+    demo_table,
+    demo_text,
+    environment_text,
+    files_text,
+    headline,
+    headline_table,
+    overview_table,
+    settings_text,
+    train_step_table,
+)
+
+_MARKER = re.compile(r"<!--\s*(/?)benchmark:\s*(\S*)\s*-->")
+_WIDTH = 110
+
+
+def rewrite(text: str, devices: list[Device], name: str = "README.md") -> str:
+    """The README with every marked part written again from the results."""
+    lines, opened = [], None
+    for number, line in enumerate(text.split("\n"), 1):
+        marker = _MARKER.fullmatch(line.strip())
+        if not marker:
+            if opened is None:
+                lines.append(line)
+            continue
+        closing, part = marker.groups()
+        where = f"{name}, line {number}"
+        if part not in PARTS:
+            raise ReportError(f"{where}: unknown marker {part!r}; there are {', '.join(PARTS)}")
+        if bool(closing) != (opened is not None) or (closing and part != opened):
+            before = f"'{opened}' is still open" if opened else "nothing is open"
+            raise ReportError(f"{where}: marker '{closing}{part}', but {before}")
+        if closing:
+            lines += ["", PARTS[part](devices), ""]
+        lines.append(line)
+        opened = None if closing else part
+    if opened is not None:
+        raise ReportError(f"{name}: marker '{opened}' is never closed")
+    return "\n".join(lines)
+
+
+def losses(devices: list[Device]) -> str:
+    """The headline case of each device, then every case in one row."""
+    measured = [device for device in devices if device.cases]
+    if not any(headline(device) for device in measured):
+        raise ReportError(
+            "marker 'losses': no JSON of kind losses has a jsd case (frozen, bfloat16, random) "
+            "that two peers and the bare products computed"
+        )
+    blocks = [_headline(device) for device in measured if headline(device)]
+    return "\n\n".join([*blocks, *map(_overview, measured)])
+
+
+def train_step(devices: list[Device]) -> str:
+    blocks = []
+    for step in (step for device in devices for step in device.steps.values()):
+        intro = (
+            f"One training step, medians: {settings_text(step.settings)}. "
+            f"{environment_text(step.source.environment)}. Figures: {files_text([step.source])}."
+        )
+        blocks += [_wrapped(intro), markdown(train_step_table(step))]
+        missing = [f"{t.name}: {t.why_not}" for t in step.trainers if t.why_not]
+        blocks += [_wrapped(f"Not measured: {'; '.join(missing)}.")] if missing else []
+    return _joined(blocks, "train_step")
+
+
+def demo(devices: list[Device]) -> str:
+    blocks = []
+    for run in (run for device in devices for run in device.demos.values()):
+        intro = (
+            f"Recipe `{run.recipe}`, {run.steps} steps, {run.problems} held-out problems. "
+            f"{environment_text(run.source.environment)}. Figures: {files_text([run.source])}."
+        )
+        blocks += [_wrapped(intro), markdown(demo_table(run)), _wrapped(demo_text(run))]
+    return _joined(blocks, "demo")
+
+
+PARTS: dict[str, Callable[[list[Device]], str]] = {
+    "losses": losses,
+    "train_step": train_step,
+    "demo": demo,
+}
+
+
+def markdown(table: Table) -> str:
+    rows = [list(table.header), ["---"] * table.names]
+    rows[1] += ["---:"] * (len(table.header) - table.names)
+    for number, cells in enumerate(table.rows):
+        bold = number in table.bold
+        rows.append([f"**{cell}**" if bold and cell else cell for cell in cells])
+    rule = "|" + "|".join(rows.pop(1)) + "|"
+    first, *rest = (_row(row) for row in rows)
+    return "\n".join([first, rule, *rest])
+
+
+def _headline(device: Device) -> str:
+    case = headline(device)
+    intro = (
+        f"{case_text(case)}. {environment_text(case.source.environment)}. Medians of "
+        f"{case.rounds} rounds. Figures: {files_text([case.source])}."
+    )
+    return f"{_wrapped(intro)}\n\n{markdown(headline_table(case))}"
+
+
+def _overview(device: Device) -> str:
+    cases = list(device.cases.values())
+    sources = {case.source.file: case.source for case in cases}
+    intro = (
+        f"All {len(cases)} cases measured on {device.name}, each beside the fastest peer that runs "
+        f"there; times in those of the bare matrix products. Figures: "
+        f"{files_text(sources[file] for file in sorted(sources))}."
+    )
+    return f"{_wrapped(intro)}\n\n{markdown(overview_table(cases))}"
+
+
+def _joined(blocks: list[str], part: str) -> str:
+    if not blocks:
+        raise ReportError(f"marker '{part}': there is no JSON of kind {part}")
+    return "\n\n".join(blocks)
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)

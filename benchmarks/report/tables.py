@@ -1,0 +1,271 @@
+"""Figures as text: units, the mark on wrong answers, and the tables both outputs share."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from benchmarks.report.data import Case, Contender, Demo, Device, Json, Share, Source, TrainStep
+
+# Relative errors beyond which an answer is marked, in every output alike.
+LOSS_LIMIT = 0.01
+GRADIENT_LIMIT = 0.05
+MARK = "wrong?"
+NONE = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+PHASES = {"both": "forward and backward", "forward": "forward"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text. The first `names` columns are words, the others figures; `bold` are rows."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    names: int = 1
+    bold: frozenset[int] = frozenset()
+
+
+def suspicious(error: Mapping[str, float | None] | None) -> bool:
+    """Whether a relative error ("loss", "grad_...") is too large, or NaN, for a right answer."""
+    for key, value in (error or {}).items():
+        limit = GRADIENT_LIMIT if key.startswith("grad") else LOSS_LIMIT
+        if value is not None and not abs(float(value)) <= limit:
+            return True
+    return False
+
+
+def worst_gradient(error: Mapping[str, float | None]) -> float | None:
+    """The largest gradient error; NaN is larger than any."""
+    values = [v for k, v in error.items() if k.startswith("grad") and v is not None]
+    return max(values, key=lambda v: float("inf") if v != v else v, default=None)
+
+
+def time_text(seconds: float | None) -> str:
+    if seconds is None:
+        return NONE
+    # Rounded first, lest 0.9999 s read as 1000 ms.
+    seconds = float(f"{seconds:.3g}")
+    if seconds >= 1:
+        return f"{_three(seconds)} s"
+    return f"{_three(1e3 * seconds)} ms" if seconds >= 1e-3 else f"{_three(1e6 * seconds)} µs"
+
+
+def ratio_text(ratio: float | None) -> str:
+    return NONE if ratio is None else _three(ratio)
+
+
+def mib_text(mib: float | None) -> str:
+    if mib is None:
+        return NONE
+    return f"{mib:,.0f} MiB" if mib >= 9.95 else f"{mib:.1f} MiB"
+
+
+def percent_text(share: float | None, signed: bool = False) -> str:
+    """In percent: one decimal, or the first digit of what is less than 0.05 %."""
+    if share is None:
+        return NONE
+    if share != share:
+        return "nan"
+    percent = 100 * share
+    if 0 < abs(percent) < 0.001:
+        return "<0.001 %"
+    sign = MINUS if percent < 0 else "+" if signed and percent else ""
+    size = abs(percent)
+    return f"{sign}{size:.1f} %" if size >= 0.05 else f"{sign}{size:.1g} %"
+
+
+def duration_text(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
+
+
+def label(case: Case, contender: Contender) -> str:
+    """The name, with what a reader should know beside it."""
+    notes = [MARK] if suspicious(contender.error) else []
+    notes += [fewer] if (fewer := fewer_calls(case, contender)) else []
+    return f"{contender.name} ({', '.join(notes)})" if notes else contender.name
+
+
+def fewer_calls(case: Case, contender: Contender) -> str | None:
+    """Said of a contender that was timed less often than the case's rounds."""
+    if not contender.samples or contender.samples >= (case.rounds or 0):
+        return None
+    return "timed once" if contender.samples == 1 else f"{contender.samples} rounds"
+
+
+def loss_error(contender: Contender) -> str:
+    return percent_text(contender.error.get("loss"), signed=True)
+
+
+def environment_text(environment: Json) -> str:
+    """Device, cores, memory, versions, commit and date, as far as they are known."""
+    cores, threads = environment.get("cores"), environment.get("threads")
+    used = f" ({threads} threads)" if threads and threads != cores else ""
+    parts = [environment["device"], f"{cores} cores{used}" if cores else ""]
+    if environment.get("memory_gib"):
+        parts.append(f"{environment['memory_gib']:g} GiB")
+    parts.append(versions_text(environment))
+    parts.append(commit_text(environment))
+    return ", ".join(part for part in [*parts, environment.get("date")] if part)
+
+
+def versions_text(environment: Json) -> str:
+    versions = {"Python": environment.get("python")} | (environment.get("versions") or {})
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+
+
+def commit_text(environment: Json) -> str:
+    commit = environment.get("commit") or ""
+    changed = " with local changes" if commit.endswith("+") else ""
+    return f"commit {commit.rstrip('+')[:9]}{changed}" if commit else "commit unknown"
+
+
+def case_text(case: Case) -> str:
+    """The whole case in a line, without who computes it."""
+    return (
+        f"{case.title}, {PHASES[case.phase]}; {case.shape}: {case.tokens:,} tokens, hidden size "
+        f"{case.hidden:,}, vocabulary {case.vocab:,}; {dtype_text(case)}, {case.head} head, "
+        f"{case.inputs} inputs"
+    )
+
+
+def dtype_text(case: Case) -> str:
+    return DTYPES.get(case.dtype, case.dtype)
+
+
+def headline(device: Device) -> Case | None:
+    """The README's case: the largest JSD that at least two peers can compute, too."""
+    wanted = ("jsd", "frozen", "bfloat16", "random")
+    found = [
+        case
+        for case in device.cases.values()
+        if (case.operation, case.head, case.dtype, case.inputs) == wanted
+        and len(case.measured("peer")) >= 2
+        and case.floor
+    ]
+    return max(found, key=lambda c: (c.tokens * c.vocab, c.hidden, c.id), default=None)
+
+
+def headline_table(case: Case) -> Table:
+    rows = []
+    for contender in case.contenders:
+        name = label(case, contender)
+        if case.phase not in contender.seconds:
+            why = contender.why_not or "not measured"
+            rows.append((f"{name}: {why}", NONE, NONE, NONE, NONE))
+            continue
+        errors = (loss_error(contender), percent_text(worst_gradient(contender.error)))
+        figures = (ratio_text(case.floors(contender)), mib_text(case.peak(contender)))
+        rows.append((name, *figures, *errors))
+    header = ("", "time, in bare GEMMs' time", "peak extra memory", "loss error", "gradient error")
+    bold = frozenset(i for i, c in enumerate(case.contenders) if c is case.ours)
+    return Table(header, tuple(rows), bold=bold)
+
+
+def overview_table(cases: Iterable[Case]) -> Table:
+    """One row per case: ours beside the fastest peer."""
+    header = (
+        *("loss, head, dtype", "shape, tokens, inputs", "fastest peer"),
+        *(f"ours, {TIMES} GEMMs", f"peer, {TIMES} GEMMs", "ours faster by"),
+        *("ours, peak extra", "peer, peak extra", "ours, loss error", "peer, loss error"),
+    )
+    return Table(header, tuple(_overview_row(case) for case in cases), names=3)
+
+
+def _overview_row(case: Case) -> tuple[str, ...]:
+    ours, peer = case.ours, case.fastest_peer
+    pair = (ours, peer)
+    what = f"{case.title}, {case.head}, {dtype_text(case)}"
+    where = f"{case.shape}, {case.tokens:,}, {case.inputs}"
+    floors = [ratio_text(case.floors(c)) if c else NONE for c in pair]
+    if ours and suspicious(ours.error):
+        floors[0] += f" ({MARK})"
+    gain = f"{ratio_text(faster_by(case))}{TIMES}" if ours and peer else NONE
+    peaks = [mib_text(case.peak(c)) if c else NONE for c in pair]
+    errors = [loss_error(c) if c else NONE for c in pair]
+    return (what, where, label(case, peer) if peer else "none runs", *floors, gain, *peaks, *errors)
+
+
+def faster_by(case: Case, ours: Contender | None = None) -> float | None:
+    """The fastest peer's time in ours: above 1, ours is faster."""
+    ours, peer = ours or case.ours, case.fastest_peer
+    if not ours or not peer or case.phase not in ours.seconds:
+        return None
+    return peer.seconds[case.phase] / ours.seconds[case.phase]
+
+
+def train_step_table(step: TrainStep) -> Table:
+    """Phases down, trainers across; the ratio is to the first trainer that ran."""
+    trainers = [t for t in step.trainers if not t.why_not]
+    reference = next((t for t in trainers if t.seconds), None)
+    phases = dict.fromkeys(phase for t in trainers for phase in t.phases)
+    rows = [(phase, *(time_text(t.phases.get(phase)) for t in trainers)) for phase in phases]
+    rows.append(("whole step", *(time_text(t.seconds) for t in trainers)))
+    if reference:
+        ratios = (t.seconds and t.seconds / reference.seconds for t in trainers)
+        rows.append((f"in {reference.name}'s time", *map(ratio_text, ratios)))
+    rows.append(("peak extra memory", *(mib_text(t.peak_extra_mib) for t in trainers)))
+    rows.append(("peak memory", *(mib_text(t.peak_mib) for t in trainers)))
+    tokens = (f"{t.loss_tokens:,}" if t.loss_tokens else NONE for t in trainers)
+    rows.append(("loss tokens", *tokens))
+    rows.append(("mean loss", *(NONE if t.loss is None else f"{t.loss:.4g}" for t in trainers)))
+    shown = (row for row in rows if any(cell != NONE for cell in row[1:]))
+    bold = frozenset([len(phases)])
+    return Table(("median of the steps", *(t.name for t in trainers)), tuple(shown), bold=bold)
+
+
+def settings_text(settings: Json) -> str:
+    plain = {k: v for k, v in settings.items() if not isinstance(v, dict | list)}
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in plain.items())
+
+
+def demo_table(demo: Demo) -> Table:
+    rows = [
+        _share_row("student before", demo.before),
+        _share_row(f"student after {demo.steps} steps", demo.after),
+    ]
+    low, high = (_signed(bound) for bound in (demo.gain.low, demo.gain.high))
+    spread = f"{low} to {high} ({demo.gained} gained, {demo.lost} lost)"
+    rows.append(("paired difference", f"{_signed(demo.gain.mean)} points", spread))
+    if demo.teacher:
+        rows.append(_share_row("teacher: the same model, solution in its prompt", demo.teacher))
+    if demo.majority:
+        answer, mean = demo.majority
+        rows.append((f'always the most frequent answer ("{answer}")', f"{100 * mean:.1f} %", ""))
+    return Table(("", "accuracy", "95 % interval"), tuple(rows), bold=frozenset([1, 2]))
+
+
+def demo_text(demo: Demo) -> str:
+    """The line below the demo's table."""
+    start = ""
+    if demo.divergence:
+        before, after = (f"{value:.4f}" for value in demo.divergence)
+        start = f"Mean divergence on the held-out problems {before} before, {after} after; "
+    cost = f"{demo.tokens:,} tokens generated for training, peak memory {mib_text(demo.peak_mib)}"
+    return f"{start}{cost}, {duration_text(demo.seconds)} in all."
+
+
+def files_text(sources: Iterable[Source]) -> str:
+    return ", ".join(f"`{source.file}`" for source in sources)
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def _share_row(name: str, share: Share) -> tuple[str, str, str]:
+    interval = f"{100 * share.low:.1f} to {100 * share.high:.1f} %"
+    return name, f"{100 * share.mean:.1f} %", interval
+
+
+def _signed(share: float) -> str:
+    return f"{100 * share:+.1f}".replace("-", MINUS)
+
+
+def _three(value: float) -> str:
+    """Three digits, or all before the point."""
+    decimals = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:,.{decimals}f}"

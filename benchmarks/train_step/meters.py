@@ -1,0 +1,100 @@
+"""Seconds by phase and peak memory of one step at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PHASES = ("rollout", "teacher forward", "student forward", "loss", "backward", "optimizer")
+OTHER = "other"
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_MIB = 2**20
+
+
+class Phases:
+    """Seconds since the last `start`, by phase; phases do not nest."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._started = now()
+
+    def stop(self) -> tuple[float, dict[str, float]]:
+        """The whole, and its parts with what no phase claims as `other`."""
+        total = now() - self._started
+        return total, self.seconds | {OTHER: total - sum(self.seconds.values())}
+
+    @contextmanager
+    def of(self, phase: str) -> Iterator[None]:
+        began = now()
+        yield
+        self.seconds[phase] += now() - began
+
+    def wrap(self, owner: Any, name: str, phase: str | Callable[[], str]) -> None:
+        """Count every call of `owner.name`; a callable names the phase when the call comes."""
+        function = getattr(owner, name)
+
+        @wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.of(phase() if callable(phase) else phase):
+                return function(*args, **kwargs)
+
+        setattr(owner, name, timed)
+
+    def wrap_torch(self) -> None:
+        """Backward, clipping and AdamW are PyTorch's for all; call this before AdamW is made."""
+        self.wrap(torch.Tensor, "backward", "backward")
+        self.wrap(torch.nn.utils, "clip_grad_norm_", "optimizer")
+        self.wrap(torch.optim.AdamW, "step", "optimizer")
+
+
+def forward_phase() -> str:
+    """Only the student's forward pass keeps a graph."""
+    return "student forward" if torch.is_grad_enabled() else "teacher forward"
+
+
+def now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Memory:
+    """Peak of CUDA's allocator, or of this process's resident set (Linux)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        resettable = self._cuda or os.access(_CLEAR_REFS, os.W_OK)
+        self.why_not = None if resettable else f"needs a writable {_CLEAR_REFS} (Linux)"
+
+    def start(self) -> None:
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        elif not self.why_not:
+            self._before = _status("VmRSS")
+            _CLEAR_REFS.write_text("5")  # the high-water mark starts again from here
+
+    def stop(self) -> dict[str, float | None]:
+        if self.why_not:
+            return {"peak_extra_mib": None, "peak_mib": None}
+        peak = torch.cuda.max_memory_allocated() if self._cuda else _status("VmHWM")
+        extra = peak - self._before
+        return {"peak_extra_mib": round(extra / _MIB, 1), "peak_mib": round(peak / _MIB, 1)}
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return 1024 * int(line.split()[1])
+    raise KeyError(key)

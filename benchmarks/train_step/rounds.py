@@ -1,0 +1,122 @@
+"""The measuring: one process per contender, one step of each per round."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from benchmarks.environment import ROOT
+from benchmarks.train_step.registry import CONTENDERS
+from benchmarks.train_step.workload import Settings
+from opsd_train.errors import UserError
+
+# Large buffers are mapped by themselves: glibc would keep freed ones in the resident set, where
+# they hide a part of the next peak. Threads that wait sleep: the next process gets all cores.
+WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_WAIT_POLICY": "passive"}
+
+
+class WorkerProcess:
+    """The other end of worker.py; a context manager."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.train_step.worker", name],
+            cwd=ROOT,
+            env=os.environ | WORKER_ENV,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def __enter__(self) -> WorkerProcess:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:  # it may be in the middle of a long step that nobody waits for
+            self._process.kill()
+        self._process.communicate()  # closes its stdin, which ends it
+        self._errors.close()
+
+    def send(self, do: str, **values: Any) -> None:
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **values}) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise UserError(self._death()) from None
+
+    def receive(self) -> dict[str, Any]:
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError(self._death())
+        return json.loads(line)
+
+    def _death(self) -> str:
+        code = self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "it left no message")
+        return f"{self.name}: its process ended with code {code}: {last.strip()}"
+
+
+def measure(settings: Settings, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """{contender: what the JSON file has of it}."""
+    with ExitStack() as stack:
+        workers = [stack.enter_context(WorkerProcess(name)) for name in CONTENDERS]
+        for worker in workers:
+            worker.send("setup", **settings.as_json())
+        results, running = {}, []
+        for worker in workers:
+            answer = worker.receive()
+            if "error" in answer:
+                raise UserError(answer["error"])
+            if "ready" in answer:
+                running.append(worker)
+                results[worker.name] = {"setup": answer["ready"], "steps": []}
+            else:
+                results[worker.name] = answer
+        for number in range(settings.steps + 1):
+            for worker in running:
+                worker.send("step")
+                step = worker.receive()
+                if number > 0:  # the first round warms up
+                    results[worker.name]["steps"].append(step)
+                round_name = f"step {number}" if number else "warm-up"
+                say(f"{round_name}, {worker.name}: {step['seconds']:.1f} s")
+    return {name: _gathered(result) for name, result in results.items()}
+
+
+def _gathered(result: dict[str, Any]) -> dict[str, Any]:
+    """Lists over the steps; the peaks are the largest."""
+    if "why_not" in result:
+        return result
+    steps = result["steps"]
+    return {
+        "setup": result["setup"],
+        "seconds": [step["seconds"] for step in steps],
+        "phases": {name: [s["phases"][name] for s in steps] for name in steps[0]["phases"]},
+        "peak_extra_mib": _largest(steps, "peak_extra_mib"),
+        "peak_mib": _largest(steps, "peak_mib"),
+        "loss_tokens": _only([step["loss_tokens"] for step in steps]),
+        "loss": [step["loss"] for step in steps],
+    }
+
+
+def _largest(steps: list[dict[str, Any]], key: str) -> float | None:
+    values = [step[key] for step in steps]
+    return None if None in values else max(values)
+
+
+def _only(values: list[int]) -> int:
+    """Every step has the same number of loss tokens, or a completion ended early."""
+    if len(set(values)) != 1:
+        raise RuntimeError(f"loss tokens differ between steps: {values}")
+    return values[0]

@@ -1,0 +1,58 @@
+"""The figures as a table for the terminal, from the JSON only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from benchmarks.train_step.registry import OURS
+
+_NONE = "-"
+
+FOOTNOTE = """\
+Seconds are medians over the measured steps, each row its own. TRL's forward passes go on to the
+logits, ours stop at the hidden states: the products with the head are in our loss, and so is the
+gradient to the hidden states, which TRL makes in backward. What compares is the total, or forward +
+loss + backward. Rollouts are sampled, so losses differ by their completions too; top-k's loss is
+over 100 renormalised entries. Peak extra memory: growth during a warm step."""
+
+
+def table(result: dict[str, Any]) -> str:
+    """Phases down, contenders across; those that could not run are named below."""
+    ran = {n: c for n, c in result["contenders"].items() if "why_not" not in c}
+    rows = [["", *ran], *_rows(ran)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.rjust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
+    lines[1:1] = ["-" * len(lines[0])]
+    absent = [f"{n}: {c['why_not']}" for n, c in result["contenders"].items() if n not in ran]
+    return "\n".join([*lines, *absent, "", FOOTNOTE])
+
+
+def _rows(ran: dict[str, dict[str, Any]]) -> list[list[str]]:
+    def row(title: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [title, *map(cell, ran.values())]
+
+    ours = ran[OURS]
+    phases = [
+        row(f"{name}, s", lambda c, name=name: f"{median(c['phases'][name]):.2f}")
+        for name in ours["phases"]
+    ]
+    return [
+        *phases,
+        row("total, s", lambda c: f"{median(c['seconds']):.2f}"),
+        row("  / ours", lambda c: f"{median(c['seconds']) / median(ours['seconds']):.2f}"),
+        row("peak extra memory, MiB", lambda c: _mib(c["peak_extra_mib"])),
+        row("  / ours", lambda c: _ratio(c["peak_extra_mib"], ours["peak_extra_mib"])),
+        row("peak memory, MiB", lambda c: _mib(c["peak_mib"])),
+        row("loss tokens", lambda c: f"{c['loss_tokens']}"),
+        row("loss, first measured step", lambda c: f"{c['loss'][0]:.4f}"),
+    ]
+
+
+def _mib(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.0f}"
+
+
+def _ratio(value: float | None, ours: float | None) -> str:
+    return f"{value / ours:.2f}" if value and ours else _NONE

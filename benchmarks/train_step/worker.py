@@ -1,0 +1,101 @@
+"""One contender in a process of its own: JSON lines in on stdin, out on stdout.
+
+    {"do": "setup", ...Settings}   ->  {"ready": {facts}} or {"why_not": "..."} or {"error": "..."}
+    {"do": "step"}                 ->  {"seconds", "phases", "loss", "loss_tokens", "peak_..."}
+
+It ends when its stdin does.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+import tempfile
+from typing import Any, TextIO
+
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.train_step.meters import Memory, Phases
+from benchmarks.train_step.registry import CONTENDERS
+from benchmarks.train_step.steps import Contender, Step, StepHooks
+from benchmarks.train_step.workload import Settings, Workload, build
+from opsd_train.errors import UserError
+from opsd_train.model import resolve_device
+
+
+class Worker:
+    """Steps wait for their command, so that contenders take turns."""
+
+    def __init__(self, commands: TextIO, answers: TextIO) -> None:
+        self.commands, self.answers = commands, answers
+        self.phases = Phases()
+
+    def serve(self, name: str) -> None:
+        settings = Settings(**self._command("setup"))
+        self.phases.wrap_torch()
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                work = build(settings, scratch)
+                contender = make(name, work, self.phases)
+            except UserError as error:
+                return self._answer({"error": str(error)})
+            except ImportError as error:
+                return self._answer({"why_not": _missing(error)})
+            self.memory = Memory(resolve_device(work.config.model.device))
+            self._answer({"ready": contender.facts() | {"memory_why_not": self.memory.why_not}})
+            contender.run(StepHooks(self._begin, self._end))
+
+    def _begin(self) -> None:
+        self._command("step")
+        gc.collect()
+        self.memory.start()
+        self.phases.start()
+
+    def _end(self, step: Step) -> None:
+        seconds, phases = self.phases.stop()
+        made = {"seconds": seconds, "phases": phases, **vars(step), **self.memory.stop()}
+        self._answer(made)
+
+    def _command(self, expected: str) -> dict[str, Any]:
+        line = self.commands.readline()
+        if not line:
+            sys.exit(0)
+        command = json.loads(line)
+        assert command.pop("do") == expected
+        return command
+
+    def _answer(self, value: dict[str, Any]) -> None:
+        self.answers.write(json.dumps(value) + "\n")
+        self.answers.flush()
+
+
+def make(name: str, work: Workload, phases: Phases) -> Contender:
+    """TRL is imported only where it takes part."""
+    mode = CONTENDERS[name]
+    if mode is None:
+        from benchmarks.train_step.ours import OpsdTrain
+
+        return OpsdTrain(work, phases)
+    from benchmarks.train_step.trl_sdft import TrlSdft
+
+    return TrlSdft(work, phases, mode)
+
+
+def _missing(error: ImportError) -> str:
+    if error.name == "trl":
+        return "trl is not installed: pip install -e .[bench]"
+    return f"does not import here: {error}"
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to stderr
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    Worker(sys.stdin, answers).serve(sys.argv[1])
+
+
+if __name__ == "__main__":
+    main()

