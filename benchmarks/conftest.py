@@ -15,6 +15,7 @@ from benchmarks.losses.record import Record
 from benchmarks.losses.table import render
 
 _RECORD = pytest.StashKey[Record]()
+_PATH = pytest.StashKey[Path]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +47,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     measuring = getattr(config.option, "benchmark", False)
     config.stash[_RECORD] = Record()
+    results = getattr(config.option, "results", None)
+    config.stash[_PATH] = results or _new_path(default_device().type)
     if not measuring and config.pluginmanager.hasplugin("benchmark"):
         config.option.benchmark_disable = True
 
@@ -68,7 +71,11 @@ def memory(request, device):
 
 @pytest.fixture
 def record(request):
-    return request.config.stash[_RECORD]
+    """What is measured; written after every case, so that an interrupted run keeps its figures."""
+    found = request.config.stash[_RECORD]
+    yield found
+    if request.config.option.benchmark and found.cases:
+        found.write(request.config.stash[_PATH])
 
 
 @pytest.fixture
@@ -84,9 +91,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         return
     terminalreporter.write_sep("=", "losses")
     terminalreporter.write(render(record.as_json()))
-    path = config.option.results or _new_path(default_device().type)
-    record.write(path)
-    terminalreporter.write_line(f"wrote {path}; python -m benchmarks.report draws it")
+    record.write(config.stash[_PATH])
+    terminalreporter.write_line(
+        f"wrote {config.stash[_PATH]}; python -m benchmarks.report draws it"
+    )
 
 
 def _new_path(kind: str) -> Path:

@@ -23,7 +23,7 @@ def test_loss(case, device, memory, record, with_compiled, request) -> None:
     try:
         found = measure(
             case, device, memory,
-            budget=4.0 if measuring else 0.0, compiled=with_compiled, drive=drive,
+            budget=3.0 if measuring else 0.0, compiled=with_compiled, drive=drive,
         )  # fmt: skip
     except MissingInputs as error:
         record.skip(case.id, str(error))

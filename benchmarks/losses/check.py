@@ -24,27 +24,29 @@ class Check:
         self.share = len(self.tokens) / x.student.shape[0]
         self.part = x.rows(self.tokens)
         self.true = truth(self.part)
-        self.full: dict[str, float] = {}
         self.errors: dict[str, dict[str, float | None]] = {}
 
-    def full_size(self, contender: Contender, x: Inputs) -> None:
-        """Look at the gradient that a call of full size left in x."""
-        found = x.student.grad[self.tokens]
-        self.full[contender.name] = rms(found, self.true.grad_hidden * self.share)
+    def answers(self, contender: Contender, x: Inputs, loss: Tensor) -> None:
+        """Check the loss and the gradients that a call of full size left in x."""
+        if self.share == 1:
+            self.errors[contender.name] = self._compare(x, loss)
+            return
+        full = rms(x.student.grad[self.tokens], self.true.grad_hidden * self.share)
+        found = self._compare(self.part, call(contender, self.part)[2])
+        found["grad_hidden"] = worse(found["grad_hidden"], full)
+        self.errors[contender.name] = found
+        self.part.clear()
 
-    def answers(self, contender: Contender) -> None:
-        """Ask for the checked tokens' loss and gradients: signed error, then root mean square."""
-        part, true = self.part, self.true
-        loss = call(contender, part)[2].item()
-        on_part = rms(part.student.grad, true.grad_hidden)
-        self.errors[contender.name] = {
-            "loss": loss / true.loss - 1,
-            "grad_hidden": worse(on_part, self.full[contender.name]),
-            "grad_weight": rms(part.head.grad[true.entries], true.grad_weight)
-            if true.grad_weight is not None
-            else None,
+    def _compare(self, x: Inputs, loss: Tensor) -> dict[str, float | None]:
+        """Signed relative error of the loss, root mean square ones of the gradients."""
+        true, weight = self.true, None
+        if true.grad_weight is not None:
+            weight = rms(x.head.grad[true.entries], true.grad_weight)
+        return {
+            "loss": loss.item() / true.loss - 1,
+            "grad_hidden": rms(x.student.grad, true.grad_hidden),
+            "grad_weight": weight,
         }
-        part.clear()
 
 
 def worse(a: float, b: float) -> float:

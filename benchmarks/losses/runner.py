@@ -17,7 +17,7 @@ from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.memory import Memory
 
 # A peer whose first warm call took longer sits out the rounds: that call is its only sample.
-PATIENCE = 2.5
+PATIENCE = 1.2
 MAX_ROUNDS, MIN_ROUNDS = 20, 3
 
 
@@ -128,11 +128,10 @@ def _warm_up(
             call(contender, x)
         else:
             call(contender, Inputs(x.case.small, x.student.device))
-        seconds = call(contender, x)[:2]
+        *seconds, loss = call(contender, x)
         if contender.role != "floor":
-            check.full_size(contender, x)
-            check.answers(contender)
-        return seconds
+            check.answers(contender, x, loss)
+        return tuple(seconds)
     except Exception as error:
         if contender.role != "peer":
             raise

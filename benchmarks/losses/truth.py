@@ -12,7 +12,7 @@ from opsd_kernels import reference
 
 BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
 # Logits of this many elements are folded in float64; more tokens are checked on a part of them.
-_CPU_ELEMENTS, _GPU_ELEMENTS = 2**22, 2**29
+_CPU_ELEMENTS, _GPU_ELEMENTS = 256 * 49152, 2**29
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 _WEIGHT_ROWS = 64
 

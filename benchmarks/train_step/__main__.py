@@ -8,8 +8,9 @@ A step is rollout, both forward passes, loss, backward, optimizer. Everybody get
 model (bf16, frozen), LoRA of the same shape (fp32), the demo's prompts token for token, the same
 samples in each micro-batch, JSD at weight 0.5 (TRL's distillation_alpha is our beta), completions
 of exactly --tokens tokens: the end token is suppressed until then. Gradient checkpointing, by
-default on in TRL, is off for all; mixed precision is on in TRL, as by default, which makes its
-logits fp32. TRL gets the same weights in a model without the mark of the GGUF file they came from.
+default on in TRL, is off for all. Mixed precision, by default on in TRL, makes its logits fp32 and
+costs time on a CPU: full logits are measured with it and without. TRL gets the same weights in a
+model without the mark of the GGUF file they came from.
 
 Each contender is a fresh process; they take turns, one step each per round, and the first round is
 a warm-up. Phases are the same functions for all: see FOOTNOTE in table.py for what compares.

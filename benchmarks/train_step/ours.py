@@ -41,7 +41,7 @@ class OpsdTrain:
     def facts(self) -> dict[str, Any]:
         return {
             "adapters": trainable_dtypes(self.trainer.model),
-            "autocast": None,
+            "mixed_precision": "no",
             "optimizer": type(self.trainer.optimizer).__name__,
         }
 

@@ -22,12 +22,12 @@ from opsd_train.model import load_model, resolve_device
 class TrlSdft:
     """SDFTTrainer on our base model, our adapter's shape, our prompts."""
 
-    def __init__(self, work: Workload, phases: Phases, mode: str) -> None:
+    def __init__(self, work: Workload, phases: Phases, mode: str, mixed: bool) -> None:
         self.device = resolve_device(work.config.model.device)
         self.step = Step()
         self.trainer = _Timed(
             model=_unmarked(load_model(work.config.model, work.tokenizer, self.device)),
-            args=_arguments(work, self.device, mode),
+            args=_arguments(work, self.device, mode, mixed),
             train_dataset=_rows(work),
             processing_class=work.tokenizer,
             peft_config=_adapter(work.config),
@@ -41,7 +41,7 @@ class TrlSdft:
     def facts(self) -> dict[str, Any]:
         return {
             "adapters": trainable_dtypes(self.trainer.model),
-            "autocast": "bfloat16, logits brought to float32" if self.trainer.args.bf16 else None,
+            "mixed_precision": self.trainer.accelerator.mixed_precision,
             "optimizer": str(self.trainer.args.optim.value),
         }
 
@@ -85,7 +85,7 @@ def _unmarked(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def _arguments(work: Workload, device: torch.device, mode: str) -> SDFTConfig:
+def _arguments(work: Workload, device: torch.device, mode: str, mixed: bool) -> SDFTConfig:
     """Ours where both have the setting, TRL's default where only TRL has it."""
     config, length = work.config, work.config.rollout.max_new_tokens
     return SDFTConfig(
@@ -107,7 +107,7 @@ def _arguments(work: Workload, device: torch.device, mode: str) -> SDFTConfig:
         weight_decay=config.optim.weight_decay,
         max_grad_norm=config.optim.grad_clip,
         gradient_checkpointing=config.model.gradient_checkpointing,
-        bf16=config.model.dtype == "bfloat16",  # TRL's default: mixed precision
+        bf16=mixed and config.model.dtype == "bfloat16",
         seed=config.seed,
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type == "cuda",

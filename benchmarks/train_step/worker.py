@@ -73,14 +73,14 @@ class Worker:
 
 def make(name: str, work: Workload, phases: Phases) -> Contender:
     """TRL is imported only where it takes part."""
-    mode = CONTENDERS[name]
-    if mode is None:
+    options = CONTENDERS[name]
+    if options is None:
         from benchmarks.train_step.ours import OpsdTrain
 
         return OpsdTrain(work, phases)
     from benchmarks.train_step.trl_sdft import TrlSdft
 
-    return TrlSdft(work, phases, mode)
+    return TrlSdft(work, phases, *options)
 
 
 def _missing(error: ImportError) -> str:
