@@ -26,7 +26,10 @@ _PACKAGES = (
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """JSON-ready facts about this machine and tree; a commit ending in + had local changes."""
+    """JSON-ready facts about this machine and tree; a commit ending in + had local changes.
+
+    The results themselves do not count as changes.
+    """
     device = device or default_device()
     on_gpu = device.type == "cuda"
     return {
@@ -73,7 +76,8 @@ def _commit() -> str | None:
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        changed = [*git, "status", "--porcelain", "--", ".", ":!benchmarks/results"]
+        dirty = subprocess.run(changed, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     if head.returncode:

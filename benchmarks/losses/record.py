@@ -19,13 +19,14 @@ class Record:
     cases: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     started: float = field(default_factory=time.time)
-    commit: str | None = None
+    commit: str | None = None  # where the tree came without its history
+    environment: dict[str, Any] = field(default_factory=environment)
 
     def skip(self, case_id: str, why: str) -> None:
         self.skipped.append({"id": case_id, "why": why})
 
     def as_json(self) -> dict[str, Any]:
-        found = environment()
+        found = self.environment
         return {
             "kind": "losses",
             "environment": found | {"commit": found["commit"] or self.commit},
