@@ -16,8 +16,6 @@ from benchmarks.losses.contenders import OURS, Contender, contenders, our_plan
 from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.memory import Memory
 
-# A peer whose first warm call took longer sits out the rounds: that call is its only sample.
-PATIENCE = 1.2
 MAX_ROUNDS, MIN_ROUNDS = 20, 3
 
 
@@ -43,42 +41,41 @@ def measure(
     device: torch.device,
     memory: Memory,
     *,
-    budget: float = 8.0,
+    budget: float = 3.0,
+    patience: float = 1.2,
     compiled: bool = True,
     drive: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
     """One case as JSON; `budget` is the time for its rounds in seconds.
 
+    A peer whose warm call took more than `patience` seconds sits out the rounds: that call is its
+    only sample.
     `drive(target, setup=, rounds=)` runs the rounds (pytest-benchmark's `pedantic`): the setup runs
     everybody else, the target ours.
     """
     x = Inputs(case, device)
-    taking_part, absent = _present(case, device, compiled)
+    everyone = contenders(case, device)
+    taking_part, absent = _present(case, everyone, device, compiled)
     check = Check(x)
     first = {c.name: _warm_up(c, x, check, absent) for c in taking_part}
     taking_part = [c for c in taking_part if c.name not in absent]
     samples = {c.name: Samples() for c in taking_part}
-    quick = [c for c in taking_part if c.role != "peer" or sum(first[c.name]) <= PATIENCE]
+    quick = [c for c in taking_part if c.role != "peer" or sum(first[c.name]) <= patience]
     for contender in taking_part:
         if contender not in quick:
             samples[contender.name].add(*first[contender.name])
     rounds = _rounds(sum(sum(first[c.name]) for c in quick), budget)
     _run_rounds(quick, x, samples, rounds, drive or _plain)
-    peaks = {c.name: memory.measure(c, x) for c in taking_part}
-    found = {
-        c.name: {"role": c.role, "seconds": samples[c.name].as_json()}
-        | peaks[c.name]
-        | ({"error": check.errors[c.name]} if c.name in check.errors else {})
-        for c in taking_part
-    }
-    order = [c.name for c in contenders(case, device)]
-    roles = {c.name: c.role for c in contenders(case, device)}
-    return _describe(case, device, rounds, len(check.tokens)) | {
-        "contenders": {
-            name: found.get(name) or {"role": roles[name], "why_not": absent[name]}
-            for name in order
-        }
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for c in everyone:
+        found[c.name] = {"role": c.role}
+        if c.name in absent:
+            found[c.name]["why_not"] = absent[c.name]
+            continue
+        found[c.name] |= {"seconds": samples[c.name].as_json()} | memory.measure(c, x)
+        if c.name in check.errors:
+            found[c.name]["error"] = check.errors[c.name]
+    return _describe(case, device, rounds, len(check.tokens)) | {"contenders": found}
 
 
 def _describe(case: Case, device: torch.device, rounds: int, checked: int) -> dict[str, Any]:
@@ -101,11 +98,11 @@ def _describe(case: Case, device: torch.device, rounds: int, checked: int) -> di
 
 
 def _present(
-    case: Case, device: torch.device, compiled: bool
+    case: Case, everyone: list[Contender], device: torch.device, compiled: bool
 ) -> tuple[list[Contender], dict[str, str]]:
     """Contenders that can be tried, and why the others cannot."""
     taking_part, absent = [], {}
-    for contender in contenders(case, device):
+    for contender in everyone:
         reason = contender.why_not(case, device, total_memory(device))
         if contender.compiles and not compiled:
             reason = "compiles for longer than it runs: only in the first cases and with --full"

@@ -19,11 +19,11 @@ CPU = torch.device("cpu")
 CASE = Case("jsd", "trained", "float32", TINY, 48)
 
 
-def measured(monkeypatch, *extra: Contender, case: Case = CASE) -> dict:
+def measured(monkeypatch, *extra: Contender, case: Case = CASE, patience: float = 9.0) -> dict:
     """One case with further contenders at the end."""
     everyone = [c for c in contenders(case, CPU) if c.role != "peer"] + list(extra)
     monkeypatch.setattr(runner, "contenders", lambda *_: everyone)
-    return runner.measure(case, CPU, NoMemory(), budget=0.0)["contenders"]
+    return runner.measure(case, CPU, NoMemory(), budget=0.0, patience=patience)["contenders"]
 
 
 def our_call(case: Case = CASE):
@@ -93,8 +93,7 @@ def test_a_failure_of_ours_is_not_excused(monkeypatch) -> None:
 
 
 def test_a_slow_peer_is_timed_once(monkeypatch) -> None:
-    monkeypatch.setattr(runner, "PATIENCE", 0.0)
-    found = measured(monkeypatch, Contender("slow", "peer", our_call()))
+    found = measured(monkeypatch, Contender("slow", "peer", our_call()), patience=0.0)
     assert len(found["slow"]["seconds"]["both"]) == 1
     assert len(found[OURS]["seconds"]["both"]) == runner.MIN_ROUNDS
 
