@@ -137,7 +137,10 @@ def dtype_text(case: Case) -> str:
 
 
 def headline(device: Device) -> Case | None:
-    """The README's case: the largest JSD that at least two peers can compute, too."""
+    """The README's case: the JSD that most peers took every round of, the largest of several.
+
+    At least two peers computed it.
+    """
     wanted = ("jsd", "frozen", "bfloat16", "random")
     found = [
         case
@@ -146,7 +149,12 @@ def headline(device: Device) -> Case | None:
         and len(case.measured("peer")) >= 2
         and case.floor
     ]
-    return max(found, key=lambda c: (c.tokens * c.vocab, c.hidden, c.id), default=None)
+
+    def rank(case: Case) -> tuple:
+        complete = [peer for peer in case.measured("peer") if not fewer_calls(case, peer)]
+        return len(complete), case.tokens * case.vocab, case.hidden, case.id
+
+    return max(found, key=rank, default=None)
 
 
 def headline_table(case: Case) -> Table:
@@ -170,7 +178,8 @@ def overview_table(cases: Iterable[Case]) -> Table:
     header = (
         *("loss, head, dtype", "shape, tokens, inputs", "fastest peer"),
         *(f"ours, {TIMES} GEMMs", f"peer, {TIMES} GEMMs", "ours faster by"),
-        *("ours, peak extra", "peer, peak extra", "ours, loss error", "peer, loss error"),
+        *("ours, peak extra", "peer, peak extra"),
+        *("ours, error of loss / gradient", "peer, error of loss / gradient"),
     )
     return Table(header, tuple(_overview_row(case) for case in cases), names=3)
 
@@ -185,8 +194,13 @@ def _overview_row(case: Case) -> tuple[str, ...]:
         floors[0] += f" ({MARK})"
     gain = f"{ratio_text(faster_by(case))}{TIMES}" if ours and peer else NONE
     peaks = [mib_text(case.peak(c)) if c else NONE for c in pair]
-    errors = [loss_error(c) if c else NONE for c in pair]
+    errors = [_both_errors(c) if c else NONE for c in pair]
     return (what, where, label(case, peer) if peer else "none runs", *floors, gain, *peaks, *errors)
+
+
+def _both_errors(contender: Contender) -> str:
+    gradient = percent_text(worst_gradient(contender.error))
+    return f"{loss_error(contender)} / {gradient}"
 
 
 def faster_by(case: Case, ours: Contender | None = None) -> float | None:

@@ -147,14 +147,18 @@ def test_models_with_one_vocabulary_stand_side_by_side(folder):
 
 
 def test_a_peer_timed_less_often_is_marked(folder):
+    marked = []
+
     def once(content):
-        seconds = content["cases"][2]["contenders"]["Eager"]["seconds"]
-        seconds |= {phase: samples[:1] for phase, samples in seconds.items()}
+        for found in content["cases"]:
+            seconds = found["contenders"]["Eager"].get("seconds", {})
+            seconds |= {phase: samples[:1] for phase, samples in seconds.items()}
+            marked.append(found["id"])
 
     change(folder, "cpu", once)
     assert run(folder) == 0
     assert "| Eager (wrong?, timed once) | 3.00 |" in (folder / "README.md").read_text()
-    assert (folder / "out" / "index.html").read_text().count(">timed once<") == 1
+    assert (folder / "out" / "index.html").read_text().count(">timed once<") == len(set(marked))
 
 
 def test_no_empty_plots(folder):
