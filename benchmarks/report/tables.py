@@ -179,7 +179,7 @@ def overview_table(cases: Iterable[Case]) -> Table:
         *("loss, head, dtype", "shape, tokens, inputs", "fastest peer"),
         *(f"ours, {TIMES} GEMMs", f"peer, {TIMES} GEMMs", "ours faster by"),
         *("ours, peak extra", "peer, peak extra"),
-        *("ours, error of loss / gradient", "peer, error of loss / gradient"),
+        *("ours, loss / gradient error", "peer, loss / gradient error"),
     )
     return Table(header, tuple(_overview_row(case) for case in cases), names=3)
 

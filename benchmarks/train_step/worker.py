@@ -84,7 +84,7 @@ def make(name: str, work: Workload, phases: Phases) -> Contender:
 
 
 def _missing(error: ImportError) -> str:
-    if error.name == "trl":
+    if error.name in ("trl", "datasets"):  # trl brings datasets
         return "trl is not installed: pip install -e .[bench]"
     return f"does not import here: {error}"
 
