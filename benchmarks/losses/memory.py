@@ -162,6 +162,7 @@ def _serve(name: str) -> None:
 
 
 def _resident(contender: Contender, x: Inputs) -> dict[str, float]:
+    torch.compiler.reset()  # as in the runner: a shape too many would not be compiled
     # A compiled contender is compiled for this very shape, the others only need their libraries.
     warm = x if contender.compiles else Inputs(x.case.small, x.student.device)
     _halves(contender, warm, lambda: None, lambda: 0)

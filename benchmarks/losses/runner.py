@@ -53,6 +53,8 @@ def measure(
     `drive(target, setup=, rounds=)` runs the rounds (pytest-benchmark's `pedantic`): the setup runs
     everybody else, the target ours.
     """
+    # Or else the ninth shape runs into Dynamo's recompile limit, and peers that compile fall back.
+    torch.compiler.reset()
     x = Inputs(case, device)
     everyone = contenders(case, device)
     taking_part, absent = _present(case, everyone, device, compiled)

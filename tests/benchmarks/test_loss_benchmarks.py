@@ -92,6 +92,19 @@ def test_a_failure_of_ours_is_not_excused(monkeypatch) -> None:
         measured(monkeypatch, Contender("opsd_kernels, broken", "ours", failing))
 
 
+def test_every_case_compiles_afresh(monkeypatch) -> None:
+    """Ten shapes in one process: Dynamo's limit is eight of one function."""
+
+    @torch.compile(backend="eager", fullgraph=True, dynamic=False)
+    def compiled(student: torch.Tensor) -> torch.Tensor:
+        return 0 * student.sum()
+
+    peer = Contender("c", "peer", lambda x: our_call()(x) + compiled(x.student), compiles=True)
+    for tokens in range(8, 18):
+        found = measured(monkeypatch, peer, case=dataclasses.replace(CASE, tokens=tokens))
+        assert "why_not" not in found["c"], found["c"]
+
+
 def test_a_slow_peer_is_timed_once(monkeypatch) -> None:
     found = measured(monkeypatch, Contender("slow", "peer", our_call()), patience=0.0)
     assert len(found["slow"]["seconds"]["both"]) == 1
