@@ -16,22 +16,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.report.data import Case, Contender, Device
 from benchmarks.report.tables import DTYPES, MARK, PHASES, TIMES, slug, suspicious
+from opsd_train.plots import STYLE
 
 OURS, NEUTRAL = "#2563eb", "#64748b"
 PEERS = "#c2570c #15803d #7c3aed #db2777 #0f172a #d4a106 #0891b2 #dc2626 #7c2d12".split()
 MARKERS = "s^Dv<>P"  # as many as have no common factor with the colours: pairs repeat late
-STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#94a3b8",
-    "axes.labelcolor": "#475569",
-    "axes.grid": True,
-    "grid.color": "#e2e8f0",
-    "xtick.color": "#475569",
-    "ytick.color": "#475569",
-    "legend.frameon": False,
-}
 # A log axis has no zero; below this a difference of two memory readings is noise anyway.
 LEAST_MIB = 0.1
 
