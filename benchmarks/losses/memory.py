@@ -1,9 +1,7 @@
 """Peak extra memory where it is real: CUDA's allocator, or the resident set of a fresh process.
 
 On a CPU each contender gets a process of its own that stays for the session: inputs made, a small
-warm call, the kernel's high-water mark reset, the call. glibc is told to map every large buffer by
-itself (MALLOC_MMAP_THRESHOLD_): it would otherwise keep freed buffers in the resident set, where
-they hide a part of the next peak or, by fragmentation, add to it.
+warm call, the kernel's high-water mark reset, the call.
 """
 
 from __future__ import annotations
@@ -21,14 +19,13 @@ from typing import Any, Protocol
 
 import torch
 
+from benchmarks import resident
 from benchmarks.environment import ROOT
 from benchmarks.losses.cases import find
 from benchmarks.losses.contenders import Contender, contenders
 from benchmarks.losses.inputs import Inputs
 
 _MIB = 2**20
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_NOT_MEASURED = "needs Linux's /proc/self/clear_refs"
 
 
 class Memory(Protocol):
@@ -88,8 +85,8 @@ class ProcessMemory:
         self.folder.cleanup()
 
     def measure(self, contender: Contender, x: Inputs) -> dict[str, Any]:
-        if not _CLEAR_REFS.exists():
-            return {"peak_extra_mib": None, "peak_why": _NOT_MEASURED}
+        if reason := resident.why_not():
+            return {"peak_extra_mib": None, "peak_why": reason}
         worker = self.workers.get(contender.name) or self._start(contender.name)
         path = Path(self.folder.name) / "inputs.pt"
         if self.saved is not x:
@@ -109,7 +106,7 @@ class ProcessMemory:
         worker = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.losses.memory", name],
             cwd=ROOT,
-            env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(_MIB), "OMP_WAIT_POLICY": "passive"},
+            env=os.environ | resident.WORKER_ENV,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -141,13 +138,6 @@ def _halves(contender: Contender, x: Inputs, reset: Any, peak: Any) -> dict[str,
     return {name: round(value / _MIB, 2) for name, value in found.items()}
 
 
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return 1024 * int(line.split()[1])
-    raise KeyError(key)
-
-
 def _serve(name: str) -> None:
     """Answer [case id, file of its inputs] on stdin with peaks on stdout, a line of JSON each."""
     answers = os.fdopen(os.dup(1), "w")
@@ -169,10 +159,8 @@ def _resident(contender: Contender, x: Inputs) -> dict[str, float]:
     x.clear()
     del warm
     gc.collect()
-    before = _status("VmRSS")
-    return _halves(
-        contender, x, lambda: _CLEAR_REFS.write_text("5"), lambda: _status("VmHWM") - before
-    )
+    before = resident.resident()
+    return _halves(contender, x, resident.reset_peak, lambda: resident.peak() - before)
 
 
 if __name__ == "__main__":

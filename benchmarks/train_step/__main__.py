@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from benchmarks.environment import environment
-from benchmarks.train_step.rounds import WORKER_ENV, measure
+from benchmarks.resident import WORKER_ENV
+from benchmarks.train_step.rounds import measure
 from benchmarks.train_step.table import table
 from benchmarks.train_step.workload import Settings, build
 from opsd_train.errors import UserError

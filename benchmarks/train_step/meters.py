@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks import resident
+
 PHASES = ("rollout", "teacher forward", "student forward", "loss", "backward", "optimizer")
 OTHER = "other"
 
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 _MIB = 2**20
 
 
@@ -74,27 +73,19 @@ class Memory:
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        resettable = self._cuda or os.access(_CLEAR_REFS, os.W_OK)
-        self.why_not = None if resettable else f"needs a writable {_CLEAR_REFS} (Linux)"
+        self.why_not = None if self._cuda else resident.why_not()
 
     def start(self) -> None:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats()
             self._before = torch.cuda.memory_allocated()
         elif not self.why_not:
-            self._before = _status("VmRSS")
-            _CLEAR_REFS.write_text("5")  # the high-water mark starts again from here
+            self._before = resident.resident()
+            resident.reset_peak()
 
     def stop(self) -> dict[str, float | None]:
         if self.why_not:
             return {"peak_extra_mib": None, "peak_mib": None}
-        peak = torch.cuda.max_memory_allocated() if self._cuda else _status("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if self._cuda else resident.peak()
         extra = peak - self._before
         return {"peak_extra_mib": round(extra / _MIB, 1), "peak_mib": round(peak / _MIB, 1)}
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return 1024 * int(line.split()[1])
-    raise KeyError(key)

@@ -12,13 +12,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from benchmarks.environment import ROOT
+from benchmarks.resident import WORKER_ENV
 from benchmarks.train_step.registry import CONTENDERS
 from benchmarks.train_step.workload import Settings
 from opsd_train.errors import UserError
-
-# Large buffers are mapped by themselves: glibc would keep freed ones in the resident set, where
-# they hide a part of the next peak. Threads that wait sleep: the next process gets all cores.
-WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_WAIT_POLICY": "passive"}
 
 
 class WorkerProcess:
