@@ -1,0 +1,241 @@
+"""The kernels of the CUDA backend: statistics of rows, sums of a divergence, gradients of logits.
+
+Each runs on either source of tiles: FUSED multiplies them from hidden states `x` and head `w`,
+otherwise `x` is a block of logits in memory. A program owns R rows and either a span of the
+vocabulary, whose statistics it writes for `merge`, or one tile of the gradient.
+
+Statistics are (rows of float32) in the order of `triton_launch.Layout`: per head maximum, sum of
+exponentials, sum of p u for the entropy, sum of u and number of columns for label smoothing, the
+label's logit; then, of a pair, the cross sum and the mark of an infinite KL.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from opsd_kernels.backends.triton_tiles import (
+    FORWARD_KL,
+    JSD,
+    LOG_ZERO,
+    crossed,
+    divergence_slope,
+    entries,
+    finished,
+    log_prob,
+    product,
+    rescaled,
+    risen,
+    shared_products,
+    stored,
+)
+
+# Sizes that change from call to call; a kernel compiled again for each would cost seconds.
+_VARYING = ["rows", "width", "span", "splits", "count", "first", "last"]
+
+
+@triton.jit
+def _place(row_blocks, columns, GROUP: tl.constexpr):
+    """(row block, column index) of this program: a band of row blocks shares its columns in L2."""
+    pid = tl.program_id(0)
+    band = pid // (GROUP * columns)
+    first = band * GROUP
+    height = tl.minimum(row_blocks - first, GROUP)
+    inside = pid % (GROUP * columns)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _tile(
+    x, w, bias, softcap, depth, x_row, x_k, w_row, w_k, row, col, rows, cols, temperature,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, FUSED: tl.constexpr,
+    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(z, slope) of one head."""
+    if FUSED:
+        raw = product(
+            x, w, row, col, rows, cols, depth, x_row, x_k, w_row, w_k,
+            R, C, K, DESCRIBED, EVEN, PRECISION,
+        )  # fmt: skip
+    else:
+        raw = stored(x, row, col, rows, cols, x_row, R, C)
+    return finished(raw, col, cols, bias, softcap, temperature, C)
+
+
+@triton.jit
+def _two_tiles(
+    x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
+    x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
+    row, col, rows, cols, temperature,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, FUSED: tl.constexpr, SHARED: tl.constexpr,
+    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(student's z, slope, teacher's z)."""
+    if FUSED and SHARED:
+        raw_s, raw_t = shared_products(
+            x_s, x_t, w_s, row, col, rows, cols, depth_s, s_row, s_k, t_row, t_k, ws_row, ws_k,
+            R, C, K, DESCRIBED, EVEN, PRECISION,
+        )  # fmt: skip
+        z_s, slope = finished(raw_s, col, cols, bias_s, cap_s, temperature, C)
+        z_t, _ = finished(raw_t, col, cols, bias_t, cap_t, temperature, C)
+    else:
+        z_s, slope = _tile(
+            x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k, row, col, rows, cols,
+            temperature, R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
+        )  # fmt: skip
+        z_t, _ = _tile(
+            x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
+            temperature, R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
+        )  # fmt: skip
+    return z_s, slope, z_t
+
+
+@triton.jit
+def _labels(label, r, rows, first):
+    """Column of each row's label in this shard; negative or too large where another owns it."""
+    return (tl.load(label + tl.minimum(r, rows - 1)) - first).to(tl.int32)
+
+
+@triton.jit
+def _picked(z, y, col, C: tl.constexpr):
+    """The label's logit if it lies in this tile, else 0."""
+    c = col + tl.arange(0, C)
+    return tl.sum(tl.where(c[None, :] == y[:, None], z, 0.0), 1)
+
+
+# --------------------------------------------------------------------------------------- first pass
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def statistics(
+    x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
+    label, out, rows, cols, first, width, temperature, span, splits,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
+    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one head over this program's span of the vocabulary."""
+    block, split = _place(tl.cdiv(rows, R), splits, GROUP)
+    row = block * R
+    r = row + tl.arange(0, R)
+    top = tl.full((R,), LOG_ZERO, tl.float32)
+    total = tl.zeros((R,), tl.float32)
+    weighted = tl.zeros((R,), tl.float32)
+    plain = tl.zeros((R,), tl.float32)
+    picked = tl.zeros((R,), tl.float32)
+    begin = split * span * C
+    end = tl.minimum(begin + span * C, cols)
+    if label is not None:
+        y = _labels(label, r, rows, first)
+    for col in range(begin, end, C):
+        z, _ = _tile(
+            x, w, bias, softcap, depth, x_row, x_k, w_row, w_k, row, col, rows, cols, temperature,
+            R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
+        )  # fmt: skip
+        top, shift = risen(z, top)
+        u = z - top[:, None]
+        p = tl.exp(u)
+        if ENTROPY:
+            weighted = rescaled(weighted, shift, total) + tl.sum(p * u, 1)
+        if SMOOTHED:
+            valid = (col + tl.arange(0, C)) < cols
+            plain += shift * (col - begin) + tl.sum(tl.where(valid[None, :], u, 0.0), 1)
+        total = total * tl.exp(shift) + tl.sum(p, 1)
+        if label is not None:
+            picked += _picked(z, y, col, C)
+    inside = r < rows
+    stride = splits.to(tl.int64) * width
+    at = out + split.to(tl.int64) * width + r
+    tl.store(at, top, inside)
+    tl.store(at + stride, total, inside)
+    at += 2 * stride
+    if ENTROPY:
+        tl.store(at, weighted, inside)
+        at += stride
+    if SMOOTHED:
+        tl.store(at, plain, inside)
+        tl.store(at + stride, (tl.maximum(end - begin, 0) + 0.0 * top), inside)
+        at += 2 * stride
+    if label is not None:
+        tl.store(at, picked, inside)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def statistics_pair(
+    x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
+    x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
+    label, out, rows, cols, first, width, temperature, span, splits,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
+    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ENTROPY: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Statistics of both heads; for a KL also sum p (u_p - u_q), which makes its value."""
+    block, split = _place(tl.cdiv(rows, R), splits, GROUP)
+    row = block * R
+    r = row + tl.arange(0, R)
+    top_s = tl.full((R,), LOG_ZERO, tl.float32)
+    top_t = tl.full((R,), LOG_ZERO, tl.float32)
+    total_s = tl.zeros((R,), tl.float32)
+    total_t = tl.zeros((R,), tl.float32)
+    weighted_s = tl.zeros((R,), tl.float32)
+    weighted_t = tl.zeros((R,), tl.float32)
+    picked_s = tl.zeros((R,), tl.float32)
+    picked_t = tl.zeros((R,), tl.float32)
+    cross = tl.zeros((R,), tl.float32)
+    infinite = tl.zeros((R,), tl.float32)
+    begin = split * span * C
+    end = tl.minimum(begin + span * C, cols)
+    if label is not None:
+        y = _labels(label, r, rows, first)
+    for col in range(begin, end, C):
+        z_s, _, z_t = _two_tiles(
+            x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
+            x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
+            row, col, rows, cols, temperature, R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
+        )  # fmt: skip
+        if label is not None:
+            picked_s += _picked(z_s, y, col, C)
+            picked_t += _picked(z_t, y, col, C)
+        top_s, shift_s = risen(z_s, top_s)
+        top_t, shift_t = risen(z_t, top_t)
+        if KIND == FORWARD_KL:
+            infinite = tl.maximum(infinite, crossed(z_t, z_s))
+            cross = rescaled(cross, shift_t, total_t, shift_s)
+        elif KIND != JSD:
+            infinite = tl.maximum(infinite, crossed(z_s, z_t))
+            cross = rescaled(cross, shift_s, total_s, shift_t)
+        u_s = z_s - top_s[:, None]
+        u_t = z_t - top_t[:, None]
+        s = tl.exp(u_s)
+        t = tl.exp(u_t)
+        if KIND == FORWARD_KL:
+            cross += tl.sum(t * (u_t - u_s), 1)
+        elif KIND != JSD:
+            cross += tl.sum(s * (u_s - u_t), 1)
+        if ENTROPY:
+            weighted_s = rescaled(weighted_s, shift_s, total_s) + tl.sum(s * u_s, 1)
+            weighted_t = rescaled(weighted_t, shift_t, total_t) + tl.sum(t * u_t, 1)
+        total_s = total_s * tl.exp(shift_s) + tl.sum(s, 1)
+        total_t = total_t * tl.exp(shift_t) + tl.sum(t, 1)
+    inside = r < rows
+    stride = splits.to(tl.int64) * width
+    at = out + split.to(tl.int64) * width + r
+    at = _store_head(at, stride, top_s, total_s, weighted_s, picked_s, inside, label, ENTROPY)
+    at = _store_head(at, stride, top_t, total_t, weighted_t, picked_t, inside, label, ENTROPY)
+    if KIND != JSD:
+        tl.store(at, cross, inside)
+        tl.store(at + stride, infinite, inside)
+
+
+@triton.jit
+def _store_head(at, stride, top, total, weighted, picked, inside, label, ENTROPY: tl.constexpr):
+    tl.store(at, top, inside)
+    tl.store(at + stride, total, inside)
+    at += 2 * stride
+    if ENTROPY:
+        tl.store(at, weighted, inside)
+        at += stride
+    if label is not None:
+        tl.store(at, picked, inside)
+        at += stride
+    return at
