@@ -31,7 +31,9 @@ from opsd_kernels.backends.triton_tiles import (
 )
 
 # Sizes that change from call to call; a kernel compiled again for each would cost seconds.
-_VARYING = ["rows", "width", "span", "splits", "count", "first", "last"]
+_VARYING = [
+    "rows", "width", "out_width", "part_width", "span", "splits", "count", "first", "last", "offset",
+]  # fmt: skip
 
 
 @triton.jit
@@ -239,3 +241,215 @@ def _store_head(at, stride, top, total, weighted, picked, inside, label, ENTROPY
         tl.store(at, picked, inside)
         at += stride
     return at
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def merge(
+    parts, out, rows, width, count, part_width, R: tl.constexpr, HEADS: tl.constexpr,
+    ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr, LABEL: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Statistics of `count` spans, or of as many ranks, into those of the whole, always in order."""
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    inside = r < rows
+    at = parts + tl.minimum(r, rows - 1)
+    each = part_width.to(tl.int64)
+    stride = each * count
+    at_t = at
+    for head in tl.static_range(HEADS):
+        first = at
+        top = tl.full((R,), LOG_ZERO, tl.float32)
+        for i in range(count):
+            top = tl.maximum(top, tl.load(first + i * each))
+        total = tl.zeros((R,), tl.float32)
+        weighted = tl.zeros((R,), tl.float32)
+        plain = tl.zeros((R,), tl.float32)
+        number = tl.zeros((R,), tl.float32)
+        picked = tl.zeros((R,), tl.float32)
+        for i in range(count):
+            part = first + i * each
+            shift = tl.load(part) - top
+            part += stride
+            weight = tl.load(part)
+            total += weight * tl.exp(shift)
+            part += stride
+            if ENTROPY:
+                weighted += rescaled(tl.load(part), shift, weight)
+                part += stride
+            if SMOOTHED:
+                columns = tl.load(part + stride)
+                plain += tl.load(part) + shift * columns
+                number += columns
+                part += 2 * stride
+            if LABEL:
+                picked += tl.load(part)
+        write = out + head * (2 + ENTROPY + 2 * SMOOTHED + LABEL) * width.to(tl.int64) + r
+        tl.store(write, top, inside)
+        tl.store(write + width, total, inside)
+        write += 2 * width
+        if ENTROPY:
+            tl.store(write, weighted, inside)
+            write += width
+        if SMOOTHED:
+            tl.store(write, plain, inside)
+            tl.store(write + width, number, inside)
+            write += 2 * width
+        if LABEL:
+            tl.store(write, picked, inside)
+            write += width
+        at += (2 + ENTROPY + 2 * SMOOTHED + LABEL) * stride
+        if head == 0:
+            top_s = top
+            at_t = at
+        else:
+            if KIND != JSD:
+                own = parts + tl.minimum(r, rows - 1)
+                cross = tl.zeros((R,), tl.float32)
+                infinite = tl.zeros((R,), tl.float32)
+                for i in range(count):
+                    shift_s = tl.load(own + i * each) - top_s
+                    shift_t = tl.load(at_t + i * each) - top
+                    part = at + i * each
+                    if KIND == FORWARD_KL:
+                        weight = tl.load(at_t + i * each + stride)
+                        cross += rescaled(tl.load(part), shift_t, weight, shift_s)
+                    else:
+                        weight = tl.load(own + i * each + stride)
+                        cross += rescaled(tl.load(part), shift_s, weight, shift_t)
+                    infinite = tl.maximum(infinite, tl.load(part + stride))
+                tl.store(write, cross, inside)
+                tl.store(write + width, infinite, inside)
+
+
+# -------------------------------------------------------------------------------------- second pass
+
+
+@triton.jit
+def _constants(merged, r, rows, width, STEP: tl.constexpr):
+    """Maximum and sum of both heads; the teacher's stand STEP statistics after the student's."""
+    at = merged + tl.minimum(r, rows - 1)
+    other = at + STEP * width.to(tl.int64)
+    return tl.load(at), tl.load(at + width), tl.load(other), tl.load(other + width)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def divergence_sums(
+    x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
+    x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
+    merged, out, rows, cols, width, out_width, temperature, beta, rest, clip, span, splits,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
+    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Value, sum of shares and, with a clip, value without it, over a span of the vocabulary."""
+    block, split = _place(tl.cdiv(rows, R), splits, GROUP)
+    row = block * R
+    r = row + tl.arange(0, R)
+    top_s, total_s, top_t, total_t = _constants(merged, r, rows, width, STEP)
+    value = tl.zeros((R,), tl.float32)
+    shares = tl.zeros((R,), tl.float32)
+    unclipped = tl.zeros((R,), tl.float32)
+    begin = split * span * C
+    for col in range(begin, tl.minimum(begin + span * C, cols), C):
+        z_s, _, z_t = _two_tiles(
+            x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
+            x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
+            row, col, rows, cols, temperature, R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
+        )  # fmt: skip
+        log_s, s = log_prob(z_s, top_s, total_s)
+        log_t, t = log_prob(z_t, top_t, total_t)
+        entry, share = entries(log_s, s, log_t, t, beta, rest, KIND)
+        if clip is not None:
+            unclipped += tl.sum(entry, 1)
+            share = tl.where(entry > clip, 0.0, share)
+            entry = tl.where(entry > clip, clip, entry)
+        value += tl.sum(entry, 1)
+        shares += tl.sum(share, 1)
+    inside = r < rows
+    stride = splits.to(tl.int64) * out_width
+    at = out + split.to(tl.int64) * out_width + r
+    tl.store(at, value, inside)
+    tl.store(at + stride, shares, inside)
+    if clip is not None:
+        tl.store(at + 2 * stride, unclipped, inside)
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def divergence_gradient(
+    x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
+    x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
+    merged, totals, scale, grad, rows, cols, width, grad_row, temperature, beta, rest, clip,
+    first, last,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
+    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """d value / d raw logits, times the row's scale, for columns first to last."""
+    block, tile = _place(tl.cdiv(rows, R), tl.cdiv(last - first, C), GROUP)
+    row, col = block * R, first + tile * C
+    r = row + tl.arange(0, R)
+    at = tl.minimum(r, rows - 1)
+    top_s, total_s, top_t, total_t = _constants(merged, r, rows, width, STEP)
+    total = tl.load(totals + at)
+    factor = 1.0 / temperature
+    if scale is not None:
+        factor = (tl.load(scale + at) / temperature)[:, None]
+    z_s, slope, z_t = _two_tiles(
+        x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
+        x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
+        row, col, rows, cols, temperature, R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
+    )  # fmt: skip
+    log_s, s = log_prob(z_s, top_s, total_s)
+    log_t, t = log_prob(z_t, top_t, total_t)
+    entry, share = entries(log_s, s, log_t, t, beta, rest, KIND)
+    dz = divergence_slope(entry, share, s, total, clip, rest, KIND)
+    if KIND != FORWARD_KL and clip is None:
+        # Of an infinite reverse KL inf - inf has no direction; the value reports it.
+        dz = tl.where((total < float("inf"))[:, None] | (total != total)[:, None], dz, 0.0)
+    _store_gradient(grad, dz * slope * factor, row, col - first, rows, last - first, grad_row, R, C)
+
+
+@triton.jit
+def _store_gradient(grad, dz, row, col, rows, cols, grad_row, R: tl.constexpr, C: tl.constexpr):
+    r = row + tl.arange(0, R)
+    c = col + tl.arange(0, C)
+    at = grad + r[:, None].to(tl.int64) * grad_row + c[None, :]
+    tl.store(at, dz.to(grad.dtype.element_ty), (r < rows)[:, None] & (c < cols)[None, :])
+
+
+@triton.jit(do_not_specialize=_VARYING)
+def logprob_gradient(
+    x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
+    label, merged, entropy, scale, entropy_scale, grad, grad_entropy, rows, cols, offset, width,
+    grad_row, temperature, sharp, uniform, first, last,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
+    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """d (sharp log p(y) + uniform sum log p) / d raw logits for columns first to last.
+
+    The entropy's gradient is added where its scale is known, or written to grad_entropy.
+    """
+    block, tile = _place(tl.cdiv(rows, R), tl.cdiv(last - first, C), GROUP)
+    row, col = block * R, first + tile * C
+    r = row + tl.arange(0, R)
+    at = tl.minimum(r, rows - 1)
+    z, slope = _tile(
+        x, w, bias, softcap, depth, x_row, x_k, w_row, w_k, row, col, rows, cols, temperature,
+        R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
+    )  # fmt: skip
+    log_p, p = log_prob(z, tl.load(merged + at), tl.load(merged + width + at))
+    y = _labels(label, r, rows, offset)
+    c = col + tl.arange(0, C)
+    dz = tl.where(c[None, :] == y[:, None], sharp, 0.0) + uniform - p
+    if scale is not None:
+        dz *= tl.load(scale + at)[:, None]
+    if entropy is not None:
+        rise = -p * (log_p + tl.load(entropy + at)[:, None])
+        if entropy_scale is not None:
+            dz += rise * tl.load(entropy_scale + at)[:, None]
+        if grad_entropy is not None:
+            _store_gradient(
+                grad_entropy, rise * slope / temperature, row, col - first, rows, last - first,
+                grad_row, R, C,
+            )  # fmt: skip
+    dz = dz * slope / temperature
+    _store_gradient(grad, dz, row, col - first, rows, last - first, grad_row, R, C)
