@@ -7,24 +7,22 @@ one, when the head is trained, to its weight. Rows that carry no loss never reac
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
 from opsd_kernels.backends import row_math
+from opsd_kernels.backends.call import Call, same_head
 from opsd_kernels.plan import Plan
 from opsd_kernels.problem import (
     DIVERGENCE_STATS,
     LOGPROB_STATS,
     DivergenceProblem,
-    Head,
     LogprobProblem,
     Result,
     Wanted,
-    stat_dtype,
 )
 
 # Slices of the head's gradient that pass through the input dtype before fp32 accumulation.
@@ -37,7 +35,7 @@ def divergence(
     """Per-token divergence; gradients of sum(row_scale * value), per row for row_scale None."""
     run = _Run(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
     stats = run.stats(len(DIVERGENCE_STATS) if p.with_stats else 0)
-    shared = _same_head(p.student, p.teacher)
+    shared = same_head(p.student, p.teacher)
     logits = run.logits(2 if shared else 1)
     logits_t = logits if shared else run.logits(1, p.teacher.hidden)
     tiles = [run.tile() for _ in range(5)]
@@ -158,53 +156,15 @@ def _logprob_tile(
     run.store_gradient(blocks[0], grad, slope, factor)
 
 
-class _Run:
+class _Run(Call):
     """What one call allocates and fills: buffers by the plan, values and gradients by block."""
-
-    def __init__(
-        self,
-        head: Head,
-        plan: Plan,
-        keep: Tensor | None,
-        wanted: Wanted,
-        group_name: str | None,
-        row_scale: Tensor | None,
-        entropy_scale: Tensor | None = None,
-    ) -> None:
-        hidden, weight = head.hidden, head.weight
-        self.head, self.plan, self.wanted = head, plan, wanted
-        self.dtype = stat_dtype(hidden.dtype)
-        self.kept = _kept_rows(hidden, keep)
-        self.row_scale, self.entropy_scale, self.scale = _relative(row_scale, entropy_scale)
-        self.value = hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
-        self.grad_hidden = (
-            torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-            if wanted.hidden
-            else None
-        )
-        self.grad_entropy = (
-            torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-            if wanted.entropy
-            else None
-        )
-        self.grad_weight = (
-            weight.new_zeros(weight.shape, dtype=self.dtype) if wanted.weight else None
-        )
-        self.grad_bias = (
-            weight.new_zeros(weight.shape[0], dtype=self.dtype) if wanted.bias else None
-        )
-        self.group, self.offset, self.vocab_size = None, 0, weight.shape[0]
-        if group_name is not None:
-            self.group = _resolve_process_group(group_name)
-            self.offset, self.vocab_size = vocabulary_shard(weight, group_name)[:2]
-        self._slope = self.tile() if head.softcap is not None and wanted.any else None
 
     def stats(self, count: int) -> Tensor:
         return self.value.new_zeros(count, self.value.shape[0])
 
     def logits(self, count: int, like: Tensor | None = None) -> Tensor:
         """Room for `count` sets of a block's logits; their gradients later take their place."""
-        rows = min(self.plan.rows_per_block, self.kept.shape[0])
+        rows = min(self.plan.rows_per_block, self.num_kept)
         like = self.head.hidden if like is None else like
         return like.new_empty(count * rows, self.head.weight.shape[0])
 
@@ -212,11 +172,18 @@ class _Run:
         shape = self.plan.tile_rows, self.head.weight.shape[0]
         return self.value.new_empty(shape)
 
+    @functools.cached_property
+    def _slopes(self) -> Tensor:
+        return self.tile()
+
     def slope(self, rows: int) -> Tensor | None:
-        return None if self._slope is None else self._slope[:rows]
+        return self._slopes[:rows] if self.head.softcap is not None and self.wanted.any else None
 
     def blocks(self) -> Iterator[Tensor]:
-        return iter(self.kept.split(self.plan.rows_per_block) if self.kept.numel() else ())
+        kept = self.kept
+        if kept is None:
+            kept = torch.arange(self.num_kept, device=self.head.hidden.device)
+        return iter(kept.split(self.plan.rows_per_block) if kept.numel() else ())
 
     def factor(self, row_scale: Tensor | None, rows: Tensor, temperature: float) -> Tensor | float:
         """What a tile's gradient is multiplied by, as a column or a number."""
@@ -251,56 +218,3 @@ class _Run:
         size = max(1, _SLICE_BYTES // (h.shape[1] * h.element_size()))
         for total, part in zip(self.grad_weight.split(size), grad.t().split(size), strict=True):
             total += torch.mm(part, h)
-
-    def result(self, stats: Tensor) -> Result:
-        for grad in (self.grad_hidden, self.grad_entropy):
-            if self.group is not None and grad is not None:
-                dist.all_reduce(grad, group=self.group)  # each shard saw its slice of the sum
-        return Result(
-            value=self.value,
-            stats=stats,
-            grad_hidden=self.grad_hidden,
-            grad_entropy=self.grad_entropy,
-            grad_weight=self.grad_weight,
-            grad_bias=self.grad_bias,
-            scale=self.scale,
-        )
-
-
-def vocabulary_shard(weight: Tensor, group_name: str) -> tuple[int, int, int]:
-    """(first entry of this rank's shard, size of the whole vocabulary, largest shard)."""
-    group = _resolve_process_group(group_name)
-    rank = dist.get_rank(group)
-    # A tensor on the head's device suits NCCL and gloo; all_gather_object would need numpy.
-    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
-    counts[rank] = weight.shape[0]
-    dist.all_reduce(counts, group=group)
-    sizes = counts.tolist()
-    return sum(sizes[:rank]), sum(sizes), max(sizes)
-
-
-def _kept_rows(hidden: Tensor, keep: Tensor | None) -> Tensor:
-    if keep is None:
-        return torch.arange(hidden.shape[0], device=hidden.device)
-    return keep.nonzero().squeeze(-1)
-
-
-def _same_head(a: Head, b: Head) -> bool:
-    """One weight serves both models: self-distillation with a frozen head."""
-    x, y = a.weight, b.weight
-    same = x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
-    return same and x.dtype == y.dtype and a.hidden.dtype == b.hidden.dtype
-
-
-def _relative(
-    row_scale: Tensor | None, entropy_scale: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Scales divided by their largest magnitude, and that magnitude."""
-    if row_scale is None:
-        return None, None, None
-    scale = row_scale.abs().amax() if row_scale.numel() else row_scale.new_zeros(())
-    if entropy_scale is not None and entropy_scale.numel():
-        scale = torch.maximum(scale, entropy_scale.abs().amax())
-    divisor = torch.where(scale == 0, 1, scale)
-    relative_entropy = None if entropy_scale is None else entropy_scale / divisor
-    return row_scale / divisor, relative_entropy, divisor

@@ -19,7 +19,6 @@ from opsd_kernels.backends.triton_tiles import (
     JSD,
     LOG_ZERO,
     crossed,
-    divergence_slope,
     entries,
     finished,
     log_prob,
@@ -31,13 +30,14 @@ from opsd_kernels.backends.triton_tiles import (
 )
 
 # Sizes that change from call to call; a kernel compiled again for each would cost seconds.
-_VARYING = [
-    "rows", "width", "out_width", "part_width", "span", "splits", "count", "first", "last", "offset",
+VARYING = [
+    "rows", "width", "out_width", "part_width", "span", "splits", "count", "first", "last",
+    "offset",
 ]  # fmt: skip
 
 
 @triton.jit
-def _place(row_blocks, columns, GROUP: tl.constexpr):
+def place(row_blocks, columns, GROUP: tl.constexpr):
     """(row block, column index) of this program: a band of row blocks shares its columns in L2."""
     pid = tl.program_id(0)
     band = pid // (GROUP * columns)
@@ -48,7 +48,7 @@ def _place(row_blocks, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _tile(
+def tile_of(
     x, w, bias, softcap, depth, x_row, x_k, w_row, w_k, row, col, rows, cols, temperature,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, FUSED: tl.constexpr,
     DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,7 +65,7 @@ def _tile(
 
 
 @triton.jit
-def _two_tiles(
+def tiles_of(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
     row, col, rows, cols, temperature,
@@ -81,11 +81,11 @@ def _two_tiles(
         z_s, slope = finished(raw_s, col, cols, bias_s, cap_s, temperature, C)
         z_t, _ = finished(raw_t, col, cols, bias_t, cap_t, temperature, C)
     else:
-        z_s, slope = _tile(
+        z_s, slope = tile_of(
             x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k, row, col, rows, cols,
             temperature, R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
-        z_t, _ = _tile(
+        z_t, _ = tile_of(
             x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
             temperature, R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
@@ -93,9 +93,10 @@ def _two_tiles(
 
 
 @triton.jit
-def _labels(label, r, rows, first):
-    """Column of each row's label in this shard; negative or too large where another owns it."""
-    return (tl.load(label + tl.minimum(r, rows - 1)) - first).to(tl.int32)
+def labels_of(label, r, rows, cols, first):
+    """Column of each row's label in this shard, -1 where another owns it."""
+    y = tl.load(label + tl.minimum(r, rows - 1)) - first
+    return tl.where(y < cols, y, -1).to(tl.int32)
 
 
 @triton.jit
@@ -108,7 +109,7 @@ def _picked(z, y, col, C: tl.constexpr):
 # --------------------------------------------------------------------------------------- first pass
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def statistics(
     x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
     label, out, rows, cols, first, width, temperature, span, splits,
@@ -117,7 +118,7 @@ def statistics(
     ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one head over this program's span of the vocabulary."""
-    block, split = _place(tl.cdiv(rows, R), splits, GROUP)
+    block, split = place(tl.cdiv(rows, R), splits, GROUP)
     row = block * R
     r = row + tl.arange(0, R)
     top = tl.full((R,), LOG_ZERO, tl.float32)
@@ -128,9 +129,9 @@ def statistics(
     begin = split * span * C
     end = tl.minimum(begin + span * C, cols)
     if label is not None:
-        y = _labels(label, r, rows, first)
+        y = labels_of(label, r, rows, cols, first)
     for col in range(begin, end, C):
-        z, _ = _tile(
+        z, _ = tile_of(
             x, w, bias, softcap, depth, x_row, x_k, w_row, w_k, row, col, rows, cols, temperature,
             R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
@@ -162,7 +163,7 @@ def statistics(
         tl.store(at, picked, inside)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def statistics_pair(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
@@ -172,7 +173,7 @@ def statistics_pair(
     ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Statistics of both heads; for a KL also sum p (u_p - u_q), which makes its value."""
-    block, split = _place(tl.cdiv(rows, R), splits, GROUP)
+    block, split = place(tl.cdiv(rows, R), splits, GROUP)
     row = block * R
     r = row + tl.arange(0, R)
     top_s = tl.full((R,), LOG_ZERO, tl.float32)
@@ -188,9 +189,9 @@ def statistics_pair(
     begin = split * span * C
     end = tl.minimum(begin + span * C, cols)
     if label is not None:
-        y = _labels(label, r, rows, first)
+        y = labels_of(label, r, rows, cols, first)
     for col in range(begin, end, C):
-        z_s, _, z_t = _two_tiles(
+        z_s, _, z_t = tiles_of(
             x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
             x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
             row, col, rows, cols, temperature, R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
@@ -243,12 +244,12 @@ def _store_head(at, stride, top, total, weighted, picked, inside, label, ENTROPY
     return at
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def merge(
     parts, out, rows, width, count, part_width, R: tl.constexpr, HEADS: tl.constexpr,
     ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr, LABEL: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of `count` spans, or of as many ranks, into those of the whole, always in order."""
+    """Statistics of `count` spans, or of as many ranks, into those of the whole, in order."""
     r = tl.program_id(0) * R + tl.arange(0, R)
     inside = r < rows
     at = parts + tl.minimum(r, rows - 1)
@@ -324,14 +325,14 @@ def merge(
 
 
 @triton.jit
-def _constants(merged, r, rows, width, STEP: tl.constexpr):
+def constants(merged, r, rows, width, STEP: tl.constexpr):
     """Maximum and sum of both heads; the teacher's stand STEP statistics after the student's."""
     at = merged + tl.minimum(r, rows - 1)
     other = at + STEP * width.to(tl.int64)
     return tl.load(at), tl.load(at + width), tl.load(other), tl.load(other + width)
 
 
-@triton.jit(do_not_specialize=_VARYING)
+@triton.jit(do_not_specialize=VARYING)
 def divergence_sums(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
@@ -341,16 +342,16 @@ def divergence_sums(
     STEP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Value, sum of shares and, with a clip, value without it, over a span of the vocabulary."""
-    block, split = _place(tl.cdiv(rows, R), splits, GROUP)
+    block, split = place(tl.cdiv(rows, R), splits, GROUP)
     row = block * R
     r = row + tl.arange(0, R)
-    top_s, total_s, top_t, total_t = _constants(merged, r, rows, width, STEP)
+    top_s, total_s, top_t, total_t = constants(merged, r, rows, width, STEP)
     value = tl.zeros((R,), tl.float32)
     shares = tl.zeros((R,), tl.float32)
     unclipped = tl.zeros((R,), tl.float32)
     begin = split * span * C
     for col in range(begin, tl.minimum(begin + span * C, cols), C):
-        z_s, _, z_t = _two_tiles(
+        z_s, _, z_t = tiles_of(
             x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
             x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
             row, col, rows, cols, temperature, R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
@@ -371,85 +372,3 @@ def divergence_sums(
     tl.store(at + stride, shares, inside)
     if clip is not None:
         tl.store(at + 2 * stride, unclipped, inside)
-
-
-@triton.jit(do_not_specialize=_VARYING)
-def divergence_gradient(
-    x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
-    x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-    merged, totals, scale, grad, rows, cols, width, grad_row, temperature, beta, rest, clip,
-    first, last,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
-    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    STEP: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """d value / d raw logits, times the row's scale, for columns first to last."""
-    block, tile = _place(tl.cdiv(rows, R), tl.cdiv(last - first, C), GROUP)
-    row, col = block * R, first + tile * C
-    r = row + tl.arange(0, R)
-    at = tl.minimum(r, rows - 1)
-    top_s, total_s, top_t, total_t = _constants(merged, r, rows, width, STEP)
-    total = tl.load(totals + at)
-    factor = 1.0 / temperature
-    if scale is not None:
-        factor = (tl.load(scale + at) / temperature)[:, None]
-    z_s, slope, z_t = _two_tiles(
-        x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
-        x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-        row, col, rows, cols, temperature, R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
-    )  # fmt: skip
-    log_s, s = log_prob(z_s, top_s, total_s)
-    log_t, t = log_prob(z_t, top_t, total_t)
-    entry, share = entries(log_s, s, log_t, t, beta, rest, KIND)
-    dz = divergence_slope(entry, share, s, total, clip, rest, KIND)
-    if KIND != FORWARD_KL and clip is None:
-        # Of an infinite reverse KL inf - inf has no direction; the value reports it.
-        dz = tl.where((total < float("inf"))[:, None] | (total != total)[:, None], dz, 0.0)
-    _store_gradient(grad, dz * slope * factor, row, col - first, rows, last - first, grad_row, R, C)
-
-
-@triton.jit
-def _store_gradient(grad, dz, row, col, rows, cols, grad_row, R: tl.constexpr, C: tl.constexpr):
-    r = row + tl.arange(0, R)
-    c = col + tl.arange(0, C)
-    at = grad + r[:, None].to(tl.int64) * grad_row + c[None, :]
-    tl.store(at, dz.to(grad.dtype.element_ty), (r < rows)[:, None] & (c < cols)[None, :])
-
-
-@triton.jit(do_not_specialize=_VARYING)
-def logprob_gradient(
-    x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
-    label, merged, entropy, scale, entropy_scale, grad, grad_entropy, rows, cols, offset, width,
-    grad_row, temperature, sharp, uniform, first, last,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
-    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """d (sharp log p(y) + uniform sum log p) / d raw logits for columns first to last.
-
-    The entropy's gradient is added where its scale is known, or written to grad_entropy.
-    """
-    block, tile = _place(tl.cdiv(rows, R), tl.cdiv(last - first, C), GROUP)
-    row, col = block * R, first + tile * C
-    r = row + tl.arange(0, R)
-    at = tl.minimum(r, rows - 1)
-    z, slope = _tile(
-        x, w, bias, softcap, depth, x_row, x_k, w_row, w_k, row, col, rows, cols, temperature,
-        R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
-    )  # fmt: skip
-    log_p, p = log_prob(z, tl.load(merged + at), tl.load(merged + width + at))
-    y = _labels(label, r, rows, offset)
-    c = col + tl.arange(0, C)
-    dz = tl.where(c[None, :] == y[:, None], sharp, 0.0) + uniform - p
-    if scale is not None:
-        dz *= tl.load(scale + at)[:, None]
-    if entropy is not None:
-        rise = -p * (log_p + tl.load(entropy + at)[:, None])
-        if entropy_scale is not None:
-            dz += rise * tl.load(entropy_scale + at)[:, None]
-        if grad_entropy is not None:
-            _store_gradient(
-                grad_entropy, rise * slope / temperature, row, col - first, rows, last - first,
-                grad_row, R, C,
-            )  # fmt: skip
-    dz = dz * slope / temperature
-    _store_gradient(grad, dz, row, col - first, rows, last - first, grad_row, R, C)

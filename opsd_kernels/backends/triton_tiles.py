@@ -17,7 +17,7 @@ BANNED = tl.constexpr(-5e37)
 FORWARD_KL, REVERSE_KL, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-# --------------------------------------------------------------------------------- where tiles come from
+# ------------------------------------------------------------------------------- where tiles come from
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def finished(raw, col, cols, bias, softcap, temperature, C: tl.constexpr):
     return tl.where((c < cols)[None, :], z, LOG_ZERO), slope
 
 
-# ------------------------------------------------------------------------------------ statistics of a row
+# ------------------------------------------------------------------------------- statistics of a row
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def log_prob(z, top, total):
     return log_p, tl.exp(log_p)
 
 
-# --------------------------------------------------------------------------------------- the divergences
+# ------------------------------------------------------------------------------- the divergences
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.backends import blocked_torch
+from opsd_kernels.backends.call import vocabulary_shard
 from opsd_kernels.plan import Plan, plan
 from opsd_kernels.problem import Execution, Head, Result, Wanted, stat_dtype
 
@@ -39,7 +39,7 @@ def whole_vocabulary(head: Head, e: Execution) -> tuple[int, int]:
     """(entries over all shards, entries of the largest shard)."""
     if e.group_name is None:
         return head.weight.shape[0], head.weight.shape[0]
-    return blocked_torch.vocabulary_shard(head.weight, e.group_name)[1:]
+    return vocabulary_shard(head.weight, e.group_name)[1:]
 
 
 def no_autocast(tensor: Tensor) -> torch.autocast:

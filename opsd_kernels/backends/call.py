@@ -1,0 +1,96 @@
+"""What one call works on and fills, whichever backend runs it."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from opsd_kernels.plan import Plan
+from opsd_kernels.problem import Head, Result, Wanted, stat_dtype
+
+
+class Call:
+    """Rows to compute, scales, the vocabulary's shard, and the outputs, zero until filled."""
+
+    def __init__(
+        self,
+        head: Head,
+        plan: Plan,
+        keep: Tensor | None,
+        wanted: Wanted,
+        group_name: str | None,
+        row_scale: Tensor | None,
+        entropy_scale: Tensor | None = None,
+    ) -> None:
+        hidden, weight = head.hidden, head.weight
+        self.head, self.plan, self.wanted = head, plan, wanted
+        self.dtype = stat_dtype(hidden.dtype)
+        self.kept = None if keep is None else keep.nonzero().squeeze(-1)  # None: every row
+        self.num_kept = hidden.shape[0] if self.kept is None else self.kept.shape[0]
+        self.row_scale, self.entropy_scale, self.scale = _relative(row_scale, entropy_scale)
+        self.value = hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
+        self.grad_hidden = _zeros(hidden) if wanted.hidden else None
+        self.grad_entropy = _zeros(hidden) if wanted.entropy else None
+        self.grad_weight = (
+            weight.new_zeros(weight.shape, dtype=self.dtype) if wanted.weight else None
+        )
+        self.grad_bias = (
+            weight.new_zeros(weight.shape[0], dtype=self.dtype) if wanted.bias else None
+        )
+        self.group, self.offset, self.vocab_size = None, 0, weight.shape[0]
+        if group_name is not None:
+            self.group = _resolve_process_group(group_name)
+            self.offset, self.vocab_size = vocabulary_shard(weight, group_name)[:2]
+
+    def result(self, stats: Tensor) -> Result:
+        for grad in (self.grad_hidden, self.grad_entropy):
+            if self.group is not None and grad is not None:
+                dist.all_reduce(grad, group=self.group)  # each shard saw its slice of the sum
+        return Result(
+            value=self.value,
+            stats=stats,
+            grad_hidden=self.grad_hidden,
+            grad_entropy=self.grad_entropy,
+            grad_weight=self.grad_weight,
+            grad_bias=self.grad_bias,
+            scale=self.scale,
+        )
+
+
+def _zeros(hidden: Tensor) -> Tensor:
+    return torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+
+
+def vocabulary_shard(weight: Tensor, group_name: str) -> tuple[int, int, int]:
+    """(first entry of this rank's shard, size of the whole vocabulary, largest shard)."""
+    group = _resolve_process_group(group_name)
+    rank = dist.get_rank(group)
+    # A tensor on the head's device suits NCCL and gloo; all_gather_object would need numpy.
+    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
+    counts[rank] = weight.shape[0]
+    dist.all_reduce(counts, group=group)
+    sizes = counts.tolist()
+    return sum(sizes[:rank]), sum(sizes), max(sizes)
+
+
+def same_head(a: Head, b: Head) -> bool:
+    """One weight serves both models: self-distillation with a frozen head."""
+    x, y = a.weight, b.weight
+    same = x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+    return same and x.dtype == y.dtype and a.hidden.dtype == b.hidden.dtype
+
+
+def _relative(
+    row_scale: Tensor | None, entropy_scale: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Scales divided by their largest magnitude, and that magnitude."""
+    if row_scale is None:
+        return None, None, None
+    scale = row_scale.abs().amax() if row_scale.numel() else row_scale.new_zeros(())
+    if entropy_scale is not None and entropy_scale.numel():
+        scale = torch.maximum(scale, entropy_scale.abs().amax())
+    divisor = torch.where(scale == 0, 1, scale)
+    relative_entropy = None if entropy_scale is None else entropy_scale / divisor
+    return row_scale / divisor, relative_entropy, divisor

@@ -1,0 +1,211 @@
+"""Launches the Triton kernels on one block of rows: arguments, grids and buffers of partial results."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from opsd_kernels.backends import triton_gradients, triton_kernels
+from opsd_kernels.backends.triton_config import Blocks, Device, blocks, device_of, spans
+
+_GROUP = 8  # row blocks that walk the vocabulary side by side and find the head's tiles in L2
+_MERGED_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which statistics a pass keeps, and where each stands among the rows of its result."""
+
+    heads: int
+    entropy: bool
+    smoothed: bool
+    label: bool
+    kind: int  # triton_tiles.FORWARD_KL, REVERSE_KL or JSD; JSD where nothing crosses
+
+    @property
+    def names(self) -> list[str]:
+        names = ["top", "total"] + ["weighted"] * self.entropy
+        return names + ["plain", "number"] * self.smoothed + ["picked"] * self.label
+
+    @property
+    def count(self) -> int:
+        return self.heads * len(self.names) + 2 * (self.heads == 2 and self.kind != 2)
+
+    def head(self, merged: Tensor, index: int) -> dict[str, Tensor]:
+        rows = merged[index * len(self.names) : (index + 1) * len(self.names)]
+        return dict(zip(self.names, rows, strict=True))
+
+    def flags(self) -> dict[str, object]:
+        return {
+            "HEADS": self.heads, "ENTROPY": self.entropy, "SMOOTHED": self.smoothed,
+            "LABEL": self.label, "KIND": self.kind,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the tiles of one head come from: hidden states and weight, or a block of logits."""
+
+    x: Tensor  # (rows, D) with `w`, else (rows, V) fp32
+    w: Tensor | None  # (V, D)
+    bias: Tensor | None
+    softcap: float | None
+
+    def arguments(self, b: Blocks, described: bool) -> list[object]:
+        if self.w is None:
+            return [self.x, None, self.bias, self.softcap, 1, self.x.stride(0), 1, 0, 0]
+        x, w = self.x, self.w
+        if described:
+            x = TensorDescriptor.from_tensor(x, [b.rows, b.inner])
+            w = TensorDescriptor.from_tensor(w, [b.cols, b.inner])
+        sizes = [self.x.shape[1], *self.x.stride(), *self.w.stride()]
+        return [x, w, self.bias, self.softcap, *sizes]
+
+
+class Tiles:
+    """One block of rows, its source of tiles, and how its kernels are launched."""
+
+    def __init__(self, sources: list[Source], cols: int, temperature: float, shared: bool) -> None:
+        x = sources[0].x
+        self.sources, self.rows, self.cols = sources, x.shape[0], cols
+        self.temperature, self.shared = temperature, shared
+        self.device = device_of(x.device.index if x.is_cuda else None)
+        self.fused = sources[0].w is not None
+        operands = [t for s in sources if s.w is not None for t in (s.x, s.w)]
+        depths = [s.x.shape[1] for s in sources if self.fused] or [1]
+        self.blocks = blocks(
+            fused=self.fused, pair=len(sources) == 2, depth=max(depths),
+            itemsize=max((t.itemsize for t in operands), default=4), vocab_size=cols,
+            device=self.device,
+        )  # fmt: skip
+        self.described = bool(operands) and describable(operands, self.device)
+        self.even = all(d % self.blocks.inner == 0 for d in depths)
+        self.arguments = [a for s in sources for a in s.arguments(self.blocks, self.described)]
+
+    def options(self) -> dict[str, object]:
+        b = self.blocks
+        fp32 = any(s.x.dtype == torch.float32 for s in self.sources)
+        exact = fp32 and not torch.backends.cuda.matmul.allow_tf32
+        shared = {"SHARED": self.shared} if len(self.sources) == 2 else {}
+        return {
+            "R": b.rows, "C": b.cols, "K": b.inner, "GROUP": _GROUP, "FUSED": self.fused,
+            "DESCRIBED": self.described, "EVEN": self.even,
+            "PRECISION": "ieee" if exact else "tf32", **shared,
+            "num_warps": b.warps, "num_stages": b.stages,
+        }  # fmt: skip
+
+    def _spans(self, count: int) -> tuple[int, int, tuple[int], Tensor]:
+        span, splits = spans(self.rows, self.cols, self.blocks, self.device)
+        grid = (-(-self.rows // self.blocks.rows) * splits,)
+        x = self.sources[0].x
+        return span, splits, grid, x.new_empty(count, splits, self.rows, dtype=torch.float32)
+
+    def statistics(
+        self,
+        layout: Layout,
+        label: Tensor | None,
+        offset: int,
+        out: Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Fill `out` (K, rows), a view of any row stride, with the statistics of this block."""
+        span, splits, grid, parts = self._spans(layout.count)
+        label = label if layout.label else None
+        numbers = (self.rows, self.cols, offset, self.rows, self.temperature, span, splits)
+        flags = {"ENTROPY": layout.entropy, **self.options()}
+        if layout.heads == 2:
+            triton_kernels.statistics_pair[grid](
+                *self.arguments, label, parts, *numbers, **flags, KIND=layout.kind
+            )
+        else:
+            triton_kernels.statistics[grid](
+                *self.arguments, label, parts, *numbers, **flags, SMOOTHED=layout.smoothed
+            )
+        _merge(parts, out, layout)
+        if group is not None:  # the ranks' results are merged as those of spans are, in rank order
+            mine = out.contiguous()
+            every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(every, mine, group=group)
+            _merge(torch.stack(every, 1), out, layout)
+
+    def sums(
+        self,
+        layout: Layout,
+        merged: Tensor,
+        beta: float,
+        clip: float | None,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        """(2 or 3, rows): value, sum of shares and, with a clip, the value without it."""
+        span, splits, grid, parts = self._spans(2 if clip is None else 3)
+        triton_kernels.divergence_sums[grid](
+            *self.arguments, merged, parts, self.rows, self.cols, merged.stride(0), self.rows,
+            self.temperature, beta, 1.0 - beta, clip, span, splits, **self.options(),
+            STEP=len(layout.names), KIND=layout.kind,
+        )  # fmt: skip
+        total = parts.sum(1)
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total
+
+    def divergence_gradient(
+        self,
+        layout: Layout,
+        merged: Tensor,
+        totals: Tensor,
+        scale: Tensor | None,
+        beta: float,
+        clip: float | None,
+        columns: slice,
+        out: Tensor,  # (rows, columns)
+    ) -> None:
+        triton_gradients.divergence_gradient[self._grid(columns)](
+            *self.arguments, merged, totals, scale, out, self.rows, self.cols, merged.stride(0),
+            out.stride(0), self.temperature, beta, 1.0 - beta, clip, columns.start, columns.stop,
+            **self.options(), STEP=len(layout.names), KIND=layout.kind,
+        )  # fmt: skip
+
+    def logprob_gradient(
+        self,
+        label: Tensor,
+        merged: Tensor,
+        entropy: Tensor | None,
+        scales: tuple[Tensor | None, Tensor | None],
+        shares: tuple[float, float],
+        offset: int,
+        columns: slice,
+        outs: list[Tensor],  # (rows, columns), and another for the entropy's own gradient
+    ) -> None:
+        triton_gradients.logprob_gradient[self._grid(columns)](
+            *self.arguments, label, merged, entropy, *scales, outs[0],
+            outs[1] if len(outs) == 2 else None, self.rows, self.cols, offset, merged.stride(0),
+            outs[0].stride(0), self.temperature, *shares, columns.start, columns.stop,
+            **self.options(),
+        )  # fmt: skip
+
+    def _grid(self, columns: slice) -> tuple[int]:
+        tiles = -(-(columns.stop - columns.start) // self.blocks.cols)
+        return (-(-self.rows // self.blocks.rows) * tiles,)
+
+
+def describable(tensors: list[Tensor], device: Device) -> bool:
+    """Whether all can be read by TMA: Hopper or later, rows of whole 16 bytes."""
+    if device.capability is None or device.capability[0] < 9:
+        return False
+    return all(
+        t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
+        for t in tensors
+    )
+
+
+def _merge(parts: Tensor, out: Tensor, layout: Layout) -> None:
+    rows = out.shape[1]
+    triton_kernels.merge[(triton.cdiv(rows, _MERGED_ROWS),)](
+        parts, out, rows, out.stride(0), parts.shape[1], parts.shape[2], R=_MERGED_ROWS,
+        **layout.flags(),
+    )  # fmt: skip
