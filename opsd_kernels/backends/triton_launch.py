@@ -1,4 +1,4 @@
-"""Launches the Triton kernels on one block of rows: arguments, grids and buffers of partial results."""
+"""Launches the Triton kernels on a block of rows: arguments, grids, buffers of partial results."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ BANNED = tl.constexpr(-5e37)
 FORWARD_KL, REVERSE_KL, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-# ------------------------------------------------------------------------------- where tiles come from
+# ---------------------------------------------------------------------------- where tiles come from
 
 
 @triton.jit
@@ -101,7 +101,7 @@ def finished(raw, col, cols, bias, softcap, temperature, C: tl.constexpr):
     return tl.where((c < cols)[None, :], z, LOG_ZERO), slope
 
 
-# ------------------------------------------------------------------------------- statistics of a row
+# ---------------------------------------------------------------------------- statistics of a row
 
 
 @triton.jit
@@ -175,14 +175,15 @@ def entries(log_s, s, log_t, t, beta, rest, KIND: tl.constexpr):
 def divergence_slope(entry, share, s, total, clip, rest, KIND: tl.constexpr):
     """(R, C) derivative of the value with respect to the student's logits.
 
-    total is the row's sum of shares, which for the reverse KL without a clip is the value itself.
+    total is the row's sum of shares: 1 for the forward KL, the value itself for the reverse KL
+    without a clip.
     """
     if clip is not None:
         share = tl.where(entry > clip, 0.0, share)
     elif KIND == REVERSE_KL:
         share = entry
     if KIND == FORWARD_KL:
-        return s * total[:, None] - share
+        return s - share if clip is None else s * total[:, None] - share
     if KIND == REVERSE_KL:
         return share - s * total[:, None]
     return -rest * (share - s * total[:, None])

@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+import warnings
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from opsd_kernels.backends import blocked_torch
 from opsd_kernels.backends.call import vocabulary_shard
-from opsd_kernels.plan import Plan, plan
+from opsd_kernels.plan import Plan, default_workspace, plan
 from opsd_kernels.problem import Execution, Head, Result, Wanted, stat_dtype
 
 _SLICE_ELEMENTS = 2**20
+
+
+def backend_for(hidden: Tensor) -> ModuleType:
+    """Triton on a GPU, and on the CPU under its interpreter; else blocked PyTorch."""
+    interpreted = not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") == "1"
+    if hidden.dtype == torch.float64 or not (hidden.is_cuda or interpreted):
+        return blocked_torch
+    if interpreted and hidden.dtype == torch.bfloat16:
+        raise TypeError(
+            "TRITON_INTERPRET=1: Triton's interpreter computes bfloat16 wrongly; use float32 or "
+            "float16, or unset it"
+        )
+    if hidden.is_cuda and not _triton_runs(hidden.device):
+        return blocked_torch
+    from opsd_kernels.backends import triton_backend  # Triton is not needed elsewhere
+
+    return triton_backend
+
+
+@functools.cache
+def _triton_runs(device: torch.device) -> bool:
+    """Whether Triton supports the device; says once what is missing."""
+    missing = None
+    if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
+        missing = "a CUDA device of compute capability 8.0 or higher"
+    elif importlib.util.find_spec("triton") is None:
+        missing = "Triton (pip install triton)"
+    if missing:
+        warnings.warn(f"opsd_kernels runs in plain PyTorch: it needs {missing}", stacklevel=2)
+    return missing is None
 
 
 def plan_for(
@@ -23,15 +59,23 @@ def plan_for(
     row_scale: Tensor | None,
     needed: Wanted,
     teacher: Head | None = None,
+    two_passes: bool = True,
 ) -> Plan:
     """The plan of one operator call."""
+    # The interpreter stands in for a GPU, and PyTorch for a missing Triton.
+    device = "cpu" if backend_for(head.hidden) is blocked_torch else "cuda"
     return plan(
         *head.hidden.shape, vocab_size,
         loss=loss, dtype=head.hidden.dtype,
-        teacher_dtype=None if teacher is None else teacher.hidden.dtype, device=head.hidden.device,
+        teacher_dtype=None if teacher is None else teacher.hidden.dtype, device=device,
         grad_input=needed.hidden, grad_weight=needed.weight, grad_bias=needed.bias,
-        reduced=row_scale is not None, entropy_grad=needed.entropy,
-        workspace_bytes=e.workspace_bytes, schedule=e.schedule,
+        reduced=row_scale is not None, entropy_grad=needed.entropy, two_passes=two_passes,
+        workspace_bytes=(
+            default_workspace(head.hidden.device)
+            if e.workspace_bytes is None
+            else e.workspace_bytes
+        ),
+        schedule=e.schedule,
     )  # fmt: skip
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import checks
-from opsd_kernels.backends import blocked_torch
 from opsd_kernels.ops.common import (
+    backend_for,
     fake_grad,
     fake_sum,
     in_order,
@@ -143,9 +143,10 @@ def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Want
         checks.labels_in_vocabulary("shift_labels", p.labels, p.keep, vocab_size)
     with no_autocast(p.student.hidden):
         chosen = plan_for(
-            "divergence", p.student, largest, p.execution, row_scale, needed, p.teacher
-        )
-        return blocked_torch.divergence(p, chosen, row_scale, needed)
+            "divergence", p.student, largest, p.execution, row_scale, needed, p.teacher,
+            two_passes=p.clip is not None or p.beta not in (0.0, 1.0),
+        )  # fmt: skip
+        return backend_for(p.student.hidden).divergence(p, chosen, row_scale, needed)
 
 
 def _divergence_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

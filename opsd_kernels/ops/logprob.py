@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import checks
-from opsd_kernels.backends import blocked_torch
 from opsd_kernels.ops.common import (
+    backend_for,
     fake_grad,
     fake_sum,
     in_order,
@@ -144,7 +144,7 @@ def _run_logprob(
     checks.labels_in_vocabulary("target", p.target, p.keep, vocab_size)
     with no_autocast(p.head.hidden):
         chosen = plan_for("logprob", p.head, largest, p.execution, row_scale, needed)
-        return blocked_torch.logprob(p, chosen, row_scale, entropy_scale, needed)
+        return backend_for(p.head.hidden).logprob(p, chosen, row_scale, entropy_scale, needed)
 
 
 def _logprob_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
