@@ -89,7 +89,8 @@ def plan(
     to `dtype`. `grad_input`, `grad_weight` and `grad_bias` say which gradients are needed,
     `reduced` that the loss is reduced to a scalar inside the call, `entropy_grad` that the entropy
     is differentiated too; `two_passes` that a divergence looks at the logits twice before its
-    gradient, as the JSD and a clip do, not the KLs. `workspace_bytes` defaults to 512 MiB on a GPU and 256 MiB elsewhere.
+    gradient, as the JSD and a clip do, not the KLs. `workspace_bytes` defaults to 512 MiB on
+    a GPU and 256 MiB elsewhere.
 
     Raises ValueError for an unknown loss or schedule, and for a workspace too small for one row.
     """

@@ -174,23 +174,25 @@ class _Run(Call):
         """Every slice's dz by `gradient(columns, outs)`, multiplied into the gradients."""
         weight, size = self.head.weight, h.shape[0]
         vocab, width = weight.shape[0], self.plan.slice_columns
-        targets = [g for g in (self.grad_hidden, self.grad_entropy) if g is not None]
+        # Which dz makes which gradient of the hidden states.
+        pairs = [(0, self.grad_hidden), (1, self.grad_entropy)]
+        pairs = [(i, grad) for i, grad in pairs if grad is not None]
         count = 2 if self.wanted.entropy else 1
-        sums = [self._room(f"dh {i}", size, weight.shape[1]).zero_() for i in range(len(targets))]
+        sums = {i: self._room(f"dh {i}", size, weight.shape[1]).zero_() for i, _ in pairs}
         dz = [self._room(f"dz {i}", size, width, h.dtype) for i in range(count)]
         for first in range(0, vocab, width):
             columns = slice(first, min(first + width, vocab))
             outs = [x[:, : columns.stop - first] for x in dz]
             gradient(columns, outs)
-            for total, z in zip(sums, outs if self.grad_hidden is not None else outs[1:]):
-                _multiply(total, z, weight[columns], add=True)
+            for i, total in sums.items():
+                _multiply(total, outs[i], weight[columns], add=True)
             if self.grad_weight is not None:
                 _multiply(self.grad_weight[columns], outs[0].t(), h, add=True)
             if self.grad_bias is not None:
                 self.grad_bias[columns] += outs[0].sum(0, dtype=torch.float32)
         rows = block if self.kept is None else self.kept[block]
-        for target, total in zip(targets, sums, strict=True):
-            target[rows] = total.to(target.dtype)
+        for i, grad in pairs:
+            grad[rows] = sums[i].to(grad.dtype)
 
     def _room(
         self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32
@@ -227,7 +229,7 @@ def _restored(column: Tensor) -> Tensor:
 
 
 def _kl(layout: Layout, merged: Tensor) -> tuple[Tensor, Tensor]:
-    """KL of p from q from one pass, sum p (u_p - u_q) - log(l_p / l_q); and where it is infinite."""
+    """One pass' KL of p from q, sum p (u_p - u_q) - log(l_p / l_q); where it is infinite."""
     totals = [layout.head(merged, i)["total"] for i in range(2)]
     own, other = totals if layout.kind == _REVERSE_KL else totals[::-1]
     cross, infinite = merged[-2], merged[-1] > 0
