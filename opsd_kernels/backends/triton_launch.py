@@ -96,7 +96,7 @@ class Tiles:
             "R": b.rows, "C": b.cols, "K": b.inner, "GROUP": _GROUP, "FUSED": self.fused,
             "DESCRIBED": self.described, "EVEN": self.even,
             "PRECISION": "ieee" if exact else "tf32", **shared,
-            "num_warps": b.warps, "num_stages": b.stages,
+            "num_warps": b.warps, "num_stages": b.stages, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def _spans(self, count: int) -> tuple[int, int, tuple[int], Tensor]:

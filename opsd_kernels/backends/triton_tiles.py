@@ -27,14 +27,17 @@ def operand(
 ):  # fmt: skip
     """(R, K) operand of a product, zero beyond `depth`; rows past the end hold anything finite."""
     if DESCRIBED:
-        return x.load([row, k])
-    # The last row again instead of a mask: their products are dropped with the tile's edge.
-    r = tl.minimum(row + tl.arange(0, R), rows - 1).to(tl.int64)
-    c = k + tl.arange(0, K)
-    at = x + r[:, None] * row_stride + c[None, :].to(tl.int64) * k_stride
-    if EVEN:
-        return tl.load(at)
-    return tl.load(at, mask=c[None, :] < depth, other=0.0)
+        tile = x.load([row, k])
+    else:
+        # The last row again instead of a mask: their products are dropped with the tile's edge.
+        r = tl.minimum(row + tl.arange(0, R), rows - 1).to(tl.int64)
+        c = k + tl.arange(0, K)
+        at = x + r[:, None] * row_stride + c[None, :].to(tl.int64) * k_stride
+        if EVEN:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=c[None, :] < depth, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -159,16 +162,19 @@ def entries(log_s, s, log_t, t, beta, rest, KIND: tl.constexpr):
     share is t for the forward KL, entry + s for the reverse KL clipped, s log(m/s) for the JSD.
     """
     if KIND == FORWARD_KL:
-        return t * (log_t - log_s), t
-    if KIND == REVERSE_KL:
+        entry = t * (log_t - log_s)
+        share = t
+    elif KIND == REVERSE_KL:
         entry = s * (log_s - log_t)
-        return entry, entry + s
-    # Beyond 80 the smaller probability is nothing beside the larger, and exp is still finite.
-    d = log_t - log_s
-    d = tl.where(d > 80.0, 80.0, tl.where(d < -80.0, -80.0, d))
-    q = log_mixture(d, beta, rest)
-    share = s * q
-    return beta * t * (d - q) - rest * share, share
+        share = entry + s
+    else:
+        # Beyond 80 the smaller probability is nothing beside the larger, and exp is still finite.
+        d = log_t - log_s
+        d = tl.where(d > 80.0, 80.0, tl.where(d < -80.0, -80.0, d))
+        q = log_mixture(d, beta, rest)
+        share = s * q
+        entry = beta * t * (d - q) - rest * share
+    return entry, share
 
 
 @triton.jit
@@ -183,7 +189,12 @@ def divergence_slope(entry, share, s, total, clip, rest, KIND: tl.constexpr):
     elif KIND == REVERSE_KL:
         share = entry
     if KIND == FORWARD_KL:
-        return s - share if clip is None else s * total[:, None] - share
-    if KIND == REVERSE_KL:
-        return share - s * total[:, None]
-    return -rest * (share - s * total[:, None])
+        if clip is None:
+            slope = s - share
+        else:
+            slope = s * total[:, None] - share
+    else:
+        slope = share - s * total[:, None]
+        if KIND != REVERSE_KL:
+            slope = -rest * slope
+    return slope
