@@ -17,7 +17,9 @@ from opsd_kernels.backends.triton_tiles import (
     FORWARD_KL,
     divergence_slope,
     entries,
+    finished,
     log_prob,
+    part_of,
 )
 
 
@@ -27,8 +29,9 @@ def divergence_gradient(
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
     merged, totals, scale, grad, rows, cols, width, grad_row, temperature, beta, rest, clip,
     first, last,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
-    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    FUSED: tl.constexpr, SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     STEP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """d value / d raw logits, times the row's scale, for columns first to last."""
@@ -41,19 +44,27 @@ def divergence_gradient(
     factor = 1.0 / temperature
     if scale is not None:
         factor = (tl.load(scale + at) / temperature)[:, None]
-    z_s, slope, z_t = tiles_of(
-        x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
-        x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-        row, col, rows, cols, temperature, R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
+    PART: tl.constexpr = C // PARTS
+    raw_s, raw_t = tiles_of(
+        x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k,
+        x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
+        R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
     )  # fmt: skip
-    log_s, s = log_prob(z_s, top_s, total_s)
-    log_t, t = log_prob(z_t, top_t, total_t)
-    entry, share = entries(log_s, s, log_t, t, beta, rest, KIND)
-    dz = divergence_slope(entry, share, s, total, clip, rest, KIND)
-    if KIND != FORWARD_KL and clip is None:
-        # Of an infinite reverse KL inf - inf has no direction; the value reports it.
-        dz = tl.where((total < float("inf"))[:, None] | (total != total)[:, None], dz, 0.0)
-    _store_gradient(grad, dz * slope * factor, row, col - first, rows, last - first, grad_row, R, C)
+    for part in tl.static_range(PARTS):
+        c = col + part * PART
+        part_s = part_of(raw_s, part, PARTS, R, C)
+        part_t = part_of(raw_t, part, PARTS, R, C)
+        z_s, slope = finished(part_s, c, cols, bias_s, cap_s, temperature, PART)
+        z_t, _ = finished(part_t, c, cols, bias_t, cap_t, temperature, PART)
+        log_s, s = log_prob(z_s, top_s, total_s)
+        log_t, t = log_prob(z_t, top_t, total_t)
+        entry, share = entries(log_s, s, log_t, t, beta, rest, KIND)
+        dz = divergence_slope(entry, share, s, total, clip, rest, KIND)
+        if KIND != FORWARD_KL and clip is None:
+            # Of an infinite reverse KL inf - inf has no direction; the value reports it.
+            dz = tl.where((total < float("inf"))[:, None] | (total != total)[:, None], dz, 0.0)
+        dz = dz * slope * factor
+        _store_gradient(grad, dz, row, c - first, rows, last - first, grad_row, R, PART)
 
 
 @triton.jit
@@ -69,8 +80,8 @@ def logprob_gradient(
     x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
     label, merged, entropy, scale, entropy_scale, grad, grad_entropy, rows, cols, offset, width,
     grad_row, temperature, sharp, uniform, first, last,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
-    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    FUSED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d (sharp log p(y) + uniform sum log p) / d raw logits for columns first to last.
 
@@ -80,24 +91,30 @@ def logprob_gradient(
     row, col = block * R, first + tile * C
     r = row + tl.arange(0, R)
     at = tl.minimum(r, rows - 1)
-    z, slope = tile_of(
-        x, w, bias, softcap, depth, x_row, x_k, w_row, w_k, row, col, rows, cols, temperature,
+    PART: tl.constexpr = C // PARTS
+    raw = tile_of(
+        x, w, depth, x_row, x_k, w_row, w_k, row, col, rows, cols,
         R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
     )  # fmt: skip
-    log_p, p = log_prob(z, tl.load(merged + at), tl.load(merged + width + at))
-    y = labels_of(label, r, rows, cols, offset)
-    c = col + tl.arange(0, C)
-    dz = tl.where(c[None, :] == y[:, None], sharp, 0.0) + uniform - p
-    if scale is not None:
-        dz *= tl.load(scale + at)[:, None]
-    if entropy is not None:
-        rise = -p * (log_p + tl.load(entropy + at)[:, None])
-        if entropy_scale is not None:
-            dz += rise * tl.load(entropy_scale + at)[:, None]
-        if grad_entropy is not None:
-            _store_gradient(
-                grad_entropy, rise * slope / temperature, row, col - first, rows, last - first,
-                grad_row, R, C,
-            )  # fmt: skip
-    dz = dz * slope / temperature
-    _store_gradient(grad, dz, row, col - first, rows, last - first, grad_row, R, C)
+    for part in tl.static_range(PARTS):
+        c = col + part * PART
+        z, slope = finished(
+            part_of(raw, part, PARTS, R, C), c, cols, bias, softcap, temperature, PART
+        )
+        log_p, p = log_prob(z, tl.load(merged + at), tl.load(merged + width + at))
+        y = labels_of(label, r, rows, cols, offset)
+        columns = c + tl.arange(0, PART)
+        dz = tl.where(columns[None, :] == y[:, None], sharp, 0.0) + uniform - p
+        if scale is not None:
+            dz *= tl.load(scale + at)[:, None]
+        if entropy is not None:
+            rise = -p * (log_p + tl.load(entropy + at)[:, None])
+            if entropy_scale is not None:
+                dz += rise * tl.load(entropy_scale + at)[:, None]
+            if grad_entropy is not None:
+                _store_gradient(
+                    grad_entropy, rise * slope / temperature, row, c - first, rows, last - first,
+                    grad_row, R, PART,
+                )  # fmt: skip
+        dz = dz * slope / temperature
+        _store_gradient(grad, dz, row, c - first, rows, last - first, grad_row, R, PART)

@@ -22,6 +22,7 @@ from opsd_kernels.backends.triton_tiles import (
     entries,
     finished,
     log_prob,
+    part_of,
     product,
     rescaled,
     risen,
@@ -49,11 +50,11 @@ def place(row_blocks, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def tile_of(
-    x, w, bias, softcap, depth, x_row, x_k, w_row, w_k, row, col, rows, cols, temperature,
+    x, w, depth, x_row, x_k, w_row, w_k, row, col, rows, cols,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, FUSED: tl.constexpr,
     DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(z, slope) of one head."""
+    """(R, C) raw logits of one head."""
     if FUSED:
         raw = product(
             x, w, row, col, rows, cols, depth, x_row, x_k, w_row, w_k,
@@ -61,35 +62,32 @@ def tile_of(
         )  # fmt: skip
     else:
         raw = stored(x, row, col, rows, cols, x_row, R, C)
-    return finished(raw, col, cols, bias, softcap, temperature, C)
+    return raw
 
 
 @triton.jit
 def tiles_of(
-    x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
-    x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-    row, col, rows, cols, temperature,
+    x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k, x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k,
+    row, col, rows, cols,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, FUSED: tl.constexpr, SHARED: tl.constexpr,
     DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(student's z, slope, teacher's z)."""
+    """(R, C) raw logits of student and teacher."""
     if FUSED and SHARED:
         raw_s, raw_t = shared_products(
             x_s, x_t, w_s, row, col, rows, cols, depth_s, s_row, s_k, t_row, t_k, ws_row, ws_k,
             R, C, K, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
-        z_s, slope = finished(raw_s, col, cols, bias_s, cap_s, temperature, C)
-        z_t, _ = finished(raw_t, col, cols, bias_t, cap_t, temperature, C)
     else:
-        z_s, slope = tile_of(
-            x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k, row, col, rows, cols,
-            temperature, R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
+        raw_s = tile_of(
+            x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k, row, col, rows, cols,
+            R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
-        z_t, _ = tile_of(
-            x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
-            temperature, R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
+        raw_t = tile_of(
+            x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
+            R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
-    return z_s, slope, z_t
+    return raw_s, raw_t
 
 
 @triton.jit
@@ -113,8 +111,8 @@ def _picked(z, y, col, C: tl.constexpr):
 def statistics(
     x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
     label, out, rows, cols, first, width, temperature, span, splits,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
-    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    FUSED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one head over this program's span of the vocabulary."""
@@ -126,26 +124,32 @@ def statistics(
     weighted = tl.zeros((R,), tl.float32)
     plain = tl.zeros((R,), tl.float32)
     picked = tl.zeros((R,), tl.float32)
+    PART: tl.constexpr = C // PARTS
     begin = split * span * C
     end = tl.minimum(begin + span * C, cols)
     if label is not None:
         y = labels_of(label, r, rows, cols, first)
     for col in range(begin, end, C):
-        z, _ = tile_of(
-            x, w, bias, softcap, depth, x_row, x_k, w_row, w_k, row, col, rows, cols, temperature,
+        raw = tile_of(
+            x, w, depth, x_row, x_k, w_row, w_k, row, col, rows, cols,
             R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
-        top, shift = risen(z, top)
-        u = z - top[:, None]
-        p = tl.exp(u)
-        if ENTROPY:
-            weighted = rescaled(weighted, shift, total) + tl.sum(p * u, 1)
-        if SMOOTHED:
-            valid = (col + tl.arange(0, C)) < cols
-            plain += shift * (col - begin) + tl.sum(tl.where(valid[None, :], u, 0.0), 1)
-        total = total * tl.exp(shift) + tl.sum(p, 1)
-        if label is not None:
-            picked += _picked(z, y, col, C)
+        for part in tl.static_range(PARTS):
+            c = col + part * PART
+            z, _ = finished(
+                part_of(raw, part, PARTS, R, C), c, cols, bias, softcap, temperature, PART
+            )
+            top, shift = risen(z, top)
+            u = z - top[:, None]
+            p = tl.exp(u)
+            if ENTROPY:
+                weighted = rescaled(weighted, shift, total) + tl.sum(p * u, 1)
+            if SMOOTHED:
+                valid = (c + tl.arange(0, PART)) < cols
+                plain += shift * (c - begin) + tl.sum(tl.where(valid[None, :], u, 0.0), 1)
+            total = total * tl.exp(shift) + tl.sum(p, 1)
+            if label is not None:
+                picked += _picked(z, y, c, PART)
     inside = r < rows
     stride = splits.to(tl.int64) * width
     at = out + split.to(tl.int64) * width + r
@@ -168,8 +172,9 @@ def statistics_pair(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
     label, out, rows, cols, first, width, temperature, span, splits,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
-    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    FUSED: tl.constexpr, SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Statistics of both heads; for a KL also sum p (u_p - u_q), which makes its value."""
@@ -186,40 +191,47 @@ def statistics_pair(
     picked_t = tl.zeros((R,), tl.float32)
     cross = tl.zeros((R,), tl.float32)
     infinite = tl.zeros((R,), tl.float32)
+    PART: tl.constexpr = C // PARTS
     begin = split * span * C
     end = tl.minimum(begin + span * C, cols)
     if label is not None:
         y = labels_of(label, r, rows, cols, first)
     for col in range(begin, end, C):
-        z_s, _, z_t = tiles_of(
-            x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
-            x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-            row, col, rows, cols, temperature, R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
+        raw_s, raw_t = tiles_of(
+            x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k,
+            x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
+            R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
-        if label is not None:
-            picked_s += _picked(z_s, y, col, C)
-            picked_t += _picked(z_t, y, col, C)
-        top_s, shift_s = risen(z_s, top_s)
-        top_t, shift_t = risen(z_t, top_t)
-        if KIND == FORWARD_KL:
-            infinite = tl.maximum(infinite, crossed(z_t, z_s))
-            cross = rescaled(cross, shift_t, total_t, shift_s)
-        elif KIND != JSD:
-            infinite = tl.maximum(infinite, crossed(z_s, z_t))
-            cross = rescaled(cross, shift_s, total_s, shift_t)
-        u_s = z_s - top_s[:, None]
-        u_t = z_t - top_t[:, None]
-        s = tl.exp(u_s)
-        t = tl.exp(u_t)
-        if KIND == FORWARD_KL:
-            cross += tl.sum(t * (u_t - u_s), 1)
-        elif KIND != JSD:
-            cross += tl.sum(s * (u_s - u_t), 1)
-        if ENTROPY:
-            weighted_s = rescaled(weighted_s, shift_s, total_s) + tl.sum(s * u_s, 1)
-            weighted_t = rescaled(weighted_t, shift_t, total_t) + tl.sum(t * u_t, 1)
-        total_s = total_s * tl.exp(shift_s) + tl.sum(s, 1)
-        total_t = total_t * tl.exp(shift_t) + tl.sum(t, 1)
+        for part in tl.static_range(PARTS):
+            c = col + part * PART
+            part_s = part_of(raw_s, part, PARTS, R, C)
+            part_t = part_of(raw_t, part, PARTS, R, C)
+            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, temperature, PART)
+            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, temperature, PART)
+            if label is not None:
+                picked_s += _picked(z_s, y, c, PART)
+                picked_t += _picked(z_t, y, c, PART)
+            top_s, shift_s = risen(z_s, top_s)
+            top_t, shift_t = risen(z_t, top_t)
+            if KIND == FORWARD_KL:
+                infinite = tl.maximum(infinite, crossed(z_t, z_s))
+                cross = rescaled(cross, shift_t, total_t, shift_s)
+            elif KIND != JSD:
+                infinite = tl.maximum(infinite, crossed(z_s, z_t))
+                cross = rescaled(cross, shift_s, total_s, shift_t)
+            u_s = z_s - top_s[:, None]
+            u_t = z_t - top_t[:, None]
+            s = tl.exp(u_s)
+            t = tl.exp(u_t)
+            if KIND == FORWARD_KL:
+                cross += tl.sum(t * (u_t - u_s), 1)
+            elif KIND != JSD:
+                cross += tl.sum(s * (u_s - u_t), 1)
+            if ENTROPY:
+                weighted_s = rescaled(weighted_s, shift_s, total_s) + tl.sum(s * u_s, 1)
+                weighted_t = rescaled(weighted_t, shift_t, total_t) + tl.sum(t * u_t, 1)
+            total_s = total_s * tl.exp(shift_s) + tl.sum(s, 1)
+            total_t = total_t * tl.exp(shift_t) + tl.sum(t, 1)
     inside = r < rows
     stride = splits.to(tl.int64) * width
     at = out + split.to(tl.int64) * width + r
@@ -337,8 +349,9 @@ def divergence_sums(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
     merged, out, rows, cols, width, out_width, temperature, beta, rest, clip, span, splits,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, FUSED: tl.constexpr,
-    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    FUSED: tl.constexpr, SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
     STEP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Value, sum of shares and, with a clip, value without it, over a span of the vocabulary."""
@@ -349,22 +362,29 @@ def divergence_sums(
     value = tl.zeros((R,), tl.float32)
     shares = tl.zeros((R,), tl.float32)
     unclipped = tl.zeros((R,), tl.float32)
+    PART: tl.constexpr = C // PARTS
     begin = split * span * C
     for col in range(begin, tl.minimum(begin + span * C, cols), C):
-        z_s, _, z_t = tiles_of(
-            x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
-            x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-            row, col, rows, cols, temperature, R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
+        raw_s, raw_t = tiles_of(
+            x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k,
+            x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
+            R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
-        log_s, s = log_prob(z_s, top_s, total_s)
-        log_t, t = log_prob(z_t, top_t, total_t)
-        entry, share = entries(log_s, s, log_t, t, beta, rest, KIND)
-        if clip is not None:
-            unclipped += tl.sum(entry, 1)
-            share = tl.where(entry > clip, 0.0, share)
-            entry = tl.where(entry > clip, clip, entry)
-        value += tl.sum(entry, 1)
-        shares += tl.sum(share, 1)
+        for part in tl.static_range(PARTS):
+            c = col + part * PART
+            part_s = part_of(raw_s, part, PARTS, R, C)
+            part_t = part_of(raw_t, part, PARTS, R, C)
+            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, temperature, PART)
+            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, temperature, PART)
+            log_s, s = log_prob(z_s, top_s, total_s)
+            log_t, t = log_prob(z_t, top_t, total_t)
+            entry, share = entries(log_s, s, log_t, t, beta, rest, KIND)
+            if clip is not None:
+                unclipped += tl.sum(entry, 1)
+                share = tl.where(entry > clip, 0.0, share)
+                entry = tl.where(entry > clip, clip, entry)
+            value += tl.sum(entry, 1)
+            shares += tl.sum(share, 1)
     inside = r < rows
     stride = splits.to(tl.int64) * out_width
     at = out + split.to(tl.int64) * out_width + r

@@ -93,8 +93,8 @@ class Tiles:
         exact = fp32 and not torch.backends.cuda.matmul.allow_tf32
         shared = {"SHARED": self.shared} if len(self.sources) == 2 else {}
         return {
-            "R": b.rows, "C": b.cols, "K": b.inner, "GROUP": _GROUP, "FUSED": self.fused,
-            "DESCRIBED": self.described, "EVEN": self.even,
+            "R": b.rows, "C": b.cols, "K": b.inner, "PARTS": b.parts, "GROUP": _GROUP,
+            "FUSED": self.fused, "DESCRIBED": self.described, "EVEN": self.even,
             "PRECISION": "ieee" if exact else "tf32", **shared,
             "num_warps": b.warps, "num_stages": b.stages, "enable_fp_fusion": True,
         }  # fmt: skip

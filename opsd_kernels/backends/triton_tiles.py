@@ -83,6 +83,18 @@ def stored(z, row, col, rows, cols, row_stride, R: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
+def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """Columns of one of a tile's one or two parts; half a tile needs half the registers."""
+    if PARTS == 2:
+        left, right = tl.split(tl.permute(tl.reshape(tile, (R, 2, C // 2)), (0, 2, 1)))
+        if part == 0:
+            tile = left
+        else:
+            tile = right
+    return tile
+
+
+@triton.jit
 def finished(raw, col, cols, bias, softcap, temperature, C: tl.constexpr):
     """(z, slope): z = softcap(raw + bias) / temperature, and d softcap / d raw.
 
