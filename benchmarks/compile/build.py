@@ -59,7 +59,9 @@ def describe(launch: Launch) -> str:
     if "KIND" in constants:
         words.append(("forward kl", "reverse kl", "jsd")[constants["KIND"]])
     optional = ("clip", "label", "cap_s", "softcap", "entropy", "scale", "grad_entropy")
-    words += [f"with {name}" for name in optional if signature.get(name, "constexpr") != "constexpr"]
+    words += [
+        f"with {name}" for name in optional if signature.get(name, "constexpr") != "constexpr"
+    ]
     return ", ".join(words)
 
 

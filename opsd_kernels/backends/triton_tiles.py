@@ -83,15 +83,23 @@ def stored(z, row, col, rows, cols, row_stride, R: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
+def _half(tile, right: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    first, second = tl.split(tl.permute(tl.reshape(tile, (R, 2, C // 2)), (0, 2, 1)))
+    if right:
+        first = second
+    return first
+
+
+@triton.jit
 def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """Columns of one of a tile's one or two parts; half a tile needs half the registers."""
-    if PARTS == 2:
-        left, right = tl.split(tl.permute(tl.reshape(tile, (R, 2, C // 2)), (0, 2, 1)))
-        if part == 0:
-            tile = left
-        else:
-            tile = right
-    return tile
+    """(R, C / PARTS) of a tile in 1, 2 or 4 parts: the row arithmetic of a part fits in registers."""
+    if PARTS == 1:
+        piece = tile
+    elif PARTS == 2:
+        piece = _half(tile, part, R, C)
+    else:
+        piece = _half(_half(tile, part // 2, R, C), part % 2, R, C // 2)
+    return piece
 
 
 @triton.jit
