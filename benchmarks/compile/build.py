@@ -51,11 +51,11 @@ def build(target: int, launch: Launch) -> dict[str, object]:
 def describe(launch: Launch) -> str:
     """What tells this launch of a kernel from the others."""
     constants, signature = dict(launch.constants), dict(launch.signature)
-    words = ["streaming" if constants.get("FUSED") else "blocked"]
-    if launch.kernel == "merge":
-        words = []
-    words += [name.lower() for name in ("SHARED", "DESCRIBED", "EVEN", "ENTROPY", "SMOOTHED", "LABEL")
-              if constants.get(name)]  # fmt: skip
+    words = []
+    if "FUSED" in constants:
+        words = ["streaming" if constants["FUSED"] else "blocked"]
+    flags = ("SHARED", "DESCRIBED", "EVEN", "ENTROPY", "SMOOTHED", "LABEL")
+    words += [name.lower() for name in flags if constants.get(name)]
     if "KIND" in constants:
         words.append(("forward kl", "reverse kl", "jsd")[constants["KIND"]])
     optional = ("clip", "label", "cap_s", "softcap", "entropy", "scale", "grad_entropy")

@@ -25,7 +25,7 @@ from opsd_kernels import (
     plan,
     policy_gradient_loss,
 )
-from opsd_kernels.plan import SCHEDULES
+from opsd_kernels.plan import SCHEDULES, runs_triton
 
 FLOOR = "bare GEMMs"
 OURS = "opsd_kernels"
@@ -70,7 +70,8 @@ def _ours(case: Case, device: torch.device) -> list[Contender]:
     chosen = our_plan(case, device).schedule
     found = [Contender(OURS, "ours", lambda x: _call(x, "auto"))]
     for schedule in SCHEDULES:
-        if schedule not in ("auto", chosen):
+        absent = schedule == "streaming" and not runs_triton(device, case.torch_dtype)
+        if schedule not in ("auto", chosen) and not absent:
             name = f"{OURS}, {schedule}"
             found.append(Contender(name, "ours", lambda x, s=schedule: _call(x, s)))
     if case.operation in BETA and not case.trained:
@@ -86,6 +87,7 @@ def our_plan(case: Case, device: torch.device) -> object:
         loss="divergence" if case.operation in BETA else "logprob",
         dtype=case.torch_dtype, device=device, grad_weight=case.trained,
         reduced=case.operation in (*BETA, "cross_entropy"),
+        two_passes=case.operation == "jsd",
     )  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def _half(tile, right: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """(R, C / PARTS) of a tile in 1, 2 or 4 parts: the row arithmetic of a part fits in registers."""
+    """(R, C / PARTS) of a tile in 1, 2 or 4 parts; the row arithmetic of one fits in registers."""
     if PARTS == 1:
         piece = tile
     elif PARTS == 2:
