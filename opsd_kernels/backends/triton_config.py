@@ -47,7 +47,7 @@ def blocks(
 ) -> Blocks:
     """Tile of a kernel: `fused` with a product over `depth`, of one head or a pair of them."""
     if device.capability is None:  # small, so that small tests meet several tiles of each kind
-        return Blocks(16, 32, 16, 1, 1, 4) if fused else Blocks(4, 64, 16, 1, 1, 1)
+        return Blocks(16, 64, 16, 1, 1, 2) if fused else Blocks(8, 64, 16, 1, 1, 1)
     if not fused:  # one row, as wide as registers hold: 16 elements of each head a thread
         cols = min(4096, _power_of_two(vocab_size, 128))
         return Blocks(1, cols, 16, max(1, min(8, cols // 512)), 1, 1)

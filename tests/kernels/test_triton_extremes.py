@@ -1,0 +1,78 @@
+"""Inputs that break kernels, on the Triton backend: infinities, offsets, NaN, nothing to do."""
+
+import pytest
+import torch
+from kernel_cases import LOSSES, PER_TOKEN, REDUCED, STUDENT, check, move, prepare, run
+from triton_cases import SCHEDULES, TRAINED, compare, policy_gradient
+
+from opsd_kernels import reference
+from opsd_kernels.fused_jsd import fused_linear_jsd
+from opsd_kernels.testing import cast, make_pair
+
+EACH = [(name, how) for name in REDUCED for how in ("mean", "none")]
+EACH += [(name, None) for name in PER_TOKEN]
+
+
+@SCHEDULES
+@pytest.mark.parametrize("offset", [1e3, -1e3])
+@pytest.mark.parametrize("name", LOSSES)
+def test_offset_logits(name: str, offset: float, schedule: str, triton_device: str) -> None:
+    pair = make_pair(20, 24, 101, offset=offset, seed=8)
+    compare(name, pair, True, None, torch.float32, triton_device, schedule=schedule)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_one_hot_rows(beta: float, schedule: str, triton_device: str) -> None:
+    pair = make_pair(20, 101, 101, kind="onehot", std=30.0, seed=9)
+    rules = {"device": triton_device, "only_ours": {"schedule": schedule}, "max_factor": 4.0}
+    options = {"beta": beta, "reduction": "none"}
+    check(fused_linear_jsd, reference.linear_jsd, pair, STUDENT, **rules, **options)
+
+
+@SCHEDULES
+@pytest.mark.parametrize("banned", ["both", "student", "teacher"])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 1.0])
+def test_banned_vocabulary(beta: float, banned: str, schedule: str, triton_device: str) -> None:
+    pair = make_pair(20, 24, 201, seed=10)
+    for who in ("student", "teacher"):
+        if banned in ("both", who):  # a whole tile of them first, so that a maximum must wait
+            pair[f"{who}_bias"][[*range(70), 133, 200]] = float("-inf")
+    options = {"beta": beta, "reduction": "none", "schedule": schedule}
+    if (banned, beta) not in {("student", 0.0), ("teacher", 1.0)}:
+        rules = {"device": triton_device, "max_factor": 4.0}
+        rules["only_ours"] = {"schedule": options.pop("schedule")}
+        check(fused_linear_jsd, reference.linear_jsd, pair, STUDENT, **rules, **options)
+        return
+    there = move(cast(pair, torch.float32), triton_device)
+    values, grads = run(fused_linear_jsd, there, STUDENT, **options)
+    assert values[0].isposinf().all()
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@SCHEDULES
+@pytest.mark.parametrize("name", LOSSES)
+def test_nan_stays_nan(name: str, schedule: str, triton_device: str) -> None:
+    pair = move(make_pair(20, 24, 101, seed=11, dtype=torch.float32), triton_device)
+    pair["student_input"][7] = torch.nan
+    loss, inputs, wrt, options = prepare(name, pair, False, None)
+    fn = policy_gradient(schedule=schedule) if name == "policy gradient" else loss.fn
+    more = {} if name == "policy gradient" else {"schedule": schedule}
+    values, grads = run(fn, inputs, wrt, **options, **more)
+    rows = values[0].isnan().nonzero().flatten().tolist() if values[0].dim() else [7]
+    assert rows == [7] and grads[wrt[0]][7].isnan().all()
+
+
+@SCHEDULES
+@TRAINED
+@pytest.mark.parametrize(("name", "reduction"), EACH)
+def test_all_masked(
+    name: str, reduction: str | None, trained: bool, schedule: str, triton_device: str
+) -> None:
+    pair = move(make_pair(9, 16, 101, masked=9, seed=12, dtype=torch.float32), triton_device)
+    loss, inputs, wrt, options = prepare(name, pair, trained, reduction)
+    more = {} if name == "policy gradient" else {"schedule": schedule}
+    values, grads = run(loss.fn, inputs, wrt, **options, **more)
+    assert all((value == 0).all() for value in values)
+    for key in wrt:
+        assert grads[key].shape == inputs[key].shape and (grads[key] == 0).all(), key

@@ -1,0 +1,186 @@
+"""How the Triton backend works: block sizes, bits, memory, products, compilations."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from kernel_cases import LOSSES, STUDENT, move, prepare, run, same_bits
+from test_compile import equal_bits
+from test_gemm_count import HEAD, D, N, V, case, gemms
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton_cases import SCHEDULES, TRAINED, compare, policy_gradient
+
+from opsd_kernels import plan
+from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
+from opsd_kernels.fused_jsd import fused_linear_jsd
+from opsd_kernels.fused_kl import fused_linear_forward_kl
+from opsd_kernels.testing import make_pair
+
+INTERPRETED = not torch.cuda.is_available()
+# Rows, columns, inner size, parts: a row at a time, tiles wider than the vocabulary, all parts.
+TILES = [(16, 32, 16, 1), (16, 128, 32, 4), (32, 64, 64, 2), (64, 256, 16, 4)]
+
+
+def ours(name: str, schedule: str, trained: bool, pair: dict[str, Tensor]) -> tuple:
+    """The loss, its inputs, the names to differentiate and its options, on a schedule."""
+    loss, inputs, wrt, options = prepare(name, pair, trained, None)
+    if name == "policy gradient":
+        return policy_gradient(schedule=schedule), inputs, wrt, options
+    return loss.fn, inputs, wrt, {**options, "schedule": schedule}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="sizes of the interpreter")
+@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("name", ["jsd 0", "jsd 0.5", "logprob and entropy"])
+def test_block_sizes_do_not_change_the_result(
+    name: str, tile: tuple, described: bool, triton_device: str, monkeypatch
+) -> None:
+    from opsd_kernels.backends import triton_launch
+
+    sizes = triton_launch.Blocks(*tile[:3], 1, 1, tile[3])
+    monkeypatch.setattr(triton_launch, "blocks", lambda **_: sizes)
+    monkeypatch.setattr(triton_launch, "describable", lambda *_: described)
+    pair = make_pair(33, 24, 201, masked=3, seed=21)
+    compare(name, pair, True, None, torch.float32, triton_device, schedule="streaming")
+
+
+@SCHEDULES
+@TRAINED
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_runs_give_the_same_bits(
+    name: str, trained: bool, schedule: str, triton_device: str
+) -> None:
+    pair = move(make_pair(20, 24, 201, masked=3, dtype=torch.float32, seed=22), triton_device)
+    fn, inputs, wrt, options = ours(name, schedule, trained, pair)
+    first = run(fn, inputs, wrt, **options)
+    dirt = [torch.full((n, 201), torch.nan, device=triton_device) for n in (1, 7, 20)]
+    del dirt
+    same_bits(first, run(fn, inputs, wrt, **options))
+
+
+# ------------------------------------------------------------------------------------------ memory
+
+
+class Allocations(TorchDispatchMode):
+    """The largest storage that any operator, also inside the registered ones, returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.fixture
+def inside(monkeypatch) -> Iterator[Allocations]:
+    """Sees allocations inside the registered operators too, which dispatch modes do not enter."""
+    from opsd_kernels.backends import triton_backend
+
+    seen = Allocations()
+    for name in ("divergence", "logprob"):
+        whole = getattr(triton_backend, name)
+
+        def watched(*args: object, whole=whole) -> object:
+            with seen:
+                return whole(*args)
+
+        monkeypatch.setattr(triton_backend, name, watched)
+    yield seen
+
+
+@TRAINED
+@pytest.mark.parametrize("name", LOSSES)
+def test_streaming_never_holds_the_logits(
+    name: str, trained: bool, triton_device: str, request: pytest.FixtureRequest
+) -> None:
+    inside = request.getfixturevalue("inside")
+    tokens, vocab = 40, 3000
+    pair = move(make_pair(tokens, 4, vocab, dtype=torch.float32, seed=23), triton_device)
+    fn, inputs, wrt, options = ours(name, "streaming", trained, pair)
+    if name != "policy gradient":
+        options["workspace_bytes"] = 16 * (1024 * 4 + 4 * 4) * 2
+    run(fn, inputs, wrt, **options)
+    held = {"policy gradient": tokens * vocab * 4}.get(name, tokens * vocab)
+    # Bytes: less than a quarter of one model's fp32 logits, and a trained head's own gradient.
+    limit = max(held, 4 * 4 * vocab * trained)
+    assert 0 < inside.largest <= limit, (inside.largest, limit)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "beta", "wrt", "reduction", "expected"),
+    [
+        ("blocked", 0.5, (), "mean", 2),
+        ("blocked", 0.5, HEAD[:1], "none", 3),
+        ("blocked", 0.0, HEAD, "mean", 4),
+        ("blocked", 1.0, HEAD, "none", 6),
+        ("streaming", 0.5, HEAD[:1], "none", 7),
+        ("streaming", 0.5, HEAD, "mean", 8),
+        ("streaming", 0.0, HEAD[:1], "mean", 5),
+        ("streaming", 1.0, HEAD, "mean", 6),
+    ],
+)
+def test_products(
+    schedule: str,
+    beta: float,
+    wrt: tuple[str, ...],
+    reduction: str,
+    expected: int,
+    triton_device: str,
+) -> None:
+    """The plan's promise; of `streaming` cuBLAS sees the gradients' products only."""
+    pair = move(case(), triton_device)
+    options = {"schedule": schedule, "beta": beta, "reduction": reduction, "return_stats": True}
+    found = gemms(lambda: run(fused_linear_jsd, pair, wrt, **options))
+    outside = len(wrt) if schedule == "streaming" else expected
+    assert found == pytest.approx(outside)
+    promised = plan(
+        N, D, V, device="cuda", schedule=schedule, grad_input="student_input" in wrt,
+        grad_weight="student_weight" in wrt, reduced=reduction != "none", two_passes=beta == 0.5,
+    )  # fmt: skip
+    assert promised.gemms == expected
+
+
+# ------------------------------------------------------------------------------------ compilations
+
+
+@SCHEDULES
+@TRAINED
+@pytest.mark.parametrize("name", ["jsd", "kl", "cross-entropy"])
+def test_compiled_equals_eager(name: str, trained: bool, schedule: str, triton_device: str) -> None:
+    def fn(**p: Tensor) -> object:
+        if name == "cross-entropy":
+            student = p["student_input"], p["student_weight"], p["shift_labels"]
+            return fused_linear_cross_entropy(*student, bias=p["student_bias"], schedule=schedule)
+        if name == "kl":
+            return fused_linear_forward_kl(**p, reduction="none", schedule=schedule)
+        return fused_linear_jsd(**p, schedule=schedule)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    pair = move(make_pair(20, 12, 70, masked=3, dtype=torch.float32, seed=24), triton_device)
+    equal_bits(fn, compiled, pair, STUDENT if trained else STUDENT[:1])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing; see test_triton_compile")
+@SCHEDULES
+def test_no_compilation_when_numbers_change(schedule: str, triton_device: str) -> None:
+    import triton
+
+    made = []
+    before = triton.knobs.runtime.jit_cache_hook
+    triton.knobs.runtime.jit_cache_hook = lambda **event: made.append(event["repr"])
+    try:
+        for beta, temperature, tokens in ((0.5, 1.0, 300), (0.3, 0.7, 300), (0.9, 2.0, 171)):
+            pair = move(make_pair(tokens, 64, 1111, dtype=torch.bfloat16), triton_device)
+            how = {"beta": beta, "temperature": temperature, "schedule": schedule}
+            run(fused_linear_jsd, pair, STUDENT, **how)
+            if beta == 0.5:
+                first = len(made)
+        assert first and len(made) == first, made[first:]
+    finally:
+        triton.knobs.runtime.jit_cache_hook = before

@@ -1,0 +1,43 @@
+"""What the tests of the Triton backend share: comparison on a device, by schedule."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_cases import check, prepare
+from torch import Tensor
+
+from opsd_kernels.fused_advantage import fused_linear_advantage, policy_gradient_loss
+
+SCHEDULES = pytest.mark.parametrize("schedule", ["blocked", "streaming"])
+TRAINED = pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+# As in test_cuda: the RMS keeps the house's rule, the worst entry is one draw from a heavy tail.
+RULES = {
+    torch.float32: {"max_factor": 4.0},
+    torch.float16: {"grad_factor": 1.2, "max_factor": 2.0},
+}
+
+
+def compare(
+    name: str,
+    pair: dict[str, Tensor],
+    trained: bool,
+    reduction: str | None,
+    dtype: torch.dtype,
+    device: str,
+    **ours: object,
+) -> None:
+    loss, inputs, wrt, options = prepare(name, pair, trained, reduction)
+    fn = policy_gradient(**ours) if name == "policy gradient" else loss.fn
+    ours = {} if name == "policy gradient" else ours
+    rules = {"dtype": dtype, "device": device, **RULES[dtype]}
+    check(fn, loss.truth, inputs, wrt, only_ours=ours, **rules, **options)
+
+
+def policy_gradient(**run: object) -> Callable:
+    def loss(*, target: Tensor, reduction: str = "mean", **p: Tensor) -> Tensor:
+        advantage, chosen = fused_linear_advantage(**p, target=target, **run)
+        return policy_gradient_loss(advantage, chosen, target, reduction=reduction)
+
+    return loss
