@@ -15,12 +15,14 @@ TOKENS, HIDDEN, VOCAB = 13, 8, 101
 SIZES = {2: (60, 41), 3: (50, 1, 50)}
 
 
-def losses(p: dict[str, Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:
+def losses(
+    p: dict[str, Tensor], group: dist.ProcessGroup | None, schedule: str = "auto"
+) -> list[Tensor]:
     """One loss of every kind; `p` holds whole heads or shards."""
     both = (p["student_input"], p["student_weight"], p["teacher_input"], p["teacher_weight"])
     one = both[:2]
     label, bias = p["shift_labels"], {"student_bias": p["student_bias"]}
-    run = {"process_group": group}
+    run = {"process_group": group, "schedule": schedule}
     clipped, stats = k.fused_linear_jsd(
         *both, label, **bias, **run, token_clip=0.01, student_softcap=20.0, return_stats=True
     )
