@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import product
 from unittest import mock
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from opsd_kernels import plan
+from opsd_kernels import Plan, plan
 from opsd_kernels.backends import (
     triton_backend,
     triton_config,
@@ -82,8 +80,13 @@ def _kind(value: object) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def launches(target: int, dtype: torch.dtype, hidden: int = HIDDEN) -> list[Launch]:
-    """Every different launch of both families on a GPU of compute capability `target`."""
+def launches(
+    target: int, dtype: torch.dtype = torch.bfloat16, hidden: int = HIDDEN, hot: bool = False
+) -> list[Launch]:
+    """Every different launch of both families on a GPU of that compute capability.
+
+    hot: only what training runs by default, without statistics, clip and softcap.
+    """
     found: dict[Launch, None] = {}
     device = triton_config.Device(CAPABILITIES[target], 132)
     with ExitStack() as patches:
@@ -94,52 +97,54 @@ def launches(target: int, dtype: torch.dtype, hidden: int = HIDDEN) -> list[Laun
                     recorder = _Recorder(kernel, found)
                     patches.enter_context(mock.patch.object(module, name, recorder))
         for schedule in ("blocked", "streaming"):
-            for p in _divergences(hidden, dtype, schedule):
-                _run("divergence", p, p.student, dtype)
-            for p in _logprobs(hidden, dtype, schedule):
-                _run("logprob", p, p.head, dtype)
+            _launch(hidden, dtype, Execution(schedule, None, None), hot)
     return list(found)
 
 
-def _run(loss: str, p: DivergenceProblem | LogprobProblem, head: Head, dtype: torch.dtype) -> None:
-    schedule = p.execution.schedule
-    entropy = loss == "logprob" and p.with_entropy
-    chosen = plan(
-        *head.hidden.shape, head.weight.shape[0], loss=loss, dtype=dtype, device="cuda",
-        schedule=schedule, entropy_grad=entropy, grad_weight=entropy is False,
-    )  # fmt: skip
-    scale = head.hidden.new_empty(head.hidden.shape[0], dtype=torch.float32)
-    if loss == "divergence":
-        triton_backend.divergence(p, chosen, scale, Wanted(hidden=True))
-        return
-    triton_backend.logprob(p, chosen, None, None, Wanted(hidden=True, entropy=entropy))
-    triton_backend.logprob(p, chosen, scale, scale if entropy else None, Wanted(hidden=True))
+def _launch(hidden: int, dtype: torch.dtype, run: Execution, hot: bool) -> None:
+    student, teacher = _head(hidden, dtype), _head(hidden, dtype)
+    other = _head(2 * hidden, dtype)  # of another hidden size, it cannot share the student's head
+    capped = _head(hidden, dtype, 30.0)
+    for beta in (0.0, 0.5, 1.0):
+        _divergence(student, teacher, beta, None, False, run)
+        if not hot:
+            _divergence(student, teacher, beta, None, True, run)
+            _divergence(student, other, beta, None, True, run)
+            _divergence(student, teacher, beta, 0.05, False, run)
+            _divergence(capped, capped, beta, None, False, run)
+    for smoothing, entropy in ((0.0, False), (0.0, True), (0.1, False)):
+        if smoothing == 0.0 or not hot:
+            _logprob(student, smoothing, entropy, run, hot)
+
+
+def _divergence(
+    student: Head, teacher: Head, beta: float, clip: float | None, stats: bool, run: Execution
+) -> None:
+    labels = torch.empty(TOKENS, dtype=torch.int64, device="meta")
+    p = DivergenceProblem(student, teacher, labels, None, beta, 1.0, clip, stats, run)
+    scale = labels.new_empty(TOKENS, dtype=torch.float32)
+    triton_backend.divergence(p, _plan("divergence", student, run), scale, Wanted(hidden=True))
+
+
+def _logprob(head: Head, smoothing: float, entropy: bool, run: Execution, hot: bool) -> None:
+    target = torch.empty(TOKENS, dtype=torch.int64, device="meta")
+    scale = target.new_empty(TOKENS, dtype=torch.float32)
+    p = LogprobProblem(head, target, None, 1.0, smoothing, entropy, run)
+    chosen = _plan("logprob", head, run)
+    if not hot:
+        scales = scale, scale if entropy else None
+        triton_backend.logprob(p, chosen, *scales, Wanted(hidden=True))
+        triton_backend.logprob(p, chosen, None, None, Wanted(hidden=True, entropy=entropy))
+    triton_backend.logprob(p, chosen, None, None, Wanted(hidden=not entropy))
+
+
+def _plan(loss: str, head: Head, run: Execution) -> Plan:
+    sizes = (*head.hidden.shape, head.weight.shape[0])
+    how = {"loss": loss, "dtype": head.hidden.dtype, "device": "cuda"}
+    return plan(*sizes, **how, schedule=run.schedule)
 
 
 def _head(hidden: int, dtype: torch.dtype, softcap: float | None = None) -> Head:
     with torch.device("meta"):
         h, w = torch.empty(TOKENS, hidden, dtype=dtype), torch.empty(VOCAB, hidden, dtype=dtype)
     return Head(h, w, None, softcap)
-
-
-def _divergences(hidden: int, dtype: torch.dtype, schedule: str) -> Iterator[DivergenceProblem]:
-    labels = torch.empty(TOKENS, dtype=torch.int64, device="meta")
-    run = Execution(schedule, None, None)
-    student = _head(hidden, dtype)
-    # Of another hidden size, it cannot share the student's head.
-    for teacher, beta in product((_head(hidden, dtype), _head(2 * hidden, dtype)), (0.0, 0.5, 1.0)):
-        yield DivergenceProblem(student, teacher, labels, None, beta, 1.0, None, False, run)
-        yield DivergenceProblem(student, teacher, labels, None, beta, 1.0, None, True, run)
-    teacher = _head(hidden, dtype)
-    for beta in (0.0, 0.5, 1.0):
-        yield DivergenceProblem(student, teacher, labels, None, beta, 1.0, 0.05, True, run)
-    capped = _head(hidden, dtype, 30.0)
-    yield DivergenceProblem(capped, capped, labels, None, 0.5, 1.0, None, True, run)
-
-
-def _logprobs(hidden: int, dtype: torch.dtype, schedule: str) -> Iterator[LogprobProblem]:
-    target = torch.empty(TOKENS, dtype=torch.int64, device="meta")
-    run = Execution(schedule, None, None)
-    for smoothing, entropy in ((0.0, False), (0.0, True), (0.1, False)):
-        head = _head(hidden, dtype)
-        yield LogprobProblem(head, target, None, 1.0, smoothing, entropy, run)
