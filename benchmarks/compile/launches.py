@@ -51,13 +51,15 @@ class _Recorder:
             options = {name: flags.pop(name) for name in _OPTIONS if name in flags}
             values = dict(zip(self.kernel.arg_names, arguments, strict=False)) | flags
             signature, constants, aligned = {}, {}, []
-            for position, name in enumerate(self.kernel.arg_names):
-                value = values[name]
-                varying = name in triton_kernels.VARYING
-                kind = _kind(value)
-                if name in flags or value is None or (kind == "i32" and value == 1 and not varying):
+            for position, parameter in enumerate(self.kernel.params):
+                name, value = parameter.name, values[parameter.name]
+                kind, free = _kind(value), not parameter.do_not_specialize
+                if name in flags or value is None or (kind == "i32" and value == 1 and free):
                     kind, constants[name] = "constexpr", value
-                elif kind[0] == "*" or (kind == "i32" and not varying and value % 16 == 0):
+                elif kind[0] == "*":
+                    if not parameter.do_not_specialize_on_alignment:
+                        aligned.append(position)
+                elif kind == "i32" and free and value % 16 == 0:
                     aligned.append(position)
                 signature[name] = kind
             blocks = "x".join(str(flags[n]) for n in "RCK" if n in flags)

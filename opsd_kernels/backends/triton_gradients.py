@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from opsd_kernels.backends.triton_kernels import (
-    VARYING,
+    HOW,
     constants,
     labels_of,
     place,
@@ -23,7 +23,7 @@ from opsd_kernels.backends.triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(**HOW)
 def divergence_gradient(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
@@ -75,7 +75,7 @@ def _store_gradient(grad, dz, row, col, rows, cols, grad_row, R: tl.constexpr, C
     tl.store(at, dz.to(grad.dtype.element_ty), (r < rows)[:, None] & (c < cols)[None, :])
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(**HOW)
 def logprob_gradient(
     x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
     label, merged, entropy, scale, entropy_scale, grad, grad_entropy, rows, cols, offset, width,

@@ -30,11 +30,17 @@ from opsd_kernels.backends.triton_tiles import (
     stored,
 )
 
-# Sizes that change from call to call; a kernel compiled again for each would cost seconds.
-VARYING = [
-    "rows", "width", "out_width", "part_width", "span", "splits", "count", "first", "last",
-    "offset",
-]  # fmt: skip
+# Sizes that change from call to call, and rows of longer tensors, which start anywhere; a kernel
+# compiled again for each would cost seconds.
+HOW = {
+    "do_not_specialize": [
+        "rows", "width", "out_width", "part_width", "span", "splits", "count", "first", "last",
+        "offset",
+    ],
+    "do_not_specialize_on_alignment": [
+        "label", "out", "merged", "totals", "entropy", "scale", "entropy_scale",
+    ],
+}  # fmt: skip
 
 
 @triton.jit
@@ -107,7 +113,7 @@ def _picked(z, y, col, C: tl.constexpr):
 # --------------------------------------------------------------------------------------- first pass
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(**HOW)
 def statistics(
     x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
     label, out, rows, cols, first, width, temperature, span, splits,
@@ -167,7 +173,7 @@ def statistics(
         tl.store(at, picked, inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(**HOW)
 def statistics_pair(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
@@ -256,7 +262,7 @@ def _store_head(at, stride, top, total, weighted, picked, inside, label, ENTROPY
     return at
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(**HOW)
 def merge(
     parts, out, rows, width, count, part_width, R: tl.constexpr, HEADS: tl.constexpr,
     ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr, LABEL: tl.constexpr, KIND: tl.constexpr,
@@ -344,7 +350,7 @@ def constants(merged, r, rows, width, STEP: tl.constexpr):
     return tl.load(at), tl.load(at + width), tl.load(other), tl.load(other + width)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(**HOW)
 def divergence_sums(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
