@@ -101,3 +101,69 @@ def test_errors(options: dict[str, object], words: list[str]) -> None:
         plan(*TYPICAL, **options)
     for word in words:
         assert word in str(caught.value)
+
+
+# --------------------------------------------------------------------------------------- on a GPU
+
+
+def on_gpu(**options: object) -> Plan:
+    return plan(*TYPICAL, **{"device": "cuda", "dtype": torch.bfloat16, **options})
+
+
+def test_the_workspace_decides_the_schedule() -> None:
+    chosen = on_gpu()
+    assert chosen.schedule == "blocked" and chosen.rows_per_block == 384
+    assert chosen.workspace_bytes <= 512 << 20
+    little = on_gpu(workspace_bytes=200 << 20)
+    assert little.schedule == "streaming" and little.gemms == 7
+    assert "200 MiB holds the logits of 165 rows" in str(little)
+    assert on_gpu(workspace_bytes=200 << 20, schedule="blocked").schedule == "blocked"
+    # Few tokens: all of them fit where 256 rows would not.
+    few = plan(100, *TYPICAL[1:], device="cuda", workspace_bytes=200 << 20)
+    assert few.schedule == "blocked" and few.num_blocks == 1
+
+
+def test_the_hidden_size_does_not_decide_it() -> None:
+    for hidden in (64, 1024, 8192):
+        p = plan(8192, hidden, 151936, dtype=torch.bfloat16, device="cuda")
+        assert p.schedule == "blocked" and p.rows_per_block == 384
+
+
+@pytest.mark.parametrize("mib", [1, 16, 64, 512])
+@pytest.mark.parametrize("trained", [False, True])
+def test_streaming_fits_any_workspace(trained: bool, mib: int) -> None:
+    p = on_gpu(schedule="streaming", grad_weight=trained, workspace_bytes=mib << 20)
+    assert 0 < p.workspace_bytes <= mib << 20
+    assert 1024 <= p.slice_columns <= 8192 and p.rows_per_block * p.num_blocks >= p.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "gemms"),
+    [
+        ({"grad_input": False}, 4),
+        ({}, 7),
+        ({"two_passes": False}, 5),
+        ({"grad_weight": True}, 8),
+        ({"grad_weight": True, "two_passes": False}, 6),
+        ({"grad_weight": True, "reduced": False}, 12),
+        ({"loss": "logprob", "grad_input": False}, 1),
+        ({"loss": "logprob"}, 3),
+        ({"loss": "logprob", "grad_weight": True}, 4),
+        ({"loss": "logprob", "entropy_grad": True, "reduced": False}, 4),
+    ],
+    ids=str,
+)
+def test_products_of_streaming(options: dict[str, object], gemms: int) -> None:
+    assert on_gpu(schedule="streaming", **options).gemms == gemms
+
+
+@pytest.mark.parametrize("where", [{"device": "cpu"}, {"dtype": torch.float64}], ids=str)
+def test_streaming_needs_a_gpu(where: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="schedule: 'streaming' needs a CUDA device"):
+        on_gpu(schedule="streaming", **where)
+
+
+def test_too_small_for_one_row() -> None:
+    for schedule in ("blocked", "streaming"):
+        with pytest.raises(ValueError, match="workspace_bytes: 1000 is too small"):
+            on_gpu(schedule=schedule, workspace_bytes=1000)

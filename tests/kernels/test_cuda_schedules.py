@@ -1,0 +1,79 @@
+"""The `streaming` schedule on a CUDA device: bf16, memory, many tokens; `blocked` is test_cuda's."""
+
+import pytest
+import torch
+from kernel_cases import LOSSES, STUDENT, check, move, prepare, run, same_bits
+from triton_cases import TRAINED, policy_gradient
+
+from opsd_kernels import plan, reference
+from opsd_kernels.fused_jsd import fused_linear_jsd
+from opsd_kernels.testing import assert_close, cast, make_pair
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = torch.device("cuda")
+MIB = 1 << 20
+LOW = {"dtype": torch.bfloat16, "device": DEVICE, "grad_factor": 1.2, "max_factor": 2.0}
+STREAMING = {"schedule": "streaming"}
+
+
+@TRAINED
+# Whole tiles by descriptors, ragged ones, and a hidden size that only pointers can read.
+@pytest.mark.parametrize("shape", [(256, 128, 1024), (300, 96, 5003), (130, 67, 1111)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_accuracy_in_bfloat16(name: str, shape: tuple, trained: bool) -> None:
+    pair = make_pair(*shape, masked=9)
+    loss, inputs, wrt, options = prepare(name, pair, trained, None)
+    fn = policy_gradient(**STREAMING) if name == "policy gradient" else loss.fn
+    ours = {} if name == "policy gradient" else STREAMING
+    check(fn, loss.truth, inputs, wrt, only_ours=ours, **LOW, **options)
+
+
+@TRAINED
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_shared_head_in_bfloat16(beta: float, trained: bool) -> None:
+    def shared(**p: torch.Tensor) -> torch.Tensor:
+        p["teacher_weight"] = p["student_weight"]
+        return fused_linear_jsd(**p, **STREAMING)
+
+    pair = make_pair(300, 128, 5003, kind="close", masked=9, seed=3)
+    wrt = STUDENT if trained else STUDENT[:1]
+    check(shared, reference.linear_jsd, pair, wrt, **LOW, beta=beta, reduction="none")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_two_runs_give_the_same_bits(trained: bool) -> None:
+    pair = move(make_pair(1000, 256, 20011, dtype=torch.bfloat16, masked=31), DEVICE)
+    wrt = STUDENT if trained else STUDENT[:1]
+    first = run(fused_linear_jsd, pair, wrt, **STREAMING)
+    same_bits(first, run(fused_linear_jsd, pair, wrt, **STREAMING))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["blocked", "streaming"])
+def test_64k_tokens(schedule: str) -> None:
+    """More logits than 2**33: extra memory stays the plan's, and the last rows are right."""
+    tokens, hidden, vocab, rows = 65536, 256, 151936, [0, 40000, 65535]
+    pair = cast(make_pair(tokens, hidden, vocab, seed=13), torch.bfloat16)
+    few = {k: v[rows] if k.endswith(("input", "labels")) else v for k, v in pair.items()}
+    options = {"reduction": "none", "beta": 0.5}
+    there, upstream = move(pair, DEVICE), torch.zeros(tokens, device=DEVICE)
+    upstream[rows] = 1.0
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    names = STUDENT[:1]
+    values, grads = run(fused_linear_jsd, there, names, [upstream], **options, schedule=schedule)
+    extra = torch.cuda.max_memory_allocated() - before
+    how = {"dtype": torch.bfloat16, "device": "cuda", "schedule": schedule, "reduced": False}
+    promised = plan(tokens, hidden, vocab, **how).workspace_bytes
+    # The gradient, its scaled copy, and statistics of every row.
+    assert extra <= promised + 4 * tokens * hidden * 2 + 64 * MIB
+    ones = [torch.ones(len(rows))]
+    true, true_grads = run(reference.linear_jsd, cast(few, torch.float64), names, ones, **options)
+    plain, plain_grads = run(reference.linear_jsd, move(few, DEVICE), names, ones, **options)
+    assert_close(values[0][rows].cpu(), true[0], plain[0].cpu(), name="values")
+    found = grads["student_input"][rows].cpu()
+    truth, yardstick = true_grads["student_input"], plain_grads["student_input"].cpu()
+    assert_close(found, truth, yardstick, factor=1.2, max_factor=2.0, name="gradient")
