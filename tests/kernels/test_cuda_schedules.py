@@ -1,4 +1,4 @@
-"""The `streaming` schedule on a CUDA device: bf16, memory, many tokens; `blocked` is test_cuda's."""
+"""`streaming` on a CUDA device: bf16, memory, many tokens; `blocked` is what test_cuda runs."""
 
 import pytest
 import torch
