@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         faults = compare(kernels, json.loads(options.file.read_text())["kernels"])
         print("\n".join(faults) or "nothing worse than the file says")
         return int(bool(faults))
-    found = {"environment": environment(), "kernels": kernels}
+    found = {"kind": "compile", "environment": environment(), "kernels": kernels}
     options.file.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{sum(k['spilled_bytes'] > 0 for k in kernels)} of {len(kernels)} spill: {options.file}")
     return 0

@@ -1,6 +1,5 @@
 """Lets the tests run straight from the tree, whether or not the package is installed."""
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -11,12 +10,6 @@ import torch
 # Idle OpenMP threads that spin make these small tensors six times slower on busy cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
-    # Triton's own functions are interpreted for good or compiled for good when they are imported.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        import triton.language  # noqa: F401
 
 
 @pytest.fixture

@@ -1,0 +1,12 @@
+"""Before any test imports Triton: it can run kernels here without a GPU."""
+
+import importlib.util
+
+import pytest
+import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    # Triton's own functions are interpreted for good or compiled for good when they are imported.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import triton.language  # noqa: F401
