@@ -161,7 +161,7 @@ def _compile(device: Device, content: Json, source: Source) -> None:
     """Checked by `benchmarks.compile`; the README names the file, and no table shows it."""
 
 
-_READERS = {"compile": _compile, "losses": _losses, "train_step": _train_step, "demo": _demo}
+_READERS = {"losses": _losses, "train_step": _train_step, "demo": _demo, "compile": _compile}
 
 
 def _there(summary: Json, key: str) -> Json:

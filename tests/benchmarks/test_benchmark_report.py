@@ -213,7 +213,7 @@ def test_a_skipped_case_measured_elsewhere_is_not_skipped(folder):
     ("edit", "says"),
     [
         ("{", "cpu.json is not valid JSON"),
-        ("[]", "cpu.json has kind None; it must be one of losses, train_step, demo"),
+        ("[]", "cpu.json has kind None; it must be one of losses, train_step, demo, compile"),
         ('{"kind": "speed"}', "cpu.json has kind 'speed'"),
         ('{"kind": "losses"}', "cpu.json does not name the device"),
         (lambda c: c["cases"][0].pop("tokens"), "cpu.json is not as kind 'losses' should be"),

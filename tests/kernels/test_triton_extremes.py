@@ -2,20 +2,17 @@
 
 import pytest
 import torch
-from kernel_cases import LOSSES, PER_TOKEN, REDUCED, STUDENT, check, move, prepare, run
-from triton_cases import SCHEDULES, TRAINED, compare, policy_gradient
+from kernel_cases import STUDENT, check, move, prepare, run
+from triton_cases import EACH, KINDS, SCHEDULES, TRAINED, compare, policy_gradient
 
 from opsd_kernels import reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import cast, make_pair
 
-EACH = [(name, how) for name in REDUCED for how in ("mean", "none")]
-EACH += [(name, None) for name in PER_TOKEN]
-
 
 @SCHEDULES
 @pytest.mark.parametrize("offset", [1e3, -1e3])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", KINDS)
 def test_offset_logits(name: str, offset: float, schedule: str, triton_device: str) -> None:
     pair = make_pair(20, 24, 101, offset=offset, seed=8)
     compare(name, pair, True, None, torch.float32, triton_device, schedule=schedule)
@@ -51,7 +48,7 @@ def test_banned_vocabulary(beta: float, banned: str, schedule: str, triton_devic
 
 
 @SCHEDULES
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", KINDS)
 def test_nan_stays_nan(name: str, schedule: str, triton_device: str) -> None:
     pair = move(make_pair(20, 24, 101, seed=11, dtype=torch.float32), triton_device)
     pair["student_input"][7] = torch.nan

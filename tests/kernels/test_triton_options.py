@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import LOSSES, SINGLE, STUDENT, check, move
+from kernel_cases import SINGLE, STUDENT, check, move
 from test_compile import flat
-from triton_cases import SCHEDULES, TRAINED, compare
+from triton_cases import KINDS, SCHEDULES, TRAINED, compare
 
 from opsd_kernels import reference
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
@@ -52,7 +52,7 @@ def test_options_of_one_distribution(trained: bool, schedule: str, triton_device
 
 
 @SCHEDULES
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", KINDS)
 def test_inputs_of_any_stride(name: str, schedule: str, triton_device: str) -> None:
     pair = make_pair(20, 24, 101, masked=3, seed=7, dtype=torch.float32)
     for key in ("student_input", "student_weight", "teacher_input", "teacher_weight"):

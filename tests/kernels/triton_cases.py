@@ -9,6 +9,9 @@ from torch import Tensor
 
 from opsd_kernels.fused_advantage import fused_linear_advantage, policy_gradient_loss
 
+# One name for each kernel's way through; the other public losses call the same operators.
+KINDS = ("jsd 0", "jsd 0.1", "jsd 1", "cross-entropy", "logprob and entropy")
+EACH = [(name, how) for name in KINDS[:4] for how in ("mean", "none")] + [(KINDS[4], None)]
 SCHEDULES = pytest.mark.parametrize("schedule", ["blocked", "streaming"])
 TRAINED = pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
