@@ -22,13 +22,19 @@ import torch
 import triton
 
 from benchmarks.compile.build import build
-from benchmarks.compile.launches import CAPABILITIES, HIDDEN, Launch, launches
+from benchmarks.compile.launches import CAPABILITIES, HIDDEN, Kind, Launch, launches
 from benchmarks.environment import ROOT, environment
 
 FILE = ROOT / "benchmarks" / "results" / "compile.json"
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# (dtype, hidden size): the second fills no block and no 16 bytes, so its tiles come by pointers.
-KINDS = [(torch.bfloat16, HIDDEN), (torch.float32, HIDDEN), (torch.bfloat16, 99)]
+# What training has; fp32; rows that end inside a tile; rows that do not start at whole 16 bytes.
+KINDS = [
+    Kind(),
+    Kind(torch.float32),
+    Kind(torch.bfloat16, 99, 99),
+    Kind(torch.float32, 99, 99),
+    Kind(torch.bfloat16, HIDDEN, HIDDEN + 1),
+]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,10 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     kinds = KINDS[:1] if options.hot else KINDS
     work = [
-        (target, dtype, hidden, launch)
+        (target, kind, launch)
         for target in CAPABILITIES
-        for dtype, hidden in kinds
-        for launch in launches(target, dtype, hidden, options.hot)
+        for kind in kinds
+        for launch in launches(target, kind, options.hot)
     ]
     print(f"{len(work)} compilations with Triton {triton.__version__}", flush=True)
     with ProcessPoolExecutor(os.cpu_count()) as workers:
@@ -60,10 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _one(work: tuple[int, torch.dtype, int, Launch]) -> dict[str, Any]:
-    target, dtype, hidden, launch = work
-    figures = build(target, launch)
-    return {"dtype": str(dtype).removeprefix("torch."), "hidden": hidden, **figures}
+def _one(work: tuple[int, Kind, Launch]) -> dict[str, Any]:
+    target, kind, launch = work
+    return {"inputs": str(kind), **build(target, launch)}
 
 
 def compare(kernels: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[str]:
@@ -78,15 +83,14 @@ def compare(kernels: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[
             faults.append(f"{_name(k)}: spills {k['spilled_bytes']} bytes, allowed {allowed}")
         if k["shared_bytes"] > SHARED_BYTES[k["target"]]:
             faults.append(f"{_name(k)}: {k['shared_bytes']} bytes of shared memory do not fit")
-        tensor_cores = k["case"].startswith("streaming") and k["dtype"] != "float32"
+        tensor_cores = k["case"].startswith("streaming") and "float32" not in k["inputs"]
         if tensor_cores and k["target"] == 90 and k["matrix"] != "wgmma.mma_async":
             faults.append(f"{_name(k)}: its products are {k['matrix']}, not wgmma")
     return faults
 
 
 def _name(k: dict[str, Any]) -> str:
-    parts = (f"sm_{k['target']}", k["dtype"], str(k["hidden"]), k["kernel"], k["case"])
-    return " ".join(parts)
+    return f"sm_{k['target']} {k['inputs']} {k['kernel']} {k['case']}"
 
 
 if __name__ == "__main__":

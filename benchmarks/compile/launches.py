@@ -82,9 +82,26 @@ def _kind(value: object) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def launches(
-    target: int, dtype: torch.dtype = torch.bfloat16, hidden: int = HIDDEN, hot: bool = False
-) -> list[Launch]:
+@dataclass(frozen=True)
+class Kind:
+    """Tensors of hidden states and heads: rows of `hidden` elements, `stride` apart."""
+
+    dtype: torch.dtype = torch.bfloat16
+    hidden: int = HIDDEN
+    stride: int = HIDDEN
+
+    def head(self, softcap: float | None = None, times: int = 1) -> Head:
+        sizes = [(rows, times * self.stride) for rows in (TOKENS, VOCAB)]
+        h, w = (torch.empty(size, dtype=self.dtype, device="meta") for size in sizes)
+        hidden = times * self.hidden
+        return Head(h[:, :hidden], w[:, :hidden], None, softcap)
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name} {self.hidden} of {self.stride}"
+
+
+def launches(target: int, kind: Kind = Kind(), hot: bool = False) -> list[Launch]:
     """Every different launch of both families on a GPU of that compute capability.
 
     hot: only what training runs by default, without statistics, clip and softcap.
@@ -99,14 +116,13 @@ def launches(
                     recorder = _Recorder(kernel, found)
                     patches.enter_context(mock.patch.object(module, name, recorder))
         for schedule in ("blocked", "streaming"):
-            _launch(hidden, dtype, Execution(schedule, None, None), hot)
+            _launch(kind, Execution(schedule, None, None), hot)
     return list(found)
 
 
-def _launch(hidden: int, dtype: torch.dtype, run: Execution, hot: bool) -> None:
-    student, teacher = _head(hidden, dtype), _head(hidden, dtype)
-    other = _head(2 * hidden, dtype)  # of another hidden size, it cannot share the student's head
-    capped = _head(hidden, dtype, 30.0)
+def _launch(kind: Kind, run: Execution, hot: bool) -> None:
+    student, teacher, capped = kind.head(), kind.head(), kind.head(30.0)
+    other = kind.head(times=2)  # of another hidden size, it cannot share the student's head
     for beta in (0.0, 0.5, 1.0):
         _divergence(student, teacher, beta, None, False, run)
         if not hot:
@@ -144,9 +160,3 @@ def _plan(loss: str, head: Head, run: Execution) -> Plan:
     sizes = (*head.hidden.shape, head.weight.shape[0])
     how = {"loss": loss, "dtype": head.hidden.dtype, "device": "cuda"}
     return plan(*sizes, **how, schedule=run.schedule)
-
-
-def _head(hidden: int, dtype: torch.dtype, softcap: float | None = None) -> Head:
-    with torch.device("meta"):
-        h, w = torch.empty(TOKENS, hidden, dtype=dtype), torch.empty(VOCAB, hidden, dtype=dtype)
-    return Head(h, w, None, softcap)

@@ -43,24 +43,37 @@ def device_of(index: int | None) -> Device:
 
 
 def blocks(
-    *, fused: bool, pair: bool, depth: int, itemsize: int, vocab_size: int, device: Device
+    *,
+    fused: bool,
+    pair: bool,
+    depths: list[int],
+    itemsize: int,
+    described: bool,
+    vocab_size: int,
+    device: Device,
 ) -> Blocks:
-    """Tile of a kernel: `fused` with a product over `depth`, of one head or a pair of them."""
+    """Tile of a kernel: `fused` with products over `depths`, of one head or a pair of them.
+
+    Every fused tile here compiles without spills (benchmarks/results/compile.json).
+    """
     if device.capability is None:  # small, so that small tests meet several tiles of each kind
         return Blocks(16, 64, 16, 1, 1, 2) if fused else Blocks(8, 64, 16, 1, 1, 1)
     if not fused:  # one row, as wide as registers hold: 16 elements of each head a thread
         cols = min(4096, _power_of_two(vocab_size, 128))
         return Blocks(1, cols, 16, max(1, min(8, cols // 512)), 1, 1)
+    old = device.capability[0] < 9
     if itemsize == 4:
-        rows, cols, inner, warps = 64, 64, 32, 4
-    elif device.capability[0] < 9:
-        rows, cols, inner, warps = (64, 128, 64, 8) if pair else (128, 128, 64, 8)
+        rows, cols, inner = 64, 64, 16
+    elif not described and (not old or any(depth % 64 for depth in depths)):
+        rows, cols, inner = 64, 64, 32  # pointers and masks take the registers
+    elif old:
+        rows, cols, inner = 64 if pair else 128, 128, 64
     else:
-        rows, cols, inner, warps = (128, 128, 64, 8) if pair else (128, 256, 64, 8)
-    inner = min(inner, _power_of_two(depth, 16))
+        rows, cols, inner = 128, 128 if pair else 256, 64
+    inner = min(inner, _power_of_two(max(depths), 16))
     stage = (rows * (2 if pair else 1) + cols) * inner * itemsize
     limit = _SHARED_MEMORY.get(device.capability, _SHARED_MEMORY_ELSE) * 1024
-    return Blocks(rows, cols, inner, warps, max(2, min(3, limit // stage)), 4)
+    return Blocks(rows, cols, inner, 8, max(2, min(3, limit // stage)), cols // 32)
 
 
 def spans(rows: int, vocab_size: int, b: Blocks, device: Device) -> tuple[int, int]:

@@ -78,12 +78,12 @@ class Tiles:
         self.fused = sources[0].w is not None
         operands = [t for s in sources if s.w is not None for t in (s.x, s.w)]
         depths = [s.x.shape[1] for s in sources if self.fused] or [1]
-        self.blocks = blocks(
-            fused=self.fused, pair=len(sources) == 2, depth=max(depths),
-            itemsize=max((t.itemsize for t in operands), default=4), vocab_size=cols,
-            device=self.device,
-        )  # fmt: skip
         self.described = bool(operands) and describable(operands, self.device)
+        self.blocks = blocks(
+            fused=self.fused, pair=len(sources) == 2, depths=depths,
+            itemsize=max((t.itemsize for t in operands), default=4), described=self.described,
+            vocab_size=cols, device=self.device,
+        )  # fmt: skip
         self.even = all(d % self.blocks.inner == 0 for d in depths)
         self.arguments = [a for s in sources for a in s.arguments(self.blocks, self.described)]
 

@@ -92,13 +92,16 @@ def _half(tile, right: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """(R, C / PARTS) of a tile in 1, 2 or 4 parts; the row arithmetic of one fits in registers."""
+    """(R, C / PARTS) of a tile in 1, 2, 4 or 8 parts, whose row arithmetic fits in registers."""
     if PARTS == 1:
         piece = tile
     elif PARTS == 2:
         piece = _half(tile, part, R, C)
-    else:
+    elif PARTS == 4:
         piece = _half(_half(tile, part // 2, R, C), part % 2, R, C // 2)
+    else:
+        quarter = _half(_half(tile, part // 4, R, C), part // 2 % 2, R, C // 2)
+        piece = _half(quarter, part % 2, R, C // 4)
     return piece
 
 
