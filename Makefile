@@ -6,8 +6,9 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TRITON36 := .venv-triton36
 
-.PHONY: train test test-slow lint bench clean
+.PHONY: train test test-slow bench compile-triton36 clean
 
 train: $(READY)
 	$(BIN)/python -m opsd_train
@@ -25,6 +26,15 @@ bench: $(READY)
 	test -f benchmarks/.cache/real_pair.pt || $(BIN)/python -m benchmarks.real_pair
 	$(BIN)/python -m pytest benchmarks --benchmark
 
+# The Triton of torch 2.10 and 2.11: what training runs compiles there too, and gives the same values.
+# Its interpreter stops at numpy 2.4.
+compile-triton36:
+	$(PYTHON) -m venv $(TRITON36)
+	$(TRITON36)/bin/pip install -q "$(TORCH)"
+	$(TRITON36)/bin/pip install -q triton==3.6.0 "numpy<2.4" pytest
+	$(TRITON36)/bin/python -m benchmarks.compile --check --hot --file benchmarks/results/compile_triton36.json
+	$(TRITON36)/bin/python -m pytest -q tests/kernels/test_triton.py
+
 # torch first and by itself: whatever else is installed then takes this one and no other.
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; make PYTHON=...')"
@@ -35,4 +45,4 @@ $(READY): pyproject.toml constraints.txt Makefile
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(TRITON36)

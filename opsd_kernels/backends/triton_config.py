@@ -48,13 +48,13 @@ def blocks(
     pair: bool,
     depths: list[int],
     itemsize: int,
-    described: bool,
+    aligned: bool,
     vocab_size: int,
     device: Device,
 ) -> Blocks:
     """Tile of a kernel: `fused` with products over `depths`, of one head or a pair of them.
 
-    Every fused tile here compiles without spills (benchmarks/results/compile.json).
+    Fused tiles are as large as registers allow (benchmarks/results/compile.json).
     """
     if device.capability is None:  # small, so that small tests meet several tiles of each kind
         return Blocks(16, 64, 16, 1, 1, 2) if fused else Blocks(8, 64, 16, 1, 1, 1)
@@ -64,8 +64,8 @@ def blocks(
     old = device.capability[0] < 9
     if itemsize == 4:
         rows, cols, inner = 64, 64, 16
-    elif not described and (not old or any(depth % 64 for depth in depths)):
-        rows, cols, inner = 64, 64, 32  # pointers and masks take the registers
+    elif not aligned or (old and any(depth % 64 for depth in depths)):
+        rows, cols, inner = 64, 64, 32  # short loads and masks take the registers
     elif old:
         rows, cols, inner = 64 if pair else 128, 128, 64
     else:

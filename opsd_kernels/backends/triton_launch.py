@@ -81,7 +81,7 @@ class Tiles:
         self.described = bool(operands) and describable(operands, self.device)
         self.blocks = blocks(
             fused=self.fused, pair=len(sources) == 2, depths=depths,
-            itemsize=max((t.itemsize for t in operands), default=4), described=self.described,
+            itemsize=max((t.itemsize for t in operands), default=4), aligned=aligned(operands),
             vocab_size=cols, device=self.device,
         )  # fmt: skip
         self.even = all(d % self.blocks.inner == 0 for d in depths)
@@ -193,14 +193,17 @@ class Tiles:
         return (-(-self.rows // self.blocks.rows) * tiles,)
 
 
-def describable(tensors: list[Tensor], device: Device) -> bool:
-    """Whether all can be read by TMA: Hopper or later, rows of whole 16 bytes."""
-    if device.capability is None or device.capability[0] < 9:
-        return False
+def aligned(tensors: list[Tensor]) -> bool:
+    """Whether every row starts at whole 16 bytes: loads of that size, and TMA, need it."""
     return all(
         t.stride(1) == 1 and t.stride(0) * t.itemsize % 16 == 0 and t.data_ptr() % 16 == 0
         for t in tensors
     )
+
+
+def describable(tensors: list[Tensor], device: Device) -> bool:
+    """Whether all can be read by TMA: Hopper or later, aligned rows."""
+    return device.capability is not None and device.capability[0] >= 9 and aligned(tensors)
 
 
 def _merge(parts: Tensor, out: Tensor, layout: Layout) -> None:
