@@ -5,8 +5,10 @@
 
 Needs torch, triton and pytest. Wheels of peers (liger-kernel, trl, cut-cross-entropy and what they
 need) are found in .whl/ at the root of the tree and installed beside, in a temporary folder. The
-order: the tests that need a GPU, the benchmark selection for GPUs, the other kernel tests. What is
-done by the deadline is in FOLDER: gpu_tests.json, losses.json, other_tests.json, report.json.
+order: the tests that need a GPU, where the time of the first cases goes, the benchmark selection
+for GPUs, the other kernel tests. What is done by the deadline is in FOLDER: gpu_tests.json,
+stages.json, losses.json, other_tests.json, report.json. A case that fails is printed, the rest goes
+on, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -25,16 +28,18 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT, default_device, environment
-from benchmarks.losses.cases import COMPILED, check_cases, default_cases
+from benchmarks.losses.cases import COMPILED, Case, check_cases, default_cases
 from benchmarks.losses.inputs import MissingInputs
 from benchmarks.losses.memory import memory_for
 from benchmarks.losses.record import Record
 from benchmarks.losses.runner import measure
+from benchmarks.losses.stages import stages
 from benchmarks.losses.table import render
 
 WHEELS = ROOT / ".whl"
 # A case that has not started this long before the end is left out.
 _LAST_CASE = 25.0
+_FAILED = "failed: "
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Tests that hang must leave time for the figures.
         cut = started + seconds / 3
         gpu = run_tests(options.out / "gpu_tests.json", ["-m", "gpu and not slow"], cut)
+        failed = write_stages(options.out / "stages.json", device, options)
         losses = run_cases(options.out / "losses.json", device, deadline, options)
         chosen = ["-k", "test_plan"] if options.small else ["-m", "not gpu and not slow"]
         other = run_tests(options.out / "other_tests.json", chosen, deadline)
@@ -61,11 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
         "gpu_tests": gpu,
         "cases": len(losses.cases),
         "skipped": losses.skipped,
+        "failed_cases": failed + [c for c in losses.skipped if c["why"].startswith(_FAILED)],
         "other_tests": other,
     }
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps({key: report[key] for key in ("gpu_tests", "other_tests")}, indent=1))
-    return int(bool(gpu["failed"] or other["failed"]))
+    return int(any(map(bool, (gpu["failed"], other["failed"], report["failed_cases"]))))
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -135,7 +142,7 @@ def run_cases(
     path: Path, device: torch.device, deadline: float, options: argparse.Namespace
 ) -> Record:
     """Measure until the deadline; the file is written after every case."""
-    cases = check_cases()[::12] if options.small else default_cases(device)
+    cases = _cases(device, options)
     record = Record(commit=options.commit)
     with memory_for(device) as memory:
         record.memory_method = memory.method
@@ -148,11 +155,33 @@ def run_cases(
                 record.cases.append(measure(case, device, memory, budget=3.0, compiled=compiled))
             except MissingInputs as error:
                 record.skip(case.id, str(error))
+            except Exception as error:  # the machine is lent: the other cases are measured still
+                traceback.print_exc()
+                record.skip(case.id, f"{_FAILED}{error!r}"[:500])
             if device.type == "cuda":
                 torch.cuda.empty_cache()
             record.write(path)
     print(render(record.as_json()))
     return record
+
+
+def _cases(device: torch.device, options: argparse.Namespace) -> list[Case]:
+    return check_cases()[::7] if options.small else default_cases(device)
+
+
+def write_stages(
+    path: Path, device: torch.device, options: argparse.Namespace
+) -> list[dict[str, str]]:
+    """The longest kernels of the first two cases, by case and contender; returns what failed."""
+    found, failed = {}, []
+    for case in _cases(device, options)[:2]:
+        try:
+            found[case.id] = stages(case, device)
+        except Exception as error:
+            traceback.print_exc()
+            failed.append({"id": case.id, "why": f"{_FAILED}stages, {error!r}"[:500]})
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return failed
 
 
 if __name__ == "__main__":

@@ -12,19 +12,19 @@ from benchmarks.losses.inputs import Inputs
 
 
 def call(contender: Contender, x: Inputs) -> tuple[float, float, Tensor]:
-    """(seconds forward, seconds backward, loss); the gradients are left in x."""
+    """(seconds forward, seconds backward, loss); gradients, if any, are left in x."""
     x.clear()
     _synchronize(x)
     start = time.perf_counter()
-    if contender.role == "floor":
-        with torch.no_grad():
-            loss, backward = x.upstream, contender.call(x)
-    else:
-        loss = contender.call(x)
-        backward = loss.backward
+    floor = contender.role == "floor"
+    with torch.set_grad_enabled(x.case.differentiated and not floor):
+        found = contender.call(x)
     _synchronize(x)
     middle = time.perf_counter()
-    with torch.set_grad_enabled(contender.role != "floor"):
+    loss, backward = (x.upstream, found) if floor else (found, found.backward)
+    if not x.case.differentiated:
+        return middle - start, 0.0, loss
+    with torch.set_grad_enabled(not floor):
         backward()
     _synchronize(x)
     return middle - start, time.perf_counter() - middle, loss.detach()

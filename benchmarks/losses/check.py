@@ -31,20 +31,25 @@ class Check:
         if self.share == 1:
             self.errors[contender.name] = self._compare(x, loss)
             return
-        full = rms(x.student.grad[self.tokens], self.true.grad_hidden * self.share)
+        full = None
+        if x.case.differentiated:
+            full = rms(x.student.grad[self.tokens], self.true.grad_hidden * self.share)
         found = self._compare(self.part, call(contender, self.part)[2])
-        found["grad_hidden"] = worse(found["grad_hidden"], full)
+        if full is not None:
+            found["grad_hidden"] = worse(found["grad_hidden"], full)
         self.errors[contender.name] = found
         self.part.clear()
 
     def _compare(self, x: Inputs, loss: Tensor) -> dict[str, float | None]:
         """Signed relative error of the loss, root mean square ones of the gradients."""
-        true, weight = self.true, None
+        true, hidden, weight = self.true, None, None
+        if x.case.differentiated:
+            hidden = rms(x.student.grad, true.grad_hidden)
         if true.grad_weight is not None:
             weight = rms(x.head.grad[true.entries], true.grad_weight)
         return {
             "loss": loss.item() / true.loss - 1,
-            "grad_hidden": rms(x.student.grad, true.grad_hidden),
+            "grad_hidden": hidden,
             "grad_weight": weight,
         }
 

@@ -85,7 +85,8 @@ def our_plan(case: Case, device: torch.device) -> object:
     return plan(
         case.tokens, case.shape.hidden, case.shape.vocab,
         loss="divergence" if case.operation in BETA else "logprob",
-        dtype=case.torch_dtype, device=device, grad_weight=case.trained,
+        dtype=case.torch_dtype, device=device,
+        grad_input=case.differentiated, grad_weight=case.trained,
         reduced=case.operation in (*BETA, "cross_entropy"),
         two_passes=case.operation == "jsd",
     )  # fmt: skip

@@ -126,15 +126,16 @@ def memory_for(device: torch.device) -> Iterator[Memory]:
 
 def _halves(contender: Contender, x: Inputs, reset: Any, peak: Any) -> dict[str, float]:
     """Peak MiB of forward and of backward, both above what was held before the call."""
-    grad = contender.role != "floor"
-    with torch.set_grad_enabled(grad):
+    floor = contender.role == "floor"
+    with torch.set_grad_enabled(x.case.differentiated and not floor):
         reset()
         result = contender.call(x)
-        forward = peak()
-        reset()
-        result.backward() if grad else result()
-        backward = peak()
-    found = {"forward": forward, "backward": backward, "both": max(forward, backward)}
+        found = {"forward": peak()}
+        if x.case.differentiated:
+            reset()
+            result() if floor else result.backward()
+            found["backward"] = peak()
+            found["both"] = max(found.values())
     return {name: round(value / _MIB, 2) for name, value in found.items()}
 
 

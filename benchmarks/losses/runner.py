@@ -30,9 +30,11 @@ class Samples:
         self.forward.append(forward)
         self.backward.append(backward)
 
-    def as_json(self) -> dict[str, list[float]]:
+    def as_json(self, differentiated: bool) -> dict[str, list[float]]:
         both = [f + b for f, b in zip(self.forward, self.backward, strict=True)]
-        parts = {"forward": self.forward, "backward": self.backward, "both": both}
+        parts = {"forward": self.forward}
+        if differentiated:
+            parts |= {"backward": self.backward, "both": both}
         return {name: [round(value, 7) for value in values] for name, values in parts.items()}
 
 
@@ -74,7 +76,8 @@ def measure(
         if c.name in absent:
             found[c.name]["why_not"] = absent[c.name]
             continue
-        found[c.name] |= {"seconds": samples[c.name].as_json()} | memory.measure(c, x)
+        seconds = samples[c.name].as_json(case.differentiated)
+        found[c.name] |= {"seconds": seconds} | memory.measure(c, x)
         if c.name in check.errors:
             found[c.name]["error"] = check.errors[c.name]
     return _describe(case, device, rounds, len(check.tokens)) | {"contenders": found}

@@ -34,8 +34,9 @@ def _case(case: dict[str, Any]) -> list[str]:
         for name, c in contenders.items()
         if "seconds" in c
     }
-    floor = next(medians[n]["both"] for n, c in contenders.items() if c["role"] == "floor")
-    peers = [medians[n]["both"] for n in medians if contenders[n]["role"] == "peer"]
+    phase = "forward" if case["head"] == "no_grad" else "both"
+    floor = next(medians[n][phase] for n, c in contenders.items() if c["role"] == "floor")
+    peers = [medians[n][phase] for n in medians if contenders[n]["role"] == "peer"]
     best = min(peers, default=None)
     width = max(map(len, contenders))
     head = (
@@ -50,18 +51,18 @@ def _case(case: dict[str, Any]) -> list[str]:
         if name not in medians:
             rows.append(f"{name:<{width}}  {c['why_not']}")
             continue
-        ms = " ".join(
-            f"{1000 * medians[name][part]:8.1f}" for part in ("forward", "backward", "both")
-        )
-        both = medians[name]["both"]
-        against = f"{both / best:11.2f}" if best else " " * 11
-        rows.append(f"{name:<{width}} {ms} {both / floor:8.2f} {against} {_peak(c)} {_errors(c)}")
+        parts = (medians[name].get(part) for part in ("forward", "backward", "both"))
+        ms = " ".join(f"{'-':>8}" if part is None else f"{1000 * part:8.1f}" for part in parts)
+        whole = medians[name][phase]
+        against = f"{whole / best:11.2f}" if best else " " * 11
+        ratio = f"{whole / floor:8.2f}"
+        rows.append(f"{name:<{width}} {ms} {ratio} {against} {_peak(c, phase)} {_errors(c)}")
     return rows
 
 
-def _peak(contender: dict[str, Any]) -> str:
+def _peak(contender: dict[str, Any], phase: str) -> str:
     peak = contender["peak_extra_mib"]
-    return f"{peak['both']:9.0f}" if peak else f"{'-':>9}"
+    return f"{peak[phase]:9.0f}" if peak else f"{'-':>9}"
 
 
 def _errors(contender: dict[str, Any]) -> str:

@@ -153,7 +153,7 @@ def test_selections() -> None:
     gpu = torch.device("cuda")
     large = cases.full_cases(gpu, 80 * 2**30)
     assert {case.id for case in cases.default_cases(gpu)} <= {case.id for case in large}
-    assert max(case.tokens for case in large) == 32768
+    assert max(case.tokens for case in large) == 65536
     assert all(cases.find(case.id) == case for case in (*full, *large))
     with pytest.raises(ValueError, match="unknown case"):
         cases.find("jsd-frozen-bfloat16-gpt2-256-random")
@@ -175,7 +175,9 @@ def test_gpu_report_in_its_small_mode(tmp_path, capfd) -> None:
     report = json.loads((tmp_path / "report.json").read_text())
     losses = json.loads((tmp_path / "losses.json").read_text())
     assert report["other_tests"]["tests"] > 10 and report["other_tests"]["failed"] == []
-    assert report["cases"] == len(losses["cases"]) == 2
+    assert report["cases"] == len(losses["cases"]) == 6
+    stages = json.loads((tmp_path / "stages.json").read_text())
+    assert all(len(kernels) > 3 for case in stages.values() for kernels in case.values())
     assert losses["kind"] == "losses" and losses["environment"]["commit"]
 
 
@@ -186,3 +188,18 @@ def test_gpu_report_reports_a_failing_test(tmp_path) -> None:
     assert [f["test"].rpartition("::")[2] for f in found["failed"]] == ["test_x"]
     assert "1 == 2" in found["failed"][0]["message"]
     assert gpu_report.run_tests(tmp_path / "y.json", [], 0.0)["not_run"] == "no time was left"
+
+
+def test_gpu_report_measures_on_when_a_case_fails(monkeypatch, tmp_path) -> None:
+    def failing(case: Case, *_: object, **__: object) -> dict:
+        if case.operation == "jsd":
+            raise RuntimeError("no kernel image")
+        return {"id": case.id}
+
+    shown = []
+    monkeypatch.setattr(gpu_report, "measure", failing)
+    monkeypatch.setattr(gpu_report, "render", shown.append)
+    options = gpu_report._options(["--out", str(tmp_path), "--small"])
+    record = gpu_report.run_cases(tmp_path / "x.json", CPU, 1e12, options)
+    assert len(record.cases) == 5 and len(shown) == 1
+    assert [entry["why"] for entry in record.skipped] == ["failed: RuntimeError('no kernel image')"]
