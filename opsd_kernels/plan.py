@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from opsd_kernels import extension
+
 SCHEDULES = ("auto", "blocked", "streaming")
+BACKENDS = ("triton", "cpp", "torch")
 _MIB = 2**20
 # A tile of about 1 MiB fp32 keeps the row arithmetic inside a core's L2 cache.
 _TILE_ELEMENTS = 2**18
@@ -15,6 +18,8 @@ _TILE_BUFFERS = 6
 _TILE_SHARE = 4
 # Beyond 256 rows a GEMM gains nothing on a CPU, and the logits start to leave the L3 cache.
 _FROZEN_ROWS = 256
+# What the C++ operators hold of a row that they do not look at again is a few statistics.
+_UNSTORED_ROWS = 1024
 # On a GPU: fewer rows than this leave a GEMM waiting for the head to be read.
 _BUSY_ROWS = 256
 _STREAMING_ROWS = 4096
@@ -37,6 +42,7 @@ class Plan:
     """
 
     loss: str
+    backend: str
     schedule: str
     num_tokens: int
     hidden_size: int
@@ -82,6 +88,7 @@ def plan(
     two_passes: bool = True,
     workspace_bytes: int | None = None,
     schedule: str = "auto",
+    backend: str | None = None,
 ) -> Plan:
     """Choose how to compute a loss of `num_tokens` tokens over `vocab_size` logits.
 
@@ -90,9 +97,11 @@ def plan(
     `reduced` that the loss is reduced to a scalar inside the call, `entropy_grad` that the entropy
     is differentiated too; `two_passes` that a divergence looks at the logits twice before its
     gradient, as the JSD and a clip do, not the KLs. `workspace_bytes` defaults to 512 MiB on
-    a GPU and 256 MiB elsewhere.
+    a GPU and 256 MiB elsewhere. `backend` is "triton", "cpp" or "torch"; by default the one that
+    serves this device and these dtypes here.
 
-    Raises ValueError for an unknown loss or schedule, and for a workspace too small for one row.
+    Raises ValueError for an unknown loss, schedule or backend, and for a workspace too small for
+    one row.
     """
     if loss not in ("divergence", "logprob"):
         raise ValueError(f'loss: expected "divergence" or "logprob", got {loss!r}')
@@ -100,7 +109,11 @@ def plan(
         raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
     if workspace_bytes is None:
         workspace_bytes = default_workspace(device)
-    if schedule == "streaming" and not runs_triton(device, dtype):
+    if backend is None:
+        backend = default_backend(device, dtype, teacher_dtype or dtype)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if schedule == "streaming" and backend != "triton":
         raise ValueError(
             "schedule: 'streaming' needs a CUDA device and inputs of 32 or 16 bits, got "
             f"{dtype} on {device}; use 'blocked' or 'auto'"
@@ -115,8 +128,10 @@ def plan(
         (teacher_dtype or dtype).itemsize, 1 + int(entropy_product), trained,
         grad_input or trained, workspace_bytes,
     )  # fmt: skip
-    if not runs_triton(device, dtype):
+    if backend == "torch":
         layout = _torch_layout(size)
+    elif backend == "cpp":
+        layout = _cpp_layout(size, again=size.differentiated or (heads == 2 and two_passes))
     elif schedule == "streaming":
         layout = _streaming_layout(size, "as asked")
     else:
@@ -128,6 +143,7 @@ def plan(
         looks += int(bool(products) or grad_bias)
     return Plan(
         loss=loss,
+        backend=backend,
         schedule=layout.schedule,
         num_tokens=num_tokens,
         hidden_size=hidden_size,
@@ -143,9 +159,15 @@ def plan(
     )
 
 
-def runs_triton(device: str | torch.device, dtype: torch.dtype) -> bool:
-    """Whether the Triton backend computes on this device in this dtype."""
-    return torch.device(device).type == "cuda" and dtype != torch.float64
+def default_backend(
+    device: str | torch.device, dtype: torch.dtype, teacher_dtype: torch.dtype
+) -> str:
+    """The backend that computes in these dtypes on this device, with what is installed."""
+    if torch.device(device).type == "cuda" and dtype != torch.float64:
+        return "triton"
+    if extension.serves(device, dtype, teacher_dtype):
+        return "cpp"
+    return "torch"
 
 
 def default_workspace(device: str | torch.device) -> int:
@@ -212,6 +234,23 @@ def _torch_layout(x: _Size) -> _Layout:
     rows = x.rows(limit)
     used = tiles + rows * per_row
     return _Layout("blocked", rows, min(tile_rows, rows), x.vocab_size, used, reason)
+
+
+def _cpp_layout(x: _Size, again: bool) -> _Layout:
+    """fp32 logits of a block, if they are looked at again, and the entropy's own gradient."""
+    per_row = (x.gradients - 1) * x.vocab_size * x.itemsize
+    if again:
+        per_row += x.heads * x.vocab_size * 4
+    limit = x.budget // per_row if per_row else _UNSTORED_ROWS
+    if limit < 1:
+        raise x.too_small(per_row)
+    reason = f"as many rows as {_size(x.budget)} holds"
+    if not again:
+        reason = f"{_UNSTORED_ROWS} rows share a packed tile of the head"
+    if x.num_tokens <= limit:
+        reason = _ONE_BLOCK
+    rows = x.rows(limit)
+    return _Layout("blocked", rows, rows, x.vocab_size, rows * per_row, reason)
 
 
 def _triton_layout(x: _Size, schedule: str) -> _Layout:

@@ -25,7 +25,7 @@ from opsd_kernels import (
     plan,
     policy_gradient_loss,
 )
-from opsd_kernels.plan import SCHEDULES, runs_triton
+from opsd_kernels.plan import SCHEDULES
 
 FLOOR = "bare GEMMs"
 OURS = "opsd_kernels"
@@ -67,11 +67,11 @@ def contenders(case: Case, device: torch.device) -> list[Contender]:
 
 def _ours(case: Case, device: torch.device) -> list[Contender]:
     """What `schedule="auto"` gives, each other schedule, and the shared head where it applies."""
-    chosen = our_plan(case, device).schedule
+    chosen = our_plan(case, device)
     found = [Contender(OURS, "ours", lambda x: _call(x, "auto"))]
     for schedule in SCHEDULES:
-        absent = schedule == "streaming" and not runs_triton(device, case.torch_dtype)
-        if schedule not in ("auto", chosen) and not absent:
+        absent = schedule == "streaming" and chosen.backend != "triton"
+        if schedule not in ("auto", chosen.schedule) and not absent:
             name = f"{OURS}, {schedule}"
             found.append(Contender(name, "ours", lambda x, s=schedule: _call(x, s)))
     if case.operation in BETA and not case.trained:

@@ -25,9 +25,6 @@ from opsd_kernels.problem import (
     Wanted,
 )
 
-# Slices of the head's gradient that pass through the input dtype before fp32 accumulation.
-_SLICE_BYTES = 8 * 2**20
-
 
 def divergence(
     p: DivergenceProblem, plan: Plan, row_scale: Tensor | None, wanted: Wanted
@@ -51,7 +48,7 @@ def divergence(
         for first in range(0, size, plan.tile_rows):
             part = slice(first, first + plan.tile_rows)
             _divergence_tile(p, run, rows[part], z_s[part], z_t[part], tiles, stats)
-        run.products(rows, h_s, z_s)
+        run.add_products(rows, h_s, [z_s])
     return run.result(stats)
 
 
@@ -118,7 +115,7 @@ def logprob(
         for first in range(0, size, plan.tile_rows):
             part = slice(first, first + plan.tile_rows)
             _logprob_tile(p, run, rows[part], [z[part] for z in blocks], tiles, stats)
-        run.products(rows, h, *blocks)
+        run.add_products(rows, h, blocks)
     return run.result(stats)
 
 
@@ -196,25 +193,3 @@ class _Run(Call):
         if slope is not None:
             grad.mul_(slope)
         logits.copy_(grad.mul_(factor))
-
-    def products(
-        self, rows: Tensor, h: Tensor, grad: Tensor, entropy: Tensor | None = None
-    ) -> None:
-        """The block's gradient GEMMs."""
-        weight = self.head.weight
-        if self.grad_hidden is not None:
-            self.grad_hidden[rows] = torch.mm(grad, weight)
-        if self.grad_entropy is not None:
-            self.grad_entropy[rows] = torch.mm(entropy, weight)
-        if self.grad_weight is not None:
-            self._accumulate_weight(grad, h)
-        if self.grad_bias is not None:
-            self.grad_bias += grad.sum(0, dtype=self.dtype)
-
-    def _accumulate_weight(self, grad: Tensor, h: Tensor) -> None:
-        if self.grad_weight.dtype == h.dtype:
-            self.grad_weight.addmm_(grad.t(), h)
-            return
-        size = max(1, _SLICE_BYTES // (h.shape[1] * h.element_size()))
-        for total, part in zip(self.grad_weight.split(size), grad.t().split(size), strict=True):
-            total += torch.mm(part, h)

@@ -10,6 +10,9 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from opsd_kernels.plan import Plan
 from opsd_kernels.problem import Head, Result, Wanted, stat_dtype
 
+# Slices of the head's gradient that pass through the input dtype before fp32 accumulation.
+_SLICE_BYTES = 8 * 2**20
+
 
 class Call:
     """Rows to compute, scales, the vocabulary's shard, and the outputs, zero until filled."""
@@ -43,6 +46,26 @@ class Call:
         if group_name is not None:
             self.group = _resolve_process_group(group_name)
             self.offset, self.vocab_size = vocabulary_shard(weight, group_name)[:2]
+
+    def add_products(self, rows: Tensor | slice, h: Tensor, dz: list[Tensor]) -> None:
+        """What a block's dz, and the entropy's own as a second, give to each gradient."""
+        weight = self.head.weight
+        if self.grad_hidden is not None:
+            self.grad_hidden[rows] = torch.mm(dz[0], weight)
+        if self.grad_entropy is not None:
+            self.grad_entropy[rows] = torch.mm(dz[1], weight)
+        if self.grad_weight is not None:
+            self._add_weight(dz[0], h)
+        if self.grad_bias is not None:
+            self.grad_bias += dz[0].sum(0, dtype=self.dtype)
+
+    def _add_weight(self, dz: Tensor, h: Tensor) -> None:
+        if self.grad_weight.dtype == h.dtype:
+            self.grad_weight.addmm_(dz.t(), h)
+            return
+        size = max(1, _SLICE_BYTES // (h.shape[1] * h.element_size()))
+        for total, part in zip(self.grad_weight.split(size), dz.t().split(size), strict=True):
+            total += torch.mm(part, h)
 
     def result(self, stats: Tensor) -> Result:
         for grad in (self.grad_hidden, self.grad_entropy):

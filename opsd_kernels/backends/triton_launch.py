@@ -11,40 +11,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opsd_kernels.backends import triton_gradients, triton_kernels
+from opsd_kernels.backends.passes import Layout, gathered
 from opsd_kernels.backends.triton_config import Blocks, Device, blocks, device_of, spans
 
 _GROUP = 8  # row blocks that walk the vocabulary side by side and find the head's tiles in L2
 _MERGED_ROWS = 128
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which statistics a pass keeps, and where each stands among the rows of its result."""
-
-    heads: int
-    entropy: bool
-    smoothed: bool
-    label: bool
-    kind: int  # triton_tiles.FORWARD_KL, REVERSE_KL or JSD; JSD where nothing crosses
-
-    @property
-    def names(self) -> list[str]:
-        names = ["top", "total"] + ["weighted"] * self.entropy
-        return names + ["plain", "number"] * self.smoothed + ["picked"] * self.label
-
-    @property
-    def count(self) -> int:
-        return self.heads * len(self.names) + 2 * (self.heads == 2 and self.kind != 2)
-
-    def head(self, merged: Tensor, index: int) -> dict[str, Tensor]:
-        rows = merged[index * len(self.names) : (index + 1) * len(self.names)]
-        return dict(zip(self.names, rows, strict=True))
-
-    def flags(self) -> dict[str, object]:
-        return {
-            "HEADS": self.heads, "ENTROPY": self.entropy, "SMOOTHED": self.smoothed,
-            "LABEL": self.label, "KIND": self.kind,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -128,10 +99,7 @@ class Tiles:
             )
         _merge(parts, out, layout)
         if group is not None:  # the ranks' results are merged as those of spans are, in rank order
-            mine = out.contiguous()
-            every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(every, mine, group=group)
-            _merge(torch.stack(every, 1), out, layout)
+            _merge(gathered(out, group), out, layout)
 
     def sums(
         self,
@@ -210,5 +178,6 @@ def _merge(parts: Tensor, out: Tensor, layout: Layout) -> None:
     rows = out.shape[1]
     triton_kernels.merge[(triton.cdiv(rows, _MERGED_ROWS),)](
         parts, out, rows, out.stride(0), parts.shape[1], parts.shape[2], R=_MERGED_ROWS,
-        **layout.flags(),
+        HEADS=layout.heads, ENTROPY=layout.entropy, SMOOTHED=layout.smoothed, LABEL=layout.label,
+        KIND=layout.kind,
     )  # fmt: skip

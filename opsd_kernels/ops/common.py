@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 import warnings
@@ -13,29 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_kernels.backends import blocked_torch
+from opsd_kernels.backends import blocked_torch, cpp_backend
 from opsd_kernels.backends.call import vocabulary_shard
-from opsd_kernels.plan import Plan, default_workspace, plan
+from opsd_kernels.plan import Plan, default_backend, default_workspace, plan
 from opsd_kernels.problem import Execution, Head, Result, Wanted, stat_dtype
 
 _SLICE_ELEMENTS = 2**20
 
 
-def backend_for(hidden: Tensor) -> ModuleType:
-    """Triton on a GPU, and on the CPU under its interpreter; else blocked PyTorch."""
-    interpreted = not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") == "1"
-    if hidden.dtype == torch.float64 or not (hidden.is_cuda or interpreted):
-        return blocked_torch
-    if interpreted and hidden.dtype == torch.bfloat16:
-        raise TypeError(
-            "TRITON_INTERPRET=1: Triton's interpreter computes bfloat16 wrongly; use float32 or "
-            "float16, or unset it"
-        )
-    if hidden.is_cuda and not _triton_runs(hidden.device):
-        return blocked_torch
-    from opsd_kernels.backends import triton_backend  # Triton is not needed elsewhere
+def backend_name(hidden: Tensor, teacher: Tensor | None = None) -> str:
+    """Triton on a GPU, and on the CPU under its interpreter; else C++, else blocked PyTorch."""
+    teacher_dtype = hidden.dtype if teacher is None else teacher.dtype
+    if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") == "1":
+        if hidden.dtype == torch.bfloat16:
+            raise TypeError(
+                "TRITON_INTERPRET=1: Triton's interpreter computes bfloat16 wrongly; use float32 "
+                "or float16, or unset it"
+            )
+        return "torch" if hidden.dtype == torch.float64 else "triton"
+    name = default_backend(hidden.device, hidden.dtype, teacher_dtype)
+    return "torch" if name == "triton" and not _triton_runs(hidden.device) else name
 
-    return triton_backend
+
+def backend_of(chosen: Plan) -> ModuleType:
+    """The plan's backend."""
+    if chosen.backend == "triton":  # not needed, nor always there, elsewhere
+        return importlib.import_module("opsd_kernels.backends.triton_backend")
+    return cpp_backend if chosen.backend == "cpp" else blocked_torch
 
 
 @functools.cache
@@ -62,12 +67,12 @@ def plan_for(
     two_passes: bool = True,
 ) -> Plan:
     """The plan of one operator call."""
-    # The interpreter stands in for a GPU, and PyTorch for a missing Triton.
-    device = "cpu" if backend_for(head.hidden) is blocked_torch else "cuda"
     return plan(
         *head.hidden.shape, vocab_size,
         loss=loss, dtype=head.hidden.dtype,
-        teacher_dtype=None if teacher is None else teacher.hidden.dtype, device=device,
+        teacher_dtype=None if teacher is None else teacher.hidden.dtype,
+        device=head.hidden.device,
+        backend=backend_name(head.hidden, None if teacher is None else teacher.hidden),
         grad_input=needed.hidden, grad_weight=needed.weight, grad_bias=needed.bias,
         reduced=row_scale is not None, entropy_grad=needed.entropy, two_passes=two_passes,
         workspace_bytes=(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opsd_kernels import checks
 from opsd_kernels.ops.common import (
-    backend_for,
+    backend_of,
     fake_grad,
     fake_sum,
     in_order,
@@ -146,7 +146,7 @@ def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Want
             "divergence", p.student, largest, p.execution, row_scale, needed, p.teacher,
             two_passes=p.clip is not None or p.beta not in (0.0, 1.0),
         )  # fmt: skip
-        return backend_for(p.student.hidden).divergence(p, chosen, row_scale, needed)
+        return backend_of(chosen).divergence(p, chosen, row_scale, needed)
 
 
 def _divergence_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opsd_kernels import checks
 from opsd_kernels.ops.common import (
-    backend_for,
+    backend_of,
     fake_grad,
     fake_sum,
     in_order,
@@ -144,7 +144,7 @@ def _run_logprob(
     checks.labels_in_vocabulary("target", p.target, p.keep, vocab_size)
     with no_autocast(p.head.hidden):
         chosen = plan_for("logprob", p.head, largest, p.execution, row_scale, needed)
-        return backend_for(p.head.hidden).logprob(p, chosen, row_scale, entropy_scale, needed)
+        return backend_of(chosen).logprob(p, chosen, row_scale, entropy_scale, needed)
 
 
 def _logprob_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:

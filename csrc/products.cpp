@@ -1,0 +1,78 @@
+#include "products.h"
+
+#include <ATen/native/CPUBlas.h>
+
+#include "ops.h"
+
+namespace opsd {
+
+using at::native::cpublas::brgemm;
+
+namespace {
+
+constexpr int64_t ROW_STEP = 16;  // brgemm compiles code for each height: so for four at most
+
+at::ScalarType product_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 && has_half_products() ? at::kBFloat16 : at::kFloat;
+}
+
+int64_t words_of(int64_t depth, at::ScalarType type) {
+  return type == at::kBFloat16 ? (depth + 1) / 2 : depth;
+}
+
+}  // namespace
+
+bool has_half_products() {
+  static const bool found = [] {
+    at::BFloat16 a[16 * 2] = {}, b[2 * 16] = {};
+    float c[16 * 16];
+    try {
+      brgemm(16, 16, 2, 2, 16, 16, false, a, b, c, true);
+    } catch (const c10::Error&) {  // how brgemm says that this CPU, or this torch, has none
+      return false;
+    }
+    at::native::cpublas::brgemm_release(true);
+    return true;
+  }();
+  return found;
+}
+
+Weight::Weight(const at::Tensor& weight) : weight_(weight), type_(product_type(weight)) {}
+
+int64_t Weight::tile_bytes() const { return 4 * TILE_COLS * words_of(weight_.size(1), type_); }
+
+void Weight::pack(int64_t first, int64_t cols, void* tile) const {
+  at::Tensor w = weight_.narrow(0, first, cols);
+  if (w.stride(1) != 1 || w.scalar_type() != type_) w = w.to(type_).contiguous();
+  const int64_t size = w.element_size(), words = words_of(w.size(1), type_);
+  opsd::rows().pack(static_cast<const char*>(w.const_data_ptr()), w.stride(0) * size, cols, words,
+                    w.size(1) * size - (words - 1) * 4, static_cast<uint32_t*>(tile));
+}
+
+Hidden::Hidden(const at::Tensor& hidden) {
+  const at::ScalarType type = product_type(hidden);
+  const int64_t rows = hidden.size(0), depth = hidden.size(1);
+  const int64_t width = type == at::kBFloat16 ? 2 * words_of(depth, type) : depth;
+  padded_ = at::zeros({(rows + ROW_STEP - 1) / ROW_STEP * ROW_STEP, width},
+                      hidden.options().dtype(type));
+  padded_.narrow(0, 0, rows).narrow(1, 0, depth).copy_(hidden);
+}
+
+void Hidden::multiply(int64_t first, const void* tile, float* out) const {
+  const int64_t depth = padded_.size(1), left = padded_.size(0) - first;
+  const int64_t height = left < TILE_ROWS ? left : TILE_ROWS;
+  const auto times = [&](auto* hidden, auto* weight, bool pairs) {
+    brgemm(height, TILE_COLS, depth, depth, TILE_COLS, TILE_COLS, false, hidden + first * depth,
+           weight, out, pairs);
+  };
+  if (padded_.scalar_type() == at::kBFloat16)
+    times(padded_.const_data_ptr<at::BFloat16>(), static_cast<const at::BFloat16*>(tile), true);
+  else
+    times(padded_.const_data_ptr<float>(), static_cast<const float*>(tile), false);
+}
+
+void Hidden::release() const {
+  at::native::cpublas::brgemm_release(padded_.scalar_type() == at::kBFloat16);
+}
+
+}  // namespace opsd

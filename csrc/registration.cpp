@@ -1,0 +1,49 @@
+// Operators of the library `opsd_cpu`: called inside those of opsd_kernels.ops, whose fake kernels
+// and autograd cover them.
+#include <torch/library.h>
+
+#include "ops.h"
+
+TORCH_LIBRARY(opsd_cpu, m) {
+  m.def(
+      "statistics(Tensor[] hidden, Tensor[] weight, Tensor?[] bias, float[] softcap, "
+      "float temperature, Tensor? label, int offset, bool entropy, bool smoothed, int kind, "
+      "Tensor(a!) logits, Tensor(b!) out) -> ()");
+  m.def(
+      "merge(Tensor parts, int heads, bool entropy, bool smoothed, bool label, int kind, "
+      "Tensor(a!) out) -> ()");
+  m.def(
+      "divergence_sums(Tensor(a!) logits, Tensor merged, int step, float softcap, "
+      "float temperature, float beta, float? clip, int kind, bool keep) -> Tensor");
+  m.def(
+      "divergence_gradient(Tensor(a!) logits, Tensor merged, int step, Tensor totals, "
+      "Tensor? scale, float softcap, float temperature, float beta, int kind, bool kept, "
+      "bool half) -> ()");
+  m.def(
+      "logprob_gradient(Tensor(a!) logits, Tensor merged, Tensor label, int offset, "
+      "Tensor? entropy, Tensor? scale, Tensor? entropy_scale, float sharp, float uniform, "
+      "float softcap, float temperature, bool half, Tensor(b!)? out_entropy) -> ()");
+}
+
+namespace {
+
+using opsd::MaybeTensor;
+using at::Tensor;
+
+void statistics(at::TensorList hidden, at::TensorList weight,
+                const c10::List<MaybeTensor>& bias, at::ArrayRef<double> softcap,
+                double temperature, const MaybeTensor& label, int64_t offset, bool entropy,
+                bool smoothed, int64_t kind, Tensor& logits, Tensor& out) {
+  opsd::statistics(hidden.vec(), weight.vec(), {bias.begin(), bias.end()}, softcap.vec(),
+                   temperature, label, offset, entropy, smoothed, kind, logits, out);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(opsd_cpu, CPU, m) {
+  m.impl("statistics", statistics);
+  m.impl("merge", opsd::merge);
+  m.impl("divergence_sums", opsd::divergence_sums);
+  m.impl("divergence_gradient", opsd::divergence_gradient);
+  m.impl("logprob_gradient", opsd::logprob_gradient);
+}

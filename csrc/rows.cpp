@@ -1,0 +1,17 @@
+// Chooses the row arithmetic of this machine.
+#include <ATen/Version.h>
+
+#include "ops.h"
+
+namespace opsd {
+
+const Rows& rows() {
+#if OPSD_X86
+  static const std::string isa = at::get_cpu_capability();
+  if (isa.rfind("AVX512", 0) == 0) return rows_avx512();
+  if (isa == "AVX2") return rows_avx2();
+#endif
+  return rows_plain();
+}
+
+}  // namespace opsd

@@ -1,0 +1,171 @@
+// The first pass: chunks of the vocabulary in parallel, each multiplied and folded tile by tile.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "ops.h"
+#include "products.h"
+
+namespace opsd {
+namespace {
+
+// Chunks do not depend on the number of threads and are merged in order: neither do the bits.
+constexpr int64_t CHUNK_COLS = 1024;
+
+struct Pass {
+  Layout layout;
+  Finish finish[2];
+  std::vector<Hidden> hidden;
+  std::vector<Weight> weight;  // one where both heads share it
+  float* z[2];                 // (rows, cols) or null
+  const int64_t* label;
+  int64_t rows, cols, chunks;
+  float* parts;  // (K, chunks, rows)
+};
+
+// What one thread works with.
+struct Desk {
+  explicit Desk(const Pass& pass) : state(pass.rows) {
+    for (const Weight& weight : pass.weight)
+      packed.push_back(at::empty({weight.tile_bytes()}, at::kByte));
+    logits = at::empty({2, TILE_ROWS, TILE_COLS}, at::kFloat);
+  }
+  std::vector<RowState> state;
+  std::vector<Tensor> packed;
+  Tensor logits;
+};
+
+void fold_chunk(const Pass& pass, int64_t chunk, Desk& desk) {
+  const Rows& math = rows();
+  const int64_t begin = chunk * CHUNK_COLS, end = std::min(begin + CHUNK_COLS, pass.cols);
+  math.start(desk.state.data(), pass.rows);
+  for (int64_t col = begin; col < end; col += TILE_COLS) {
+    const int64_t cols = std::min(TILE_COLS, end - col);
+    for (size_t i = 0; i < pass.weight.size(); ++i)
+      pass.weight[i].pack(col, cols, desk.packed[i].data_ptr());
+    for (int64_t row = 0; row < pass.rows; row += TILE_ROWS) {
+      Fold fold{};
+      fold.layout = pass.layout;
+      fold.rows = std::min(TILE_ROWS, pass.rows - row);
+      fold.column = col, fold.cols = cols, fold.z_stride = pass.cols;
+      fold.label = pass.label ? pass.label + row : nullptr;
+      fold.state = desk.state.data() + row;
+      for (int64_t i = 0; i < pass.layout.heads; ++i) {
+        fold.finish[i] = pass.finish[i];
+        fold.raw[i] = desk.logits[i].data_ptr<float>();
+        fold.z[i] = pass.z[i] ? pass.z[i] + row * pass.cols : nullptr;
+        const Tensor& tile = desk.packed[std::min<size_t>(i, pass.weight.size() - 1)];
+        pass.hidden[i].multiply(row, tile.const_data_ptr(), fold.raw[i]);
+      }
+      math.fold(fold);
+    }
+  }
+  math.close(desk.state.data(), pass.rows, pass.layout, pass.parts + chunk * pass.rows,
+             pass.chunks * pass.rows);
+}
+
+// sum p (u - v) under new maxima; where nothing is left of p, 0 and not 0 * inf.
+double rescaled(float total, float shift, float weight, float other) {
+  const float shrink = expf(shift);
+  return shrink > 0.0f ? (total + (shift - other) * static_cast<double>(weight)) * shrink : 0.0;
+}
+
+// Statistics of one row's spans into those of the whole; value k of span i is at(k, i).
+template <class At, class Put>
+void merge_row(const Layout& layout, int64_t count, const At& at, const Put& put) {
+  float top[2];
+  for (int64_t head = 0; head < layout.heads; ++head) {
+    int64_t k = head * layout.per_head();
+    top[head] = LOG_ZERO;
+    for (int64_t i = 0; i < count; ++i) top[head] = std::max(at(k, i), top[head]);
+    double total = 0, weighted = 0, plain = 0, number = 0, picked = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const float shift = at(k, i) - top[head], weight = at(k + 1, i);
+      int64_t next = k + 2;
+      total += static_cast<double>(weight) * expf(shift);
+      if (layout.entropy) weighted += rescaled(at(next++, i), shift, weight, 0.0f);
+      if (layout.smoothed) {
+        plain += at(next, i) + static_cast<double>(shift) * at(next + 1, i);
+        number += at(next + 1, i);
+        next += 2;
+      }
+      if (layout.label) picked += at(next, i);
+    }
+    put(k++, top[head]);
+    put(k++, total);
+    if (layout.entropy) put(k++, weighted);
+    if (layout.smoothed) {
+      put(k++, plain);
+      put(k++, number);
+    }
+    if (layout.label) put(k++, picked);
+  }
+  if (!layout.crosses()) return;
+  const int64_t k = 2 * layout.per_head(), step = layout.per_head();
+  const int64_t p = layout.kind == FORWARD_KL ? 1 : 0, q = 1 - p;  // the KL of p from q
+  double cross = 0;
+  float infinite = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const float shift_p = at(p * step, i) - top[p], shift_q = at(q * step, i) - top[q];
+    cross += rescaled(at(k, i), shift_p, at(p * step + 1, i), shift_q);
+    infinite = std::max(at(k + 1, i), infinite);
+  }
+  put(k, cross);
+  put(k + 1, infinite);
+}
+
+void merge_into(const Tensor& parts, const Layout& layout, Tensor& out) {
+  const int64_t count = parts.size(1), rows = parts.size(2), stride = out.stride(0);
+  const float* from = parts.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      merge_row(
+          layout, count,
+          [&](int64_t k, int64_t i) { return from[(k * count + i) * rows + row]; },
+          [&](int64_t k, double x) { to[k * stride + row] = static_cast<float>(x); });
+  });
+}
+
+}  // namespace
+
+void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& weight,
+                const std::vector<MaybeTensor>& bias, const std::vector<double>& softcap,
+                double temperature, const MaybeTensor& label, int64_t offset, bool entropy,
+                bool smoothed, int64_t kind, Tensor& logits, Tensor& out) {
+  Pass pass{};
+  const int64_t heads = hidden.size();
+  pass.layout = {heads, entropy, smoothed, label.has_value(), kind};
+  pass.rows = hidden[0].size(0), pass.cols = weight[0].size(0);
+  TORCH_CHECK(out.size(0) == pass.layout.count() && out.size(1) == pass.rows && out.stride(1) == 1,
+              "statistics: out does not fit the layout");
+  std::vector<Tensor> kept;  // what the pointers below point into
+  for (int64_t i = 0; i < heads; ++i) {
+    pass.hidden.emplace_back(hidden[i]);
+    if (bias[i]) kept.push_back(bias[i]->to(at::kFloat).contiguous());
+    pass.finish[i] = {bias[i] ? kept.back().const_data_ptr<float>() : nullptr,
+                      static_cast<float>(softcap[i]), static_cast<float>(temperature)};
+    pass.z[i] = logits.numel() ? logits[i].data_ptr<float>() : nullptr;
+  }
+  for (const Tensor& w : weight) pass.weight.emplace_back(w);
+  if (label) {
+    kept.push_back(label->sub(offset).contiguous());
+    pass.label = kept.back().const_data_ptr<int64_t>();
+  }
+  pass.chunks = (pass.cols + CHUNK_COLS - 1) / CHUNK_COLS;
+  const Tensor parts = at::empty({pass.layout.count(), pass.chunks, pass.rows}, at::kFloat);
+  pass.parts = parts.data_ptr<float>();
+  at::parallel_for(0, pass.chunks, 1, [&](int64_t begin, int64_t end) {
+    Desk desk(pass);
+    for (int64_t chunk = begin; chunk < end; ++chunk) fold_chunk(pass, chunk, desk);
+    for (const Hidden& h : pass.hidden) h.release();
+  });
+  merge_into(parts, pass.layout, out);
+}
+
+void merge(const Tensor& parts, int64_t heads, bool entropy, bool smoothed, bool label,
+           int64_t kind, Tensor& out) {
+  merge_into(parts.contiguous(), {heads, entropy, smoothed, label, kind}, out);
+}
+
+}  // namespace opsd

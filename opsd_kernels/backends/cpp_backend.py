@@ -1,0 +1,151 @@
+"""The CPU's C++ operators (csrc/): statistics while a tile is in cache, then the block's gradient.
+
+Logits are float32 whatever the inputs are, and stay in memory only if a second pass looks at them;
+their gradient takes their place.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opsd_kernels.backends import passes
+from opsd_kernels.backends.passes import JSD, Gradient, Layout, Run, gathered
+from opsd_kernels.plan import Plan
+from opsd_kernels.problem import DivergenceProblem, Head, LogprobProblem, Result, Wanted
+
+
+def divergence(
+    p: DivergenceProblem, plan: Plan, row_scale: Tensor | None, wanted: Wanted
+) -> Result:
+    """Per-token divergence; gradients of sum(row_scale * value), per row for row_scale None."""
+    run = _Run(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
+    return passes.divergence(p, run)
+
+
+def logprob(
+    p: LogprobProblem,
+    plan: Plan,
+    row_scale: Tensor | None,
+    entropy_scale: Tensor | None,
+    wanted: Wanted,
+) -> Result:
+    """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
+    run = _Run(p.head, plan, p.keep, wanted, p.execution.group_name, row_scale, entropy_scale)
+    return passes.logprob(p, run)
+
+
+class _Run(Run):
+    """Blocks of logits, and the products with what takes their place."""
+
+    def tiles(
+        self, heads: list[Head], block: slice, temperature: float, shared: bool, again: bool
+    ) -> _Tiles:
+        hidden = [self.part(head.hidden, block) for head in heads]
+        rows, vocab = hidden[0].shape[0], heads[0].weight.shape[0]
+        logits = hidden[0].new_empty(0, dtype=torch.float32)
+        if again:
+            logits = self.room("logits", len(heads) * rows, vocab).view(len(heads), rows, vocab)
+        return _Tiles(heads, hidden, logits, temperature, shared, self.wanted.any)
+
+    def gradients(self, block: slice, tiles: _Tiles, gradient: Gradient) -> None:
+        vocab, h = tiles.logits.shape[-1], tiles.hidden[0]
+        dz = [tiles.dz()]
+        if self.wanted.entropy:
+            dz.append(self.room("entropy", len(h), vocab, h.dtype))
+        gradient(slice(0, vocab), dz)
+        self.add_products(block if self.kept is None else self.kept[block], h, dz)
+
+
+class _Tiles:
+    """One block's operands, and its logits (heads, rows, V) if they are kept."""
+
+    def __init__(
+        self,
+        heads: list[Head],
+        hidden: list[Tensor],
+        logits: Tensor,
+        temperature: float,
+        shared: bool,
+        differentiated: bool,
+    ) -> None:
+        self.heads, self.hidden, self.logits = heads, hidden, logits
+        self.temperature, self.shared = temperature, shared
+        self.differentiated = differentiated
+        self.softcaps = [head.softcap or 0.0 for head in heads]
+
+    def dz(self) -> Tensor:
+        """Where the gradient of the student's logits takes their place: (rows, V)."""
+        first, vocab = self.logits[0], self.logits.shape[-1]
+        return first.view(self.hidden[0].dtype)[:, :vocab]
+
+    def statistics(
+        self,
+        layout: Layout,
+        label: Tensor | None,
+        offset: int,
+        out: Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        heads = self.heads
+        torch.ops.opsd_cpu.statistics(
+            self.hidden, [x.weight for x in heads[:1] if self.shared] or [x.weight for x in heads],
+            [x.bias for x in heads], self.softcaps, self.temperature,
+            label if layout.label else None, offset, layout.entropy, layout.smoothed, layout.kind,
+            self.logits, out,
+        )  # fmt: skip
+        if group is not None:
+            torch.ops.opsd_cpu.merge(
+                gathered(out, group), layout.heads, layout.entropy, layout.smoothed, layout.label,
+                layout.kind, out,
+            )  # fmt: skip
+
+    def sums(
+        self,
+        layout: Layout,
+        merged: Tensor,
+        beta: float,
+        clip: float | None,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        total = torch.ops.opsd_cpu.divergence_sums(
+            self.logits, merged, len(layout.names), self.softcaps[0], self.temperature, beta, clip,
+            layout.kind, self.differentiated,
+        )  # fmt: skip
+        if group is not None:
+            dist.all_reduce(total, group=group)
+        return total
+
+    def divergence_gradient(
+        self,
+        layout: Layout,
+        merged: Tensor,
+        totals: Tensor,
+        scale: Tensor | None,
+        beta: float,
+        clip: float | None,
+        columns: slice,
+        out: Tensor,
+    ) -> None:
+        kept = layout.kind == JSD or clip is not None
+        torch.ops.opsd_cpu.divergence_gradient(
+            self.logits, merged, len(layout.names), totals, scale, self.softcaps[0],
+            self.temperature, beta, layout.kind, kept, out.dtype == torch.bfloat16,
+        )  # fmt: skip
+
+    def logprob_gradient(
+        self,
+        label: Tensor,
+        merged: Tensor,
+        entropy: Tensor | None,
+        scales: tuple[Tensor | None, Tensor | None],
+        shares: tuple[float, float],
+        offset: int,
+        columns: slice,
+        outs: list[Tensor],
+    ) -> None:
+        torch.ops.opsd_cpu.logprob_gradient(
+            self.logits, merged, label, offset, entropy, *scales, *shares, self.softcaps[0],
+            self.temperature, outs[0].dtype == torch.bfloat16, outs[1] if len(outs) == 2 else None,
+        )  # fmt: skip
