@@ -10,7 +10,8 @@ from torch.distributed.distributed_c10d import _resolve_process_group
 from opsd_kernels.plan import Plan
 from opsd_kernels.problem import Head, Result, Wanted, stat_dtype
 
-# Slices of the head's gradient that pass through the input dtype before fp32 accumulation.
+# Slices of the head's gradient that pass through the input dtype before fp32 accumulation, and of
+# dz that a product may copy.
 _SLICE_BYTES = 8 * 2**20
 
 
@@ -63,7 +64,7 @@ class Call:
         if self.grad_weight.dtype == h.dtype:
             self.grad_weight.addmm_(dz.t(), h)
             return
-        size = max(1, _SLICE_BYTES // (h.shape[1] * h.element_size()))
+        size = max(1, _SLICE_BYTES // (sum(h.shape) * h.element_size()))
         for total, part in zip(self.grad_weight.split(size), dz.t().split(size), strict=True):
             total += torch.mm(part, h)
 
