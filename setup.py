@@ -1,16 +1,22 @@
 """The optional C++ operators of the CPU; everything else is in pyproject.toml.
 
-They are built where torch and a C++ compiler are found: `pip install --no-build-isolation`. Else
-the installation goes on without them, and the PyTorch backend serves.
+They are built, against the torch they find, where there is one and a C++ compiler: `pip install
+--no-build-isolation`. Else the installation goes on without them, and the PyTorch backend serves.
 """
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.errors import BaseError
 
 ROOT = Path(__file__).resolve().parent
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"opsd: without its C++ operators for the CPU: {text}\n")
 
 
 def extension() -> dict[str, object]:
@@ -18,19 +24,29 @@ def extension() -> dict[str, object]:
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        sys.stderr.write("opsd: built without the C++ operators, there is no torch here\n")
+        say("no torch in the build environment (pip install --no-build-isolation)")
         return {}
-    compiler = [] if os.name == "nt" else ["-O3", "-g0", "-std=c++20", "-Wno-psabi"]
+
+    class Build(BuildExtension):
+        def build_extensions(self) -> None:
+            try:
+                super().build_extensions()
+            except (BaseError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+                say(f"they did not compile: {error}")
+                self.extensions.clear()  # nothing to install of them
+
+    unix = os.name != "nt"
     threads = ["-fopenmp"] if sys.platform == "linux" else []
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
+    files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir())]
     module = CppExtension(
         "opsd_kernels._cpu",
-        sources,
-        extra_compile_args=compiler + threads,
+        [name for name in files if name.endswith(".cpp")],
+        depends=[name for name in files if name.endswith(".h")],
+        extra_compile_args=["-O3", "-g0", "-std=c++20", "-Wno-psabi", *threads] if unix else [],
         extra_link_args=threads,
         optional=True,
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
 setup(**extension())

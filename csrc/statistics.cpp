@@ -29,10 +29,13 @@ struct Desk {
     for (const Weight& weight : pass.weight)
       packed.push_back(at::empty({weight.tile_bytes()}, at::kByte));
     logits = at::empty({2, TILE_ROWS, TILE_COLS}, at::kFloat);
+    raw[0] = logits.data_ptr<float>();
+    raw[1] = raw[0] + TILE_ROWS * TILE_COLS;
   }
   std::vector<RowState> state;
   std::vector<Tensor> packed;
   Tensor logits;
+  float* raw[2];
 };
 
 void fold_chunk(const Pass& pass, int64_t chunk, Desk& desk) {
@@ -52,7 +55,7 @@ void fold_chunk(const Pass& pass, int64_t chunk, Desk& desk) {
       fold.state = desk.state.data() + row;
       for (int64_t i = 0; i < pass.layout.heads; ++i) {
         fold.finish[i] = pass.finish[i];
-        fold.raw[i] = desk.logits[i].data_ptr<float>();
+        fold.raw[i] = desk.raw[i];
         fold.z[i] = pass.z[i] ? pass.z[i] + row * pass.cols : nullptr;
         const Tensor& tile = desk.packed[std::min<size_t>(i, pass.weight.size() - 1)];
         pass.hidden[i].multiply(row, tile.const_data_ptr(), fold.raw[i]);

@@ -18,8 +18,9 @@ _TILE_BUFFERS = 6
 _TILE_SHARE = 4
 # Beyond 256 rows a GEMM gains nothing on a CPU, and the logits start to leave the L3 cache.
 _FROZEN_ROWS = 256
-# What the C++ operators hold of a row that they do not look at again is a few statistics.
-_UNSTORED_ROWS = 1024
+# C++: packing a tile of the head pays for so many rows, and more make buffers that the system
+# clears anew in every call. Rows not looked at again leave only statistics.
+_PACKED_ROWS, _UNSTORED_ROWS = 384, 1024
 # On a GPU: fewer rows than this leave a GEMM waiting for the head to be read.
 _BUSY_ROWS = 256
 _STREAMING_ROWS = 4096
@@ -241,12 +242,15 @@ def _cpp_layout(x: _Size, again: bool) -> _Layout:
     per_row = (x.gradients - 1) * x.vocab_size * x.itemsize
     if again:
         per_row += x.heads * x.vocab_size * 4
-    limit = x.budget // per_row if per_row else _UNSTORED_ROWS
-    if limit < 1:
+    fitting = x.budget // per_row if per_row else x.num_tokens
+    if fitting < 1:
         raise x.too_small(per_row)
-    reason = f"as many rows as {_size(x.budget)} holds"
-    if not again:
-        reason = f"{_UNSTORED_ROWS} rows share a packed tile of the head"
+    # A trained head adds each block's product to the accumulator: the fewer blocks the better.
+    wanted = _PACKED_ROWS if again else _UNSTORED_ROWS
+    if fitting <= wanted or (x.trained and again):
+        limit, reason = fitting, f"as many rows as {_size(x.budget)} holds"
+    else:
+        limit, reason = wanted, f"{wanted} rows are enough to pack a tile of the head for"
     if x.num_tokens <= limit:
         reason = _ONE_BLOCK
     rows = x.rows(limit)

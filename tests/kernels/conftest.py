@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,29 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
         return "cuda"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return "cpu"
+
+
+@pytest.fixture(scope="module", params=["cpp", "torch"])
+def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both backends of the CPU, one after the other."""
+    yield from _only(request.param)
+
+
+@pytest.fixture(scope="module")
+def torch_backend() -> Iterator[str]:
+    """The PyTorch backend, though the C++ operators may be there."""
+    yield from _only("torch")
+
+
+def _only(backend: str) -> Iterator[str]:
+    from opsd_kernels import extension
+
+    if backend == "cpp" and not extension.loaded():
+        pytest.skip("the C++ operators are not built")
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "torch":
+            patch.setattr(extension, "serves", lambda device, *dtypes: False)
+        yield backend
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,6 +9,8 @@ from opsd_kernels import reference
 from opsd_kernels.fused_advantage import fused_linear_advantage, policy_gradient_loss
 from opsd_kernels.testing import assert_close, make_pair
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 OPTIONS = {"temperature": 1.2, "student_softcap": 7.0, "teacher_softcap": 9.0}
 
 

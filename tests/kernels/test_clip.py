@@ -8,6 +8,8 @@ from opsd_kernels import reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import assert_close, make_pair
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
 

@@ -11,6 +11,8 @@ from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_kl import fused_linear_forward_kl, fused_linear_reverse_kl
 from opsd_kernels.testing import make_pair, random_upstream
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 DTYPES = [torch.float32, torch.float64]
 

@@ -14,6 +14,8 @@ from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import make_pair, single
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 BETAS = [0.0, 0.1, 0.5, 1.0]
 CLIPS = [None, 0.05]
 LOGPROB_FAMILY = [

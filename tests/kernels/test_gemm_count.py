@@ -16,6 +16,8 @@ from opsd_kernels.fused_kl import fused_linear_forward_kl, fused_linear_reverse_
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import make_pair, single
 
+pytestmark = pytest.mark.usefixtures("torch_backend")
+
 N, D, V = 96, 48, 640
 GEMM = 2 * N * D * V
 HEAD = ("student_input", "student_weight")

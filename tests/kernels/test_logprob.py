@@ -10,6 +10,8 @@ from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import assert_close, make_pair, random_upstream, single
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 DTYPES = [torch.float32, torch.float64]
 WRT = [SINGLE[:1], SINGLE[1:2], SINGLE[2:], SINGLE[:2], SINGLE[::2], SINGLE[1:], SINGLE]
 

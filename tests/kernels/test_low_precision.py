@@ -19,6 +19,8 @@ from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import assert_close, cast, make_pair, single
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 DTYPES = [torch.bfloat16, torch.float16]
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 

@@ -13,6 +13,8 @@ pytest.importorskip("hypothesis", reason="needs hypothesis: pip install hypothes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 tokens_, hidden_, vocab_ = st.integers(1, 40), st.integers(1, 20), st.integers(2, 150)
 seeds = st.integers(0, 10_000)

@@ -10,6 +10,8 @@ from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import assert_close, make_pair, single
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 ROWS = ("student_input", "teacher_input", "shift_labels")
 
 

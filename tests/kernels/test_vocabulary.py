@@ -15,6 +15,8 @@ from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import assert_close, cast, make_pair, single
 
+pytestmark = pytest.mark.usefixtures("cpu_backend")
+
 BETAS = [0.0, 0.5, 1.0]
 
 
