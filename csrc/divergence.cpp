@@ -1,5 +1,6 @@
 // The second pass of a pair of heads: sums of the divergence, and the gradient of the logits.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include "ops.h"
 

@@ -2,7 +2,7 @@
 // the CPU, statistics and logits float32. rows is N, cols is V, K the number of statistics.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 #include <vector>

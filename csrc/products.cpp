@@ -1,6 +1,7 @@
 #include "products.h"
 
 #include <ATen/native/CPUBlas.h>
+#include <ATen/ops/zeros.h>
 
 #include "ops.h"
 

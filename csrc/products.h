@@ -1,7 +1,7 @@
 // Tiles of logits: hidden states times 128 rows of the head, by the brgemm that torch ships.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 namespace opsd {
 

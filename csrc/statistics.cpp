@@ -1,5 +1,6 @@
 // The first pass: chunks of the vocabulary in parallel, each multiplied and folded tile by tile.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 

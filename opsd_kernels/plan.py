@@ -242,7 +242,7 @@ def _cpp_layout(x: _Size, again: bool) -> _Layout:
     per_row = (x.gradients - 1) * x.vocab_size * x.itemsize
     if again:
         per_row += x.heads * x.vocab_size * 4
-    fitting = x.budget // per_row if per_row else x.num_tokens
+    fitting = x.budget // per_row if per_row else max(1, x.num_tokens)
     if fitting < 1:
         raise x.too_small(per_row)
     # A trained head adds each block's product to the accumulator: the fewer blocks the better.
