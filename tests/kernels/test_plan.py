@@ -21,18 +21,33 @@ def test_is_pure_frozen_and_hashable() -> None:
 @pytest.mark.parametrize("loss", ["divergence", "logprob"])
 @pytest.mark.parametrize("tokens", [1, 255, 1024, 8192])
 @pytest.mark.parametrize("workspace_mib", [None, 4, 64, 1024])
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
 def test_blocks_cover_the_tokens_within_the_budget(
-    workspace_mib: int | None, tokens: int, loss: str
+    backend: str, workspace_mib: int | None, tokens: int, loss: str
 ) -> None:
     budget = None if workspace_mib is None else workspace_mib << 20
-    p = plan(tokens, 1024, 32768, loss=loss, workspace_bytes=budget)
-    assert p.schedule == "blocked"
+    p = plan(tokens, 1024, 32768, loss=loss, workspace_bytes=budget, backend=backend)
+    assert p.schedule == "blocked" and p.backend == backend
     assert 1 <= p.rows_per_block <= tokens
     assert p.num_blocks == math.ceil(tokens / p.rows_per_block)
     assert 0 < p.workspace_bytes <= (256 << 20 if budget is None else budget)
     # Both models' fp32 logits of a block, or one model's, are at least what a block holds.
     buffers = 2 if loss == "divergence" else 1
     assert p.workspace_bytes >= buffers * p.rows_per_block * 32768 * 4
+
+
+def test_rows_that_cpp_does_not_look_at_again_need_no_logits() -> None:
+    forward = {"grad_input": False, "backend": "cpp"}
+    for loss in ({"loss": "logprob"}, {"two_passes": False}):
+        p = plan(*TYPICAL, **loss, **forward)
+        assert p.workspace_bytes == 0 and p.rows_per_block == 1024
+    assert plan(*TYPICAL, **forward).workspace_bytes > 0
+    assert plan(0, 8, 64, loss="logprob", **forward).rows_per_block == 1
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match="backend"):
+        plan(*TYPICAL, backend="cuda")
 
 
 def test_a_larger_budget_never_means_smaller_blocks() -> None:
