@@ -40,12 +40,13 @@ class Shape:
 
 
 SMOLLM2 = Shape("SmolLM2-135M", 576, 49152)
+MIDDLE = Shape("1024x32k", 1024, 32768)  # of no model
 QWEN3_06B = Shape("Qwen3-0.6B", 1024, 151936)
 QWEN3_17B = Shape("Qwen3-1.7B", 2048, 151936)
 QWEN3_8B = Shape("Qwen3-8B", 4096, 151936)
 LLAMA3 = Shape("Llama-3-8B", 4096, 128256)
 TINY = Shape("tiny", 32, 131)
-SHAPES = (SMOLLM2, QWEN3_06B, QWEN3_17B, QWEN3_8B, LLAMA3)
+SHAPES = (SMOLLM2, MIDDLE, QWEN3_06B, QWEN3_17B, QWEN3_8B, LLAMA3)
 
 
 @dataclass(frozen=True)
