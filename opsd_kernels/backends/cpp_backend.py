@@ -6,34 +6,15 @@ their gradient takes their place.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends import passes
 from opsd_kernels.backends.passes import JSD, Gradient, Layout, Run, gathered
-from opsd_kernels.plan import Plan
-from opsd_kernels.problem import DivergenceProblem, Head, LogprobProblem, Result, Wanted
-
-
-def divergence(
-    p: DivergenceProblem, plan: Plan, row_scale: Tensor | None, wanted: Wanted
-) -> Result:
-    """Per-token divergence; gradients of sum(row_scale * value), per row for row_scale None."""
-    run = _Run(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
-    return passes.divergence(p, run)
-
-
-def logprob(
-    p: LogprobProblem,
-    plan: Plan,
-    row_scale: Tensor | None,
-    entropy_scale: Tensor | None,
-    wanted: Wanted,
-) -> Result:
-    """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
-    run = _Run(p.head, plan, p.keep, wanted, p.execution.group_name, row_scale, entropy_scale)
-    return passes.logprob(p, run)
+from opsd_kernels.problem import Head
 
 
 class _Run(Run):
@@ -149,3 +130,7 @@ class _Tiles:
             self.logits, merged, label, offset, entropy, *scales, *shares, self.softcaps[0],
             self.temperature, outs[0].dtype == torch.bfloat16, outs[1] if len(outs) == 2 else None,
         )  # fmt: skip
+
+
+divergence = functools.partial(passes.divergence, _Run)
+logprob = functools.partial(passes.logprob, _Run)

@@ -6,6 +6,7 @@ then come the gradient of its logits and the products that take it to the parame
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends.call import Call, same_head
+from opsd_kernels.plan import Plan
 from opsd_kernels.problem import (
     DIVERGENCE_STATS,
     LOGPROB_STATS,
@@ -22,6 +24,7 @@ from opsd_kernels.problem import (
     Head,
     LogprobProblem,
     Result,
+    Wanted,
 )
 
 FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
@@ -55,8 +58,15 @@ class Layout:
         return dict(zip(self.names, rows, strict=True))
 
 
-def divergence(p: DivergenceProblem, run: Run) -> Result:
-    """Per-token divergence, and the gradients that the run wants."""
+def divergence(
+    run_type: type[Run],
+    p: DivergenceProblem,
+    plan: Plan,
+    row_scale: Tensor | None,
+    wanted: Wanted,
+) -> Result:
+    """Per-token divergence; gradients of sum(row_scale * value), per row for row_scale None."""
+    run = run_type(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
     kind = {0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(p.beta, JSD)
     label = p.with_stats and p.labels is not None
     layout = Layout(2, p.with_stats, False, label, kind)
@@ -101,8 +111,17 @@ def divergence(p: DivergenceProblem, run: Run) -> Result:
     return run.result(stats)
 
 
-def logprob(p: LogprobProblem, run: Run) -> Result:
-    """Per-token log-probability of the target, and the gradients that the run wants."""
+def logprob(
+    run_type: type[Run],
+    p: LogprobProblem,
+    plan: Plan,
+    row_scale: Tensor | None,
+    entropy_scale: Tensor | None,
+    wanted: Wanted,
+) -> Result:
+    """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
+    group = p.execution.group_name
+    run = run_type(p.head, plan, p.keep, wanted, group, row_scale, entropy_scale)
     smoothing = p.label_smoothing
     layout = Layout(1, p.with_entropy, smoothing != 0.0, True, JSD)
     merged = run.statistics(layout.count)
@@ -139,7 +158,7 @@ def logprob(p: LogprobProblem, run: Run) -> Result:
     return run.result(stats)
 
 
-class Run(Call):
+class Run(Call, ABC):
     """A call's blocks of rows; a backend adds their tiles and the products with dz."""
 
     @property
@@ -160,15 +179,15 @@ class Run(Call):
     def statistics(self, count: int) -> Tensor:
         return self.value.new_empty(count, self.num_kept)
 
+    @abstractmethod
     def tiles(
         self, heads: list[Head], block: slice, temperature: float, shared: bool, again: bool
     ) -> Tiles:
         """The block's tiles of one or two heads; `again` where a later pass looks at them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradients(self, block: slice, tiles: Tiles, gradient: Gradient) -> None:
         """Every slice's dz by `gradient(columns, outs)`, multiplied into the gradients."""
-        raise NotImplementedError
 
     def room(
         self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32

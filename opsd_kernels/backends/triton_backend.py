@@ -7,34 +7,15 @@ time and multiplied into fp32 sums.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from opsd_kernels.backends import passes
 from opsd_kernels.backends.passes import Gradient, Run
 from opsd_kernels.backends.triton_launch import Source, Tiles
-from opsd_kernels.plan import Plan
-from opsd_kernels.problem import DivergenceProblem, Head, LogprobProblem, Result, Wanted
-
-
-def divergence(
-    p: DivergenceProblem, plan: Plan, row_scale: Tensor | None, wanted: Wanted
-) -> Result:
-    """Per-token divergence; gradients of sum(row_scale * value), per row for row_scale None."""
-    run = _Run(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
-    return passes.divergence(p, run)
-
-
-def logprob(
-    p: LogprobProblem,
-    plan: Plan,
-    row_scale: Tensor | None,
-    entropy_scale: Tensor | None,
-    wanted: Wanted,
-) -> Result:
-    """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
-    run = _Run(p.head, plan, p.keep, wanted, p.execution.group_name, row_scale, entropy_scale)
-    return passes.logprob(p, run)
+from opsd_kernels.problem import Head
 
 
 class _Run(Run):
@@ -99,3 +80,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
         torch.addmm(out, a, b, out=out, **how)
     else:
         torch.mm(a, b, out=out, **how)
+
+
+divergence = functools.partial(passes.divergence, _Run)
+logprob = functools.partial(passes.logprob, _Run)
