@@ -1,0 +1,25 @@
+"""Which tokens end a completion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opsd_train.errors import UserError
+from opsd_train.sections import RolloutConfig
+
+
+def stop_ids(tokenizer: Any, generation_config: Any, config: RolloutConfig) -> list[int]:
+    """Sorted ids: the tokenizer's end token, the model's own, and those of the recipe."""
+    own = getattr(generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
+    return sorted(ids | {_single_id(tokenizer, text) for text in config.stop_tokens})
+
+
+def _single_id(tokenizer: Any, text: str) -> int:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise UserError(
+            f"rollout.stop_tokens: {text!r} is not one token of the tokenizer but "
+            f"{len(ids)} ({tokenizer.convert_ids_to_tokens(ids)}); name a single token"
+        )
+    return ids[0]
