@@ -14,24 +14,31 @@ from opsd_train.errors import UserError
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion under both prompts, as token ids."""
+    """One completion under the student's prompt and, where the method has one, the teacher's."""
 
     problem: Problem
     student_prompt: list[int]
-    teacher_prompt: list[int]
+    teacher_prompt: list[int] | None
     completion: list[int]
+    logprobs: list[float] | None = (
+        None  # the sampler's, per token; None where it saw another prompt
+    )
+    finished: bool = True  # ended by a stop token
+    correct: bool | None = None  # the answer check; None where nothing was generated
+    weight: float = 1.0  # of its tokens in the loss; 0 leaves it out
+    advantage: float = 0.0  # grpo
 
     @property
     def longest(self) -> int:
-        return max(len(self.student_prompt), len(self.teacher_prompt)) + len(self.completion)
+        return max(len(self.student_prompt), len(self.teacher_prompt or ())) + len(self.completion)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts and completions, right-padded, and where each completion token is predicted."""
+    """Prompts and completions, right-padded or packed, and where each completion token is predicted."""
 
     input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor  # (B, T) int64
+    attention_mask: Tensor | None  # (B, T) int64; None where packed
     position_ids: Tensor  # (B, T) int64
     rows: Tensor  # (N,) int64, the sample of each completion token, in order
     columns: Tensor  # (N,) int64, the position whose hidden state predicts it
@@ -60,21 +67,37 @@ def make_batch(
     completions: Sequence[list[int]],
     pad_id: int,
     device: torch.device,
+    packed: bool = False,
 ) -> Batch:
-    """Each completion follows its prompt without a gap; padding comes after both."""
+    """Each completion follows its prompt without a gap; padding comes after both.
+
+    `packed`: one row without any padding; positions that start again at 0 part the sequences,
+    which is what FlashAttention's variable-length kernels go by in transformers.
+    """
     sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-    width = max(len(sequence) for sequence in sequences)
-    ids = torch.full((len(sequences), width), pad_id)
+    lengths = [len(sequence) for sequence in sequences]
+    width = sum(lengths) if packed else max(lengths)
+    ids = torch.full((1 if packed else len(sequences), width), pad_id)
+    positions = torch.arange(width).repeat(len(ids), 1)
     mask = torch.zeros_like(ids)
     rows, columns, targets = [], [], []
-    for row, (sequence, prompt, completion) in enumerate(
-        zip(sequences, prompts, completions, strict=True)
-    ):
-        ids[row, : len(sequence)] = torch.tensor(sequence)
-        mask[row, : len(sequence)] = 1
+    first = 0
+    for row, (sequence, completion) in enumerate(zip(sequences, completions, strict=True)):
+        row, end = (0, first + len(sequence)) if packed else (row, len(sequence))
+        ids[row, first:end] = torch.tensor(sequence)
+        positions[row, first:end] = torch.arange(len(sequence))
+        mask[row, first:end] = 1
         rows += [row] * len(completion)
-        columns += range(len(prompt) - 1, len(sequence) - 1)
+        columns += range(end - len(completion) - 1, end - 1)
         targets += completion
-    positions = torch.arange(width).expand(len(sequences), -1)
+        first = end if packed else 0
     indices = (torch.tensor(values, dtype=torch.long) for values in (rows, columns, targets))
-    return Batch(*(tensor.to(device) for tensor in (ids, mask, positions, *indices)))
+    rows, columns, targets = (tensor.to(device) for tensor in indices)
+    return Batch(
+        ids.to(device),
+        None if packed else mask.to(device),
+        positions.to(device),
+        rows,
+        columns,
+        targets,
+    )

@@ -4,7 +4,8 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,60 +14,106 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from opsd_train.errors import UserError
 from opsd_train.sections import (
+    CheckpointConfig,
+    CurriculumConfig,
     DataConfig,
+    DistillConfig,
     EvaluationConfig,
+    GrpoConfig,
     LoraConfig,
     LossConfig,
     ModelConfig,
+    OpsdConfig,
     OptimConfig,
     Positive,
     PromptsConfig,
     ReportConfig,
     RolloutConfig,
+    WatchConfig,
     section,
 )
 
 RECIPES = Path(__file__).parent / "recipes"
 
 
+METHODS = ("opsd", "sft", "grpo", "distill", "star", "context_distill")
+
+
 @section
 class Config:
     """Everything a run is made of."""
 
-    method: Literal["opsd"] = "opsd"
+    method: Literal[METHODS] = "opsd"
     """Training method."""
     seed: int = 0
     """Seed of everything random but the data."""
     output_dir: str
     """The run folder."""
     steps: Positive
-    """Optimizer steps."""
+    """Steps: each one draws problems, and takes one optimizer step (grpo.updates may ask more)."""
     problems_per_step: Positive
-    """Problems, and so completions, in one optimizer step."""
+    """Problems in one step, over all processes."""
     micro_batch_tokens: Positive
-    """Most tokens, padding included, that one forward pass takes."""
+    """Most tokens, padding included, that one forward pass of one process takes."""
     model: ModelConfig
-    lora: LoraConfig
+    lora: LoraConfig | None = None
+    """null: all weights are trained."""
     data: DataConfig
     prompts: PromptsConfig
     rollout: RolloutConfig
     loss: LossConfig = Field(default_factory=LossConfig)
+    opsd: OpsdConfig | None = None
+    """Settings of method opsd; null: their defaults."""
+    distill: DistillConfig | None = None
+    """Settings of method distill, which needs them."""
+    grpo: GrpoConfig | None = None
+    """Settings of method grpo; null: their defaults."""
+    curriculum: CurriculumConfig | None = None
+    """Draw problems near the student's success rate; null: shuffled passes over all of them."""
     optim: OptimConfig
     evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
+        for reason in self._misfits():
+            raise ValueError(reason)
+        return self
+
+    def _misfits(self) -> Iterator[str]:
+        """What does not go together, each a line for the user."""
         if self.evaluation.problems > self.data.heldout_size:
-            raise ValueError(
+            yield (
                 f"evaluation.problems={self.evaluation.problems} is more than "
                 f"data.heldout_size={self.data.heldout_size}"
             )
         if self.optim.warmup_steps > self.steps:
-            raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}"
+            yield f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}"
+        for name in ("opsd", "distill", "grpo"):
+            if getattr(self, name) is not None and self.method != name:
+                yield f"{name}.* are settings of method {name}; this recipe's is {self.method}"
+        if self.method == "distill" and self.distill is None:
+            yield "method=distill needs distill.teacher"
+        if self.method not in ("opsd", "distill") and self.loss != LossConfig():
+            yield f"loss.* shapes the divergence of opsd and distill, not {self.method}"
+        solutions = self.method == "sft" or (self.distill and not self.distill.on_policy)
+        if solutions and self.curriculum:
+            yield "curriculum needs rollouts of the student, and this recipe trains on solutions"
+        if solutions and self.rollout.samples_per_prompt > 1:
+            yield "rollout.samples_per_prompt: this recipe trains on solutions, one a problem"
+        if self.method == "grpo":
+            yield from self._grpo_misfits(self.grpo or GrpoConfig())
+
+    def _grpo_misfits(self, grpo: GrpoConfig) -> Iterator[str]:
+        if self.rollout.samples_per_prompt < 2:
+            yield "grpo compares samples of one problem: rollout.samples_per_prompt must be 2 or more"
+        if grpo.importance_cap and (self.rollout.top_p < 1 or self.rollout.top_k > 0):
+            yield (
+                "grpo.importance_cap: with rollout.top_p or top_k the sampler's probabilities are "
+                "not those of the policy; set it to null or sample from all tokens"
             )
-        return self
 
 
 class _Loader(yaml.SafeLoader):
@@ -154,11 +201,17 @@ def known_keys(cls: type = Config, prefix: str = "") -> dict[str, str]:
     """Every key with its description, sections flattened: {"optim.lr": "Peak learning rate.", …}"""
     keys = {}
     for name, field in cls.__pydantic_fields__.items():
-        if dataclasses.is_dataclass(field.annotation):
-            keys |= known_keys(field.annotation, f"{prefix}{name}.")
-        else:
+        # "Section | None" is a section too; its own text says what null means.
+        section_type = next(filter(dataclasses.is_dataclass, _alternatives(field.annotation)), None)
+        if section_type is None or field.description:
             keys[prefix + name] = field.description
+        if section_type is not None:
+            keys |= known_keys(section_type, f"{prefix}{name}.")
     return keys
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) or (annotation,)
 
 
 def suggest(word: str, known: list[str]) -> str:

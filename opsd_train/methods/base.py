@@ -1,0 +1,58 @@
+"""What the loop asks of a method, with the answers of a method that asks for nothing special."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from opsd_train.batches import Sample
+from opsd_train.config import Config
+from opsd_train.model import Policy
+
+Stats = dict[str, Tensor]
+
+
+class Method(ABC):
+    """One training method. The loop calls, in this order and on every rank alike:
+
+    weigh     after the rollout: which samples count, and how much
+    prepare   without gradient, for all micro-batches: teacher's hidden states, reference log-probs
+    loss      for every micro-batch: its loss over the step's `num_tokens`, statistics per token
+    updated   after each optimizer step
+    """
+
+    source: Literal["student", "teacher", "reference"] = "student"
+    """Trajectories: samples under the student's or the teacher's prompt, or reference solutions."""
+    updates: int = 1
+    """Optimizer steps on one rollout."""
+
+    def __init__(self, config: Config, policy: Policy) -> None:
+        self.config, self.policy = config, policy
+
+    def weigh(self, samples: list[Sample]) -> list[Sample]:
+        """The samples of whole problems, with their weights and advantages; none is removed."""
+        return samples
+
+    def prepare(self, groups: Sequence[Sequence[Sample]]) -> list[Any]:
+        """What `loss` needs beside the samples, for each micro-batch."""
+        return [None] * len(groups)
+
+    @abstractmethod
+    def loss(
+        self, samples: Sequence[Sample], prepared: Any, num_tokens: int
+    ) -> tuple[Tensor, Stats]:
+        """Sum over the tokens divided by `num_tokens`, and detached (N,) statistics."""
+
+    def updated(self) -> None:
+        """The policy has changed."""
+
+    def facts(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Metrics of the method's own about a step's samples, those of all ranks."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors to keep in a checkpoint; loading one fills them in place."""
+        return {}

@@ -1,0 +1,149 @@
+"""Losses that several methods share, from samples to opsd_kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opsd_kernels import (
+    fused_linear_advantage,
+    fused_linear_cross_entropy,
+    fused_linear_jsd,
+    policy_gradient_loss,
+)
+from opsd_train.batches import Sample
+from opsd_train.methods.base import Stats
+from opsd_train.model import LmHead, Policy
+from opsd_train.sections import LossConfig
+
+
+def teacher_hidden(policy: Policy, samples: Sequence[Sample], own_prompt: bool = True) -> Tensor:
+    """(N, D) hidden states for the completions under the teacher's prompts; no logits.
+
+    `own_prompt`: False for a teacher that reads what the student reads.
+    """
+    prompts = [s.teacher_prompt if own_prompt else s.student_prompt for s in samples]
+    with torch.no_grad():
+        return policy.run(prompts, [s.completion for s in samples], lambda hidden, *_: hidden)
+
+
+def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
+    """(N,) weight of each token; None where all are 1."""
+    if all(sample.weight == 1 for sample in samples):
+        return None
+    weights = torch.tensor([sample.weight for sample in samples])
+    lengths = torch.tensor([len(sample.completion) for sample in samples])
+    return weights.repeat_interleave(lengths).to(device)
+
+
+def distillation(
+    policy: Policy,
+    samples: Sequence[Sample],
+    hidden: Tensor,
+    teacher: LmHead | None,
+    config: LossConfig,
+    num_tokens: int,
+) -> tuple[Tensor, Stats]:
+    """Divergence or sampled-token loss against the teacher's `hidden` states (N, D_t).
+
+    `teacher` None: the student's own head serves both. `divergence` among the statistics is what
+    is trained on; for the sampled token it is the estimate log s(y) - log t(y) of the reverse KL.
+    """
+    loss = _sampled_token if config.objective == "sampled_token" else _full_vocabulary
+    weights = token_weights(samples, policy.device)
+
+    def with_head(student: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
+        heads = (student, head, hidden, teacher or head)
+        return loss(*heads, target, config, weights, num_tokens)
+
+    return _run(policy, samples, with_head)
+
+
+def cross_entropy(
+    policy: Policy, samples: Sequence[Sample], num_tokens: int
+) -> tuple[Tensor, Stats]:
+    """Cross-entropy of the completions under the student's prompts."""
+    weights = token_weights(samples, policy.device)
+
+    def with_head(student: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
+        loss, stats = fused_linear_cross_entropy(
+            student,
+            head.weight,
+            target,
+            bias=head.bias,
+            softcap=head.softcap,
+            token_weight=weights,
+            num_tokens=num_tokens,
+            return_stats=True,
+        )
+        return loss, {name: stats[name] for name in ("logprob", "entropy")}
+
+    return _run(policy, samples, with_head)
+
+
+def _run(policy: Policy, samples: Sequence[Sample], with_head) -> tuple[Tensor, Stats]:
+    prompts = [sample.student_prompt for sample in samples]
+    return policy.run(prompts, [sample.completion for sample in samples], with_head)
+
+
+def _options(student: LmHead, teacher: LmHead) -> dict[str, object]:
+    """Heads padded to different sizes share the rows that both have."""
+    sizes = {student.weight.shape[0], teacher.weight.shape[0]}
+    return {
+        "student_bias": student.bias,
+        "teacher_bias": teacher.bias,
+        "student_softcap": student.softcap,
+        "teacher_softcap": teacher.softcap,
+        "vocab_size": min(sizes) if len(sizes) > 1 else None,
+    }
+
+
+def _full_vocabulary(
+    hidden: Tensor,
+    head: LmHead,
+    teacher_hidden: Tensor,
+    teacher: LmHead,
+    target: Tensor,
+    config: LossConfig,
+    weights: Tensor | None,
+    num_tokens: int,
+) -> tuple[Tensor, Stats]:
+    return fused_linear_jsd(
+        hidden,
+        head.weight,
+        teacher_hidden,
+        teacher.weight,
+        target,
+        beta=config.beta,
+        temperature=config.temperature,
+        token_clip=config.token_clip,
+        token_weight=weights,
+        num_tokens=num_tokens,
+        return_stats=True,
+        **_options(head, teacher),
+    )
+
+
+def _sampled_token(
+    hidden: Tensor,
+    head: LmHead,
+    teacher_hidden: Tensor,
+    teacher: LmHead,
+    target: Tensor,
+    config: LossConfig,
+    weights: Tensor | None,
+    num_tokens: int,
+) -> tuple[Tensor, Stats]:
+    advantage, logprob = fused_linear_advantage(
+        hidden,
+        head.weight,
+        teacher_hidden,
+        teacher.weight,
+        target,
+        temperature=config.temperature,
+        **_options(head, teacher),
+    )
+    loss = policy_gradient_loss(advantage, logprob, token_weight=weights, num_tokens=num_tokens)
+    return loss, {"divergence": -advantage, "logprob": logprob.detach()}

@@ -1,0 +1,22 @@
+"""Context distillation: what is written with the solution in the prompt, learnt without it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from opsd_train.batches import Sample
+from opsd_train.methods.base import Method, Stats
+from opsd_train.methods.common import cross_entropy
+
+
+class ContextDistill(Method):
+    """Mean cross-entropy, under the student's prompt, of samples drawn under the teacher's."""
+
+    source = "teacher"
+
+    def loss(
+        self, samples: Sequence[Sample], prepared: None, num_tokens: int
+    ) -> tuple[Tensor, Stats]:
+        return cross_entropy(self.policy, samples, num_tokens)

@@ -1,0 +1,31 @@
+"""Distillation from another model, on the student's samples (Eq. 3) or on solutions (Eq. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from opsd_train.batches import Sample
+from opsd_train.config import Config
+from opsd_train.methods.base import Method, Stats
+from opsd_train.methods.common import distillation, teacher_hidden
+from opsd_train.model import Policy, lm_head
+
+
+class Distill(Method):
+    """The teacher reads the student's prompt; sizes may differ, the tokenizer may not."""
+
+    def __init__(self, config: Config, policy: Policy, teacher: Policy) -> None:
+        super().__init__(config, policy)
+        self.teacher = teacher
+        self.source = "student" if config.distill.on_policy else "reference"
+
+    def prepare(self, groups: Sequence[Sequence[Sample]]) -> list[Tensor]:
+        return [teacher_hidden(self.teacher, group, own_prompt=False) for group in groups]
+
+    def loss(
+        self, samples: Sequence[Sample], prepared: Tensor, num_tokens: int
+    ) -> tuple[Tensor, Stats]:
+        head = lm_head(self.teacher.core)  # whole on every rank: only the layers are sharded
+        return distillation(self.policy, samples, prepared, head, self.config.loss, num_tokens)

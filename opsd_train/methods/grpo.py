@@ -1,0 +1,137 @@
+"""GRPO (Eq. 4-5), as the field settled on it (see README): clipped surrogate over group-normalised
+rewards, token-level mean, asymmetric clip, groups without variance dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opsd_kernels import fused_linear_logprob
+from opsd_train.batches import Sample
+from opsd_train.config import Config
+from opsd_train.methods.base import Method, Stats
+from opsd_train.methods.reference import ReferencePolicy
+from opsd_train.model import LmHead, Policy
+from opsd_train.sections import GrpoConfig
+
+
+@dataclass(frozen=True)
+class Constants:
+    """(N,) log-probabilities that do not change while a rollout is trained on; None: not needed."""
+
+    old: Tensor | None  # of the policy that the rollout began with
+    reference: Tensor | None  # of the initial policy
+
+
+class Grpo(Method):
+    """Per token -w min(r A, clip(r) A) + kl_weight k3, with r the policy's ratio to its old self,
+    w the truncated importance weight of the old policy against the sampler."""
+
+    def __init__(self, config: Config, policy: Policy) -> None:
+        super().__init__(config, policy)
+        self.settings = config.grpo or GrpoConfig()
+        self.updates = self.settings.updates
+        self.reference = ReferencePolicy(policy, "initial") if self.settings.kl_weight else None
+
+    def weigh(self, samples: list[Sample]) -> list[Sample]:
+        size = self.config.rollout.samples_per_prompt
+        groups = [samples[first : first + size] for first in range(0, len(samples), size)]
+        return [sample for group in groups for sample in self._weigh_group(group)]
+
+    def prepare(self, groups: Sequence[Sequence[Sample]]) -> list[Constants]:
+        nothing = [None] * len(groups)
+        with torch.no_grad():
+            # With one update the old policy is the present one, and the ratio starts at 1.
+            old = (
+                [self._run(group, self._logprob) for group in groups] if self.updates > 1 else None
+            )
+            reference = None
+            if self.reference is not None:
+                with self.reference.active():
+                    reference = [self._run(group, self._logprob) for group in groups]
+        return [Constants(*pair) for pair in zip(old or nothing, reference or nothing, strict=True)]
+
+    def loss(
+        self, samples: Sequence[Sample], prepared: Constants, num_tokens: int
+    ) -> tuple[Tensor, Stats]:
+        def with_head(hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
+            logprob, stats = self._logprob(hidden, head, target, return_stats=True)
+            loss, columns = surrogate(logprob, samples, prepared, self.settings, num_tokens)
+            return loss, {"logprob": logprob.detach(), "entropy": stats["entropy"], **columns}
+
+        return self._run(samples, with_head)
+
+    def facts(self, samples: Sequence[Sample]) -> dict[str, float]:
+        size = self.config.rollout.samples_per_prompt
+        groups = [samples[first : first + size] for first in range(0, len(samples), size)]
+        same = sum(len({sample.correct for sample in group}) == 1 for group in groups)
+        return {"groups_dropped": same / len(groups)}
+
+    def state(self) -> dict[str, Tensor]:
+        return self.reference.state() if self.reference else {}
+
+    def _weigh_group(self, group: list[Sample]) -> list[Sample]:
+        rewards = torch.tensor([float(sample.correct) for sample in group])
+        if (rewards == rewards[0]).all():  # no sample is better than another: nothing to learn
+            return [replace(sample, weight=0.0) for sample in group]
+        advantages = rewards - rewards.mean()
+        if self.settings.normalise_std:
+            advantages = advantages / rewards.std()
+        masked = self.settings.mask_truncated
+        return [
+            replace(s, advantage=a, weight=float(s.finished or not masked))
+            for s, a in zip(group, advantages.tolist(), strict=True)
+        ]
+
+    def _run(self, samples: Sequence[Sample], function) -> object:
+        prompts = [sample.student_prompt for sample in samples]
+        return self.policy.run(prompts, [sample.completion for sample in samples], function)
+
+    def _logprob(self, hidden: Tensor, head: LmHead, target: Tensor, **options) -> object:
+        return fused_linear_logprob(
+            hidden,
+            head.weight,
+            target,
+            bias=head.bias,
+            softcap=head.softcap,
+            temperature=self.config.rollout.temperature,  # the distribution that was sampled from
+            **options,
+        )
+
+
+def surrogate(
+    logprob: Tensor,
+    samples: Sequence[Sample],
+    constants: Constants,
+    settings: GrpoConfig,
+    num_tokens: int,
+) -> tuple[Tensor, Stats]:
+    """The loss of (N,) log-probabilities, divided by `num_tokens`, and its statistics."""
+    lengths = torch.tensor([len(sample.completion) for sample in samples])
+
+    def per_token(values: list[float]) -> Tensor:
+        return torch.tensor(values).repeat_interleave(lengths).to(logprob)
+
+    advantage = per_token([sample.advantage for sample in samples])
+    weight = per_token([sample.weight for sample in samples])
+    old = logprob.detach() if constants.old is None else constants.old
+    ratio = (logprob - old).exp()
+    clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+    value = -torch.minimum(ratio * advantage, clipped * advantage)
+    stats = {
+        "ratio": ratio.detach(),
+        "clipped": (clipped * advantage < ratio * advantage).float(),
+    }
+    if settings.importance_cap is not None:
+        sampler = torch.tensor([p for sample in samples for p in sample.logprobs]).to(logprob)
+        stats["importance"] = (old - sampler).exp().clamp(max=settings.importance_cap)
+        value = value * stats["importance"]
+    if constants.reference is not None:
+        difference = constants.reference - logprob
+        k3 = difference.exp() - difference - 1
+        stats["kl"] = k3.detach()
+        value = value + settings.kl_weight * k3
+    return (value * weight).sum() / num_tokens, stats

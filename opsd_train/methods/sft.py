@@ -1,0 +1,22 @@
+"""Supervised fine-tuning: cross-entropy on the reference solutions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from opsd_train.batches import Sample
+from opsd_train.methods.base import Method, Stats
+from opsd_train.methods.common import cross_entropy
+
+
+class Sft(Method):
+    """Mean cross-entropy of the solutions' tokens, given the student's prompt."""
+
+    source = "reference"
+
+    def loss(
+        self, samples: Sequence[Sample], prepared: None, num_tokens: int
+    ) -> tuple[Tensor, Stats]:
+        return cross_entropy(self.policy, samples, num_tokens)

@@ -1,0 +1,24 @@
+"""STaR (Appendix C): the student's own samples, those with the right answer kept, as targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from opsd_train.batches import Sample
+from opsd_train.methods.base import Method, Stats
+from opsd_train.methods.common import cross_entropy
+
+
+class Star(Method):
+    """Mean cross-entropy over the tokens of correct trajectories."""
+
+    def weigh(self, samples: list[Sample]) -> list[Sample]:
+        return [replace(sample, weight=float(sample.correct)) for sample in samples]
+
+    def loss(
+        self, samples: Sequence[Sample], prepared: None, num_tokens: int
+    ) -> tuple[Tensor, Stats]:
+        return cross_entropy(self.policy, samples, num_tokens)

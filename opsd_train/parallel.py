@@ -1,0 +1,122 @@
+"""FSDP2 for a model, and the two states its weights can be in beside the trained one.
+
+`fully_shard` goes over each decoder layer and then the causal LM, whose group holds embeddings,
+final norm and head. The loss runs inside the causal LM's own forward (model.Policy), where the
+head is a plain, whole tensor: outside of it a shard would be read as the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from opsd_train.world import World
+
+
+def shard(core: nn.Module, world: World, mode: str, dtype: torch.dtype) -> None:
+    """Shard a causal LM over the ranks ("full"), or keep a copy on each ("none").
+
+    Parameters are gathered in `dtype`, gradients summed (the loss has the global divisor) in fp32.
+    """
+    kind = world.device.type
+    if mode == "full":
+        mesh = init_device_mesh(kind, (world.size,))
+    else:  # shards of one rank: replicas whose gradients are all-reduced, by the same code
+        mesh = init_device_mesh(kind, (world.size, 1), mesh_dim_names=("replicate", "shard"))
+    options = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+    }
+    for layer in core.get_decoder().layers:
+        fully_shard(layer, **options)
+    fully_shard(core, **options)
+    for module in _units(core):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo cannot pre-multiply
+
+
+def shard_layers(core: nn.Module, world: World) -> None:
+    """Shard the layers of a frozen teacher; its head stays whole on every rank."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for layer in core.get_decoder().layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, any other as it is; every rank must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def gathered(core: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """For generation: all weights whole and in `dtype`, and no rank waits for another."""
+    units = _units(core)
+    if units:
+        for unit in units:
+            unit.set_reshard_after_forward(False, recurse=False)
+            unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(unit is not core, recurse=False)
+                unit.reshard()
+        return
+    trained = [p for p in core.parameters() if p.dtype != dtype and p.is_floating_point()]
+    kept = [parameter.data for parameter in trained]
+    for parameter in trained:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, data in zip(trained, kept, strict=True):
+            parameter.data = data
+
+
+class Snapshot:
+    """A second set of the trained weights: as they were at the start, or their moving average."""
+
+    def __init__(self, core: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self._core = core
+        self._trained = [local(parameter.detach()) for parameter in parameters]
+        self.values = [tensor.clone() for tensor in self._trained]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model with these weights; the trained ones come back bit for bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def blend(self, decay: float) -> None:
+        """Move towards the trained weights: decay * old + (1 - decay) * trained."""
+        torch._foreach_lerp_(self.values, self._trained, 1 - decay)
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for unit in _units(self._core):
+            unit.reshard()  # what was gathered before is not what is wanted now
+        for trained, value in zip(self._trained, self.values, strict=True):
+            kept = trained.clone()
+            trained.copy_(value)
+            value.copy_(kept)
+
+
+def _units(core: nn.Module) -> list[FSDPModule]:
+    return [module for module in core.modules() if isinstance(module, FSDPModule)]
