@@ -38,7 +38,7 @@ def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
     wanted = None if config.train_size is None else config.train_size // len(strata) + held
     _fill(strata, problems, wanted)
     for column, count in incomplete.items():
-        print(f"skipped: {source} has {count} rows with an empty {column!r}", file=sys.stderr)
+        print(f"skipped: rows of {source} with an empty {column!r}: {count}", file=sys.stderr)
 
     rng = random.Random(config.seed)
     train, heldout = [], []

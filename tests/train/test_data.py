@@ -1,7 +1,9 @@
 """Problems: distinct, split without overlap, and clear errors for bad sources."""
 
 import json
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +23,7 @@ def made(task="chain_sum", train_size=20, heldout_size=10, **more) -> DataConfig
 def jsonl(path, lines, train_size=2, heldout_size=1, **more) -> DataConfig:
     path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines))
     return DataConfig(
-        source="jsonl", path=str(path), train_size=train_size, heldout_size=heldout_size, **more
+        source="file", path=str(path), train_size=train_size, heldout_size=heldout_size, **more
     )
 
 
@@ -123,8 +125,12 @@ def test_jsonl_columns(tmp_path):
         ),
         (["", *rows(1), '{"question": '], ["line 3", "not valid JSON"]),
         (["[1, 2]"], ["line 1", "expected an object", "list"]),
-        ([{"question": "a", "answer": None, "solution": "c"}], ["line 1", "'answer'", "None"]),
-        ([{"question": "", "answer": "b", "solution": "c"}], ["line 1", "'question'"]),
+        (
+            [*rows(1), {"question": "a", "answer": None, "solution": "c"}],
+            ["line 2", "'answer' is empty", "data.incomplete=skip"],
+        ),
+        ([{"question": " ", "answer": "b", "solution": "c"}], ["line 1", "'question' is empty"]),
+        ([{"question": "a", "answer": True, "solution": "c"}], ["line 1", "'answer'", "True"]),
         ([], ["is empty"]),
         (["", "  "], ["is empty"]),
         (rows(2), ["2 distinct problems", "asks for 3"]),
@@ -144,3 +150,151 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "p.jsonl").unlink()
     with pytest.raises(UserError, match=r"cannot read data.path .*p.jsonl: No such file"):
         load_problems(config)
+
+
+# The columns of siyanzhao/Openthoughts_math_30k_opsd that matter, and one that does not.
+OPENTHOUGHTS = ColumnsConfig(question="problem", answer="Answer", solution="solution")
+
+
+def openthoughts(count):
+    return [
+        {"problem": f"p{i}", "solution": f"s{i}", "Answer": f"\\frac{{{i}}}{{7}}", "source": "x"}
+        for i in range(count)
+    ]
+
+
+def parquet(path, rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def of_columns(source, path, train_size=None, heldout_size=1, **more) -> DataConfig:
+    return DataConfig(
+        source=source,
+        path=path,
+        columns=OPENTHOUGHTS,
+        train_size=train_size,
+        heldout_size=heldout_size,
+        **more,
+    )
+
+
+def expected(stem, numbers):
+    return [Problem(f"{stem}-{i + 1}", f"p{i}", f"\\frac{{{i}}}{{7}}", f"s{i}") for i in numbers]
+
+
+def by_number(problems):
+    return sorted(problems, key=lambda problem: int(problem.id.rpartition("-")[2]))
+
+
+def test_parquet_with_the_columns_of_openthoughts(tmp_path):
+    # More than one batch of rows.
+    path = parquet(tmp_path / "math.parquet", openthoughts(2100))
+    train, heldout = load_problems(of_columns("file", path, heldout_size=10))
+    assert (len(train), len(heldout)) == (2090, 10)
+    assert by_number(train + heldout) == expected("math", range(2100))
+    assert len(load_problems(of_columns("file", path, train_size=7))[0]) == 7
+
+
+def test_rows_with_an_empty_cell(tmp_path, capsys):
+    cells = openthoughts(5)
+    cells[1]["Answer"], cells[2]["solution"], cells[3]["Answer"] = None, "  ", ""
+    path = parquet(tmp_path / "math.parquet", cells)
+    with pytest.raises(UserError, match=r"math.parquet, row 2: column 'Answer' is empty.*skip"):
+        load_problems(of_columns("file", path))
+    train, heldout = load_problems(of_columns("file", path, incomplete="skip"))
+    assert by_number(train + heldout) == expected("math", [0, 4])
+    told = capsys.readouterr().err
+    assert "an empty 'Answer': 2\n" in told and "an empty 'solution': 1\n" in told
+    with pytest.raises(UserError, match=r"gives 2 distinct.*heldout_size=2 leaves none"):
+        load_problems(of_columns("file", path, heldout_size=2, incomplete="skip"))
+
+
+def test_parquet_that_does_not_fit(tmp_path):
+    path = parquet(tmp_path / "math.parquet", [{"problem": "p", "answer": "a"}])
+    with pytest.raises(UserError, match=r"no column 'Answer', only 'problem', 'answer'; set data"):
+        load_problems(of_columns("file", path))
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    for name, reason in (("bad.parquet", "Parquet"), ("no.parquet", "No such file")):
+        with pytest.raises(UserError, match=rf"cannot read data.path .*{name}: .*{reason}"):
+            load_problems(of_columns("file", str(tmp_path / name)))
+    with pytest.raises(UserError, match=r"expected a \.jsonl or \.parquet file"):
+        load_problems(of_columns("file", str(tmp_path / "p.csv")))
+
+
+class FakeSet(list):
+    """What the reader uses of a datasets.Dataset."""
+
+    column_names = property(lambda self: list(self[0]))
+
+    def select_columns(self, columns):
+        return FakeSet({name: row[name] for name in columns} for row in self)
+
+
+@pytest.mark.parametrize("real", [True, False])
+def test_hub(tmp_path, monkeypatch, real):
+    asked = []
+    if real:
+        load = pytest.importorskip("datasets").load_dataset
+        path = parquet(tmp_path / "train.parquet", openthoughts(6))
+
+        def load_dataset(name, subset, split):
+            asked.append((name, subset, split))
+            return load("parquet", data_files=path, split=split, cache_dir=tmp_path / "cache")
+
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    else:
+
+        def load_dataset(name, subset, split):
+            asked.append((name, subset, split))
+            return FakeSet(openthoughts(6))
+
+        fake_datasets(monkeypatch, load_dataset)
+    config = of_columns("hub", "siyanzhao/Openthoughts_math_30k_opsd", heldout_size=2)
+    train, heldout = load_problems(config)
+    assert asked == [("siyanzhao/Openthoughts_math_30k_opsd", None, "train")]
+    assert by_number(train + heldout) == expected("Openthoughts_math_30k_opsd", range(6))
+    assert len(heldout) == 2
+
+
+def fake_datasets(monkeypatch, load_dataset):
+    errors = SimpleNamespace(DatasetsError=LookupError)
+    fake = SimpleNamespace(load_dataset=load_dataset, exceptions=errors)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ValueError, LookupError])
+def test_hub_out_of_reach(monkeypatch, error):
+    def load_dataset(name, subset, split):
+        raise error("Couldn't reach it\nat all")
+
+    fake_datasets(monkeypatch, load_dataset)
+    with pytest.raises(UserError, match=r"data.path a/b \(subset None, split test\): .*it at all"):
+        load_problems(of_columns("hub", "a/b", split="test"))
+
+
+@pytest.mark.parametrize("source", ["hub", "file"])
+def test_a_package_that_is_not_there(monkeypatch, source):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"pip install (datasets|pyarrow)"):
+        load_problems(of_columns(source, "x.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"train_size": None}, "needs data.train_size"),
+        ({"task": None}, "needs data.task"),
+        (
+            {"source": "file", "path": "x", "train_size": None, "balance_over": ["1"]},
+            "balance_over",
+        ),
+        ({"source": "hub"}, "needs data.path"),
+    ],
+)
+def test_keys_that_belong_together(more, reason):
+    keys = {"source": "reasoning_gym", "task": "a", "train_size": 1, "heldout_size": 1}
+    with pytest.raises(ValueError, match=reason):
+        DataConfig(**keys | more)
