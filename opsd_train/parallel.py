@@ -60,6 +60,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def sharded_like(values: Tensor, parameter: Tensor) -> Tensor:
+    """Local values as a tensor that is sharded as `parameter` is; the memory is the same."""
+    if not isinstance(parameter, DTensor):
+        return values
+    return DTensor.from_local(
+        values,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
 @contextmanager
 def gathered(core: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """For generation: all weights whole and in `dtype`, and no rank waits for another."""
@@ -90,7 +104,7 @@ class Snapshot:
     """A second set of the trained weights: as they were at the start, or their moving average."""
 
     def __init__(self, core: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        self._core = core
+        self._core, self._parameters = core, parameters
         self._trained = [local(parameter.detach()) for parameter in parameters]
         self.values = [tensor.clone() for tensor in self._trained]
 
@@ -107,6 +121,11 @@ class Snapshot:
     def blend(self, decay: float) -> None:
         """Move towards the trained weights: decay * old + (1 - decay) * trained."""
         torch._foreach_lerp_(self.values, self._trained, 1 - decay)
+
+    def state(self) -> list[Tensor]:
+        """The values for a checkpoint, which must know whose shards they are."""
+        pairs = zip(self.values, self._parameters, strict=True)
+        return [sharded_like(value, parameter) for value, parameter in pairs]
 
     @torch.no_grad()
     def _swap(self) -> None:

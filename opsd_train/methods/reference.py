@@ -42,7 +42,7 @@ class ReferencePolicy:
             self._snapshot.blend(self._decay)
 
     def state(self) -> dict[str, Tensor]:
-        values = self._snapshot.values if self._snapshot else []
+        values = self._snapshot.state() if self._snapshot else []
         return {f"reference.{index}": value for index, value in enumerate(values)}
 
     def _copy(self, _hidden: Tensor, head: LmHead, _targets: Tensor) -> LmHead | None:
