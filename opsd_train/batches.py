@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from opsd_train.data import Problem
 from opsd_train.errors import UserError
+from opsd_train.world import World
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts and completions, right-padded or packed, and where each completion token is predicted."""
+    """Prompts with completions, right-padded or packed, and where each token is predicted."""
 
     input_ids: Tensor  # (B, T) int64
     attention_mask: Tensor | None  # (B, T) int64; None where packed
@@ -60,6 +61,21 @@ def micro_batches(samples: Sequence[Sample], token_budget: int) -> Iterator[list
         group.append(sample)
     if group:
         yield group
+
+
+def even_groups(
+    samples: Sequence[Sample], active: Sequence[Sample], token_budget: int, world: World
+) -> list[list[Sample]]:
+    """Micro-batches of the `active` ones of this rank's samples, as many on every rank.
+
+    Sharded models run forward and backward together: a rank with fewer runs idle ones, a single
+    token of weight 0.
+    """
+    groups = list(micro_batches(active, token_budget))
+    first = samples[0]
+    logprobs = first.logprobs and first.logprobs[:1]
+    idle = replace(first, completion=first.completion[:1], logprobs=logprobs, weight=0.0)
+    return groups + [[idle]] * (int(world.max(len(groups))) - len(groups))
 
 
 def make_batch(

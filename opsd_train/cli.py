@@ -4,6 +4,7 @@ Nothing here imports torch, so that help, lists and errors come at once.
 """
 
 import argparse
+import os
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -24,6 +25,9 @@ USAGE = """\
 python -m opsd_train                          run the demo, recipe demo/opsd
 python -m opsd_train RECIPE KEY=VALUE ...     run a recipe (a name or a .yaml file) with changes
 python -m opsd_train RECIPE --dry-run         print the resolved config and the plan, run nothing
+python -m opsd_train RECIPE ... --resume      go on after the newest checkpoint in its output_dir
+torchrun --nproc_per_node N -m opsd_train RECIPE ... [--shard full|none]
+                                              N processes: weights sharded (FSDP2) or a copy on each
 python -m opsd_train recipes                  list the recipes
 python -m opsd_train report RUN_DIR           write RUN_DIR/report.html again
 """
@@ -39,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        label = "error:" if rank == "0" else f"error (rank {rank}):"
+        print(label, " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the run folder exists; later the trainer takes it
         print("interrupted", file=sys.stderr)
@@ -50,6 +56,8 @@ def _dispatch(argv: Sequence[str]) -> int:
     parser = _Parser(prog="opsd_train", add_help=False, allow_abbrev=False)
     parser.add_argument("words", nargs="*")
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--shard", choices=("full", "none"), default="full")
     parser.add_argument("-h", "--help", action="store_true")
     options = parser.parse_intermixed_args(argv)
     words = options.words
@@ -66,9 +74,9 @@ def _dispatch(argv: Sequence[str]) -> int:
     else:
         config = _config(words)
         if not options.dry_run:
-            from opsd_train.trainer import train
+            from opsd_train.run import train
 
-            return train(config)
+            return train(config, resume=options.resume, shard=options.shard)
         from opsd_train.dry_run import dry_run
 
         print(dry_run(config))

@@ -108,7 +108,7 @@ class Config:
 
     def _grpo_misfits(self, grpo: GrpoConfig) -> Iterator[str]:
         if self.rollout.samples_per_prompt < 2:
-            yield "grpo compares samples of one problem: rollout.samples_per_prompt must be 2 or more"
+            yield "grpo compares samples of a problem: rollout.samples_per_prompt must be 2 or more"
         if grpo.importance_cap and (self.rollout.top_p < 1 or self.rollout.top_k > 0):
             yield (
                 "grpo.importance_cap: with rollout.top_p or top_k the sampler's probabilities are "

@@ -16,9 +16,9 @@ from opsd_train.model import (
     lm_head,
     load_model_config,
     load_tokenizer,
-    resolve_device,
 )
 from opsd_train.prompts import PromptBuilder
+from opsd_train.world import resolve_device
 
 _MIB = 2**20
 

@@ -184,6 +184,19 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
+def check_context(config: Config, core: nn.Module, longest: tuple[int, str]) -> None:
+    """`longest`: tokens of the longest prompt or solution, and whose it is."""
+    limit = getattr(core.config.get_text_config(), "max_position_embeddings", None)
+    length, name = longest
+    needed = length + config.rollout.max_new_tokens
+    if limit is not None and needed > limit:
+        raise UserError(
+            f"the {name} has {length} tokens, with rollout.max_new_tokens={needed - length} more "
+            f"than the model's context of {limit}; lower it, or prompts.max_prompt_tokens with "
+            "prompts.overlong=skip"
+        )
+
+
 def add_adapters(model: nn.Module, lora: sections.LoraConfig) -> PeftModel:
     """LoRA in fp32 on the frozen base; switched off, what is left is the initial policy."""
     if "lm_head" in lora.target_modules:

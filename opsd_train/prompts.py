@@ -1,6 +1,8 @@
 """Prompts as token ids: templates from the recipe, wrapped in the tokenizer's chat template."""
 
+import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jinja2
@@ -10,6 +12,7 @@ from opsd_train.data import Problem
 from opsd_train.errors import UserError
 from opsd_train.sections import PromptsConfig
 
+_NAMES = {"student": "student prompt", "teacher": "teacher prompt", "solution": "solution"}
 PROBE = Problem(id="probe", question="1 + 1 =", answer="2", solution="1 + 1 = 2")
 
 
@@ -43,23 +46,29 @@ class PromptBuilder:
         """Token ids of the teacher's prompt, which holds the privileged solution."""
         return self._encode("teacher", problem)
 
-    def filter(self, problems: list[Problem]) -> list[Problem]:
-        """The problems whose two prompts keep to max_prompt_tokens; see `overlong` for the rest."""
-        limit = self.config.max_prompt_tokens
+    def solution(self, problem: Problem) -> list[int]:
+        """The reference solution as a completion: its token ids and the end token."""
+        ids = self.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id]
+
+    def filter(self, problems: list[Problem], sides: Sequence[str]) -> list[Problem]:
+        """The problems whose `sides` ("student", "teacher", "solution") keep to their limits; see
+        `overlong` for the rest."""
         kept, longest, where = [], 0, ""
         for problem in problems:
-            lengths = {"student": len(self.student(problem)), "teacher": len(self.teacher(problem))}
-            side = max(lengths, key=lengths.get)
-            if lengths[side] <= limit:
+            excess = {side: len(getattr(self, side)(problem)) - self._limit(side) for side in sides}
+            side = max(excess, key=excess.get)
+            if excess[side] <= 0:
                 kept.append(problem)
-            if lengths[side] > longest:
-                longest, where = lengths[side], f"{side} prompt of {problem.id}"
+            elif excess[side] > longest:
+                longest = excess[side]
+                where = f"{_NAMES[side]} of {problem.id}, {longest + self._limit(side)} tokens"
         dropped = len(problems) - len(kept)
         if dropped == 0:
             return kept
+        limits = " or ".join(dict.fromkeys(self._limit_text(side) for side in sides))
         line = (
-            f"{dropped} of {len(problems)} problems have a prompt longer than "
-            f"prompts.max_prompt_tokens={limit} (the longest: {where}, {longest} tokens)"
+            f"{dropped} of {len(problems)} problems are longer than {limits} (the worst: {where})"
         )
         if self.config.overlong == "error":
             raise UserError(f"{line}; raise the limit, or leave them out: prompts.overlong=skip")
@@ -67,6 +76,24 @@ class PromptBuilder:
             raise UserError(f"{line}; none is left")
         print(f"skipped: {line}", file=sys.stderr)
         return kept
+
+    def longest(self, problems: Sequence[Problem], sides: Sequence[str]) -> tuple[int, str]:
+        """Tokens of the longest of these texts, and whose it is."""
+        lengths = (
+            (len(getattr(self, side)(problem)), f"{_NAMES[side]} of {problem.id}")
+            for problem in problems
+            for side in sides
+        )
+        return max(lengths)
+
+    def _limit(self, side: str) -> float:
+        if side != "solution":
+            return self.config.max_prompt_tokens
+        return self.config.max_solution_tokens or math.inf
+
+    def _limit_text(self, side: str) -> str:
+        key = "max_solution_tokens" if side == "solution" else "max_prompt_tokens"
+        return f"prompts.{key}={getattr(self.config, key)}"
 
     def _encode(self, side: str, problem: Problem) -> list[int]:
         # A chat template writes its own special tokens; plain text gets the tokenizer's.

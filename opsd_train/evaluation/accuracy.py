@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from opsd_train.data import Problem
 from opsd_train.evaluation.intervals import wilson
-from opsd_train.rewards import is_correct
-from opsd_train.rollout import Engine
-from opsd_train.sections import EvaluationConfig
 
 
 @dataclass(frozen=True)
@@ -29,19 +23,3 @@ class Evaluation:
             "correct": right,
             "problems": count,
         }
-
-
-def evaluate(
-    engine: Engine,
-    tokenizer: Any,
-    problems: Sequence[Problem],
-    prompts: list[list[int]],
-    settings: EvaluationConfig,
-) -> Evaluation:
-    """Solve each problem once, greedily."""
-    completions = engine.generate(
-        prompts, settings.max_new_tokens, batch_size=settings.batch_size, seed=None
-    )
-    texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
-    correct = [is_correct(p, text) for p, text in zip(problems, texts, strict=True)]
-    return Evaluation(completions, correct)

@@ -24,10 +24,25 @@ class Method(ABC):
     updated   after each optimizer step
     """
 
-    source: Literal["student", "teacher", "reference"] = "student"
-    """Trajectories: samples under the student's or the teacher's prompt, or reference solutions."""
+    teacher_prompt: bool = False
+    """Whether anything is read under the teacher's prompt."""
+    divergence: bool = False
+    """Whether the statistics hold a divergence from a teacher."""
     updates: int = 1
     """Optimizer steps on one rollout."""
+    temperature: float = 1.0
+    """Of the log-probabilities among the statistics."""
+
+    @classmethod
+    def source(cls, config: Config) -> Literal["student", "teacher", "reference"]:
+        """Trajectories: samples under one of the two prompts, or reference solutions."""
+        return "student"
+
+    @classmethod
+    def sides(cls, config: Config) -> tuple[str, ...]:
+        """The texts of a problem that must keep to their limits."""
+        solution = cls.source(config) == "reference"
+        return ("student", *["teacher"] * cls.teacher_prompt, *["solution"] * solution)
 
     def __init__(self, config: Config, policy: Policy) -> None:
         self.config, self.policy = config, policy
@@ -47,7 +62,8 @@ class Method(ABC):
         """Sum over the tokens divided by `num_tokens`, and detached (N,) statistics."""
 
     def updated(self) -> None:
-        """The policy has changed."""
+        """The policy has changed: follow it."""
+        return
 
     def facts(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Metrics of the method's own about a step's samples, those of all ranks."""

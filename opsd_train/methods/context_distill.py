@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from opsd_train.batches import Sample
+from opsd_train.config import Config
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import cross_entropy
 
@@ -14,7 +15,11 @@ from opsd_train.methods.common import cross_entropy
 class ContextDistill(Method):
     """Mean cross-entropy, under the student's prompt, of samples drawn under the teacher's."""
 
-    source = "teacher"
+    teacher_prompt = True
+
+    @classmethod
+    def source(cls, config: Config) -> str:
+        return "teacher"
 
     def loss(
         self, samples: Sequence[Sample], prepared: None, num_tokens: int

@@ -16,10 +16,16 @@ from opsd_train.model import Policy, lm_head
 class Distill(Method):
     """The teacher reads the student's prompt; sizes may differ, the tokenizer may not."""
 
+    divergence = True
+
     def __init__(self, config: Config, policy: Policy, teacher: Policy) -> None:
         super().__init__(config, policy)
         self.teacher = teacher
-        self.source = "student" if config.distill.on_policy else "reference"
+        self.temperature = config.loss.temperature
+
+    @classmethod
+    def source(cls, config: Config) -> str:
+        return "student" if config.distill.on_policy else "reference"
 
     def prepare(self, groups: Sequence[Sequence[Sample]]) -> list[Tensor]:
         return [teacher_hidden(self.teacher, group, own_prompt=False) for group in groups]

@@ -34,6 +34,7 @@ class Grpo(Method):
         super().__init__(config, policy)
         self.settings = config.grpo or GrpoConfig()
         self.updates = self.settings.updates
+        self.temperature = config.rollout.temperature
         self.reference = ReferencePolicy(policy, "initial") if self.settings.kl_weight else None
 
     def weigh(self, samples: list[Sample]) -> list[Sample]:

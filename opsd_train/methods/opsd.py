@@ -25,8 +25,12 @@ Prepared = tuple[Tensor, LmHead | None]  # the teacher's hidden states (N, D); i
 class Opsd(Method):
     """See the module's text."""
 
+    teacher_prompt = True
+    divergence = True
+
     def __init__(self, config: Config, policy: Policy) -> None:
         super().__init__(config, policy)
+        self.temperature = config.loss.temperature
         self.settings = config.opsd or OpsdConfig()
         self.teacher = ReferencePolicy(policy, self.settings.teacher, self.settings.ema_decay)
 

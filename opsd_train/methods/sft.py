@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from opsd_train.batches import Sample
+from opsd_train.config import Config
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import cross_entropy
 
@@ -14,7 +15,9 @@ from opsd_train.methods.common import cross_entropy
 class Sft(Method):
     """Mean cross-entropy of the solutions' tokens, given the student's prompt."""
 
-    source = "reference"
+    @classmethod
+    def source(cls, config: Config) -> str:
+        return "reference"
 
     def loss(
         self, samples: Sequence[Sample], prepared: None, num_tokens: int

@@ -1,0 +1,69 @@
+"""Held-out problems: greedy accuracy and divergence, shared out over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from opsd_train.batches import Sample, even_groups
+from opsd_train.config import Config
+from opsd_train.data import Problem
+from opsd_train.evaluation.accuracy import Evaluation
+from opsd_train.methods.base import Method
+from opsd_train.prompts import PromptBuilder
+from opsd_train.rewards import is_correct
+from opsd_train.step_stats import StepStats
+from opsd_train.trajectories import Trajectories
+from opsd_train.world import World
+
+
+class HeldOut:
+    """Every rank answers its part of the problems; every rank knows all the answers."""
+
+    def __init__(
+        self,
+        config: Config,
+        problems: Sequence[Problem],
+        prompts: PromptBuilder,
+        trajectories: Trajectories,
+        method: Method,
+        world: World,
+    ) -> None:
+        self._config, self.problems, self._prompts = config, list(problems), prompts
+        self._trajectories, self._method, self._world = trajectories, method, world
+
+    def evaluate(self, side: str) -> Evaluation:
+        """Solve each problem once, greedily, under the prompt of `side`."""
+        mine = self.problems[self._world.rank :: self._world.size]
+        prompts = [getattr(self._prompts, side)(problem) for problem in mine]
+        made = self._trajectories.greedy(prompts, self._config.evaluation.max_new_tokens)
+        parts = self._world.all_gather([completion.tokens for completion in made])
+        completions: list[list[int]] = [[] for _ in self.problems]
+        for rank, part in enumerate(parts):
+            completions[rank :: self._world.size] = part
+        texts = self._prompts.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        pairs = zip(self.problems, texts, strict=True)
+        return Evaluation(completions, [is_correct(problem, text) for problem, text in pairs])
+
+    @torch.no_grad()
+    def divergence(self, evaluation: Evaluation) -> float:
+        """Mean over the tokens of the student's own greedy completions."""
+        pairs = list(zip(self.problems, evaluation.completions, strict=True))
+        samples = [
+            Sample(problem, self._prompts.student(problem), self._teacher(problem), completion)
+            for problem, completion in pairs[self._world.rank :: self._world.size]
+        ]
+        self._method.policy.model.eval()
+        groups = even_groups(samples, samples, self._config.micro_batch_tokens, self._world)
+        stats = StepStats()
+        for group, prepared in zip(groups, self._method.prepare(groups), strict=True):
+            loss, columns = self._method.loss(group, prepared, 1)
+            if group[0].weight > 0:
+                stats.add(group, loss, columns)
+        total = sum(len(sample.completion) for sample in samples)
+        mean = stats.mean("divergence") or 0.0
+        return self._world.sum(mean * total) / self._world.sum(total)
+
+    def _teacher(self, problem: Problem) -> list[int] | None:
+        return self._prompts.teacher(problem) if self._method.teacher_prompt else None

@@ -1,0 +1,16 @@
+"""Makes the engine that a recipe names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opsd_train.config import Config
+from opsd_train.model import Policy
+from opsd_train.rollout import Engine
+from opsd_train.rollout.transformers_engine import TransformersEngine
+from opsd_train.run_folder import RunFolder
+
+
+def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolder) -> Engine:
+    """rollout.engine, ready to generate."""
+    return TransformersEngine(policy.model, tokenizer, config.rollout, dtype=policy.dtype)

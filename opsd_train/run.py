@@ -1,0 +1,216 @@
+"""A run from start to report: its folder, its evaluations, its checkpoints, its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from opsd_train.checkpoint import Checkpoints, Loaded, restore_training, training_tensors
+from opsd_train.clock import Clock, peak_memory_mib
+from opsd_train.config import Config, to_yaml
+from opsd_train.data import majority_answer
+from opsd_train.evaluation.intervals import paired_difference
+from opsd_train.metrics import RunLogger
+from opsd_train.report import write_report
+from opsd_train.run_folder import RunFolder, unused
+from opsd_train.stopping import StopRequest
+from opsd_train.trackers import Tracker, open_trackers
+from opsd_train.trainer import Trainer
+from opsd_train.weights import save_adapter, save_weights
+from opsd_train.world import start
+
+
+def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
+    """Run a recipe, or go on with it after its newest checkpoint; returns the exit code.
+
+    The first Ctrl-C or SIGTERM ends it after the step in progress, with a checkpoint (exit code
+    130 or 143); the second at once.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    clock = Clock()
+    world = start(config.model.device)
+    wanted = Path(config.output_dir)
+    folder = RunFolder(world.broadcast(wanted if resume else unused(wanted)), world)
+    with clock.phase("load"):
+        trackers = open_trackers(config.report.trackers, folder.path, dataclasses.asdict(config))
+        run = Run(Trainer(config, world, folder, clock, shard))
+        if resume:
+            run.resume()
+    return run.go(trackers if world.leads else [])
+
+
+class Run:
+    """One trainer's way to the end of its recipe."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.config, self.world = trainer, trainer.config, trainer.world
+        self.folder = trainer.folder.path
+        self.recipe = to_yaml(self.config)
+        self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep, self.world)
+        self.done = 0  # steps
+        self.resumed: int | None = None  # the step after which it goes on
+        self.results: dict[str, Any] = {}  # of the evaluations, for the summary
+        self.correct: dict[str, list[bool]] = {}
+        self.logger: RunLogger | None = None  # on rank 0
+
+    def resume(self) -> None:
+        """Take everything over from the newest checkpoint that is whole."""
+        trainer = self.trainer
+        loaded: Loaded | None = self.checkpoints.newest(self.recipe)
+        if loaded is None:
+            self._say(f"{self.folder} has no checkpoint yet: starting from the beginning")
+            return
+        tensors = training_tensors(trainer.policy, trainer.optimizer, trainer.method.state())
+        loaded.fill(tensors)
+        restore_training(trainer.policy, trainer.optimizer, tensors)
+        facts = loaded.facts
+        trainer.schedule.load_state_dict(facts["schedule"])
+        trainer.sampler.load_state_dict(facts["sampler"])
+        trainer.watch.load_state_dict(facts["watch"])
+        trainer.tokens = facts["tokens"]
+        trainer.clock.add(facts["seconds"])
+        self.results, self.correct = facts["results"], facts["correct"]
+        self.done = self.resumed = loaded.step
+        if loaded.rank_facts is not None:
+            _set_random_state(loaded.rank_facts["random"])
+        self._say(f"resuming after step {loaded.step} from {loaded.path}")
+
+    def go(self, trackers: list[Tracker]) -> int:
+        """Train to the end, or until a signal; leave a folder that tells which."""
+        summary: dict[str, Any] = {"status": "failed"}
+        if not self.world.leads:
+            with StopRequest() as stop:
+                return _exit_code(self._train(stop))
+        with RunLogger(
+            self.folder, self.config.steps, resume_step=self.resumed, trackers=trackers
+        ) as self.logger:
+            (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
+            self._say(f"run folder {self.folder}")
+            number = None
+            try:
+                with StopRequest() as stop:
+                    number = self._train(stop)
+                summary["status"] = "finished" if number is None else "interrupted"
+            except KeyboardInterrupt:
+                number = signal.SIGINT
+                summary["status"] = "interrupted"
+            finally:
+                self.logger.summary(summary | self._summary())
+                write_report(self.folder)
+        return _exit_code(number)
+
+    def _train(self, stop: StopRequest) -> int | None:
+        """Returns the signal that ended it early."""
+        config, world = self.config, self.world
+        if "before" not in self.results:
+            self._evaluate("before")
+        while self.done < config.steps:
+            row, stats = self.trainer.step(self.done + 1)
+            self.done += 1
+            if self.logger:
+                self._log(row, stats)
+            signals = [number for number in world.all_gather(stop.signal) if number is not None]
+            every = config.checkpoint.every
+            if signals or self.done == config.steps or (every and self.done % every == 0):
+                self._save()
+            if signals:
+                return signals[0]
+        self._evaluate("after")
+        save_weights(self.trainer.policy, self.trainer.tokenizer, self.folder, world)
+        if world.leads:
+            shutil.rmtree(self.folder / "scratch", ignore_errors=True)
+        return None
+
+    def _log(self, row: dict[str, Any], stats: Any) -> None:
+        report = self.config.report
+        self.logger.log(self.done, row)
+        for warning in row["warnings"]:
+            self._say(f"warning: {warning}")
+        if self.done % report.sample_every == 0 or self.done == 1:
+            rows = stats.sample_rows(self.trainer.tokenizer, report.samples)
+            self.logger.samples(self.done, rows)
+
+    def _save(self) -> None:
+        trainer = self.trainer
+        facts = {
+            "schedule": trainer.schedule.state_dict(),
+            "sampler": trainer.sampler.state_dict(),
+            "watch": trainer.watch.state_dict(),
+            "tokens": trainer.tokens,
+            "seconds": trainer.clock.seconds | {"total": trainer.clock.total()},
+            "results": self.results,
+            "correct": self.correct,
+        }
+        self.checkpoints.save(
+            self.done,
+            training_tensors(trainer.policy, trainer.optimizer, trainer.method.state()),
+            facts,
+            {"random": _random_state()},
+            self.recipe,
+            self._write_adapter if trainer.policy.has_adapters else None,
+        )
+
+    def _write_adapter(self, folder: Path) -> None:
+        save_adapter(self.trainer.policy, folder, self.world)
+
+    def _evaluate(self, when: str) -> None:
+        """Held-out accuracy and divergence; at first the teacher's and the majority's too."""
+        heldout, results = self.trainer.heldout, self.results
+        if not heldout.problems:
+            results[when] = None
+            return
+        with self.trainer.clock.phase("evaluate"):
+            made = heldout.evaluate("student")
+            results[when], self.correct[when] = made.summary(), made.correct
+            if self.trainer.method.divergence:
+                results[f"divergence_{when}"] = heldout.divergence(made)
+            if when == "before" and self.config.evaluation.teacher:
+                results["teacher"] = heldout.evaluate("teacher").summary()
+        if when == "before":
+            answer, share = majority_answer(heldout.problems)
+            results["majority"] = {"answer": answer, "accuracy": share}
+        else:
+            results["paired"] = paired_difference(self.correct["before"], self.correct["after"])
+        for name, key in (("student", when), ("teacher", "teacher"), ("majority", "majority")):
+            if key in results and (when == "before" or key == when):
+                accuracy = results[key]["accuracy"]
+                self._say(f"{when} training, held-out accuracy: {name} {accuracy:.1%}")
+
+    def _summary(self) -> dict[str, Any]:
+        trainer = self.trainer
+        return {
+            "steps": self.done,
+            **{name: value for name, value in self.results.items() if value is not None},
+            "tokens": trainer.tokens,
+            "peak_memory_mib": peak_memory_mib(self.world.device),
+            "seconds": trainer.clock.seconds | {"total": trainer.clock.total()},
+            "report": str(self.folder / "report.html"),
+        }
+
+    def _say(self, text: str) -> None:
+        if self.logger:
+            self.logger.console.print(text, markup=False, soft_wrap=True)
+        elif self.world.leads:
+            print(text)
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    cuda = torch.cuda.is_available()
+    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if cuda else {})
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _exit_code(number: int | None) -> int:
+    return 0 if number is None else 128 + number

@@ -1,0 +1,52 @@
+"""The run folder: which one, and what is kept there when a step fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from opsd_train.batches import Sample
+from opsd_train.world import World
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, as one of its processes sees it."""
+
+    path: Path
+    world: World
+
+    @property
+    def scratch(self) -> Path:
+        """A folder of this process for files that need not outlive it."""
+        return self.path / "scratch" / f"rank_{self.world.rank}"
+
+    def keep_batch(self, step: int, samples: Sequence[Sample]) -> Path:
+        """Save the samples of a step whose loss or gradient is not finite."""
+        rank = f"_rank_{self.world.rank}" if self.world.size > 1 else ""
+        path = self.path / f"nonfinite_step_{step}{rank}.pt"
+        rows = [
+            {
+                "problem": sample.problem.id,
+                "student_prompt": sample.student_prompt,
+                "teacher_prompt": sample.teacher_prompt,
+                "completion": sample.completion,
+                "weight": sample.weight,
+                "advantage": sample.advantage,
+            }
+            for sample in samples
+        ]
+        torch.save(rows, path)
+        return path
+
+
+def unused(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... that holds no run: none is overwritten."""
+    folder, count = wanted, 1
+    while (folder / "config.yaml").exists():
+        count += 1
+        folder = wanted.with_name(f"{wanted.name}-{count}")
+    return folder
