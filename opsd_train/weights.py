@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from opsd_train.model import Policy
 from opsd_train.parallel import whole
@@ -17,10 +18,9 @@ def save_weights(policy: Policy, tokenizer: Any, run_dir: Path, world: World) ->
     if policy.has_adapters:
         return save_adapter(policy, run_dir / "adapter", world)
     folder = run_dir / "model"
-    state = _whole_state(policy.core, world)
+    state = _gather(policy.core.state_dict(keep_vars=True), world)
     if world.leads:
-        in_dtype = {name: value.to(policy.dtype) for name, value in state.items()}
-        policy.core.save_pretrained(str(folder), state_dict=in_dtype)
+        write_model(policy.core, state, policy.dtype, folder)
         tokenizer.save_pretrained(str(folder))
     return folder
 
@@ -35,19 +35,31 @@ def save_adapter(policy: Policy, folder: Path, world: World) -> Path:
 
 def adapter_state(policy: Policy, world: World) -> dict[str, Tensor]:
     """Name and whole value of each adapter weight, on rank 0. Every rank calls it."""
-    trained = {n: p.detach() for n, p in policy.model.named_parameters() if p.requires_grad}
+    trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
     return _gather(trained, world)
 
 
-def _whole_state(core: Any, world: World) -> dict[str, Tensor]:
-    return _gather(core.state_dict(), world)
+def write_model(
+    model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, folder: Path
+) -> None:
+    """A folder that from_pretrained reads, in `dtype` whatever the type in memory is."""
+    cast: dict[Tensor, Tensor] = {}  # by tensor, so that tied weights stay tied
+    for value in state.values():
+        if value not in cast:
+            cast[value] = value.to(dtype) if value.is_floating_point() else value
+    state = {name: cast[value] for name, value in state.items()}
+    model.save_pretrained(str(folder), state_dict=state)
+    in_memory = model.config.dtype  # which transformers wrote down, and readers would go by
+    model.config.dtype = dtype
+    model.config.save_pretrained(str(folder))
+    model.config.dtype = in_memory
 
 
 def _gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
     """One tensor after another, so that the others hold one whole tensor at a time."""
-    gathered = {}
-    for name, tensor in tensors.items():
-        value = whole(tensor)
-        if world.leads:
-            gathered[name] = value.cpu()
-    return gathered
+    gathered: dict[Tensor, Tensor] = {}  # by tensor, so that tied weights stay tied
+    for tensor in tensors.values():
+        if tensor not in gathered:
+            value = whole(tensor.detach())
+            gathered[tensor] = value.cpu() if world.leads else value.new_empty(0)
+    return {name: gathered[t] for name, t in tensors.items()} if world.leads else {}
