@@ -48,11 +48,11 @@ def write_model(
         if value not in cast:
             cast[value] = value.to(dtype) if value.is_floating_point() else value
     state = {name: cast[value] for name, value in state.items()}
+    kept = model.config.dtype
     model.save_pretrained(str(folder), state_dict=state)
-    in_memory = model.config.dtype  # which transformers wrote down, and readers would go by
-    model.config.dtype = dtype
+    model.config.dtype = dtype  # transformers wrote the one in memory, and readers go by it
     model.config.save_pretrained(str(folder))
-    model.config.dtype = in_memory
+    model.config.dtype = kept
 
 
 def _gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:

@@ -1,15 +1,24 @@
 """Checkpoints: bit for bit, and what happens when something is damaged, full or changed."""
 
+import errno
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_model
+from peft import PeftModel
+from tiny import config, make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from opsd_train import sections
 from opsd_train.checkpoint import Checkpoints, restore_training, training_tensors
+from opsd_train.config import to_yaml
+from opsd_train.errors import UserError
 from opsd_train.model import Policy, add_adapters
+from opsd_train.weights import save_adapter, save_weights
 from opsd_train.world import World
 
 ALONE = World(torch.device("cpu"))
@@ -91,3 +100,167 @@ def test_goes_on_bit_for_bit(tmp_path: Path, full: bool, stop: int) -> None:
     for number in range(stop + 1, 5):
         second.step(number)
     assert same(second.numbers(), straight.numbers())
+
+
+def save(run: Path, step: int, keep: int = 2, recipe: str = RECIPE) -> Path:
+    tensors = {"model": {"w": TENSORS["model"]["w"] + step}, "groups": [{"lr": 0.1}]}
+    return Checkpoints(run, keep, ALONE).save(step, tensors, {"step": step}, {}, recipe)
+
+
+def loaded_step(run: Path, recipe: str = RECIPE) -> int:
+    """The step of the newest checkpoint, its tensors and facts checked to be of that step."""
+    loaded = Checkpoints(run, 2, ALONE).newest(recipe)
+    tensors = {"model": {"w": torch.zeros(3000)}, "groups": [{"lr": 0.0}]}
+    loaded.fill(tensors)
+    assert torch.equal(tensors["model"]["w"], TENSORS["model"]["w"] + loaded.step)
+    assert tensors["groups"][0]["lr"] == 0.1 and loaded.facts == {"step": loaded.step}
+    return loaded.step
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_keeps_the_last_ones_and_removes_leftovers(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path, 2, ALONE).newest(RECIPE) is None
+    for step in (2, 4, 10):
+        save(tmp_path, step)
+    assert names(tmp_path) == ["step_000004", "step_000010"]
+    leftover = tmp_path / "checkpoints" / "step_000012.tmp"  # of a run that was killed
+    (leftover / "tensors").mkdir(parents=True)
+    assert loaded_step(tmp_path) == 10
+    save(tmp_path, 11, keep=1)
+    assert names(tmp_path) == ["step_000011"]
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys, damage) -> None:
+    save(tmp_path, 1)
+    whole = save(tmp_path, 2)
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert {"complete.json", "facts.json", "rank_0.pt", "recipe.yaml"} < {f.name for f in files}
+    kept = shutil.copytree(whole, tmp_path / "kept")
+    for name in files:
+        shutil.rmtree(whole)
+        shutil.copytree(kept, whole)
+        assert loaded_step(tmp_path) == 2 and not capsys.readouterr().err
+        damage(whole / name)
+        assert loaded_step(tmp_path) == 1, name
+        said = capsys.readouterr().err
+        assert said.startswith(f"checkpoint {whole} is damaged (") and said.count("\n") == 1
+        assert name.as_posix() in said or name.name == "complete.json"
+    # The same step, taken again, replaces it; a later one that is damaged does not stay.
+    assert save(tmp_path, 2) == whole and loaded_step(tmp_path) == 2
+    damage(whole / "facts.json")
+    save(tmp_path, 1, keep=1)
+    assert names(tmp_path) == ["step_000001"]
+
+
+def test_all_damaged(tmp_path: Path, capsys) -> None:
+    for step in (1, 2):
+        flip(save(tmp_path, step) / "facts.json")
+    with pytest.raises(UserError, match=r"every checkpoint in .*checkpoints is damaged"):
+        Checkpoints(tmp_path, 2, ALONE).newest(RECIPE)
+    assert capsys.readouterr().err.count("is damaged (facts.json is not what was written)") == 2
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("place", ["os.fsync", "torch.save", "json.dump", "pathlib.Path.mkdir"])
+def test_full_disk(tmp_path: Path, monkeypatch, place: str) -> None:
+    """Wherever in a save the disk turns out to be full."""
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full_disk)
+        with pytest.raises(UserError, match=r"step_000002: No space left.* needs about 0.0 MiB"):
+            save(tmp_path, 2)
+    assert names(tmp_path) == ["step_000001"] and loaded_step(tmp_path) == 1
+    save(tmp_path, 2)
+    assert loaded_step(tmp_path) == 2
+
+
+def test_full_file_system(tmp_path: Path) -> None:
+    """A real one, because torch's writer reports it as something else."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("no right to mount a file system")
+    try:
+        save(tmp_path, 1)  # 12 KB of numbers, and what goes with them
+        tensors = {"w": torch.zeros(30_000)}
+        with pytest.raises(UserError, match=r"step_000002: No space left.* needs about 0.1 MiB"):
+            Checkpoints(tmp_path, 2, ALONE).save(2, tensors, {}, {}, RECIPE)
+        assert names(tmp_path) == ["step_000001"] and loaded_step(tmp_path) == 1
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_mistake_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        Checkpoints(tmp_path, 2, ALONE).save(1, TENSORS, {"no json": object()}, {}, RECIPE)
+    assert names(tmp_path) == []
+
+
+def test_recipes_on_resume(tmp_path: Path) -> None:
+    def recipe(*overrides: str) -> str:
+        return to_yaml(config("model", tmp_path, *overrides))
+
+    save(tmp_path, 1, recipe=recipe())
+    free = ["output_dir=moved", "steps=9", "checkpoint.every=1", "watch.width=2.0"]
+    free += ["evaluation.problems=2", "micro_batch_tokens=300", "rollout.batch_tokens=90"]
+    assert loaded_step(tmp_path, recipe(*free)) == 1
+    for changes, message in (
+        (["optim.lr=0.5"], r"optim.lr was 0.01 and is 0.5; set it back, or start a new run with"),
+        (["lora.rank=8", "seed=3"], r"seed was 0 and is 3; lora.rank was 4 and is 8; set it back"),
+        (["lora=null"], r"lora.rank was 4 and is None"),
+        (["steps=9", "optim.schedule=cosine"], r"steps was 3 and is 9; optim.schedule was 'con"),
+        (
+            ["seed=1", "optim.lr=1.0", "loss.beta=1.0", "rollout.top_k=5", "problems_per_step=2"],
+            r"seed was .*problems_per_step was .*rollout.top_k .* and 2 more; set",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            Checkpoints(tmp_path, 2, ALONE).newest(recipe(*changes))
+
+
+def test_the_adapter_inside_is_pefts(tmp_path: Path) -> None:
+    training = Training()
+    training.step(1)
+    path = Checkpoints(tmp_path, 2, ALONE).save(
+        1,
+        training.tensors(),
+        {},
+        {},
+        RECIPE,
+        lambda folder: save_adapter(training.policy, folder, ALONE),
+    )
+    again = PeftModel.from_pretrained(make_model(), path / "adapter").eval()
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = training.policy.model.eval()(tokens).logits
+        assert torch.equal(again(tokens).logits, wanted)
+        assert not torch.equal(make_model()(tokens).logits, wanted)
+
+
+def test_a_model_folder_holds_the_compute_dtype(tmp_path: Path) -> None:
+    training = Training(full=True)
+    training.step(1)
+    training.policy.dtype = torch.bfloat16
+    folder = save_weights(training.policy, make_tokenizer(), tmp_path, ALONE)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert again.dtype == torch.bfloat16 and training.policy.core.config.dtype == torch.float32
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert (folder / "model.safetensors").stat().st_size < 1.2 * 2 * again.num_parameters()
+    for name, value in training.policy.core.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value.bfloat16()), name
