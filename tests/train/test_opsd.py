@@ -1,182 +1,147 @@
-"""The method itself, against plain PyTorch on full logits."""
+"""OPSD: every objective and teacher against its formula over full logits."""
+
+import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny import config, make_model
+from method_cases import (
+    CASES,
+    assert_same,
+    change,
+    counted,
+    double,
+    finish,
+    make_method,
+    make_policy,
+    make_samples,
+    run,
+    settings,
+    truth,
+)
 
-from opsd_kernels import reference
-from opsd_train.batches import Sample, make_batch, micro_batches
-from opsd_train.data import Problem
-from opsd_train.errors import UserError
-from opsd_train.methods.opsd import student_loss, teacher_view
-from opsd_train.model import add_adapters, completion_hidden, initial_policy, lm_head
-from opsd_train.sections import LoraConfig, LossConfig
-
-PAD = 0
-OBJECTIVES = [
-    LossConfig(beta=0.0),
-    LossConfig(beta=0.5, temperature=1.3),
-    LossConfig(beta=1.0),
-    LossConfig(objective="sampled_token"),
-]
-
-
-def adapted(dtype: torch.dtype = torch.float32, trained: bool = True):
-    """The tiny model with adapters; `trained` gives them weights, so that they do something."""
-    lora = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    model = add_adapters(make_model(dtype=dtype), lora)
-    if trained:
-        torch.manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.data.normal_(std=0.3)
-    return model
-
-
-def make_samples(count: int = 8, same_prompt: bool = False) -> list[Sample]:
-    generator = torch.Generator().manual_seed(2)
-
-    def tokens(low: int, high: int) -> list[int]:
-        size = int(torch.randint(low, high, (), generator=generator))
-        return torch.randint(1, 261, (size,), generator=generator).tolist()
-
-    samples = []
-    for index in range(count):
-        student, teacher, completion = tokens(3, 12), tokens(5, 20), tokens(1, 9)
-        problem = Problem(f"p{index}", "", "", "")
-        teacher = student if same_prompt else teacher
-        samples.append(Sample(problem, student, teacher, completion))
-    return samples
+OBJECTIVES = [name for name in CASES if name.startswith("opsd")]
+POLICIES = pytest.mark.parametrize(
+    "policy",
+    [{}, {"lora": False}, {"lora": False, "tied": False}],
+    ids=["lora", "all weights", "all weights, head of its own"],
+)
+DECAY = 0.8
+# Of the weights at the start and after two updates, in the teacher.
+SHARES = {
+    "initial": (1.0, 0.0, 0.0),
+    "ema": (DECAY**2, DECAY * (1 - DECAY), 1 - DECAY),
+    "current": (0.0, 0.0, 1.0),
+}
 
 
-def loss_of(model, samples, loss: LossConfig, budget: int = 10**6):
-    """Loss, statistics and adapter gradients over as many micro-batches as the budget makes."""
-    model.zero_grad()
-    num_tokens = sum(len(sample.completion) for sample in samples)
-    total, columns = 0.0, []
-    for group in micro_batches(samples, budget):
-        view = teacher_view(model, group, PAD)
-        value, stats = student_loss(model, group, view, PAD, loss, num_tokens)
-        if value.requires_grad:
-            value.backward()
-        total += value.item()
-        columns.append(stats["divergence"])
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return total, torch.cat(columns), grads
+def average(models: list[torch.nn.Module], shares: tuple[float, ...]) -> torch.nn.Module:
+    """A model whose weights are a weighted sum of theirs."""
+    made = copy.deepcopy(models[0])
+    every = zip(*(model.parameters() for model in models), strict=True)
+    for parameter, values in zip(made.parameters(), every, strict=True):
+        parameter.data = sum(share * v.data for share, v in zip(shares, values, strict=True))
+    return made
 
 
-def logits_alone(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """Logits that predict the completion, of one sample run by itself through the whole model."""
-    ids = torch.tensor([[*prompt, *completion]])
-    logits = model(input_ids=ids).logits[0]
-    return logits[len(prompt) - 1 : -1].double()
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_loss_and_gradient_equal_full_logits(name: str) -> None:
+    config, policy, samples = settings(*CASES[name]), make_policy(), make_samples()
+    found = run(make_method(config, policy), samples)
+    assert len(found.grads) == 12 and all("lora_" in weight for weight in found.grads)
+    assert_same(found, truth(config, double(policy), samples))
 
 
-def plain_loss(model, samples, loss: LossConfig) -> torch.Tensor:
-    """Equations 6-9 written down over full logits, sample by sample."""
-    values = []
-    for sample in samples:
-        student = logits_alone(model, sample.student_prompt, sample.completion)
-        with torch.no_grad(), initial_policy(model):
-            teacher = logits_alone(model, sample.teacher_prompt, sample.completion)
-        ls = torch.log_softmax(student / loss.temperature, -1)
-        lt = torch.log_softmax(teacher / loss.temperature, -1)
-        if loss.objective == "full_vocabulary":
-            values.append(reference.divergence(ls, lt, loss.beta))
-        else:
-            y = torch.tensor(sample.completion)[:, None]
-            advantage = (lt - ls).detach().gather(1, y)
-            values.append(-(advantage * ls.gather(1, y)).squeeze(1))
-    return torch.cat(values).mean()
+@POLICIES
+@pytest.mark.parametrize("teacher", SHARES)
+def test_teachers_after_two_updates(teacher: str, policy: dict) -> None:
+    overrides = [f"opsd.ema_decay={DECAY}"] if teacher == "ema" else []
+    config = settings(*CASES["opsd JSD"], f"opsd.teacher={teacher}", *overrides)
+    policy, samples = make_policy(**policy), make_samples()
+    method = make_method(config, policy)
+    history = [double(policy)]
+    for seed in (11, 12):
+        change(policy, seed)
+        method.updated()
+        history.append(double(policy))
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
+    found = run(method, samples)
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(parameter, before[name]), f"{name} is not what it was"
+    adapters_off = policy.has_adapters and teacher == "initial"
+    its = None if adapters_off else average(history, SHARES[teacher])
+    assert_same(found, truth(config, history[-1], samples, teacher=its))
 
 
-@pytest.mark.parametrize("loss", OBJECTIVES, ids=str)
-def test_loss_and_gradient_equal_full_logits(loss: LossConfig) -> None:
-    model, samples = adapted(), make_samples()
-    truth = plain_loss(model, samples, loss)
-    truth.backward()
-    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    value, _, grads = loss_of(model, samples, loss)
-    assert value == pytest.approx(truth.item(), rel=1e-5)
-    assert grads.keys() == wanted.keys() and len(grads) == 12
-    for name, grad in grads.items():
-        size = wanted[name].abs().max()
-        assert size > 0, name
-        assert (grad - wanted[name]).abs().max() < 1e-4 * size, name
+def test_sampled_token_with_a_trained_head() -> None:
+    config, samples = settings(*CASES["opsd sampled token"]), make_samples()
+    policy = make_policy(lora=False)
+    method, initial = make_method(config, policy), double(policy)
+    change(policy, 11)
+    wanted = truth(config, double(policy), samples, teacher=initial)
+    assert_same(run(method, samples), wanted)
 
 
-@pytest.mark.parametrize("loss", OBJECTIVES, ids=str)
-def test_one_micro_batch_or_eight(loss: LossConfig) -> None:
-    model, samples = adapted(), make_samples()
-    longest = max(sample.longest for sample in samples)
-    assert len(list(micro_batches(samples, longest))) >= 6
-    one, _, grads_of_one = loss_of(model, samples, loss)
-    many, _, grads_of_many = loss_of(model, samples, loss, budget=longest)
-    assert one == pytest.approx(many, rel=1e-5)
-    for name, grad in grads_of_one.items():
-        assert (grad - grads_of_many[name]).abs().max() < 1e-5 * grad.abs().max(), name
+def test_state_brings_the_average_back() -> None:
+    config = settings("opsd.teacher=ema", f"opsd.ema_decay={DECAY}")
+    policy = make_policy(lora=False)
+    method = make_method(config, policy)
+    start = [p.detach().clone() for p in policy.parameters]
+    change(policy, 11)
+    method.updated()
+    kept = {name: tensor.clone() for name, tensor in method.state().items()}
+    for value, first, last in zip(kept.values(), start, policy.parameters, strict=True):
+        torch.testing.assert_close(value, DECAY * first + (1 - DECAY) * last.detach())
+    wanted = run(method, make_samples())
+    later = make_method(config, policy)
+    assert run(later, make_samples()).loss != wanted.loss
+    for name, tensor in later.state().items():
+        tensor.copy_(kept[name])
+    assert run(later, make_samples()).loss == wanted.loss
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("loss", OBJECTIVES, ids=str)
-def test_same_prompt_means_no_divergence_before_training(loss, dtype) -> None:
-    model = adapted(dtype, trained=False)
-    _, divergence, _ = loss_of(model, make_samples(same_prompt=True), loss)
-    assert divergence.abs().max() < 1e-6
+@pytest.mark.parametrize("lora", [True, False], ids=["lora", "all weights"])
+@pytest.mark.parametrize("name", ["opsd JSD", "opsd sampled token"])
+def test_same_prompt_means_no_divergence_before_training(name, lora, dtype) -> None:
+    policy = make_policy(lora, dtype, trained=False)
+    method = make_method(settings(*CASES[name]), policy)
+    found = run(method, make_samples(same_prompt=True))
+    assert found.stats["divergence"].abs().max() < 1e-6
+    other = run(method, make_samples()).stats["divergence"]
+    assert other.abs().min() > 1e-4
 
 
-def test_another_prompt_means_divergence() -> None:
-    _, divergence, _ = loss_of(adapted(trained=False), make_samples(), LossConfig(beta=0.5))
-    assert (divergence > 1e-4).all()
+def test_statistics() -> None:
+    """The divergence of each token adds up to the loss."""
+    for name in OBJECTIVES[:3]:
+        found = run(make_method(settings(*CASES[name]), make_policy()), make_samples())
+        assert found.stats["divergence"].mean().item() == pytest.approx(found.loss, rel=1e-5)
+        for column in ("student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob"):
+            assert found.stats[column].abs().min() > 0
+    found = run(make_method(settings(*CASES["opsd sampled token"]), make_policy()), make_samples())
+    assert {"divergence", "logprob"} <= found.stats.keys()
 
 
-def test_padding_separates_no_prompt_from_its_completion() -> None:
-    model, samples = adapted(), make_samples()
-    prompts = [sample.student_prompt for sample in samples]
-    completions = [sample.completion for sample in samples]
-    batch = make_batch(prompts, completions, PAD, torch.device("cpu"))
-    hidden = completion_hidden(model, batch)
-    logits = hidden @ lm_head(model).weight.T
-    alone = torch.cat(
-        [logits_alone(model, p, c) for p, c in zip(prompts, completions, strict=True)]
-    )
-    assert batch.targets.tolist() == [token for completion in completions for token in completion]
-    assert (logits.double() - alone).abs().max() < 1e-4 * alone.abs().max()
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (2.0, 0.5)], ids=["gate", "weights"])
+@pytest.mark.parametrize("name", ["opsd JSD", "opsd sampled token"])
+def test_verify_weight(name: str, weights: tuple[float, float]) -> None:
+    right, wrong = weights
+    verify = f"opsd.verify_weight={{correct: {right}, wrong: {wrong}}}"
+    config, policy = settings(*CASES[name], verify), make_policy()
+    method, samples = make_method(config, policy), make_samples()
+    weighed = method.weigh(samples)
+    assert [s.weight for s in weighed] == [right if s.correct else wrong for s in samples]
+    assert [replace(s, weight=1.0) for s in weighed] == samples  # in order, nothing else changed
+    correct = sum(len(s.completion) for s in samples if s.correct)
+    assert counted(weighed) == (counted(samples) if wrong else correct)
+    wanted = truth(config, double(policy), weighed)
+    assert_same(run(method, weighed), wanted)
+    if wrong == 0:  # the loop leaves them out; nothing else may change
+        kept = [sample for sample in weighed if sample.weight > 0]
+        assert_same(finish(method, [kept], method.prepare([kept]), counted(weighed)), wanted)
 
 
-def test_adapters_off_is_the_base_model_bit_for_bit() -> None:
-    base, model = make_model(), adapted()
-    ids = torch.arange(1, 20)[None]
-    with initial_policy(model):
-        off = model(input_ids=ids).logits
-    assert torch.equal(off, base(input_ids=ids).logits)
-    assert not torch.equal(model(input_ids=ids).logits, off)
-
-
-def test_micro_batches_keep_to_the_budget_and_lose_nobody() -> None:
-    samples = make_samples(20)
-    groups = list(micro_batches(samples, 60))
-    assert sorted(s.problem.id for g in groups for s in g) == sorted(s.problem.id for s in samples)
-    assert all(len(g) * max(s.longest for s in g) <= 60 for g in groups)
-    with pytest.raises(UserError, match=r"micro_batch_tokens=10 .* problem p\d+ has \d+ tokens"):
-        list(micro_batches(samples, 10))
-
-
-def test_adapters_are_float32_beside_bfloat16_weights() -> None:
-    model = adapted(torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        wanted = torch.float32 if "lora_" in name else torch.bfloat16
-        assert parameter.dtype == wanted and parameter.requires_grad == ("lora_" in name), name
-
-
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [(["lm_head"], "lm_head cannot have an adapter"), (["q_pro"], "no module 'q_pro'")],
-)
-def test_wrong_targets(targets: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        add_adapters(make_model(), LoraConfig(rank=2, alpha=2, target_modules=targets))
-
-
-def test_tiny_recipe_is_a_config(tmp_path) -> None:
-    assert config("model", tmp_path, "steps=7").steps == 7
+def test_without_verify_weight_every_sample_counts_alike() -> None:
+    samples = make_samples()
+    assert make_method(settings(), make_policy()).weigh(samples) == samples

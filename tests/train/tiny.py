@@ -31,17 +31,22 @@ def make_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-def make_model(vocab_size: int = 261, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """Two layers of Llama with random weights, tied embeddings and a decisive head."""
+def make_model(
+    vocab_size: int = 261,
+    dtype: torch.dtype = torch.float32,
+    hidden_size: int = 32,
+    tied: bool = True,
+) -> LlamaForCausalLM:
+    """Two layers of Llama with random weights and a decisive head, tied to the embeddings."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         initializer_range=0.3,
     )
     return LlamaForCausalLM(config).to(dtype)
@@ -77,9 +82,9 @@ def recipe(model: Path | str, output_dir: Path | str) -> dict:
             "teacher": "{{ problem.question }} It is {{ problem.solution }}.",
             "max_prompt_tokens": 120,
         },
-        "rollout": {"max_new_tokens": 5, "batch_size": 3},
+        "rollout": {"max_new_tokens": 5, "batch_tokens": 400},
         "optim": {"lr": 1e-2},
-        "evaluation": {"problems": 6, "max_new_tokens": 5, "batch_size": 3},
+        "evaluation": {"problems": 6, "max_new_tokens": 5},
         "report": {"sample_every": 2, "samples": 2},
     }
 
