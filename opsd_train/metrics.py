@@ -5,14 +5,17 @@ import math
 import os
 import shutil
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
-from rich.text import Text
+
+from opsd_train.errors import UserError
+from opsd_train.sample_table import Rows, sample_table
+from opsd_train.trackers import Tracker, numbers
 
 # Shown after each step where the row has them; short, so that the bar fits in 80 columns.
 SHOWN = {
@@ -21,21 +24,31 @@ SHOWN = {
     "accuracy": "acc {:.0%}",
     "tokens_per_second": "{:.0f} tok/s",
 }
-LONGEST_CELL = 200
 
 
 class RunLogger:
     """Writes a run folder's metrics.jsonl, samples.jsonl, summary.json and TensorBoard events.
 
     On a terminal it draws a progress bar above which print() still works; elsewhere it prints one
-    line per step. A run that starts in a used folder replaces these files.
+    line per step. A run that starts in a used folder replaces these files; one that resumes after
+    `resume_step` keeps their rows up to that step and drops the rest, which will come again.
     """
 
-    def __init__(self, run_dir: str | Path, total_steps: int, console: Console | None = None):
+    def __init__(
+        self,
+        run_dir: str | Path,
+        total_steps: int,
+        console: Console | None = None,
+        *,
+        resume_step: int | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         self.run_dir = Path(run_dir)
         self.total_steps = total_steps
         self.console = console or Console()
-        self._recent_seconds = deque(maxlen=10)
+        self._resume_step = resume_step
+        self._trackers = trackers
+        self._recent_seconds: deque[float] = deque(maxlen=10)
         self._progress = Progress(
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
@@ -48,12 +61,18 @@ class RunLogger:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        (self.run_dir / "summary.json").unlink(missing_ok=True)
-        shutil.rmtree(self.run_dir / "tensorboard", ignore_errors=True)
-        self._metrics = open(self.run_dir / "metrics.jsonl", "w", encoding="utf-8")
-        self._samples = open(self.run_dir / "samples.jsonl", "w", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(self.run_dir / "tensorboard"))
-        self._task = self._progress.add_task("training", total=self.total_steps, shown="")
+        for name in ("summary.json", "report.html"):  # else an old run's end would look like ours
+            (self.run_dir / name).unlink(missing_ok=True)
+        events, resumed = self.run_dir / "tensorboard", self._resume_step
+        if resumed is None:
+            shutil.rmtree(events, ignore_errors=True)
+        self._metrics = _open_rows(self.run_dir / "metrics.jsonl", resumed)
+        self._samples = _open_rows(self.run_dir / "samples.jsonl", resumed)
+        purge_step = None if resumed is None else resumed + 1
+        self._tensorboard = SummaryWriter(str(events), purge_step=purge_step)
+        self._task = self._progress.add_task(
+            "training", total=self.total_steps, completed=resumed or 0, shown=""
+        )
         if self.console.is_terminal:
             self._progress.start()
         return self
@@ -69,14 +88,17 @@ class RunLogger:
         self._metrics.close()
         self._samples.close()
         self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def log(self, step: int, row: dict[str, Any]) -> None:
         """Records one optimizer step and shows it."""
         _append(self._metrics, {"step": step} | row)
-        for name, value in row.items():
-            if isinstance(value, int | float):
-                self._tensorboard.add_scalar(f"train/{name}", value, step)
+        for name, value in numbers(row).items():
+            self._tensorboard.add_scalar(f"train/{name}", value, step)
         self._tensorboard.flush()
+        for tracker in self._trackers:
+            tracker.log(step, row)
 
         shown = [
             form.format(row[name]) for name, form in SHOWN.items() if row.get(name) is not None
@@ -91,33 +113,17 @@ class RunLogger:
             print(f"step {step}/{self.total_steps}  " + "  ".join(shown), file=self.console.file)
             self.console.file.flush()
 
-    def samples(self, step: int, rows: list[dict[str, Any]]) -> None:
+    def samples(self, step: int, rows: Rows) -> None:
         """Records sample completions; on a terminal also shows them as a table."""
         for row in rows:
             _append(self._samples, {"step": step} | row)
-        if not self.console.is_terminal or not rows:
-            return
-        table = Table(title=f"step {step}", show_lines=True, title_justify="left")
-        for name in ("question", "completion", "answer"):
-            table.add_column(name, overflow="fold")
-        table.add_column("right")
-        table.add_column("divergence", justify="right")
-        for row in rows:
-            table.add_row(
-                _cell(row["question"]),
-                _cell(row["completion"]),
-                _cell(row["answer"]),
-                Text("yes", "green") if row["correct"] else Text("no", "red"),
-                f"{row['divergence']:.4f}",
-            )
-        self.console.print(table)
+        if self.console.is_terminal and rows:
+            self.console.print(sample_table(step, rows))
 
     def summary(self, summary: dict[str, Any]) -> None:
         """Writes summary.json, whole or not at all, and prints the result."""
-        target = self.run_dir / "summary.json"
-        partial = target.with_suffix(".partial")
-        partial.write_text(json.dumps(_finite(summary), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, target)
+        text = json.dumps(_finite(summary), indent=2) + "\n"
+        replace_file(self.run_dir / "summary.json", text)
         lines = summary_lines(summary)
         width = max((len(label) for label, _ in lines), default=0)
         for label, value in lines:
@@ -155,7 +161,7 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     before, after = summary.get("divergence_before"), summary.get("divergence_after")
     if before is not None and after is not None:
         lines.append(("divergence", f"{before:.4f} before, {after:.4f} after"))
-    if summary.get("tokens") is not None:
+    if summary.get("tokens"):
         lines.append(("tokens generated", f"{summary['tokens']:,}"))
     if summary.get("peak_memory_mib") is not None:
         lines.append(("peak memory", f"{summary['peak_memory_mib']:,.0f} MiB"))
@@ -177,10 +183,43 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
-def _append(file: Any, row: dict[str, Any]) -> None:
+def read_rows(path: Path) -> Rows:
+    """The rows of a .jsonl file; a last line that a killed run left half written is dropped."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: not valid JSON") from None
+    return rows
+
+
+def _open_rows(path: Path, resume_step: int | None) -> TextIO:
+    """A file to append rows to: new, or with the rows of a resumed run up to its step."""
+    if resume_step is None:
+        return open(path, "w", encoding="utf-8")
+    kept = [row for row in read_rows(path) if row["step"] <= resume_step]
+    replace_file(path, "".join(_json_line(row) for row in kept))
+    return open(path, "a", encoding="utf-8")
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _append(file: TextIO, row: dict[str, Any]) -> None:
     # Flushed line by line: whatever ends the run, the steps so far can be read.
-    file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+    file.write(_json_line(row))
     file.flush()
+
+
+def _json_line(row: dict[str, Any]) -> str:
+    return json.dumps(_finite(row), ensure_ascii=False) + "\n"
 
 
 def _finite(value: Any) -> Any:
@@ -190,10 +229,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _cell(text: str) -> Text:
-    """A model's text for the terminal: cut, never read as markup, no control characters."""
-    if len(text) > LONGEST_CELL:
-        text = text[: LONGEST_CELL - 1] + "…"
-    return Text("".join(c if c.isprintable() or c == "\n" else "�" for c in text))

