@@ -46,32 +46,40 @@ class Batch:
     targets: Tensor  # (N,) int64, the completion tokens
 
 
-def micro_batches(samples: Sequence[Sample], token_budget: int) -> Iterator[list[Sample]]:
-    """Groups of similar length, each at most `token_budget` tokens with padding."""
+def micro_batches(
+    samples: Sequence[Sample], token_budget: int, packed: bool = False
+) -> Iterator[list[Sample]]:
+    """Groups of similar length, each at most `token_budget` tokens: padding counts, where it is."""
     group: list[Sample] = []
+    tokens = 0
     for sample in sorted(samples, key=lambda sample: sample.longest):
         if sample.longest > token_budget:
             raise UserError(
                 f"micro_batch_tokens={token_budget} is less than one sample: problem "
                 f"{sample.problem.id} has {sample.longest} tokens; raise it"
             )
-        if group and (len(group) + 1) * sample.longest > token_budget:
+        tokens = tokens + sample.longest if packed else (len(group) + 1) * sample.longest
+        if tokens > token_budget:
             yield group
-            group = []
+            group, tokens = [], sample.longest
         group.append(sample)
     if group:
         yield group
 
 
 def even_groups(
-    samples: Sequence[Sample], active: Sequence[Sample], token_budget: int, world: World
+    samples: Sequence[Sample],
+    active: Sequence[Sample],
+    token_budget: int,
+    world: World,
+    packed: bool = False,
 ) -> list[list[Sample]]:
     """Micro-batches of the `active` ones of this rank's samples, as many on every rank.
 
     Sharded models run forward and backward together: a rank with fewer runs idle ones, a single
     token of weight 0.
     """
-    groups = list(micro_batches(active, token_budget))
+    groups = list(micro_batches(active, token_budget, packed))
     first = samples[0]
     logprobs = first.logprobs and first.logprobs[:1]
     idle = replace(first, completion=first.completion[:1], logprobs=logprobs, weight=0.0)

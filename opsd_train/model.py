@@ -51,7 +51,7 @@ class Policy:
         if self.sharded:  # so that FSDP gathers the head, and reduces its gradient
             register_fsdp_forward_method(self.core, "with_head")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self._packed = self.core.config._attn_implementation.startswith("flash_attention")
+        self.packed = self.core.config._attn_implementation.startswith("flash_attention")
         self._adapters = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self._adapters:
             layer.cast_input_dtype_enabled = False  # fp32 adapters compute in `dtype` too
@@ -75,7 +75,7 @@ class Policy:
 
         It runs inside the model's forward: the one place where a sharded head is whole.
         """
-        batch = make_batch(prompts, completions, self.pad_id, self.device, packed=self._packed)
+        batch = make_batch(prompts, completions, self.pad_id, self.device, packed=self.packed)
         with self._autocast():
             return self.core.with_head(batch, function)
 
@@ -116,7 +116,7 @@ def load_policy(
     if lora is not None:
         model = add_adapters(model, lora)
     if config.gradient_checkpointing:
-        core.gradient_checkpointing_enable({"use_reentrant": False})
+        _checkpoint_activations(core)
     if world.size > 1:
         shard(core, world, shard_mode, dtype)
     return Policy(model, tokenizer.pad_token_id, dtype)
@@ -165,6 +165,12 @@ def load_model(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype)
     )
     check_vocabulary(model, tokenizer)
     return model
+
+
+def _checkpoint_activations(core: nn.Module) -> None:
+    # transformers 5.2x renamed it and warns about the old name.
+    enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _attention(name: str) -> str:

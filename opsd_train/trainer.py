@@ -89,7 +89,8 @@ class Trainer:
             samples = self._samples(step)
         active = [sample for sample in samples if sample.weight > 0]
         num_tokens = int(self.world.sum(sum(len(sample.completion) for sample in active)))
-        groups = even_groups(samples, active, self.config.micro_batch_tokens, self.world)
+        budget, packed = self.config.micro_batch_tokens, self.policy.packed
+        groups = even_groups(samples, active, budget, self.world, packed)
         self.policy.model.eval()
         with self.clock.phase("teacher"):
             prepared = self.method.prepare(groups)

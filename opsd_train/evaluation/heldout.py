@@ -54,8 +54,9 @@ class HeldOut:
             Sample(problem, self._prompts.student(problem), self._teacher(problem), completion)
             for problem, completion in pairs[self._world.rank :: self._world.size]
         ]
-        self._method.policy.model.eval()
-        groups = even_groups(samples, samples, self._config.micro_batch_tokens, self._world)
+        policy, budget = self._method.policy, self._config.micro_batch_tokens
+        policy.model.eval()
+        groups = even_groups(samples, samples, budget, self._world, policy.packed)
         stats = StepStats()
         for group, prepared in zip(groups, self._method.prepare(groups), strict=True):
             loss, columns = self._method.loss(group, prepared, 1)
