@@ -217,9 +217,12 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 def suggest(word: str, known: list[str]) -> str:
     """A tail for an error message: the known word nearest to a wrong one, or nothing."""
     tails = {name.rpartition(".")[2]: name for name in known}
-    near = difflib.get_close_matches(word, known, n=1) or [
-        tails[tail] for tail in difflib.get_close_matches(word, tails, n=1)
-    ]
+    near = (
+        [tails[word]]
+        if word in tails  # the right key without its section
+        else difflib.get_close_matches(word, known, n=1)
+        or [tails[tail] for tail in difflib.get_close_matches(word, tails, n=1)]
+    )
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -37,9 +37,9 @@ RECIPE = {
         "teacher": "{{ problem.question }}\n{{ problem.solution }}\n",
         "max_prompt_tokens": 32,
     },
-    "rollout": {"max_new_tokens": 4, "batch_size": 2},
+    "rollout": {"max_new_tokens": 4, "batch_tokens": 128},
     "optim": {"lr": 0.001},
-    "evaluation": {"problems": 4, "max_new_tokens": 4, "batch_size": 2},
+    "evaluation": {"problems": 4, "max_new_tokens": 4},
 }
 
 
@@ -109,7 +109,7 @@ def test_an_override_may_reach_into_a_free_form_value_and_the_last_one_wins():
         ("rollout.top_p=0", ["rollout.top_p", "greater than 0"]),
         ("rollout.top_p=1.1", ["rollout.top_p", "less than or equal to 1"]),
         ("lora.target_modules=[]", ["lora.target_modules", "at least 1"]),
-        ("data.source=jsonl", ["data.source=jsonl needs data.path"]),
+        ("data.source=file", ["data.source=file needs data.path"]),
         ("data.task=null", ["needs data.task"]),
         ("data.balance_over=['1', '2', '3']", ["data.train_size=8", "multiple of the 3"]),
         ("data.balance_over=['1', '1']", ["names an answer twice"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from opsd_train.config import config_from, load_recipe
-from opsd_train.trainer import train
+from opsd_train.run import train
 
 
 @pytest.mark.slow
