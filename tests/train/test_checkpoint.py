@@ -4,11 +4,13 @@ import errno
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from course import assert_same_course
 from peft import PeftModel
 from tiny import config, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
@@ -18,6 +20,8 @@ from opsd_train.checkpoint import Checkpoints, restore_training, training_tensor
 from opsd_train.config import to_yaml
 from opsd_train.errors import UserError
 from opsd_train.model import Policy, add_adapters
+from opsd_train.run import train
+from opsd_train.trainer import Trainer
 from opsd_train.weights import save_adapter, save_weights
 from opsd_train.world import World
 
@@ -264,3 +268,35 @@ def test_a_model_folder_holds_the_compute_dtype(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").stat().st_size < 1.2 * 2 * again.num_parameters()
     for name, value in training.policy.core.state_dict().items():
         assert torch.equal(again.state_dict()[name], value.bfloat16()), name
+
+
+def test_a_run_goes_on_after_sigterm(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Dropout makes every loss depend on the random streams; the run stops where nobody planned."""
+    monkeypatch.setattr("opsd_train.run.write_report", lambda folder: None)  # takes the time
+    changes = ["steps=6", "checkpoint.every=4", "evaluation.problems=2"]
+    changes += ["lora={rank: 4, alpha: 8, dropout: 0.3, target_modules: [q_proj, down_proj]}"]
+    assert train(config(tiny_folder, tmp_path / "straight", *changes)) == 0
+
+    step = Trainer.step
+
+    def stopped_in_step_3(self: Trainer, number: int):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", stopped_in_step_3)
+        assert train(config(tiny_folder, tmp_path / "run", *changes)) == 128 + signal.SIGTERM
+    assert names(tmp_path / "run") == ["step_000003"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "interrupted" and summary["steps"] == 3
+    torch.rand(5)  # another process would stand elsewhere
+    assert train(config(tiny_folder, tmp_path / "run", *changes), resume=True) == 0
+
+    assert_same_course(tmp_path / "run", tmp_path / "straight")
+    assert names(tmp_path / "run") == ["step_000004", "step_000006"]
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("straight", "run")
+    ]
+    for key in ("status", "steps", "before", "teacher", "after", "paired", "divergence_after"):
+        assert summaries[0][key] == summaries[1][key], key
