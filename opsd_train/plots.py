@@ -78,10 +78,11 @@ LEARNING = (
         "Cut off", "Share of completions that reached the token limit.", _one("truncated"), True
     ),
     Curves("Clipped mass", "Divergence removed by the clip, mean per token.", _one("clipped_mass")),
+    Curves("Trained on", "Share of the samples that count in the loss.", _one("trained"), True),
     Curves(
-        "Samples and groups",
-        "Samples that count in the loss; groups dropped because their rewards are all equal.",
-        (("trained", "samples trained on", STUDENT), ("groups_dropped", "groups dropped", TEACHER)),
+        "Groups dropped",
+        "Share of problems whose samples all got the same reward.",
+        _one("groups_dropped"),
         True,
     ),
     Curves(

@@ -19,7 +19,7 @@ RESULTS = (
     ("teacher", "Teacher's prompt (shows the solution), before"),
 )
 PHASES = ("rollout", "teacher", "student", "optimizer")
-MOST_TOKENS = 15
+MOST_TOKENS = 10
 # What keeps the page of a long run small; samples.jsonl has everything.
 MOST_SAMPLE_STEPS = 12
 FIRST_PIECES, LAST_PIECES = 1200, 400
