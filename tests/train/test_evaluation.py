@@ -3,12 +3,8 @@
 import math
 
 import pytest
-import torch
 
-from opsd_train.batches import Sample
-from opsd_train.data import Problem
 from opsd_train.evaluation.intervals import Z, paired_difference, wilson
-from opsd_train.step_stats import StepStats
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 10), (3, 10), (100, 200), (48, 48)])
@@ -33,22 +29,3 @@ def test_paired_difference() -> None:
     assert (low, high) == pytest.approx((0.2 - Z * deviation, 0.2 + Z * deviation))
     same = paired_difference(before, before)
     assert same["interval"] == [0.0, 0.0]
-
-
-def test_step_stats() -> None:
-    stats = StepStats()
-    a = Sample(Problem("a", "", "", ""), [1], [1], [7, 8, 7])
-    b = Sample(Problem("b", "", "", ""), [1], [1], [7])
-    stats.add([a], torch.tensor(0.5), {"divergence": torch.tensor([1.0, 2.0, 3.0])})
-    stats.add([b], torch.tensor(0.25), {"divergence": torch.tensor([6.0])})
-    assert stats.loss == 0.75 and stats.mean("divergence") == 3.0
-    assert stats.mean("student_entropy") is None
-    assert stats.divergence_by_position() == [3.5, 2.0, 3.0]
-    assert stats.by_sample() == [(a, 2.0), (b, 6.0)]
-
-    class Tokenizer:
-        def decode(self, tokens: list[int]) -> str:
-            return f"t{tokens[0]}"
-
-    top = stats.top_tokens(Tokenizer())
-    assert top == [("t7", pytest.approx(10 / 3), 3), ("t8", 2.0, 1)]

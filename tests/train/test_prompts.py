@@ -101,11 +101,14 @@ def test_a_chat_template_that_refuses():
         PromptBuilder(refusing, prompts())
 
 
+BOTH = ("student", "teacher")
+
+
 def test_prompts_within_the_limit_are_all_kept(tokenizer, capsys):
     problems = [PROBLEM] * 3
     longest = len(PromptBuilder(tokenizer, prompts()).teacher(PROBLEM))
     builder = PromptBuilder(tokenizer, prompts(max_prompt_tokens=longest))
-    assert builder.filter(problems) == problems
+    assert builder.filter(problems, BOTH) == problems
     assert capsys.readouterr().err == ""
 
 
@@ -115,13 +118,25 @@ def test_overlong_prompts_are_counted_and_the_longest_named(tokenizer, capsys):
     problems = [PROBLEM, wordy, long_question]
     limit = "prompts.max_prompt_tokens=100"
     with pytest.raises(UserError) as error:
-        PromptBuilder(tokenizer, prompts()).filter(problems)
+        PromptBuilder(tokenizer, prompts()).filter(problems, BOTH)
     for word in ("2 of 3 problems", limit, "teacher prompt of p-2, 215 tokens", "overlong=skip"):
         assert word in str(error.value), error.value
 
     builder = PromptBuilder(tokenizer, prompts(overlong="skip"))
-    assert builder.filter(problems) == [PROBLEM]
+    assert builder.filter(problems, BOTH) == [PROBLEM]
     said = capsys.readouterr().err
     assert said.startswith("skipped: 2 of 3 problems") and said.count("\n") == 1
     with pytest.raises(UserError, match="none is left"):
-        builder.filter([wordy])
+        builder.filter([wordy], BOTH)
+    assert builder.filter([wordy], ["student"]) == [wordy]  # the teacher's prompt is not used
+
+
+def test_solutions_as_completions(tokenizer):
+    tokenizer.eos_token = "<|end|>"
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    builder = PromptBuilder(tokenizer, prompts(max_solution_tokens=3, overlong="skip"))
+    tokens = builder.solution(Problem("p", "q", "5", "ab"))
+    assert tokens == [*tokenizer("ab", add_special_tokens=False)["input_ids"], end]
+    short, longer = Problem("p-4", "q", "5", "ab"), Problem("p-5", "q", "5", "abc")
+    assert builder.filter([short, longer], ["student", "solution"]) == [short]
+    assert builder.longest([short, longer], ["solution"]) == (4, "solution of p-5")

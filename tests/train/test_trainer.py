@@ -1,7 +1,7 @@
 """Whole runs on a tiny random model: what they leave behind, also when they are cut short."""
 
 import json
-import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,17 +13,31 @@ import torch
 import yaml
 from tiny import config, make_model, make_tokenizer, recipe
 
-from opsd_train import cli, trainer
-from opsd_train.dry_run import dry_run
+from opsd_train import cli
+from opsd_train.clock import Clock
 from opsd_train.errors import UserError
+from opsd_train.methods.opsd import Opsd
 from opsd_train.model import check_vocabulary
-from opsd_train.trainer import Clock, Trainer, stable_seed, train, unused_folder
+from opsd_train.run import train
+from opsd_train.run_folder import RunFolder, unused
+from opsd_train.seeds import stable_seed
+from opsd_train.trainer import Trainer
+from opsd_train.world import World
 
 ROOT = Path(__file__).parents[2]
 
 
+def make_trainer(*arguments) -> Trainer:
+    made, world = config(*arguments), World(torch.device("cpu"))
+    return Trainer(made, world, RunFolder(Path(made.output_dir), world), Clock(), "full")
+
+
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def status(run: Path) -> str:
+    return json.loads((run / "summary.json").read_text())["status"]
 
 
 @pytest.mark.parametrize("objective", ["full_vocabulary", "sampled_token"])
@@ -49,12 +63,12 @@ def test_run_folder(tiny_folder: Path, tmp_path: Path, objective: str) -> None:
 
 
 def test_training_moves_the_adapter_and_not_the_base(tiny_folder: Path, tmp_path: Path) -> None:
-    run = Trainer(config(tiny_folder, tmp_path / "run"), Clock())
-    before = {name: value.clone() for name, value in run.model.state_dict().items()}
-    draws = run._draws()
+    run = make_trainer(tiny_folder, tmp_path / "run")
+    model = run.policy.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     for step in (1, 2):
-        run.step(step, next(draws))
-    for name, value in run.model.state_dict().items():
+        run.step(step)
+    for name, value in model.state_dict().items():
         if "lora_B" in name:
             assert not torch.equal(value, before[name]), name
         elif "lora_" not in name:
@@ -78,41 +92,19 @@ def test_two_runs_are_bit_identical(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_run_overwrites_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    assert unused_folder(tmp_path / "run") == tmp_path / "run"
+    assert unused(tmp_path / "run") == tmp_path / "run"
     for _ in range(2):
         train(config(tiny_folder, tmp_path / "run", "steps=1", "evaluation.problems=0"))
     assert len(rows(tmp_path / "run")) == len(rows(tmp_path / "run-2")) == 1
 
 
-def test_every_problem_once_a_pass(tiny_folder: Path, tmp_path: Path) -> None:
-    run = Trainer(config(tiny_folder, tmp_path / "run"), Clock())
-    draws = run._draws()
-    drawn = [problem.id for _ in range(5) for problem in next(draws)]
-    assert len(drawn) == 20 and sorted(drawn) == sorted(problem.id for problem in run.problems)
-    assert not {p.question for p in run.problems} & {p.question for p in run.heldout}
-
-
-def test_engine_stops_samples_and_repeats(tiny_folder: Path, tmp_path: Path) -> None:
-    run = Trainer(config(tiny_folder, tmp_path / "run"), Clock())
-    prompts = [run.prompts.student(problem) for problem in run.problems[:7]]
-    greedy = run.engine.generate(prompts, 6, batch_size=3, seed=None)
-    alone = [run.engine.generate([prompt], 6, batch_size=3, seed=None)[0] for prompt in prompts]
-    assert greedy == alone  # left padding changes nothing
-    sampled = run.engine.generate(prompts, 12, batch_size=3, seed=3)
-    assert sampled == run.engine.generate(prompts, 12, batch_size=3, seed=3)
-    assert sampled != run.engine.generate(prompts, 12, batch_size=3, seed=4)
-    run.engine.stop_id = sampled[0][4]  # a token it is known to make
-    stopped = run.engine.generate(prompts, 12, batch_size=3, seed=3)[0]
-    assert stopped[-1] == run.engine.stop_id and run.engine.stop_id not in stopped[:-1]
-
-
 def test_interrupted_between_steps(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
     original = Trainer.step
 
-    def step(self, number, problems):
+    def step(self, number):
         if number == 3:
             raise KeyboardInterrupt
-        return original(self, number, problems)
+        return original(self, number)
 
     monkeypatch.setattr(Trainer, "step", step)
     assert train(config(tiny_folder, tmp_path / "run", "steps=9")) == 130
@@ -152,14 +144,14 @@ def test_interrupted_by_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["loss", "gradient"])
 def test_not_finite_keeps_the_batch(tiny_folder, tmp_path, monkeypatch, capsys, place) -> None:
-    original = trainer.opsd.student_loss
+    original = Opsd.loss
 
-    def student_loss(*arguments):
-        loss, stats = original(*arguments)
+    def loss(*arguments):
+        value, stats = original(*arguments)
         # The square root's slope is infinite where the loss itself is 0.
-        return (loss * torch.nan if place == "loss" else (loss - loss.detach()).sqrt()), stats
+        return (value * torch.nan if place == "loss" else (value - value.detach()).sqrt()), stats
 
-    monkeypatch.setattr(trainer.opsd, "student_loss", student_loss)
+    monkeypatch.setattr(Opsd, "loss", loss)
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe(tiny_folder, tmp_path / "run")))
     assert cli.main([str(path), "evaluation.problems=0"]) == 2
@@ -177,7 +169,16 @@ def test_not_finite_keeps_the_batch(tiny_folder, tmp_path, monkeypatch, capsys, 
         ("model.name_or_path=/no/such/model", "model.name_or_path=/no/such/model"),
         ("model.device=cuda:7", "model.device=cuda:7 is not there"),
         ("lora.target_modules=[q_proj,lm_head]", "lm_head cannot have an adapter"),
-        ("prompts.max_prompt_tokens=3", "problems have a prompt longer than"),
+        ("lora.target_modules=[q_pro]", "the model has no module 'q_pro'"),
+        ("rollout.max_new_tokens=2000", "more than the model's context of 2048"),
+        ("rollout.stop_tokens=[no such]", "rollout.stop_tokens: 'no such' is not one token"),
+        ("rollout.engine=vllm", "make vllm"),
+        ("report.trackers=[trackio]", "pip install trackio"),
+        ("method=sft", "prompts.max_solution_tokens=1"),
+        (
+            "prompts.max_prompt_tokens=3",
+            "20 of 20 problems are longer than prompts.max_prompt_tokens=3",
+        ),
         ("data.train_size=5000", "distinct problems"),
         ("micro_batch_tokens=10", "micro_batch_tokens=10"),
     ],
@@ -185,22 +186,32 @@ def test_not_finite_keeps_the_batch(tiny_folder, tmp_path, monkeypatch, capsys, 
 def test_bad_input_is_one_line(tiny_folder, tmp_path, capsys, override: str, message: str) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe(tiny_folder, tmp_path / "run")))
-    assert cli.main([str(path), override]) == 2
+    assert cli.main([str(path), override, "prompts.max_solution_tokens=1"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "run" / "config.yaml").exists() or "failed" in status(tmp_path / "run")
+
+
+def test_without_a_chat_template(tiny_folder, tmp_path, capsys) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe(folder, tmp_path / "run")))
+    assert cli.main([str(path)]) == 2
+    assert "the tokenizer has no chat template" in capsys.readouterr().err
+
+
+def test_no_problem_left(tiny_folder, tmp_path, capsys) -> None:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe(tiny_folder, tmp_path / "run")))
+    assert cli.main([str(path), "prompts.max_prompt_tokens=3", "prompts.overlong=skip"]) == 2
+    assert "none is left" in capsys.readouterr().err
 
 
 def test_vocabulary_smaller_than_the_tokenizers() -> None:
     check_vocabulary(make_model(), make_tokenizer())
     with pytest.raises(UserError, match=r"\(100 entries\) is smaller than the tokenizer's \(261\)"):
         check_vocabulary(make_model(vocab_size=100), make_tokenizer())
-
-
-def test_dry_run_tells_the_plan(tiny_folder: Path, tmp_path: Path) -> None:
-    text = dry_run(config(tiny_folder, tmp_path / "run"))
-    assert re.search(r"loss plan: divergence of \d+ tokens, hidden size 32, vocabulary 261", text)
-    assert "3 GEMMs" in text and "memory expected on cpu" in text and "steps: 3" in text
-    assert not (tmp_path / "run").exists()
 
 
 def test_seeds_do_not_depend_on_the_process() -> None:
