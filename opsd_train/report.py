@@ -169,11 +169,11 @@ def _sample_steps(rows: Rows) -> list[tuple[int, Rows]]:
     return [(step, steps[step]) for step in latest]
 
 
-def _shade_scale(samples: list[tuple[int, Rows]]) -> float:
-    """The value of the darkest shade: 98% of the shown tokens are below it. One for the page."""
+def _shade_scale(samples: list[tuple[int, Rows]]) -> float | None:
+    """The value of the darkest shade: 98% of the page's tokens are below it. None: no tokens."""
     tokens = [piece for _, rows in samples for row in rows for piece in row.get("tokens") or []]
     values = sorted(value for _, value in tokens if value is not None)
-    return max(values[int(0.98 * (len(values) - 1))], 1e-4) if values else 1.0
+    return max(values[int(0.98 * (len(values) - 1))], 1e-4) if values else None
 
 
 def _shaded(pieces: list[list[Any]], scale: float) -> list[tuple[str, int, bool, str]]:
