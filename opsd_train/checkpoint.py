@@ -158,24 +158,27 @@ class Checkpoints:
         self._together(publish, partial, needed)
         return target
 
-    def newest(self, recipe: str) -> Loaded | None:
-        """The last whole checkpoint, None if there is none at all.
+    def newest_whole(self) -> Path | None:
+        """The last checkpoint whose files are as they were written, None if there is none at all.
 
-        Damaged ones are passed over with a line on stderr. A recipe that would not continue the
-        same training is refused.
+        Damaged ones are passed over with a line on stderr.
         """
         folders = self._world.broadcast(self._folders() if self._world.leads else None)
         for folder in reversed(folders):
             damage = self._damage(folder)
             if damage is None:
-                break
+                return folder
             self._say(f"checkpoint {folder} is damaged ({damage}); trying the one before it")
-        else:
-            if folders:
-                raise UserError(
-                    f"every checkpoint in {self.folder} is damaged; "
-                    "start again with another output_dir"
-                )
+        if folders:
+            raise UserError(
+                f"every checkpoint in {self.folder} is damaged; start again with another output_dir"
+            )
+        return None
+
+    def newest(self, recipe: str) -> Loaded | None:
+        """That checkpoint, loaded; a recipe that would not continue its training is refused."""
+        folder = self.newest_whole()
+        if folder is None:
             return None
         refuse_changes((folder / "recipe.yaml").read_text(encoding="utf-8"), recipe, folder)
         ranks = len(list(folder.glob("rank_*.pt")))

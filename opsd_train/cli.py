@@ -8,6 +8,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from opsd_train.config import (
     Config,
@@ -30,6 +31,9 @@ torchrun --nproc_per_node N -m opsd_train RECIPE ... [--shard full|none]
                                               N processes: weights sharded (FSDP2) or a copy on each
 python -m opsd_train recipes                  list the recipes
 python -m opsd_train report RUN_DIR           write RUN_DIR/report.html again
+python -m opsd_train export RUN_DIR [OUT]     write the newest checkpoint's adapter (PEFT)
+python -m opsd_train export RUN_DIR [OUT] --merged
+                                              write the whole model (transformers)
 """
 
 
@@ -58,6 +62,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--shard", choices=("full", "none"), default="full")
+    parser.add_argument("--merged", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     options = parser.parse_intermixed_args(argv)
     words = options.words
@@ -71,6 +76,8 @@ def _dispatch(argv: Sequence[str]) -> int:
         from opsd_train.report import write_report
 
         print(write_report(words[1]))
+    elif words[:1] == ["export"]:
+        print(_export(words, options.merged))
     else:
         config = _config(words)
         if not options.dry_run:
@@ -87,6 +94,14 @@ def _config(words: list[str]) -> Config:
     named = bool(words) and "=" not in words[0]
     recipe = load_recipe(words[0] if named else DEFAULT_RECIPE)
     return config_from(recipe, words[1:] if named else words)
+
+
+def _export(words: list[str], merged: bool) -> Path:
+    if not 2 <= len(words) <= 3:
+        raise UserError("usage: python -m opsd_train export RUN_DIR [OUT] [--merged]")
+    from opsd_train.export import export
+
+    return export(Path(words[1]), Path(words[2]) if len(words) > 2 else None, merged=merged)
 
 
 def _expect_words(words: list[str], usage: str, count: int) -> None:

@@ -166,6 +166,9 @@ def load_model(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype)
         dtype=dtype,
         attn_implementation=_attention(config.attention),
     )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if config.name_or_path == _PACKAGED and quantizer is not None:
+        quantizer.remove_quantization_config(model)  # what was read are plain weights
     check_vocabulary(model, tokenizer)
     return model
 

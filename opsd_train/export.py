@@ -1,0 +1,70 @@
+"""What a run learnt, as a folder for other programs: its adapter, or the whole model."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from opsd_train.checkpoint import Checkpoints
+from opsd_train.config import Config, config_from, load_recipe
+from opsd_train.errors import UserError
+from opsd_train.model import load_model, load_tokenizer
+from opsd_train.weights import write_model
+from opsd_train.world import World
+
+
+def export(run_dir: Path, out: Path | None = None, *, merged: bool = False) -> Path:
+    """Write the newest checkpoint's adapter, or the model with it merged in, and the tokenizer."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    out = out or run_dir / "export" / ("merged" if merged else "adapter")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not empty; name another folder")
+    checkpoint = Checkpoints(run_dir, 1, World(torch.device("cpu"))).newest_whole()
+    if checkpoint is None:
+        raise UserError(f"{run_dir} has no checkpoint to export; is it the folder of a run?")
+    config = config_from(load_recipe(str(checkpoint / "recipe.yaml")))
+    if config.lora is None and not merged:
+        raise UserError(f"{run_dir} trained all weights, not an adapter; add --merged")
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(checkpoint, config, partial, merged)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {out}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _write(checkpoint: Path, config: Config, folder: Path, merged: bool) -> None:
+    tokenizer = load_tokenizer(config.model)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if merged:
+        # In float32, so that the sum of base and adapter is rounded once.
+        base = load_model(replace(config.model, attention="sdpa"), tokenizer, torch.float32)
+        model = _trained(base, checkpoint, config.lora is not None)
+        dtype = getattr(torch, config.model.dtype)
+        write_model(model, model.state_dict(keep_vars=True), dtype, folder)
+    else:
+        shutil.copytree(checkpoint / "adapter", folder)
+    tokenizer.save_pretrained(str(folder))
+
+
+@torch.no_grad()
+def _trained(base: nn.Module, checkpoint: Path, has_adapter: bool) -> nn.Module:
+    if has_adapter:
+        return PeftModel.from_pretrained(base, str(checkpoint / "adapter")).merge_and_unload()
+    weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
+    reader = dcp.FileSystemReader(checkpoint / "tensors")
+    dcp.load({"model": weights}, storage_reader=reader, no_dist=True)
+    return base
