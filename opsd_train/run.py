@@ -39,11 +39,12 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
     wanted = Path(config.output_dir)
     folder = RunFolder(world.broadcast(wanted if resume else unused(wanted)), world)
     with clock.phase("load"):
-        trackers = open_trackers(config.report.trackers, folder.path, dataclasses.asdict(config))
+        names = config.report.trackers if world.leads else []
+        trackers = open_trackers(names, folder.path, dataclasses.asdict(config))
         run = Run(Trainer(config, world, folder, clock, shard))
         if resume:
             run.resume()
-    return run.go(trackers if world.leads else [])
+    return run.go(trackers)
 
 
 class Run:

@@ -16,7 +16,7 @@ import torch
 from transformers import get_scheduler
 
 from opsd_train.batches import Sample, even_groups
-from opsd_train.clock import Clock
+from opsd_train.clock import Clock, peak_memory_mib
 from opsd_train.config import Config
 from opsd_train.data import load_problems
 from opsd_train.errors import UserError
@@ -45,11 +45,6 @@ class Trainer:
         self, config: Config, world: World, folder: RunFolder, clock: Clock, shard_mode: str
     ) -> None:
         self.config, self.world, self.folder, self.clock = config, world, folder, clock
-        if config.problems_per_step < world.size:
-            raise UserError(
-                f"problems_per_step={config.problems_per_step} leaves some of the {world.size} "
-                "processes without a problem; raise it"
-            )
         kind = METHODS[config.method]
         train_problems, heldout = load_problems(config.data)
         self.tokenizer = load_tokenizer(config.model)
@@ -67,6 +62,12 @@ class Trainer:
         self.trajectories = Trajectories(
             config, self.method, self.prompts, engine, self.tokenizer, self.policy
         )
+        made = len(self.trajectories.jobs(self.problems[:1])) * config.problems_per_step
+        if made < world.size:
+            raise UserError(
+                f"problems_per_step={config.problems_per_step} gives {made} samples, fewer than "
+                f"the {world.size} processes; raise it"
+            )
         self.heldout = HeldOut(config, heldout, self.prompts, self.trajectories, self.method, world)
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay
@@ -87,8 +88,9 @@ class Trainer:
         marks, started = dict(self.clock.seconds), time.perf_counter()
         with self.clock.phase("rollout"):
             samples = self._samples(step)
-        active = [sample for sample in samples if sample.weight > 0]
-        num_tokens = int(self.world.sum(sum(len(sample.completion) for sample in active)))
+        active = sorted((s for s in samples if s.weight > 0), key=lambda sample: sample.longest)
+        num_tokens = sum(len(sample.completion) for sample in active)
+        active = active[self.world.rank :: self.world.size]  # alike in length on every rank
         budget, packed = self.config.micro_batch_tokens, self.policy.packed
         groups = even_groups(samples, active, budget, self.world, packed)
         self.policy.model.eval()
@@ -101,26 +103,23 @@ class Trainer:
                 self._accumulate(groups, prepared, max(num_tokens, 1), stats)
             with self.clock.phase("optimizer"):
                 changes = self._update(step, stats, active)
-        stats.add_unscored([sample for sample in samples if sample.weight == 0])
-        everything = self.world.gather((samples, stats))
+        if self.world.leads:
+            stats.add_unscored([sample for sample in samples if sample.weight == 0])
+        everything = self.world.gather(stats)
         took = {name: self.clock.seconds[name] - marks.get(name, 0.0) for name in STEP_PHASES}
         changes |= {"seconds": time.perf_counter() - started, "loss_tokens": num_tokens}
         changes |= {f"seconds_{name}": seconds for name, seconds in took.items()}
-        return self._row(step, everything, changes), stats
+        return self._row(step, samples, everything, changes), stats
 
     def _samples(self, step: int) -> list[Sample]:
-        """This rank's samples, weighed; what the answer check found goes to the sampler."""
-        problems = list(enumerate(self.sampler.draw(step)))
-        mine = problems[self.world.rank :: self.world.size]
-        samples = self.trajectories.make(step, mine)
-        each = len(samples) // len(mine)
-        results = [
-            (mine[index // each][0], sample.problem.id, sample.correct)
-            for index, sample in enumerate(samples)
-        ]
-        results = [result for part in self.world.all_gather(results) for result in part]
-        results.sort(key=lambda result: result[0])  # in the order of one process
-        self.sampler.observe([(name, right) for _, name, right in results if right is not None])
+        """The step's samples, weighed: those of all ranks, in the same order on every rank."""
+        jobs = self.trajectories.jobs(self.sampler.draw(step))
+        made = self.trajectories.make(step, jobs[self.world.rank :: self.world.size])
+        samples: list[Sample] = [None] * len(jobs)
+        for rank, part in enumerate(self.world.all_gather(made)):
+            samples[rank :: self.world.size] = part
+        checked = [sample for sample in samples if sample.correct is not None]
+        self.sampler.observe([(sample.problem.id, sample.correct) for sample in checked])
         return self.method.weigh(samples)
 
     def _accumulate(
@@ -150,14 +149,17 @@ class Trainer:
         return {"grad_norm": norm, "lr": rate}
 
     def _row(
-        self, step: int, everything: list[tuple[list[Sample], StepStats]], changes: dict[str, Any]
+        self,
+        step: int,
+        samples: Sequence[Sample],
+        parts: Sequence[StepStats],
+        changes: dict[str, Any],
     ) -> dict[str, Any]:
-        """The metrics of a step, on rank 0, from the (samples, statistics) of all ranks."""
+        """The metrics of a step, on rank 0, which has the statistics of all ranks."""
         if not self.world.leads:
             return {}
-        samples = [sample for part, _ in everything for sample in part]
-        (_, stats), *others = everything
-        stats.merge([other for _, other in others])
+        stats, *others = parts
+        stats.merge(others)
         row = {"loss": stats.loss, **stats.row(self.tokenizer)}
         checked = [sample.correct for sample in samples if sample.correct is not None]
         if checked:
@@ -172,6 +174,7 @@ class Trainer:
             "completion_length": sum(len(s.completion) for s in samples) / len(samples),
             "trained": sum(sample.weight > 0 for sample in samples) / len(samples),
             "tokens": self.tokens,
+            "peak_mib": peak_memory_mib(self.world.device),
             **self.method.facts(samples),
             **changes,
         }

@@ -15,6 +15,8 @@ from opsd_train.rewards import is_correct
 from opsd_train.rollout import Completion, Engine, Request, Sampling
 from opsd_train.seeds import stable_seed
 
+Job = tuple[int, Problem, int]  # position in the step, problem, which of its samples
+
 
 class Trajectories:
     """Makes the samples that a method trains on, and the answers of an evaluation."""
@@ -43,23 +45,27 @@ class Trajectories:
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k
         )
 
-    def make(self, step: int, numbered: Sequence[tuple[int, Problem]]) -> list[Sample]:
-        """Samples of (position in the step, problem) pairs, all of a problem side by side."""
+    def jobs(self, problems: Sequence[Problem]) -> list[Job]:
+        """What a step has to make, all samples of a problem side by side."""
+        sampled = self._source != "reference"
+        count = self._config.rollout.samples_per_prompt if sampled else 1
+        return [(n, problem, i) for n, problem in enumerate(problems) for i in range(count)]
+
+    def make(self, step: int, jobs: Sequence[Job]) -> list[Sample]:
+        """A sample for each job."""
         if self._source == "reference":
-            return [self._reference(problem) for _, problem in numbered]
-        count = self._config.rollout.samples_per_prompt
-        wanted = [(n, problem, index) for n, problem in numbered for index in range(count)]
+            return [self._reference(problem) for _, problem, _ in jobs]
         prompt = getattr(self._prompts, self._source)
         requests = [
             Request(prompt(problem), stable_seed(self._config.seed, step, number, index))
-            for number, problem, index in wanted
+            for number, problem, index in jobs
         ]
         self.engine.sync()
         with self._policy.generating():
             completions = self.engine.generate(requests, self._sampling)
         return [
             self._sample(problem, completion)
-            for (_, problem, _), completion in zip(wanted, completions, strict=True)
+            for (_, problem, _), completion in zip(jobs, completions, strict=True)
         ]
 
     def greedy(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Completion]:

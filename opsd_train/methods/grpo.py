@@ -61,7 +61,9 @@ class Grpo(Method):
         def with_head(hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
             logprob, stats = self._logprob(hidden, head, target, return_stats=True)
             loss, columns = surrogate(logprob, samples, prepared, self.settings, num_tokens)
-            return loss, {"logprob": logprob.detach(), "entropy": stats["entropy"], **columns}
+            # What the rollout began with: a mismatch with the sampler is not our own updates.
+            began = logprob.detach() if prepared.old is None else prepared.old
+            return loss, {"logprob": began, "entropy": stats["entropy"], **columns}
 
         return self._run(samples, with_head)
 
