@@ -11,9 +11,11 @@ from transformers.cache_utils import DynamicLayer
 
 
 class RoomyLayer(DynamicLayer):
-    """A prefilled layer with room for the tokens to come; `DynamicLayer` copies itself for each."""
+    """A prefilled layer with room for the tokens to come: nothing is copied to grow."""
 
-    def __init__(self, prefilled: DynamicLayer, rows: Tensor, room: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, prefilled: DynamicLayer, rows: Tensor, room: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.dtype, self.device = dtype, prefilled.device
         self.is_initialized = True
@@ -51,7 +53,9 @@ def make_room(cache: DynamicCache, rows: Tensor, room: int, dtype: torch.dtype) 
             layer.reorder_cache(rows)
 
 
-def drop_rows(cache: DynamicCache, count: int, dropped: list[int], device: torch.device) -> list[int]:
+def drop_rows(
+    cache: DynamicCache, count: int, dropped: list[int], device: torch.device
+) -> list[int]:
     """Take `dropped` out of `count` rows; returns which old row each remaining row was."""
     left = count - len(dropped)
     kept = list(range(left))
@@ -59,7 +63,9 @@ def drop_rows(cache: DynamicCache, count: int, dropped: list[int], device: torch
     movers = sorted(set(range(left, count)) - set(dropped))
     for hole, mover in zip(holes, movers, strict=True):
         kept[hole] = mover
-    to, source, rows = (torch.tensor(x, device=device) for x in (holes, movers, kept))
+    to, source, rows = (
+        torch.tensor(x, dtype=torch.long, device=device) for x in (holes, movers, kept)
+    )
     for layer in cache.layers:
         if isinstance(layer, RoomyLayer):
             layer.keep(left, to, source)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,16 +25,16 @@ def uniforms(requests: Sequence[Request], count: int) -> Tensor:
     return torch.stack(rows)
 
 
-def warpers(sampling: Sampling) -> LogitsProcessorList:
-    """What turns logits into those of the distribution that is sampled from."""
-    chosen = LogitsProcessorList()
-    if sampling.temperature not in (0, 1):
-        chosen.append(TemperatureLogitsWarper(float(sampling.temperature)))
-    if sampling.temperature and sampling.top_k:
-        chosen.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.temperature and sampling.top_p < 1:
-        chosen.append(TopPLogitsWarper(sampling.top_p))
-    return chosen
+def sampler(sampling: Sampling) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(B, V) float32 logits and (B,) uniforms in, tokens and their log-probabilities out."""
+    if sampling.temperature == 0:
+        return lambda logits, _: greedy(logits)
+    warp = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    if sampling.top_k:
+        warp.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warp.append(TopPLogitsWarper(sampling.top_p))
+    return lambda logits, uniform: draw(warp(None, logits), uniform)
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:  # (B, V) float32

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from opsd_train.errors import UserError
 from opsd_train.rollout.kv_cache import drop_rows, make_room
 from opsd_train.rollout.request import Completion, Request, Sampling
-from opsd_train.rollout.sampler import draw, greedy, uniforms, warpers
+from opsd_train.rollout.sampler import sampler, uniforms
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.sections import RolloutConfig
 
@@ -73,16 +73,16 @@ class TransformersEngine:
             yield batch
 
     def _decode(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
-        pick = self._picker(requests, sampling)
-        logits, cache, mask, rows = self._prefill(requests, sampling.max_new_tokens)
-        logits, mask = logits[rows], mask[rows]
+        sample = sampler(sampling)
+        logits, mask, cache = self._prefill(requests, sampling.max_new_tokens)
+        numbers = uniforms(requests, sampling.max_new_tokens).to(logits.device)
         length = mask.shape[1] - sampling.max_new_tokens
         position = mask[:, :length].sum(-1, keepdim=True)
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
         live = list(range(len(requests)))
         for step in range(sampling.max_new_tokens):
-            picked, picked_logprobs = pick(logits, live, step)
+            picked, picked_logprobs = sample(logits, numbers[:, step])
             for row, token, logprob in zip(
                 live, picked.tolist(), picked_logprobs.tolist(), strict=True
             ):
@@ -93,8 +93,10 @@ class TransformersEngine:
                 break
             if ended:
                 kept = drop_rows(cache, len(live), ended, mask.device)
-                picked, mask, position = picked[kept], mask[kept], position[kept]
                 live = [live[i] for i in kept]
+                picked, numbers, mask, position = (
+                    tensor[kept] for tensor in (picked, numbers, mask, position)
+                )
             length += 1
             logits = self._forward(picked[:, None], mask[:, :length], position, cache)
             position += 1
@@ -103,10 +105,8 @@ class TransformersEngine:
             for i in range(len(requests))
         ]
 
-    def _prefill(
-        self, requests: list[Request], room: int
-    ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-        """Each distinct prompt once; row i of the batch has the prompt rows[i]."""
+    def _prefill(self, requests: list[Request], room: int) -> tuple[Tensor, Tensor, DynamicCache]:
+        """Logits, mask (prompts and `room`) and cache of the batch; each distinct prompt once."""
         device = next(self.model.parameters()).device
         prompts = list(dict.fromkeys(tuple(request.prompt) for request in requests))
         width = max(map(len, prompts))
@@ -121,7 +121,7 @@ class TransformersEngine:
         index = {prompt: row for row, prompt in enumerate(prompts)}
         rows = torch.tensor([index[tuple(request.prompt)] for request in requests], device=device)
         make_room(cache, rows, room, self.dtype)
-        return logits, cache, mask, rows
+        return logits[rows], mask[rows], cache
 
     def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
         """(B, V) float32 logits of the last position."""
@@ -134,16 +134,6 @@ class TransformersEngine:
             logits_to_keep=1,
         )
         return output.logits[:, -1].float()
-
-    def _picker(
-        self, requests: list[Request], sampling: Sampling
-    ) -> Callable[[Tensor, list[int], int], tuple[Tensor, Tensor]]:
-        if sampling.temperature == 0:
-            return lambda logits, live, step: greedy(logits)
-        device = next(self.model.parameters()).device
-        numbers = uniforms(requests, sampling.max_new_tokens).to(device)
-        warp = warpers(sampling)
-        return lambda logits, live, step: draw(warp(None, logits), numbers[live, step])
 
     def _autocast(self) -> AbstractContextManager:
         """Trained weights are kept in float32; one context for all tokens casts them once."""
