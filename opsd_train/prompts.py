@@ -25,6 +25,7 @@ class PromptBuilder:
     def __init__(self, tokenizer: Any, config: PromptsConfig):
         self.tokenizer = tokenizer
         self.config = config
+        self._known_lengths: dict[tuple[str, Problem], int] = {}
         environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
         self._templates = {
             side: _compile(environment, side, getattr(config, side))
@@ -54,15 +55,16 @@ class PromptBuilder:
     def filter(self, problems: list[Problem], sides: Sequence[str]) -> list[Problem]:
         """The problems whose `sides` ("student", "teacher", "solution") keep to their limits; see
         `overlong` for the rest."""
-        kept, longest, where = [], 0, ""
-        for problem in problems:
-            excess = {side: len(getattr(self, side)(problem)) - self._limit(side) for side in sides}
+        kept, worst, where = [], 0, ""
+        lengths = {side: self._lengths(problems, side) for side in sides}
+        for index, problem in enumerate(problems):
+            excess = {side: lengths[side][index] - self._limit(side) for side in sides}
             side = max(excess, key=excess.get)
             if excess[side] <= 0:
                 kept.append(problem)
-            elif excess[side] > longest:
-                longest = excess[side]
-                where = f"{_NAMES[side]} of {problem.id}, {longest + self._limit(side)} tokens"
+            elif excess[side] > worst:
+                worst = excess[side]
+                where = f"{_NAMES[side]} of {problem.id}, {lengths[side][index]} tokens"
         dropped = len(problems) - len(kept)
         if dropped == 0:
             return kept
@@ -79,12 +81,28 @@ class PromptBuilder:
 
     def longest(self, problems: Sequence[Problem], sides: Sequence[str]) -> tuple[int, str]:
         """Tokens of the longest of these texts, and whose it is."""
-        lengths = (
-            (len(getattr(self, side)(problem)), f"{_NAMES[side]} of {problem.id}")
-            for problem in problems
+        return max(
+            (length, f"{_NAMES[side]} of {problem.id}")
             for side in sides
+            for problem, length in zip(problems, self._lengths(problems, side), strict=True)
         )
-        return max(lengths)
+
+    def _lengths(self, problems: Sequence[Problem], side: str) -> list[int]:
+        """Tokens of each problem's text; all at once, so that the tokenizer uses all cores."""
+        known = self._known_lengths
+        new = [p for p in dict.fromkeys(problems) if (side, p) not in known]
+        if new:
+            solution = side == "solution"
+            texts = [p.solution if solution else self._text(side, p) for p in new]
+            special = not solution and self._special(side)
+            encoded = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
+            # A solution as a completion has the end token too.
+            known |= {(side, p): len(ids) + solution for p, ids in zip(new, encoded, strict=True)}
+        return [known[side, problem] for problem in problems]
+
+    def _special(self, side: str) -> bool:
+        # A chat template writes its own special tokens; plain text gets the tokenizer's.
+        return not getattr(self.config, f"{side}_chat_template")
 
     def _limit(self, side: str) -> float:
         if side != "solution":
@@ -96,9 +114,8 @@ class PromptBuilder:
         return f"prompts.{key}={getattr(self.config, key)}"
 
     def _encode(self, side: str, problem: Problem) -> list[int]:
-        # A chat template writes its own special tokens; plain text gets the tokenizer's.
-        special = not getattr(self.config, f"{side}_chat_template")
-        return self.tokenizer(self._text(side, problem), add_special_tokens=special)["input_ids"]
+        text = self._text(side, problem)
+        return self.tokenizer(text, add_special_tokens=self._special(side))["input_ids"]
 
     def _text(self, side: str, problem: Problem) -> str:
         try:

@@ -1,6 +1,7 @@
 """Before any test imports Triton: it can run kernels here without a GPU."""
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -10,3 +11,8 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         import triton.language  # noqa: F401
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Workers share the cores; more threads than cores make all of them slower.
+    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
