@@ -36,10 +36,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts with completions, right-padded or packed, and where each token is predicted."""
+    """Prompts with completions, right-padded or packed, and where each token is predicted.
+
+    Nothing masks the padding: it follows what it pads, and a causal model looks back only.
+    """
 
     input_ids: Tensor  # (B, T) int64
-    attention_mask: Tensor | None  # (B, T) int64; None where packed
     position_ids: Tensor  # (B, T) int64
     rows: Tensor  # (N,) int64, the sample of each completion token, in order
     columns: Tensor  # (N,) int64, the position whose hidden state predicts it
@@ -103,25 +105,16 @@ def make_batch(
     width = sum(lengths) if packed else max(lengths)
     ids = torch.full((1 if packed else len(sequences), width), pad_id)
     positions = torch.arange(width).repeat(len(ids), 1)
-    mask = torch.zeros_like(ids)
     rows, columns, targets = [], [], []
     first = 0
     for row, (sequence, completion) in enumerate(zip(sequences, completions, strict=True)):
         row, end = (0, first + len(sequence)) if packed else (row, len(sequence))
         ids[row, first:end] = torch.tensor(sequence)
         positions[row, first:end] = torch.arange(len(sequence))
-        mask[row, first:end] = 1
         rows += [row] * len(completion)
         columns += range(end - len(completion) - 1, end - 1)
         targets += completion
         first = end if packed else 0
     indices = (torch.tensor(values, dtype=torch.long) for values in (rows, columns, targets))
     rows, columns, targets = (tensor.to(device) for tensor in indices)
-    return Batch(
-        ids.to(device),
-        None if packed else mask.to(device),
-        positions.to(device),
-        rows,
-        columns,
-        targets,
-    )
+    return Batch(ids.to(device), positions.to(device), rows, columns, targets)

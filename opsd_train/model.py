@@ -245,7 +245,6 @@ def completion_hidden(core: nn.Module, batch: Batch) -> Tensor:
     """(N, D) last hidden states at the positions that predict completion tokens."""
     output = core.get_decoder()(
         input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
     )

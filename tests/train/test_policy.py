@@ -70,7 +70,6 @@ def test_packed_layout() -> None:
     batch = make_batch([[1, 2], [3]], [[4, 5], [6, 7, 8]], 0, CPU.device, packed=True)
     assert batch.input_ids.tolist() == [[1, 2, 4, 5, 3, 6, 7, 8]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
-    assert batch.attention_mask is None
     assert batch.rows.tolist() == [0] * 5 and batch.columns.tolist() == [1, 2, 4, 5, 6]
     assert batch.targets.tolist() == [4, 5, 6, 7, 8]
 
@@ -78,7 +77,6 @@ def test_packed_layout() -> None:
 def test_padded_layout() -> None:
     batch = make_batch([[1, 2, 3], [3]], [[4, 5], [6]], 9, CPU.device)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5], [3, 6, 9, 9, 9]]
-    assert batch.attention_mask.tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
     assert batch.position_ids[1, :2].tolist() == [0, 1]
     assert batch.rows.tolist() == [0, 0, 1] and batch.columns.tolist() == [2, 3, 0]
     assert batch.targets.tolist() == [4, 5, 6]
