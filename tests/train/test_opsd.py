@@ -60,6 +60,7 @@ def test_teachers_after_two_updates(teacher: str, policy: dict) -> None:
     policy, samples = make_policy(**policy), make_samples()
     method = make_method(config, policy)
     history = [double(policy)]
+    method.prepare([samples])  # what it keeps of the first teacher must not be the later one's
     for seed in (11, 12):
         change(policy, seed)
         method.updated()
