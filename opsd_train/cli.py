@@ -4,6 +4,7 @@ Nothing here imports torch, so that help, lists and errors come at once.
 """
 
 import argparse
+import errno
 import os
 import sys
 import textwrap
@@ -47,13 +48,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
-        label = "error:" if rank == "0" else f"error (rank {rank}):"
-        print(label, " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return _fail(error)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        # A checkpoint that did not fit says more than the report that did not fit after it.
+        first: BaseException = error
+        while isinstance(first, OSError) and first.__context__ is not None:
+            first = first.__context__
+        full = "the disk of the run folder is full; make room and go on with --resume"
+        return _fail(first if isinstance(first, UserError) else full)
     except KeyboardInterrupt:  # before the run folder exists; later the trainer takes it
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _fail(reason: UserError | str) -> int:
+    rank = os.environ.get("RANK", "0")
+    label = "error:" if rank == "0" else f"error (rank {rank}):"
+    print(label, " ".join(str(reason).split()), file=sys.stderr)
+    return 2
 
 
 def _dispatch(argv: Sequence[str]) -> int:

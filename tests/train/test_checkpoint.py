@@ -15,7 +15,7 @@ from peft import PeftModel
 from tiny import config, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from opsd_train import sections
+from opsd_train import cli, sections
 from opsd_train.checkpoint import Checkpoints, restore_training, training_tensors
 from opsd_train.config import to_yaml
 from opsd_train.errors import UserError
@@ -214,6 +214,24 @@ def test_a_mistake_is_not_called_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         Checkpoints(tmp_path, 2, ALONE).save(1, TENSORS, {"no json": object()}, {}, RECIPE)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("checkpoint_first", [True, False])
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch, capsys, checkpoint_first) -> None:
+    """Also where the report, written on the way out, does not fit either."""
+
+    def train(*_: object, **__: object) -> int:
+        try:
+            if checkpoint_first:
+                raise UserError("cannot write the checkpoint")
+        finally:
+            full_disk()
+
+    monkeypatch.setattr("opsd_train.run.train", train)
+    assert cli.main(["demo/opsd"]) == 2
+    wanted = "cannot write the checkpoint" if checkpoint_first else "the disk of the run folder is"
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {wanted}") and error.count("\n") == 1
 
 
 def test_recipes_on_resume(tmp_path: Path) -> None:
