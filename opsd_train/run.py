@@ -19,7 +19,7 @@ from opsd_train.evaluation.intervals import paired_difference
 from opsd_train.metrics import RunLogger
 from opsd_train.report import write_report
 from opsd_train.run_folder import RunFolder, unused
-from opsd_train.stopping import StopRequest
+from opsd_train.stopping import StopRequest, stop_requests
 from opsd_train.trackers import Tracker, open_trackers
 from opsd_train.trainer import Trainer
 from opsd_train.weights import save_adapter, save_weights
@@ -87,7 +87,7 @@ class Run:
         """Train to the end, or until a signal; leave a folder that tells which."""
         summary: dict[str, Any] = {"status": "failed"}
         if not self.world.leads:
-            with StopRequest() as stop:
+            with stop_requests() as stop:
                 return _exit_code(self._train(stop))
         with RunLogger(
             self.folder, self.config.steps, resume_step=self.resumed, trackers=trackers
@@ -96,7 +96,7 @@ class Run:
             self._say(f"run folder {self.folder}")
             number = None
             try:
-                with StopRequest() as stop:
+                with stop_requests() as stop:
                     number = self._train(stop)
                 summary["status"] = "finished" if number is None else "interrupted"
             except KeyboardInterrupt:

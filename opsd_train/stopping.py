@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import signal
 import sys
-from types import FrameType, TracebackType
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+_SAME_REQUEST = 1.0  # seconds
 
 
+@dataclass
 class StopRequest:
-    """While entered, remembers the first SIGINT or SIGTERM; a second one interrupts at once."""
+    """The first SIGINT or SIGTERM that came, None as long as there is none."""
 
-    def __init__(self) -> None:
-        self.signal: int | None = None
+    signal: int | None = None
+    since: float = 0.0
 
-    def __enter__(self) -> StopRequest:
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def note(self, number: int, _frame: FrameType | None) -> None:
+        """The signal handler: a second signal interrupts at once."""
         if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
+            # torchrun passes on a Ctrl-C that the terminal has sent to every process already.
+            if time.monotonic() - self.since > _SAME_REQUEST:
+                raise KeyboardInterrupt
+            return
+        self.signal, self.since = number, time.monotonic()
         print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """While entered, signals only make a note."""
+    request = StopRequest()
+    before = {s: signal.signal(s, request.note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
