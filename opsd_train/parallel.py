@@ -76,27 +76,40 @@ def sharded_like(values: Tensor, parameter: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(core: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """For generation: all weights whole and in `dtype`, and no rank waits for another."""
+    """For generation: all weights whole and in `dtype`, and no rank waits for another.
+
+    What was trained comes back bit for bit, also after an error; within itself it does nothing.
+    """
+    if all(p.dtype == dtype and not isinstance(p, DTensor) for p in core.parameters()):
+        yield
+        return
+    with _unsharded(core) if _units(core) else _cast(core, dtype):
+        yield
+
+
+@contextmanager
+def _unsharded(core: nn.Module) -> Iterator[None]:
     units = _units(core)
-    if units:
+    try:
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
-        try:
-            yield
-        finally:
-            for unit in units:
-                unit.set_reshard_after_forward(unit is not core, recurse=False)
-                unit.reshard()
-        return
-    trained = [p for p in core.parameters() if p.dtype != dtype and p.is_floating_point()]
-    kept = [parameter.data for parameter in trained]
-    for parameter in trained:
-        parameter.data = parameter.data.to(dtype)
-    try:
         yield
     finally:
-        for parameter, data in zip(trained, kept, strict=True):
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not core, recurse=False)
+            unit.reshard()
+
+
+@contextmanager
+def _cast(core: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    kept = [(p, p.data) for p in core.parameters() if p.dtype != dtype]
+    try:
+        for parameter, data in kept:
+            parameter.data = data.to(dtype)
+        yield
+    finally:
+        for parameter, data in kept:
             parameter.data = data
 
 

@@ -49,14 +49,14 @@ class HeldOut:
     @torch.no_grad()
     def divergence(self, evaluation: Evaluation) -> float:
         """Mean over the tokens of the student's own greedy completions."""
-        pairs = list(zip(self.problems, evaluation.completions, strict=True))
-        samples = [
+        everything = [
             Sample(problem, self._prompts.student(problem), self._teacher(problem), completion)
-            for problem, completion in pairs[self._world.rank :: self._world.size]
+            for problem, completion in zip(self.problems, evaluation.completions, strict=True)
         ]
+        samples = everything[self._world.rank :: self._world.size]  # none on some, if few
         policy, budget = self._method.policy, self._config.micro_batch_tokens
         policy.model.eval()
-        groups = even_groups(samples, samples, budget, self._world, policy.packed)
+        groups = even_groups(everything, samples, budget, self._world, policy.packed)
         stats = StepStats()
         for group, prepared in zip(groups, self._method.prepare(groups), strict=True):
             loss, columns = self._method.loss(group, prepared, 1)

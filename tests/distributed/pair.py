@@ -1,0 +1,98 @@
+"""Two processes joined by gloo, started once, that run one scenario after another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from opsd_train.world import World, start
+
+SIZE = 2
+PATIENCE = 120  # seconds; a rank that waits for another one waits for ever ...
+GRACE = 3  # ... also for one that has failed
+
+
+class Pair:
+    """`run` gives a function to both ranks; they stay for the next one until something fails."""
+
+    def __init__(self) -> None:
+        self._ranks: list[tuple[Any, Connection]] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """`function(world, *args)` on both ranks: their results, in rank order."""
+        if not self._ranks:
+            self._start()
+        for _, pipe in self._ranks:
+            pipe.send((function, args))
+        results = self._receive()
+        errors = [text for failed, text in results if failed]
+        if errors:
+            self.stop()
+            raise AssertionError("\n".join(errors))
+        return [result for _, result in results]
+
+    def stop(self) -> None:
+        for process, _ in self._ranks:
+            process.kill()
+            process.join()
+        self._ranks = []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        for rank in range(SIZE):
+            pipe, other = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, port, other), daemon=True)
+            process.start()
+            self._ranks.append((process, pipe))
+
+    def _receive(self) -> list[tuple[bool, Any]]:
+        results: dict[Connection, tuple[bool, Any]] = {}
+        pipes = [pipe for _, pipe in self._ranks]
+        while len(results) < SIZE:
+            failed = any(failed for failed, _ in results.values())
+            waiting = [pipe for pipe in pipes if pipe not in results]
+            ready = wait(waiting, GRACE if failed else PATIENCE)
+            results |= {pipe: _result(pipe) for pipe in ready}
+            if not ready:
+                results |= {pipe: (True, "a rank hangs") for pipe in waiting}
+        return [results[pipe] for pipe in pipes]
+
+
+def _result(pipe: Connection) -> tuple[bool, Any]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return True, "a rank died"
+
+
+def alone() -> World:
+    """The one process that the two are compared with."""
+    return World(torch.device("cpu"))
+
+
+def _serve(rank: int, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = start("cpu")
+    while True:
+        function, args = pipe.recv()
+        try:
+            pipe.send((False, function(world, *args)))
+        except Exception:
+            pipe.send((True, f"rank {rank}: {traceback.format_exc()}"))
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
