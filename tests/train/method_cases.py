@@ -25,6 +25,7 @@ CASES = {
     "opsd forward KL": ("loss.beta=0.0",),
     "opsd JSD": ("loss.beta=0.5", "loss.temperature=1.3"),
     "opsd reverse KL": ("loss.beta=1.0",),
+    "opsd clipped": ("loss.beta=0.0", "loss.token_clip=0.05"),
     "opsd sampled token": ("loss.objective=sampled_token", "loss.temperature=1.3"),
     "sft": ("method=sft",),
     "star": ("method=star",),
@@ -181,11 +182,13 @@ def divergence(ls: Tensor, lt: Tensor, y: list[int], loss: LossConfig) -> Tensor
         return -(chosen(lt, y) - chosen(ls, y)).detach() * chosen(ls, y)
     s, t = ls.exp(), lt.exp()
     if loss.beta == 0:
-        return (t * (lt - ls)).sum(-1)
-    if loss.beta == 1:
-        return (s * (ls - lt)).sum(-1)
-    lm = (loss.beta * t + (1 - loss.beta) * s).log()
-    return (loss.beta * t * (lt - lm) + (1 - loss.beta) * s * (ls - lm)).sum(-1)
+        entries = t * (lt - ls)
+    elif loss.beta == 1:
+        entries = s * (ls - lt)
+    else:
+        lm = (loss.beta * t + (1 - loss.beta) * s).log()
+        entries = loss.beta * t * (lt - lm) + (1 - loss.beta) * s * (ls - lm)
+    return entries.clamp(max=loss.token_clip).sum(-1)
 
 
 def surrogate(

@@ -115,11 +115,12 @@ def test_same_prompt_means_no_divergence_before_training(name, lora, dtype) -> N
 
 def test_statistics() -> None:
     """The divergence of each token adds up to the loss."""
-    for name in OBJECTIVES[:3]:
+    for name in OBJECTIVES[:4]:
         found = run(make_method(settings(*CASES[name]), make_policy()), make_samples())
         assert found.stats["divergence"].mean().item() == pytest.approx(found.loss, rel=1e-5)
         for column in ("student_entropy", "teacher_entropy", "student_logprob", "teacher_logprob"):
             assert found.stats[column].abs().min() > 0
+        assert ("clipped_mass" in found.stats) == (name == "opsd clipped")
     found = run(make_method(settings(*CASES["opsd sampled token"]), make_policy()), make_samples())
     assert {"divergence", "logprob"} <= found.stats.keys()
 

@@ -220,6 +220,25 @@ def test_what_is_trained_is_float32_and_computed_in_bfloat16(lora: bool, tiny_fo
     assert len(seen) >= 14 and set(seen) == {torch.bfloat16}
 
 
+def test_gradient_checkpointing_changes_no_gradient(tiny_folder) -> None:
+    config, samples, found, calls = settings(), make_samples(), [], []
+    for checkpointing in (False, True):
+        model = replace(
+            config.model, name_or_path=str(tiny_folder), gradient_checkpointing=checkpointing
+        )
+        torch.manual_seed(0)
+        policy = load_policy(model, config.lora, load_tokenizer(model), CPU, "none")
+        change(policy, 5, std=0.2)
+        policy.model.train()
+        seen: list[bool] = []
+        layer = policy.core.model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, seen=seen: seen.append(True))
+        found.append(run(make_method(config, policy), samples))
+        calls.append(len(seen))
+    assert calls == [2, 3]  # teacher, student and, for the gradient, the student again
+    assert_same(found[1], found[0], rel=1e-6)
+
+
 def test_generation_has_all_weights_in_the_compute_dtype_and_gives_them_back() -> None:
     policy = make_policy(lora=False, dtype=torch.bfloat16)
     before = [p.detach().clone() for p in policy.parameters]

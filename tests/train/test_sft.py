@@ -3,6 +3,7 @@
 import pytest
 import torch
 from method_cases import (
+    PAD,
     assert_same,
     double,
     log_probs,
@@ -14,6 +15,9 @@ from method_cases import (
     settings,
     truth,
 )
+from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
+
+from opsd_train.model import Policy
 
 POLICIES = pytest.mark.parametrize(
     "policy",
@@ -25,6 +29,42 @@ POLICIES = pytest.mark.parametrize(
 @POLICIES
 def test_loss_and_gradient_equal_full_logits(policy: dict) -> None:
     config, policy, samples = settings("method=sft"), make_policy(**policy), make_samples()
+    found = run(make_method(config, policy), samples)
+    assert_same(found, truth(config, double(policy), samples))
+
+
+SIZES = {
+    "vocab_size": 261,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "pad_token_id": PAD,
+}
+
+
+def gemma() -> Gemma2ForCausalLM:
+    """Its logits are c tanh(z / c); a small c bends them all."""
+    return Gemma2ForCausalLM(Gemma2Config(head_dim=8, final_logit_softcapping=2.0, **SIZES))
+
+
+def phi() -> PhiForCausalLM:
+    """Its head has a bias."""
+    model = PhiForCausalLM(PhiConfig(**SIZES))
+    model.lm_head.bias.data.normal_()
+    return model
+
+
+@pytest.mark.parametrize("make", [gemma, phi])
+def test_heads_with_a_softcap_or_a_bias(make) -> None:
+    torch.manual_seed(0)
+    config, policy, samples = (
+        settings("method=sft"),
+        Policy(make(), PAD, torch.float32),
+        make_samples(),
+    )
     found = run(make_method(config, policy), samples)
     assert_same(found, truth(config, double(policy), samples))
 
