@@ -10,7 +10,7 @@ def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
 
 def assert_same_course(run: Path, other: Path) -> None:
     """Every number of every step, the samples shown and the trained weights, to the last bit."""
-    one, two = ([_timeless(row) for row in rows(folder)] for folder in (run, other))
+    one, two = ([timeless(row) for row in rows(folder)] for folder in (run, other))
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for row, wanted in zip(one, two, strict=True):
         assert row == wanted
@@ -20,6 +20,6 @@ def assert_same_course(run: Path, other: Path) -> None:
     assert weights.read_bytes() == wanted_weights.read_bytes()
 
 
-def _timeless(row: dict) -> dict:
+def timeless(row: dict) -> dict:
     """Without what depends on the machine: seconds, tokens per second, memory."""
-    return {key: value for key, value in row.items() if "second" not in key and key != "peak_mib"}
+    return {k: value for k, value in row.items() if "second" not in k and "peak_mib" not in k}
