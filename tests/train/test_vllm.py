@@ -19,7 +19,7 @@ ROLLOUT = sections.RolloutConfig(
     engine="vllm",
     max_new_tokens=32,
     batch_tokens=4096,
-    stop_tokens=["\n\n"],
+    stop_tokens=[":"],
     vllm_memory=0.3,
 )
 MAX_MODEL_LEN = 320
@@ -121,7 +121,7 @@ def greedy(smollm):
 
 @torch.no_grad()
 def greedy_by_transformers(smollm):
-    stop = [smollm.tokenizer.eos_token_id, smollm.tokenizer.encode("\n\n")[0]]
+    stop = [smollm.tokenizer.eos_token_id, smollm.tokenizer.encode(":")[0]]
     completions = []
     for prompt in smollm.prompts:
         ids = torch.tensor([prompt])
@@ -205,7 +205,7 @@ def test_a_stop_token_ends_a_completion_and_belongs_to_it(smollm):
     for parameter in smollm.model.parameters():
         parameter.data.mul_(0 if parameter.requires_grad else 1)  # what it says makes sense
     smollm.engine.sync()
-    own, recipe = smollm.tokenizer.eos_token_id, smollm.tokenizer.encode("\n\n")[0]
+    own, recipe = smollm.tokenizer.eos_token_id, smollm.tokenizer.encode(":")[0]
     made = sampled(smollm, 0.0, range(16))
     assert {c.tokens[-1] for c in made if c.finished} == {own, recipe}
     for completion in made:
