@@ -49,12 +49,13 @@ class VllmEngine:
                 "rollout.engine=transformers"
             )
         self._vllm = _import_vllm()
-        self._model, self._scratch, self._max_model_len = model, scratch, max_model_len
+        self._model, self._max_model_len = model, max_model_len
+        self._scratch = scratch.resolve()  # else vLLM might take it for a name on the hub
         core = model.get_base_model()
         self._stop_ids = stop_ids(tokenizer, core.generation_config, config)
         self._sleeps = model.device.type == "cuda"
         self._llm = self._start(
-            model=_base_weights(model_config, tokenizer, scratch),
+            model=_base_weights(model_config, tokenizer, self._scratch),
             generation_config="vllm",  # no settings but ours
             dtype=model_config.dtype,
             max_model_len=max_model_len,
