@@ -27,7 +27,7 @@ from opsd_train.checkpoint import Checkpoints
 from opsd_train.world import World
 
 ROOT = Path(__file__).parents[2]
-EVERY = 3
+EVERY = 2
 PATIENCE = 300  # seconds for whatever a launch is waited for
 
 # When a launch is ended: while it loads, after some more steps, during a save; or SIGTERM.
