@@ -50,6 +50,12 @@ def shard_layers(core: nn.Module, world: World) -> None:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
+def set_last_backward(core: nn.Module, last: bool) -> None:
+    """Copies on each rank ("none") add up their gradients once, after a step's last one."""
+    if isinstance(core, FSDPModule):
+        core.set_requires_all_reduce(last)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

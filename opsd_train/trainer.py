@@ -23,7 +23,7 @@ from opsd_train.errors import UserError
 from opsd_train.evaluation.heldout import HeldOut
 from opsd_train.methods import METHODS, make_method
 from opsd_train.model import check_context, load_policy, load_tokenizer
-from opsd_train.parallel import whole
+from opsd_train.parallel import set_last_backward, whole
 from opsd_train.prompts import PromptBuilder
 from opsd_train.rollout.engines import make_engine
 from opsd_train.run_folder import RunFolder
@@ -59,9 +59,7 @@ class Trainer:
         check_context(config, self.policy.core, self.prompts.longest(self.problems, sides))
         self.method = make_method(config, self.policy, self.tokenizer, world, shard_mode)
         engine = make_engine(config, self.policy, self.tokenizer, folder)
-        self.trajectories = Trajectories(
-            config, self.method, self.prompts, engine, self.tokenizer, self.policy
-        )
+        self.trajectories = Trajectories(config, self.method, self.prompts, engine, self.tokenizer)
         made = len(self.trajectories.jobs(self.problems[:1])) * config.problems_per_step
         if made < world.size:
             raise UserError(
@@ -127,6 +125,7 @@ class Trainer:
     ) -> None:
         """Add the gradients of all micro-batches."""
         for index, group in enumerate(groups):
+            set_last_backward(self.policy.core, index + 1 == len(groups))
             loss, columns = self.method.loss(group, prepared[index], num_tokens)
             loss.backward()
             if group[0].weight > 0:  # not an idle one

@@ -17,6 +17,7 @@ from opsd_train.world import World, start
 SIZE = 2
 PATIENCE = 120  # seconds; a rank that waits for another one waits for ever ...
 GRACE = 3  # ... also for one that has failed
+START = 300  # on a busy machine
 
 
 class Pair:
@@ -31,7 +32,7 @@ class Pair:
             self._start()
         for _, pipe in self._ranks:
             pipe.send((function, args))
-        results = self._receive()
+        results = self._receive(PATIENCE)
         errors = [text for failed, text in results if failed]
         if errors:
             self.stop()
@@ -52,14 +53,16 @@ class Pair:
             process = context.Process(target=_serve, args=(rank, port, other), daemon=True)
             process.start()
             self._ranks.append((process, pipe))
+            other.close()  # so that a rank's death is noticed
+        self._receive(START)
 
-    def _receive(self) -> list[tuple[bool, Any]]:
+    def _receive(self, patience: float) -> list[tuple[bool, Any]]:
         results: dict[Connection, tuple[bool, Any]] = {}
         pipes = [pipe for _, pipe in self._ranks]
         while len(results) < SIZE:
             failed = any(failed for failed, _ in results.values())
             waiting = [pipe for pipe in pipes if pipe not in results]
-            ready = wait(waiting, GRACE if failed else PATIENCE)
+            ready = wait(waiting, GRACE if failed else patience)
             results |= {pipe: _result(pipe) for pipe in ready}
             if not ready:
                 results |= {pipe: (True, "a rank hangs") for pipe in waiting}
@@ -84,6 +87,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = start("cpu")
+    pipe.send((False, "ready"))
     while True:
         function, args = pipe.recv()
         try:

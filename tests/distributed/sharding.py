@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from peft import PeftModel
 from steps import Course, make_trainer
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -126,6 +126,25 @@ def failing_generation(world: World, course: Course) -> dict[str, Any]:
         "same": all(map(_equal, kept, after)),
         "loss": trainer.step(1)[0].get("loss"),
     }
+
+
+def reductions(world: World, course: Course) -> tuple[int, int]:
+    """How often gradients are added up in a step, and over how many micro-batches."""
+    trainer, calls, groups = make_trainer(world, course), [], []
+    accumulate, all_reduce = trainer._accumulate, distributed.all_reduce
+
+    def counting(made: list, *rest: Any) -> None:
+        groups.extend(made)
+        with mock.patch("torch.distributed.all_reduce", noting):
+            accumulate(made, *rest)
+
+    def noting(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return all_reduce(*args, **options)
+
+    trainer._accumulate = counting
+    trainer.step(1)
+    return len(calls), len(groups)
 
 
 def refusal(world: World, course: Course) -> str:

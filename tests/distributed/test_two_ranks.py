@@ -40,8 +40,9 @@ def assert_same_rows(one: Outcome, two: Outcome) -> None:
         for name in row:
             if not re.search("second|peak|top_tokens", name):
                 assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
-        for entry, wanted in zip(other.get("top_tokens", []), row.get("top_tokens", [])):
-            assert entry == (wanted[0], pytest.approx(wanted[1], rel=1e-3), wanted[2])
+        top, wanted = (r.get("top_tokens", []) for r in (other, row))
+        for got, entry in zip(top, wanted, strict=True):
+            assert got == (entry[0], pytest.approx(entry[1], rel=1e-3, abs=1e-5), entry[2])
 
 
 def assert_same_samples(one: Outcome, ranks: list[Outcome]) -> None:
