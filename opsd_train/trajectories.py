@@ -9,7 +9,6 @@ from opsd_train.batches import Sample
 from opsd_train.config import Config
 from opsd_train.data import Problem
 from opsd_train.methods.base import Method
-from opsd_train.model import Policy
 from opsd_train.prompts import PromptBuilder
 from opsd_train.rewards import is_correct
 from opsd_train.rollout import Completion, Engine, Request, Sampling
@@ -28,10 +27,9 @@ class Trajectories:
         prompts: PromptBuilder,
         engine: Engine,
         tokenizer: Any,
-        policy: Policy,
     ) -> None:
         self._config, self._source, self._prompts = config, method.source(config), prompts
-        self.engine, self._tokenizer, self._policy = engine, tokenizer, policy
+        self.engine, self._tokenizer = engine, tokenizer
         self._teacher_prompt = method.teacher_prompt
         rollout = config.rollout
         # Log-probabilities compare where sampler and trainer mean the same distribution.
@@ -61,8 +59,7 @@ class Trajectories:
             for number, problem, index in jobs
         ]
         self.engine.sync()
-        with self._policy.generating():
-            completions = self.engine.generate(requests, self._sampling)
+        completions = self.engine.generate(requests, self._sampling)
         return [
             self._sample(problem, completion)
             for (_, problem, _), completion in zip(jobs, completions, strict=True)
@@ -72,8 +69,7 @@ class Trajectories:
         """Greedy completions for evaluation."""
         self.engine.sync()
         requests = [Request(prompt, seed=0) for prompt in prompts]
-        with self._policy.generating():
-            return self.engine.generate(requests, Sampling(max_new_tokens))
+        return self.engine.generate(requests, Sampling(max_new_tokens))
 
     def _sample(self, problem: Problem, completion: Completion) -> Sample:
         text = self._tokenizer.decode(completion.tokens, skip_special_tokens=True)

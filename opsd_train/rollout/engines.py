@@ -25,4 +25,4 @@ def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolde
             max_model_len=config.prompts.max_prompt_tokens + longest,
             seed=config.seed,
         )
-    return TransformersEngine(policy.model, tokenizer, config.rollout, dtype=policy.dtype)
+    return TransformersEngine(policy, tokenizer, config.rollout)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from opsd_train.errors import UserError
+from opsd_train.model import Policy
 from opsd_train.rollout.kv_cache import drop_rows, make_room
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.sampler import sampler, uniforms
@@ -22,12 +21,10 @@ from opsd_train.sections import RolloutConfig
 class TransformersEngine:
     """Decodes left-padded batches of prompts of similar length, each within a token budget."""
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, config: RolloutConfig, *, dtype: torch.dtype
-    ) -> None:
-        self.model, self.config, self.dtype = model, config, dtype
+    def __init__(self, policy: Policy, tokenizer: Any, config: RolloutConfig) -> None:
+        self.policy, self.config, self.dtype = policy, config, policy.dtype
         # FSDP2 hooks the core's call, which PeftModel's own forward goes around.
-        self.core = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.model, self.core = policy.model, policy.core
         self.pad_id = tokenizer.pad_token_id
         self.stop = frozenset(stop_ids(tokenizer, self.core.generation_config, config))
 
@@ -45,7 +42,7 @@ class TransformersEngine:
         head = self.core.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         try:
-            with hook, self._autocast():
+            with hook, self.policy.generating():
                 for batch in list(self._batches(requests, sampling.max_new_tokens)):
                     made = self._decode([requests[index] for index in batch], sampling)
                     completions.update(zip(batch, made, strict=True))
@@ -134,10 +131,3 @@ class TransformersEngine:
             logits_to_keep=1,
         )
         return output.logits[:, -1].float()
-
-    def _autocast(self) -> AbstractContextManager:
-        """Trained weights are kept in float32; one context for all tokens casts them once."""
-        trained = {p.dtype for p in self.model.parameters() if p.requires_grad}
-        if self.dtype == torch.bfloat16 and torch.float32 in trained:
-            return torch.autocast(next(self.model.parameters()).device.type, self.dtype)
-        return nullcontext()

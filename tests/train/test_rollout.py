@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 
 from opsd_train.errors import UserError
+from opsd_train.model import Policy
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.rollout.sampler import draw
 from opsd_train.rollout.stop import stop_ids
@@ -36,7 +37,8 @@ def config(**values: Any) -> RolloutConfig:
 def engine(
     model: nn.Module, dtype: torch.dtype = torch.float32, **values: Any
 ) -> TransformersEngine:
-    return TransformersEngine(model, tokenizer(), config(**values), dtype=dtype)
+    policy = Policy(model, tokenizer().pad_token_id, dtype)
+    return TransformersEngine(policy, tokenizer(), config(**values))
 
 
 def with_adapters(model: nn.Module, dropout: float = 0.0) -> nn.Module:
