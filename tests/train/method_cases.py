@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -188,7 +189,7 @@ def divergence(ls: Tensor, lt: Tensor, y: list[int], loss: LossConfig) -> Tensor
     else:
         lm = (loss.beta * t + (1 - loss.beta) * s).log()
         entries = loss.beta * t * (lt - lm) + (1 - loss.beta) * s * (ls - lm)
-    return entries.clamp(max=loss.token_clip).sum(-1)
+    return entries.clamp(max=loss.token_clip or math.inf).sum(-1)
 
 
 def surrogate(
