@@ -44,7 +44,9 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
         run = Run(Trainer(config, world, folder, clock, shard))
         if resume:
             run.resume()
-    return run.go(trackers)
+    code = run.go(trackers)
+    world.leave()
+    return code
 
 
 class Run:

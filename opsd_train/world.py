@@ -55,6 +55,11 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    def leave(self) -> None:
+        """At a normal end: NCCL complains about processes that just go."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
     def _reduce(self, value: float, operation: Any) -> float:
         if self.size == 1:
             return value
