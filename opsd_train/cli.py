@@ -100,7 +100,7 @@ def _dispatch(argv: Sequence[str]) -> int:
             return train(config, resume=options.resume, shard=options.shard)
         from opsd_train.dry_run import dry_run
 
-        print(dry_run(config))
+        print(dry_run(config, options.shard))
     return 0
 
 

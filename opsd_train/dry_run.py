@@ -2,86 +2,194 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from opsd_kernels import plan
+from opsd_train.batches import Sample, micro_batches
 from opsd_train.config import Config, to_yaml
-from opsd_train.data import load_problems
+from opsd_train.data import Problem, load_problems
 from opsd_train.errors import UserError
+from opsd_train.memory import Generation, Phase, Setup, Sizes, Work, predict, sizes_of
+from opsd_train.methods import METHODS
+from opsd_train.methods.common import workspace_bytes
 from opsd_train.model import (
     add_adapters,
-    lm_head,
+    attention,
+    check_context,
     load_model_config,
     load_tokenizer,
 )
 from opsd_train.prompts import PromptBuilder
+from opsd_train.sections import GrpoConfig, LoraConfig, ModelConfig, OpsdConfig
 from opsd_train.world import resolve_device
 
 _MIB = 2**20
 
 
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, shard: str = "full") -> str:
     """Check the recipe, its data and prompts; describe the loss's plan and the memory expected.
 
-    No weights are loaded and nothing is written.
+    No weights are loaded and nothing is written. Under torchrun, memory is that of one process.
     """
-    device = resolve_device(config.model.device)
-    train, heldout = load_problems(config.data)
-    builder = PromptBuilder(load_tokenizer(config.model), config.prompts)
-    problems = builder.filter([*train, *heldout])
-    longest = max(max(len(builder.student(p)), len(builder.teacher(p))) for p in problems)
-    sample = longest + config.rollout.max_new_tokens
-    rows = min(config.problems_per_step, config.micro_batch_tokens // sample)
-    if rows < 1:
-        raise UserError(
-            f"micro_batch_tokens={config.micro_batch_tokens} is less than the longest sample "
-            f"({longest} prompt tokens and {config.rollout.max_new_tokens} new ones); raise it"
-        )
-    sizes = load_model_config(config.model).get_text_config()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(sizes, dtype=getattr(torch, config.model.dtype))
-        base_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-        adapted = add_adapters(model, config.lora)
-    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-    vocab_size, hidden_size = lm_head(adapted).weight.shape
-    loss_plan = plan(
-        rows * config.rollout.max_new_tokens,
-        hidden_size,
-        vocab_size,
-        loss="divergence" if config.loss.objective == "full_vocabulary" else "logprob",
-        dtype=getattr(torch, config.model.dtype),
-        device=device,
-    )
-    memory = {
-        "weights": base_bytes,
-        "adapter, gradient and AdamW": trained * 16,
-        "activations of a micro-batch, about": _activations(config, sizes, rows * sample),
-        "loss workspace": loss_plan.workspace_bytes,
-    }
-    memory["sum, beside Python and the libraries"] = sum(memory.values())
-    lines = [f"  {name:40}{size / _MIB:10,.0f} MiB" for name, size in memory.items()]
+    work, problems, longest = _work(config)
+    setup, sizes = _setup(config, shard)
+    phases = predict(sizes, work, setup)
+    options = {"grad_weight": sizes.rank == 0, **setup.loss}
+    loss_plan = plan(work.loss_tokens, sizes.hidden, sizes.vocab, **options)
     return "\n".join(
         [
             to_yaml(config).rstrip(),
             "",
-            f"{len(problems)} problems; longest prompt {longest} tokens; micro-batches of up to "
-            f"{rows} samples; {trained:,} trained parameters",
+            f"{problems} problems; longest prompt {longest} tokens; micro-batches of up to "
+            f"{max(work.tokens, work.teacher_tokens)} tokens; {sizes.trained:,} trained parameters",
             f"loss plan: {loss_plan}",
-            f"memory expected on {device}:",
-            *lines,
+            f"memory expected on {setup.loss['device']}, beside Python and the libraries:",
+            *_table(phases),
         ]
     )
 
 
-def _activations(config: Config, sizes: Any, tokens: int) -> int:
-    """Bytes kept for backward: what each layer's products, norms and fp32 adapter inputs save."""
-    item = getattr(torch, config.model.dtype).itemsize
-    hidden, inner = sizes.hidden_size, sizes.intermediate_size
-    layer = item * (10 * hidden + 4 * inner) + 4 * (6 * hidden + inner)
-    layers = sizes.num_hidden_layers
-    if config.model.gradient_checkpointing:
-        return tokens * (layers * item * hidden + layer)
-    return tokens * layers * layer
+def expected(config: Config, shard: str = "full") -> dict[str, Phase]:
+    """The peak of each phase of this recipe's steps."""
+    setup, sizes = _setup(config, shard)
+    return predict(sizes, _work(config)[0], setup)
+
+
+def _table(phases: dict[str, Phase]) -> list[str]:
+    most = max(phase.total for phase in phases.values())
+    lines = []
+    for name, phase in phases.items():
+        mark = "  <- the most" if phase.total == most else ""
+        lines.append(f"  {name:44}{phase.total / _MIB:10,.0f} MiB{mark}")
+        for part, size in phase.parts.items():
+            if size:
+                lines.append(f"    {part:42}{size / _MIB:10,.0f}")
+    return lines
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _work(config: Config) -> tuple[Work, int, int]:
+    """The largest step that can come, the number of problems, the longest prompt."""
+    kind, (train, heldout) = METHODS[config.method], load_problems(config.data)
+    builder = PromptBuilder(load_tokenizer(config.model), config.prompts)
+    sides = kind.sides(config)
+    problems = builder.filter(train, sides)
+    longest = builder.longest(problems, sides)
+    check_context(config, load_model_config(config.model), longest)
+    source, rollout = kind.source(config), config.rollout
+    samples = [_largest(builder, problem, config) for problem in problems]
+    samples.sort(key=lambda sample: sample.longest)
+    each = 1 if source == "reference" else rollout.samples_per_prompt
+    count = -(-config.problems_per_step // _processes())
+    step = [sample for sample in samples[-count:] for _ in range(each)]
+    groups = list(micro_batches(step, config.micro_batch_tokens))
+    generates = source != "reference"
+    lengths = [len(getattr(s, f"{source}_prompt")) for s in step] if generates else []
+    work = Work(
+        tokens=max(_padded(group, "student_prompt") for group in groups),
+        teacher_tokens=max(
+            _padded(group, "teacher_prompt" if kind.teacher_prompt else "student_prompt")
+            for group in groups
+        ),
+        longest=step[-1].longest,
+        loss_tokens=max(sum(len(s.completion) for s in group) for group in groups),
+        all_loss_tokens=sum(len(s.completion) for s in step),
+        rollout=_batch(lengths, rollout.max_new_tokens, config) if generates else None,
+        evaluation=_evaluation(config, builder, heldout),
+    )
+    return work, len(problems), longest[0]
+
+
+def _batch(prompts: list[int], new: int, config: Config) -> Generation:
+    """The largest batch, of the longest of these prompts' lengths."""
+    longest = max(prompts)
+    rows = min(len(prompts), config.rollout.batch_tokens // (longest + new))
+    if rows < 1:
+        raise UserError(
+            f"rollout.batch_tokens={config.rollout.batch_tokens} is less than one sequence: a "
+            f"prompt of {longest} tokens and {new} new ones; raise it"
+        )
+    return Generation(rows, longest, new)
+
+
+def _evaluation(
+    config: Config, builder: PromptBuilder, heldout: Sequence[Problem]
+) -> Generation | None:
+    if config.evaluation.problems == 0:
+        return None
+    sides = ("student", "teacher") if config.evaluation.teacher else ("student",)
+    problems = builder.filter(heldout[: config.evaluation.problems], sides)
+    lengths = [len(getattr(builder, side)(p)) for side in sides[-1:] for p in problems]
+    share = -(-len(lengths) // _processes())
+    return _batch(sorted(lengths)[-share:], config.evaluation.max_new_tokens, config)
+
+
+def _largest(builder: PromptBuilder, problem: Problem, config: Config) -> Sample:
+    kind = METHODS[config.method]
+    reference = kind.source(config) == "reference"
+    teacher = builder.teacher(problem) if kind.teacher_prompt else None
+    made = builder.solution(problem) if reference else [0] * config.rollout.max_new_tokens
+    return Sample(problem, builder.student(problem), teacher, made)
+
+
+def _padded(group: Sequence[Sample], prompt: str) -> int:
+    return len(group) * max(len(getattr(s, prompt)) + len(s.completion) for s in group)
+
+
+def _setup(config: Config, shard: str) -> tuple[Setup, Sizes]:
+    """How the recipe computes, with what model."""
+    dtype, device = getattr(torch, config.model.dtype), resolve_device(config.model.device)
+    sizes = _sizes(config.model, config.lora)
+    processes, full = _processes(), config.lora is None
+    setup = Setup(
+        itemsize=dtype.itemsize,
+        checkpointing=config.model.gradient_checkpointing,
+        loss={
+            "loss": "divergence" if _heads(config) == 2 else "logprob",
+            "dtype": dtype,
+            "device": device,
+            "two_passes": 0 < config.loss.beta < 1 or config.loss.token_clip is not None,
+            "workspace_bytes": workspace_bytes(device, trained=full),
+        },
+        shards=processes if shard == "full" else 1,
+        processes=processes,
+    )
+    if config.method == "opsd":
+        teacher = (config.opsd or OpsdConfig()).teacher
+        copied = teacher == "ema" or (teacher == "initial" and full)
+        changes = {"teacher": sizes, "keeps_states": True, "copied": copied}
+        changes["teacher_adapters"] = teacher != "initial"
+    elif config.method == "distill":
+        model = replace(config.model, name_or_path=config.distill.teacher)
+        item = getattr(torch, config.distill.dtype).itemsize
+        changes = {"teacher": _sizes(model, None), "teacher_itemsize": item, "keeps_states": True}
+    else:
+        grpo = config.grpo or GrpoConfig()
+        older = config.method == "grpo" and (grpo.kl_weight > 0 or grpo.updates > 1)
+        changes = {"teacher": sizes if older else None, "teacher_adapters": grpo.updates > 1}
+        changes["copied"] = older and grpo.kl_weight > 0 and full
+    return replace(setup, **changes), sizes
+
+
+def _heads(config: Config) -> int:
+    """Heads whose logits the loss holds at a time."""
+    both = METHODS[config.method].divergence and config.loss.objective == "full_vocabulary"
+    return 2 if both else 1
+
+
+def _sizes(model: ModelConfig, lora: LoraConfig | None) -> Sizes:
+    text: Any = load_model_config(model).get_text_config()
+    with torch.device("meta"):
+        core = AutoModelForCausalLM.from_config(text)
+        adapted = core if lora is None else add_adapters(core, lora)
+    rank = lora.rank if lora else 0
+    return sizes_of(adapted, text, rank, eager=attention(model.attention) == "eager")

@@ -164,7 +164,7 @@ def load_model(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype)
         transformers.AutoModelForCausalLM,
         config,
         dtype=dtype,
-        attn_implementation=_attention(config.attention),
+        attn_implementation=attention(config.attention),
     )
     quantizer = getattr(model, "hf_quantizer", None)
     if config.name_or_path == _PACKAGED and quantizer is not None:
@@ -179,7 +179,8 @@ def _checkpoint_activations(core: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def _attention(name: str) -> str:
+def attention(name: str) -> str:
+    """Name in transformers of what model.attention asks for."""
     there = is_flash_attn_2_available()
     if name == "flash_attention_2" and not there:
         raise UserError("model.attention=flash_attention_2 needs a GPU and: pip install flash-attn")
@@ -196,9 +197,9 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def check_context(config: Config, core: nn.Module, longest: tuple[int, str]) -> None:
+def check_context(config: Config, model_config: Any, longest: tuple[int, str]) -> None:
     """`longest`: tokens of the longest prompt or solution, and whose it is."""
-    limit = getattr(core.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     length, name = longest
     needed = length + config.rollout.max_new_tokens
     if limit is not None and needed > limit:

@@ -56,7 +56,7 @@ class Trainer:
         heldout = self.prompts.filter(heldout, both) if heldout else []
         torch.manual_seed(config.seed)  # adapters start alike on every rank
         self.policy = load_policy(config.model, config.lora, self.tokenizer, world, shard_mode)
-        check_context(config, self.policy.core, self.prompts.longest(self.problems, sides))
+        check_context(config, self.policy.core.config, self.prompts.longest(self.problems, sides))
         self.method = make_method(config, self.policy, self.tokenizer, world, shard_mode)
         engine = make_engine(config, self.policy, self.tokenizer, folder)
         self.trajectories = Trajectories(config, self.method, self.prompts, engine, self.tokenizer)

@@ -29,6 +29,12 @@ def teacher_hidden(policy: Policy, samples: Sequence[Sample], own_prompt: bool =
         return policy.run(prompts, [s.completion for s in samples], lambda hidden, *_: hidden)
 
 
+def workspace_bytes(device: torch.device, trained: bool) -> int | None:
+    """For the losses' logits; `trained`: the head is. None: what opsd_kernels takes by itself."""
+    # It comes on top of all activations. A frozen head on a CPU is as fast with this much.
+    return 64 * 2**20 if device.type == "cpu" and not trained else None
+
+
 def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
     """(N,) weight of each token; None where all are 1."""
     if all(sample.weight == 1 for sample in samples):
@@ -77,6 +83,7 @@ def cross_entropy(
             token_weight=weights,
             num_tokens=num_tokens,
             return_stats=True,
+            workspace_bytes=_workspace(head),
         )
         return loss, {name: stats[name] for name in ("logprob", "entropy")}
 
@@ -88,6 +95,10 @@ def _run(policy: Policy, samples: Sequence[Sample], with_head) -> tuple[Tensor, 
     return policy.run(prompts, [sample.completion for sample in samples], with_head)
 
 
+def _workspace(head: LmHead) -> int | None:
+    return workspace_bytes(head.weight.device, head.weight.requires_grad)
+
+
 def _options(student: LmHead, teacher: LmHead) -> dict[str, object]:
     """Heads padded to different sizes share the rows that both have."""
     sizes = {student.weight.shape[0], teacher.weight.shape[0]}
@@ -97,6 +108,7 @@ def _options(student: LmHead, teacher: LmHead) -> dict[str, object]:
         "student_softcap": student.softcap,
         "teacher_softcap": teacher.softcap,
         "vocab_size": min(sizes) if len(sizes) > 1 else None,
+        "workspace_bytes": _workspace(student),
     }
 
 
