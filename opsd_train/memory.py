@@ -245,8 +245,8 @@ def saved_per_token(x: Sizes, item: int, stream: int) -> int:
         norms += width * (_FP32 + item * full)
     # Attention: queries, keys, values, and its output, which o_proj reads too; the log-sum-exp.
     attention = item * (2 * x.queries + 2 * x.keys) + _FP32 * x.heads
-    # MLP: gate, silu(gate), up, and their product for down_proj's gradient.
-    mlp = item * x.inner * (4 if "down_proj" in x.adapted else 3)
+    # MLP: gate, up (swiglu.py), and their product for down_proj's gradient.
+    mlp = item * x.inner * (3 if "down_proj" in x.adapted else 2)
     adapters = item * x.rank * len(x.adapted)
     return inputs + norms + attention + mlp + adapters
 

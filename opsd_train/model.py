@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.utils import is_flash_attn_2_available
 
-from opsd_train import sections
+from opsd_train import sections, swiglu
 from opsd_train.batches import Batch, make_batch
 from opsd_train.config import Config
 from opsd_train.errors import UserError
@@ -116,6 +116,7 @@ def load_policy(
     trained_dtype = torch.float32 if lora is None else dtype
     model = load_model(config, tokenizer, trained_dtype).to(world.device)
     core = model
+    swiglu.save_memory(core)
     if lora is not None:
         model = add_adapters(model, lora)
     if config.gradient_checkpointing:
