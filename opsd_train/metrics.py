@@ -216,6 +216,7 @@ def _append(file: TextIO, row: dict[str, Any]) -> None:
     # Flushed line by line: whatever ends the run, the steps so far can be read.
     file.write(_json_line(row))
     file.flush()
+    os.fsync(file.fileno())  # else a checkpoint could outlive the rows before it
 
 
 def _json_line(row: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from opsd_kernels import (
 )
 from opsd_train.batches import Sample
 from opsd_train.methods.base import Stats
-from opsd_train.model import LmHead, Policy
+from opsd_train.model import LmHead, Policy, WithHead
 from opsd_train.sections import LossConfig
 
 
@@ -57,14 +58,27 @@ def distillation(
     `teacher` None: the student's own head serves both. `divergence` among the statistics is what
     is trained on; for the sampled token it is the estimate log s(y) - log t(y) of the reverse KL.
     """
-    loss = _sampled_token if config.objective == "sampled_token" else _full_vocabulary
     weights = token_weights(samples, policy.device)
 
     def with_head(student: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
-        heads = (student, head, hidden, teacher or head)
-        return loss(*heads, target, config, weights, num_tokens)
+        other = teacher or head
+        pair = (student, head.weight, hidden, other.weight, target)
+        options = _pair_options(head, other, config.temperature)
+        if config.objective == "full_vocabulary":
+            return fused_linear_jsd(
+                *pair,
+                beta=config.beta,
+                token_clip=config.token_clip,
+                token_weight=weights,
+                num_tokens=num_tokens,
+                return_stats=True,
+                **options,
+            )
+        advantage, logprob = fused_linear_advantage(*pair, **options)
+        loss = policy_gradient_loss(advantage, logprob, token_weight=weights, num_tokens=num_tokens)
+        return loss, {"divergence": -advantage, "logprob": logprob.detach()}
 
-    return _run(policy, samples, with_head)
+    return student_run(policy, samples, with_head)
 
 
 def cross_entropy(
@@ -78,84 +92,42 @@ def cross_entropy(
             student,
             head.weight,
             target,
-            bias=head.bias,
-            softcap=head.softcap,
             token_weight=weights,
             num_tokens=num_tokens,
             return_stats=True,
-            workspace_bytes=_workspace(head),
+            **head_options(head),
         )
         return loss, {name: stats[name] for name in ("logprob", "entropy")}
 
-    return _run(policy, samples, with_head)
+    return student_run(policy, samples, with_head)
 
 
-def _run(policy: Policy, samples: Sequence[Sample], with_head) -> tuple[Tensor, Stats]:
+def student_run(policy: Policy, samples: Sequence[Sample], function: WithHead) -> Any:
+    """`function` of the completions under the student's prompts; see Policy.run."""
     prompts = [sample.student_prompt for sample in samples]
-    return policy.run(prompts, [sample.completion for sample in samples], with_head)
+    return policy.run(prompts, [sample.completion for sample in samples], function)
 
 
-def _workspace(head: LmHead) -> int | None:
-    return workspace_bytes(head.weight.device, head.weight.requires_grad)
+def head_options(head: LmHead) -> dict[str, Any]:
+    """What a loss of one head is told about it."""
+    trained = head.weight.requires_grad
+    return {
+        "bias": head.bias,
+        "softcap": head.softcap,
+        "workspace_bytes": workspace_bytes(head.weight.device, trained),
+    }
 
 
-def _options(student: LmHead, teacher: LmHead) -> dict[str, object]:
+def _pair_options(student: LmHead, teacher: LmHead, temperature: float) -> dict[str, Any]:
     """Heads padded to different sizes share the rows that both have."""
     sizes = {student.weight.shape[0], teacher.weight.shape[0]}
+    trained = student.weight.requires_grad
     return {
+        "temperature": temperature,
         "student_bias": student.bias,
         "teacher_bias": teacher.bias,
         "student_softcap": student.softcap,
         "teacher_softcap": teacher.softcap,
         "vocab_size": min(sizes) if len(sizes) > 1 else None,
-        "workspace_bytes": _workspace(student),
+        "workspace_bytes": workspace_bytes(student.weight.device, trained),
     }
-
-
-def _full_vocabulary(
-    hidden: Tensor,
-    head: LmHead,
-    teacher_hidden: Tensor,
-    teacher: LmHead,
-    target: Tensor,
-    config: LossConfig,
-    weights: Tensor | None,
-    num_tokens: int,
-) -> tuple[Tensor, Stats]:
-    return fused_linear_jsd(
-        hidden,
-        head.weight,
-        teacher_hidden,
-        teacher.weight,
-        target,
-        beta=config.beta,
-        temperature=config.temperature,
-        token_clip=config.token_clip,
-        token_weight=weights,
-        num_tokens=num_tokens,
-        return_stats=True,
-        **_options(head, teacher),
-    )
-
-
-def _sampled_token(
-    hidden: Tensor,
-    head: LmHead,
-    teacher_hidden: Tensor,
-    teacher: LmHead,
-    target: Tensor,
-    config: LossConfig,
-    weights: Tensor | None,
-    num_tokens: int,
-) -> tuple[Tensor, Stats]:
-    advantage, logprob = fused_linear_advantage(
-        hidden,
-        head.weight,
-        teacher_hidden,
-        teacher.weight,
-        target,
-        temperature=config.temperature,
-        **_options(head, teacher),
-    )
-    loss = policy_gradient_loss(advantage, logprob, token_weight=weights, num_tokens=num_tokens)
-    return loss, {"divergence": -advantage, "logprob": logprob.detach()}

@@ -13,6 +13,7 @@ from opsd_kernels import fused_linear_logprob
 from opsd_train.batches import Sample
 from opsd_train.config import Config
 from opsd_train.methods.base import Method, Stats
+from opsd_train.methods.common import head_options, student_run
 from opsd_train.methods.reference import ReferencePolicy
 from opsd_train.model import LmHead, Policy
 from opsd_train.sections import GrpoConfig
@@ -47,12 +48,14 @@ class Grpo(Method):
         with torch.no_grad():
             # With one update the old policy is the present one, and the ratio starts at 1.
             old = (
-                [self._run(group, self._logprob) for group in groups] if self.updates > 1 else None
+                [student_run(self.policy, group, self._logprob) for group in groups]
+                if self.updates > 1
+                else None
             )
             reference = None
             if self.reference is not None:
                 with self.reference.active():
-                    reference = [self._run(group, self._logprob) for group in groups]
+                    reference = [student_run(self.policy, group, self._logprob) for group in groups]
         return [Constants(*pair) for pair in zip(old or nothing, reference or nothing, strict=True)]
 
     def loss(
@@ -65,7 +68,7 @@ class Grpo(Method):
             began = logprob.detach() if prepared.old is None else prepared.old
             return loss, {"logprob": began, "entropy": stats["entropy"], **columns}
 
-        return self._run(samples, with_head)
+        return student_run(self.policy, samples, with_head)
 
     def facts(self, samples: Sequence[Sample]) -> dict[str, float]:
         size = self.config.rollout.samples_per_prompt
@@ -89,18 +92,13 @@ class Grpo(Method):
             for s, a in zip(group, advantages.tolist(), strict=True)
         ]
 
-    def _run(self, samples: Sequence[Sample], function) -> object:
-        prompts = [sample.student_prompt for sample in samples]
-        return self.policy.run(prompts, [sample.completion for sample in samples], function)
-
     def _logprob(self, hidden: Tensor, head: LmHead, target: Tensor, **options) -> object:
         return fused_linear_logprob(
             hidden,
             head.weight,
             target,
-            bias=head.bias,
-            softcap=head.softcap,
             temperature=self.config.rollout.temperature,  # the distribution that was sampled from
+            **head_options(head),
             **options,
         )
 

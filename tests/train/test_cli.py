@@ -110,11 +110,11 @@ def test_how_a_run_is_started(trainer, capsys):
 
 def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
     module = types.ModuleType("opsd_train.dry_run")
-    module.dry_run = lambda config: f"plan for {config.steps} steps"
+    module.dry_run = lambda config, shard: f"plan for {config.steps} steps, {shard}"
     monkeypatch.setitem(sys.modules, "opsd_train.dry_run", module)
     monkeypatch.setattr(opsd_train, "dry_run", module, raising=False)
     assert main(["demo/opsd", "--dry-run", "steps=900"]) == 0
-    assert capsys.readouterr().out == "plan for 900 steps\n"
+    assert capsys.readouterr().out == "plan for 900 steps, full\n"
     assert trainer.seen == []
 
 
