@@ -149,9 +149,11 @@ def _setup(config: Config, shard: str) -> tuple[Setup, Sizes]:
     """How the recipe computes, with what model."""
     dtype, device = getattr(torch, config.model.dtype), resolve_device(config.model.device)
     sizes = _sizes(config.model, config.lora)
+    stored = load_model_config(config.model).dtype or torch.float32
     processes, full = _processes(), config.lora is None
     setup = Setup(
         itemsize=dtype.itemsize,
+        file_itemsize=stored.itemsize,
         checkpointing=config.model.gradient_checkpointing,
         loss={
             "loss": "divergence" if _heads(config) == 2 else "logprob",
@@ -167,7 +169,6 @@ def _setup(config: Config, shard: str) -> tuple[Setup, Sizes]:
         teacher = (config.opsd or OpsdConfig()).teacher
         copied = teacher == "ema" or (teacher == "initial" and full)
         changes = {"teacher": sizes, "keeps_states": True, "copied": copied}
-        changes["teacher_adapters"] = teacher != "initial"
     elif config.method == "distill":
         model = replace(config.model, name_or_path=config.distill.teacher)
         item = getattr(torch, config.distill.dtype).itemsize
@@ -175,7 +176,7 @@ def _setup(config: Config, shard: str) -> tuple[Setup, Sizes]:
     else:
         grpo = config.grpo or GrpoConfig()
         older = config.method == "grpo" and (grpo.kl_weight > 0 or grpo.updates > 1)
-        changes = {"teacher": sizes if older else None, "teacher_adapters": grpo.updates > 1}
+        changes: dict[str, Any] = {"teacher": sizes if older else None}
         changes["copied"] = older and grpo.kl_weight > 0 and full
     return replace(setup, **changes), sizes
 

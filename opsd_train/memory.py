@@ -76,11 +76,11 @@ class Setup:
     """How the step is computed."""
 
     itemsize: int  # of the compute type
+    file_itemsize: int  # of the weights in the model's file
     checkpointing: bool
     loss: dict[str, Any]  # options of opsd_kernels.plan
     teacher: Sizes | None = None  # the model that `prepare` runs; None: nothing
     teacher_itemsize: int = 0  # of another model's weights; 0: it is the policy itself
-    teacher_adapters: bool = False  # run with the adapters on
     keeps_states: bool = False  # the teacher's hidden states wait for the student's forward
     copied: bool = False  # the trained weights, for a teacher that is an older policy
     shards: int = 1  # processes that the weights are cut over
@@ -133,7 +133,7 @@ def predict(x: Sizes, work: Work, setup: Setup) -> dict[str, Phase]:
     # A phase of several micro-batches adds to the gradients that the first one left.
     gradients = {"gradients": _FP32 * x.trained // setup.shards}
     phases = {
-        "load": held,
+        "load": held | _file(x, setup),
         "evaluation": work.evaluation and held | moments | _generate(x, work.evaluation, setup),
         "rollout": work.rollout and held | moments | _generate(x, work.rollout, setup),
         "teacher": setup.teacher and held | moments | _teacher(x, work, setup),
@@ -141,6 +141,13 @@ def predict(x: Sizes, work: Work, setup: Setup) -> dict[str, Phase]:
         "optimizer": held | moments | gradients | _update(x, setup),
     }
     return {name: Phase(parts) for name, parts in phases.items() if parts}
+
+
+def _file(x: Sizes, setup: Setup) -> dict[str, int]:
+    """On a CPU weights of the file's type are the file itself, mapped; others are made of it."""
+    wanted = _FP32 if x.rank == 0 else setup.itemsize
+    converted = setup.loss["device"].type == "cpu" and setup.file_itemsize != wanted
+    return {"the file": setup.file_itemsize * x.weights} if converted else {}
 
 
 def _held(x: Sizes, setup: Setup) -> dict[str, int]:
@@ -171,7 +178,7 @@ def _generate(x: Sizes, batch: Generation, setup: Setup) -> dict[str, int]:
     elif item < _FP32:  # float32 weights have a copy in the compute type
         whole = item * x.trained
     one_layer = 2 * rows * (batch.prompt + batch.new) * x.keys * item
-    prefill = rows * batch.prompt * _forward(x, item, item, adapters=x.rank > 0)
+    prefill = rows * batch.prompt * _forward(x, item, item)
     logits = rows * x.vocab * (item + _SAMPLING)
     return {
         "weights in the compute type": whole,
@@ -187,7 +194,7 @@ def _teacher(x: Sizes, work: Work, setup: Setup) -> dict[str, int]:
         cast = 0
     else:
         item, stream, cast = setup.itemsize, _stream(x, setup), _cast(x, setup)
-    layer = work.teacher_tokens * _forward(teacher, item, stream, setup.teacher_adapters)
+    layer = work.teacher_tokens * _forward(teacher, item, stream)
     return {
         "weights in the compute type": cast,
         "hidden states of all micro-batches": _states(work, setup),
@@ -242,7 +249,7 @@ def saved_per_token(x: Sizes, item: int, stream: int) -> int:
     norms = 2 * _norm(x, item, stream)
     if x.qk_norm:  # the projections in float32, their norms before the weight
         width = x.queries + x.keys
-        norms += width * (_FP32 + item * full)
+        norms += width * (_FP32 + item * full) + _FP32 * (x.heads + x.kv_heads)
     # Attention: queries, keys, values, and its output, which o_proj reads too; the log-sum-exp.
     attention = item * (2 * x.queries + 2 * x.keys) + _FP32 * x.heads
     # MLP: gate, up (swiglu.py), and their product for down_proj's gradient.
@@ -261,9 +268,9 @@ def _scores(x: Sizes, tokens: int, longest: int, item: int) -> int:
     return tokens * longest * x.heads * (_FP32 + item) if x.eager else 0
 
 
-def _forward(x: Sizes, item: int, stream: int, adapters: bool) -> int:
+def _forward(x: Sizes, item: int, stream: int) -> int:
     """Per token, a layer's forward without gradient: its MLP or its norm, whichever holds more."""
-    mlp = (stream + item) * x.hidden + (4 if adapters else 3) * item * x.inner
+    mlp = (stream + item) * x.hidden + 4 * item * x.inner  # gate, up, silu(gate), product
     norm = (stream + 3 * _FP32) * x.hidden
     return max(mlp, norm)
 
