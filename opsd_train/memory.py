@@ -179,6 +179,7 @@ def _generate(x: Sizes, batch: Generation, setup: Setup) -> dict[str, int]:
         whole = item * x.trained
     one_layer = 2 * rows * (batch.prompt + batch.new) * x.keys * item
     prefill = rows * batch.prompt * _forward(x, item, item)
+    prefill += _scores(x, rows * batch.prompt, batch.prompt, item)
     logits = rows * x.vocab * (item + _SAMPLING)
     return {
         "weights in the compute type": whole,

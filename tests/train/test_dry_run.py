@@ -56,7 +56,7 @@ def check(model: torch.nn.Module, tmp_path: Path, cases: list[list[str]]) -> Non
         pytest.skip(reason)
     for case, result in zip(cases, peaks(model, tmp_path, cases), strict=True):
         wanted, measured = result["expected"], result["measured"]
-        assert wanted.keys() == measured.keys()
+        assert wanted.keys() <= measured.keys()
         assert max(wanted.values()) == pytest.approx(max(measured.values()), rel=0.2), case
         for name, size in wanted.items():
             if name == "load":  # the pages of a mapped file come when they are first read
