@@ -179,7 +179,7 @@ class Run:
         if when == "before":
             answer, share = majority_answer(heldout.problems)
             results["majority"] = {"answer": answer, "accuracy": share}
-        else:
+        elif len(self.correct.get("before", ())) == len(made.correct):  # a resumed run may ask less
             results["paired"] = paired_difference(self.correct["before"], self.correct["after"])
         for name, key in (("student", when), ("teacher", "teacher"), ("majority", "majority")):
             if key in results and (when == "before" or key == when):
