@@ -18,7 +18,8 @@ from opsd_train.config import config_from, load_recipe
 from opsd_train.data import load_problems
 from opsd_train.model import completion_hidden, lm_head, load_model, load_tokenizer
 from opsd_train.prompts import PromptBuilder
-from opsd_train.rollout import make_engine
+from opsd_train.rollout import Request, Sampling
+from opsd_train.rollout.transformers_engine import TransformersEngine
 
 TOKENS = 1024
 _COMPLETION = 48
@@ -28,22 +29,24 @@ _COMPLETION = 48
 def capture(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
     """{"student", "teacher"} (tokens, D), "head" (V, D), "labels" (tokens,): the sampled tokens."""
     config = config_from(load_recipe("demo/opsd"))
-    tokenizer = load_tokenizer(config.model)
+    tokenizer, dtype = load_tokenizer(config.model), getattr(torch, config.model.dtype)
     prompts = PromptBuilder(tokenizer, config.prompts)
-    model = load_model(config.model, tokenizer, torch.device("cpu"))
-    engine = make_engine(config.rollout, model, tokenizer)
+    model = load_model(config.model, tokenizer, dtype)
+    engine = TransformersEngine(model, tokenizer, config.rollout)
     held: dict[str, list[torch.Tensor]] = {"student": [], "teacher": [], "labels": []}
-    problems, count, seed = iter(prompts.filter(load_problems(config.data)[0])), 0, 0
+    sides = ("student", "teacher")
+    problems, count = iter(prompts.filter(load_problems(config.data)[0], sides)), 0
     while count < tokens:
-        group = [next(problems) for _ in range(config.rollout.batch_size)]
-        asked = [prompts.student(problem) for problem in group]
-        completions = engine.generate(asked, _COMPLETION, batch_size=len(group), seed=seed)
-        for side in ("student", "teacher"):
+        group = [next(problems) for _ in range(config.problems_per_step)]
+        requests = [Request(prompts.student(p), count + i) for i, p in enumerate(group)]
+        made = engine.generate(requests, Sampling(_COMPLETION, temperature=1.0))
+        completions = [completion.tokens for completion in made]
+        for side in sides:
             shown = [getattr(prompts, side)(problem) for problem in group]
             batch = make_batch(shown, completions, tokenizer.pad_token_id, model.device)
             held[side].append(completion_hidden(model, batch))
         held["labels"].append(batch.targets)
-        count, seed = count + len(batch.targets), seed + 1
+        count += len(batch.targets)
     pair = {name: torch.cat(parts)[:tokens].contiguous() for name, parts in held.items()}
     return pair | {"head": lm_head(model).weight.detach().clone()}
 

@@ -94,6 +94,7 @@ class Trainer:
     name: str
     phases: dict[str, float]
     seconds: float | None
+    training: float | None  # seconds outside the rollout
     peak_extra_mib: float | None
     peak_mib: float | None
     loss_tokens: int | None

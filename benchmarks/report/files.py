@@ -121,10 +121,13 @@ def _train_step(device: Device, content: Json, source: Source) -> None:
 
 def _trainer(name: str, value: Json) -> Trainer:
     seconds, losses = value.get("seconds"), value.get("loss")
+    rollouts = (value.get("phases") or {}).get("rollout") or []
+    training = [s - r for s, r in zip(seconds or [], rollouts, strict=True)]
     return Trainer(
         name=name,
         phases=_medians(value.get("phases")),
         seconds=statistics.median(seconds) if seconds else None,
+        training=statistics.median(training) if training else None,
         peak_extra_mib=_number(value.get("peak_extra_mib")),
         peak_mib=_number(value.get("peak_mib")),
         loss_tokens=value.get("loss_tokens"),

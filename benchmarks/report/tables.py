@@ -6,7 +6,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from benchmarks.report.data import Case, Contender, Demo, Device, Json, Share, Source, TrainStep
+from benchmarks.report.data import (
+    Case,
+    Contender,
+    Demo,
+    Device,
+    Json,
+    Share,
+    Source,
+    Trainer,
+    TrainStep,
+)
 
 # Relative errors beyond which an answer is marked, in every output alike.
 LOSS_LIMIT = 0.01
@@ -219,9 +229,14 @@ def train_step_table(step: TrainStep) -> Table:
     rows = [(phase, *(time_text(t.phases.get(phase)) for t in trainers)) for phase in phases]
     rows.append(("whole step", *(time_text(t.seconds) for t in trainers)))
     if reference:
-        ratios = (t.seconds and t.seconds / reference.seconds for t in trainers)
-        rows.append((f"in {reference.name}'s time", *map(ratio_text, ratios)))
+        rows.append((f"in {reference.name}'s time", *_ratios(trainers, reference, "seconds")))
+    rows.append(("all but the rollout", *(time_text(t.training) for t in trainers)))
+    if reference:
+        rows.append((f"that in {reference.name}'s", *_ratios(trainers, reference, "training")))
     rows.append(("peak extra memory", *(mib_text(t.peak_extra_mib) for t in trainers)))
+    if reference:
+        ratios = _ratios(trainers, reference, "peak_extra_mib")
+        rows.append((f"{reference.name}'s being 1", *ratios))
     rows.append(("peak memory", *(mib_text(t.peak_mib) for t in trainers)))
     tokens = (f"{t.loss_tokens:,}" if t.loss_tokens else NONE for t in trainers)
     rows.append(("loss tokens", *tokens))
@@ -229,6 +244,11 @@ def train_step_table(step: TrainStep) -> Table:
     shown = (row for row in rows if any(cell != NONE for cell in row[1:]))
     bold = frozenset([len(phases)])
     return Table(("median of the steps", *(t.name for t in trainers)), tuple(shown), bold=bold)
+
+
+def _ratios(trainers: list[Trainer], reference: Trainer, name: str) -> list[str]:
+    values, one = [getattr(t, name) for t in trainers], getattr(reference, name)
+    return [ratio_text(value / one if value and one else None) for value in values]
 
 
 def settings_text(settings: Json) -> str:

@@ -40,6 +40,8 @@ def _rows(ran: dict[str, dict[str, Any]]) -> list[list[str]]:
     ]
     return [
         *phases,
+        row("without rollout, s", lambda c: f"{_training(c):.2f}"),
+        row("  / ours", lambda c: f"{_training(c) / _training(ours):.2f}"),
         row("total, s", lambda c: f"{median(c['seconds']):.2f}"),
         row("  / ours", lambda c: f"{median(c['seconds']) / median(ours['seconds']):.2f}"),
         row("peak extra memory, MiB", lambda c: _mib(c["peak_extra_mib"])),
@@ -48,6 +50,13 @@ def _rows(ran: dict[str, dict[str, Any]]) -> list[list[str]]:
         row("loss tokens", lambda c: f"{c['loss_tokens']}"),
         row("loss, first measured step", lambda c: f"{c['loss'][0]:.4f}"),
     ]
+
+
+def _training(contender: dict[str, Any]) -> float:
+    """Median seconds of a step outside its rollout."""
+    rollouts = contender["phases"]["rollout"]
+    pairs = zip(contender["seconds"], rollouts, strict=True)
+    return median(seconds - rollout for seconds, rollout in pairs)
 
 
 def _mib(value: float | None) -> str:

@@ -68,6 +68,8 @@ def test_the_readme_holds_the_figures(folder):
     assert "medians: prompts 16, micro batch 8. Test CPU, 2 cores" in plain
     assert found["rollout"] == ["2.00 s", "2.00 s"] and found["loss"] == ["250 ms", dash]
     assert found["**whole step**"] == ["**5.00 s**", "**12.5 s**"]
+    assert found["all but the rollout"] == ["3.00 s", "10.5 s"]
+    assert found["that in opsd_train's"] == ["1.00", "3.50"]
     assert found["peak extra memory"] == ["700 MiB", dash] and found["mean loss"] == ["1.5", "1.5"]
     assert found["**student after 40 steps**"] == ["**29.5 %**", "**23.6 to 36.2 %**"]
     gain = f"**{minus}1.8 to +24.2 (44 gained, 9 lost)**"
