@@ -16,7 +16,7 @@ from benchmarks.losses.inputs import REAL_PAIR
 from opsd_train.batches import make_batch
 from opsd_train.config import config_from, load_recipe
 from opsd_train.data import load_problems
-from opsd_train.model import completion_hidden, lm_head, load_model, load_tokenizer
+from opsd_train.model import Policy, completion_hidden, lm_head, load_model, load_tokenizer
 from opsd_train.prompts import PromptBuilder
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine
@@ -32,7 +32,8 @@ def capture(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
     tokenizer, dtype = load_tokenizer(config.model), getattr(torch, config.model.dtype)
     prompts = PromptBuilder(tokenizer, config.prompts)
     model = load_model(config.model, tokenizer, dtype)
-    engine = TransformersEngine(model, tokenizer, config.rollout)
+    policy = Policy(model, tokenizer.pad_token_id, dtype)
+    engine = TransformersEngine(policy, tokenizer, config.rollout)
     held: dict[str, list[torch.Tensor]] = {"student": [], "teacher": [], "labels": []}
     sides = ("student", "teacher")
     problems, count = iter(prompts.filter(load_problems(config.data)[0], sides)), 0
