@@ -51,6 +51,7 @@ def dry_run(config: Config, shard: str = "full") -> str:
             f"loss plan: {loss_plan}",
             f"memory expected on {setup.loss['device']}, beside Python and the libraries:",
             *_table(phases),
+            *_vllm(config),
         ]
     )
 
@@ -73,6 +74,13 @@ def _table(phases: dict[str, Phase]) -> list[str]:
     return lines
 
 
+def _vllm(config: Config) -> list[str]:
+    if config.rollout.engine != "vllm":
+        return []
+    share = f"{config.rollout.vllm_memory:.0%}"
+    return [f"  while it generates, vLLM takes {share} of the device beside that"]
+
+
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -92,7 +100,8 @@ def _work(config: Config) -> tuple[Work, int, int]:
     count = -(-config.problems_per_step // _processes())
     step = [sample for sample in samples[-count:] for _ in range(each)]
     groups = list(micro_batches(step, config.micro_batch_tokens))
-    generates = source != "reference"
+    ours = rollout.engine == "transformers"
+    generates = ours and source != "reference"
     lengths = [len(getattr(s, f"{source}_prompt")) for s in step] if generates else []
     work = Work(
         tokens=max(_padded(group, "student_prompt") for group in groups),
@@ -104,7 +113,7 @@ def _work(config: Config) -> tuple[Work, int, int]:
         loss_tokens=max(sum(len(s.completion) for s in group) for group in groups),
         all_loss_tokens=sum(len(s.completion) for s in step),
         rollout=_batch(lengths, rollout.max_new_tokens, config) if generates else None,
-        evaluation=_evaluation(config, builder, heldout),
+        evaluation=_evaluation(config, builder, heldout) if ours else None,
     )
     return work, len(problems), longest[0]
 

@@ -142,6 +142,12 @@ def test_it_prints_everything_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_vllm_has_its_own_share(tiny_folder: Path) -> None:
+    vllm = config(tiny_folder, "rollout.engine=vllm")
+    assert "vLLM takes 30% of the device beside" in dry_run(vllm)
+    assert expected(vllm).keys() == {"load", "teacher", "student", "optimizer"}
+
+
 METHODS = {
     "opsd": {"rollout", "teacher"},
     "sft": set(),
