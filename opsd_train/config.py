@@ -7,7 +7,7 @@ import re
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
@@ -137,21 +137,31 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    files = RECIPES.rglob("*.yaml")
-    return sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in files)
+Kind = Literal["train", "eval", "study"]  # what a recipe is for
+Recipe = TypeVar("Recipe")
+
+
+def recipe_names(kind: Kind = "train") -> list[str]:
+    """Names of the recipes of a kind that come with the package."""
+    files = [file.relative_to(RECIPES) for file in RECIPES.rglob("*.yaml")]
+    return sorted(f.with_suffix("").as_posix() for f in files if _kind(f) == kind)
+
+
+def _kind(file: Path) -> Kind:
+    if file.parts[0] == "study":
+        return "study"
+    return "eval" if file.stem == "eval" else "train"
 
 
 def recipe_description(name: str) -> str:
     """The first line of a recipe's comment."""
-    with open(_recipe_path(name), encoding="utf-8") as file:
+    with open(RECIPES / f"{name}.yaml", encoding="utf-8") as file:
         return file.readline().lstrip("# ").rstrip()
 
 
-def load_recipe(name: str) -> dict[str, Any]:
+def load_recipe(name: str, kind: Kind = "train") -> dict[str, Any]:
     """Reads a recipe by name or path. One that names another as `base` is laid over it."""
-    path = _recipe_path(name)
+    path = _recipe_path(name, kind)
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -162,10 +172,12 @@ def load_recipe(name: str) -> dict[str, Any]:
         raise UserError(f"{path} is not a recipe: it holds no keys")
     if "base" in recipe:
         base = str(recipe.pop("base"))
-        if base not in recipe_names():
-            raise UserError(f"{path}: base {base!r} is not a recipe{suggest(base, recipe_names())}")
-        recipe = merge(load_recipe(base), {"output_dir": _default_output_dir(name)} | recipe)
-    recipe.setdefault("output_dir", _default_output_dir(name))
+        if base not in recipe_names(kind):
+            near = suggest(base, recipe_names(kind))
+            raise UserError(f"{path}: base {base!r} is not a recipe{near}")
+        default = {"output_dir": _default_output_dir(name, kind)}
+        recipe = merge(load_recipe(base, kind), default | recipe)
+    recipe.setdefault("output_dir", _default_output_dir(name, kind))
     return recipe
 
 
@@ -178,19 +190,21 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def config_from(recipe: dict[str, Any], overrides: Sequence[str] = ()) -> Config:
+def config_from(
+    recipe: dict[str, Any], overrides: Sequence[str] = (), cls: type[Recipe] = Config
+) -> Recipe:
     """Applies overrides ("optim.lr=3e-4") to a recipe and checks the result."""
     merged = json.loads(_as_json(recipe))
     for override in overrides:
         _apply(merged, override)
     try:
         # As JSON, because strict types and nested sections do not go together otherwise.
-        return TypeAdapter(Config).validate_json(_as_json(merged), strict=True)
+        return TypeAdapter(cls).validate_json(_as_json(merged), strict=True)
     except ValidationError as error:
-        raise UserError(_explain(error)) from None
+        raise UserError(_explain(error, list(known_keys(cls)))) from None
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Any) -> str:
     """The resolved configuration, as a recipe that gives it again."""
     return yaml.dump(
         dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
@@ -226,19 +240,19 @@ def suggest(word: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _default_output_dir(name: str) -> str:
-    stem = name if name in recipe_names() else Path(name).stem
+def _default_output_dir(name: str, kind: Kind) -> str:
+    stem = name if name in recipe_names(kind) else Path(name).stem
     return "runs/" + stem.replace("/", "-")
 
 
-def _recipe_path(name: str) -> Path:
-    if name in recipe_names():
+def _recipe_path(name: str, kind: Kind) -> Path:
+    if name in recipe_names(kind):
         return RECIPES / f"{name}.yaml"
     if Path(name).suffix in (".yaml", ".yml"):
         if not Path(name).is_file():
             raise UserError(f"there is no recipe file {name}")
         return Path(name)
-    raise UserError(f"unknown recipe {name!r}{suggest(name, recipe_names())}")
+    raise UserError(f"unknown recipe {name!r}{suggest(name, recipe_names(kind))}")
 
 
 def _apply(recipe: dict[str, Any], override: str) -> None:
@@ -267,14 +281,14 @@ def _yaml_reason(error: yaml.YAMLError) -> str:
     return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
-def _explain(error: ValidationError) -> str:
+def _explain(error: ValidationError, known: list[str]) -> str:
     """One line about the first problem; an unknown key goes first, since it explains the others."""
     problems = sorted(error.errors(), key=lambda p: p["type"] != "unexpected_keyword_argument")
     first = problems[0]
     key = ".".join(str(part) for part in first["loc"])
     reason = first["msg"].replace("Input should be", "should be")
     if first["type"] == "unexpected_keyword_argument":
-        line = f"unknown key {key}{suggest(key, list(known_keys()))}"
+        line = f"unknown key {key}{suggest(key, known)}"
     elif first["type"] == "missing":
         line = f"missing key {key}"
     elif first["type"] == "value_error":
