@@ -1,0 +1,1 @@
+"""The paper's experiments at a small size: planned, run, and shown on one page."""

@@ -1,0 +1,133 @@
+"""results.json as arrays: which arm's run had which held-out problem right, and when."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opsd_train.errors import UserError
+
+Results = dict[str, Any]
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What the finished runs, or samplings, of an arm did on the held-out problems of a task."""
+
+    task: str
+    ids: tuple[str, ...]  # one a seed
+    columns: tuple[int, ...]  # steps of the evaluations; of samplings the k of pass@k
+    values: np.ndarray  # (seeds, columns, problems): right or not; of samplings pass@k
+    tokens: np.ndarray  # (seeds, columns): generated in training so far
+
+    def after_training(self) -> Outcomes | None:
+        """Without the evaluation before the first step; None where there is no other."""
+        chosen = [i for i, step in enumerate(self.columns) if step > 0]
+        if not chosen:
+            return None
+        steps = tuple(self.columns[i] for i in chosen)
+        return Outcomes(self.task, self.ids, steps, self.values[:, chosen], self.tokens[:, chosen])
+
+
+def load_results(folder: Path) -> Results:
+    """results.json of a study's folder."""
+    path = folder / "results.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a study's folder: it has no results.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def finished(results: Results, kind: str, ids: Sequence[str]) -> list[str]:
+    """Those of `ids` that finished; kind: "runs" or "samplings"."""
+    known = results[kind]
+    return [i for i in ids if i in known and known[i]["status"] == "finished"]
+
+
+def run_outcomes(results: Results, arm: dict[str, Any], task: str) -> Outcomes | None:
+    """Every evaluation of an arm's finished runs on a task; None where there is none.
+
+    Raises UserError where two runs did not evaluate on as many problems.
+    """
+    if not arm.get("runs"):
+        return None
+    ids = finished(results, "runs", arm["runs"].get(task, []))
+    rows = {run: {row["step"]: row for row in results["runs"][run]["evaluations"]} for run in ids}
+    ids = [run for run in ids if rows[run]]
+    if not ids:
+        return None
+    steps = sorted(set.intersection(*(set(rows[run]) for run in ids)))
+    return _outcomes(task, ids, steps, [[rows[run][step] for step in steps] for run in ids])
+
+
+def base_outcomes(results: Results, experiment: dict[str, Any], task: str) -> Outcomes | None:
+    """The model before training: the evaluation at step 0 that most of the runs share.
+
+    Not all need to: a run with other prompts starts from other answers.
+    """
+    ids = [run for arm in experiment["arms"] for run in (arm.get("runs") or {}).get(task, [])]
+    rows = [
+        results["runs"][run]["evaluations"][0]
+        for run in dict.fromkeys(ids)
+        if (results["runs"].get(run) or {}).get("evaluations")
+    ]
+    rows = [row for row in rows if row["step"] == 0]
+    if not rows:
+        return None
+    most = Counter(row["correct"] for row in rows).most_common(1)[0][0]
+    row = next(row for row in rows if row["correct"] == most)
+    return _outcomes(task, [BASE], [0], [[row]])
+
+
+def sampling_outcomes(results: Results, arm: dict[str, Any], task: str) -> Outcomes | None:
+    """pass@k of an arm's finished samplings, k = 1 to the number of samples all of them have."""
+    ids = finished(results, "samplings", (arm.get("samplings") or {}).get(task, []))
+    found = [results["samplings"][i] for i in ids]
+    if not found:
+        return None
+    ks = range(1, min(sampling["scores"]["samples"] for sampling in found) + 1)
+    values = [
+        [pass_at_k(sampling["correct"], sampling["scores"]["samples"], k) for k in ks]
+        for sampling in found
+    ]
+    _same_problems(task, ids, [len(sampling["correct"]) for sampling in found])
+    tokens = np.zeros((len(ids), len(ks)))
+    return Outcomes(task, tuple(ids), tuple(ks), np.array(values), tokens)
+
+
+def pass_at_k(correct: Sequence[int], samples: int, k: int) -> np.ndarray:
+    """Unbiased pass@k of each problem (Chen et al. 2021): 1 - C(n-c, k) / C(n, k) for c of n right.
+
+    As a product of k factors, so that no binomial coefficient overflows.
+    """
+    wrong = samples - np.asarray(correct, dtype=float)
+    missed = np.ones_like(wrong)
+    for i in range(k):
+        missed *= np.maximum(wrong - i, 0) / (samples - i)
+    return 1 - missed
+
+
+def _outcomes(
+    task: str, ids: Sequence[str], steps: Sequence[int], rows: list[list[dict[str, Any]]]
+) -> Outcomes:
+    _same_problems(task, ids, [len(row["correct"]) for of_run in rows for row in of_run])
+    values = np.array([[[c == "1" for c in row["correct"]] for row in of_run] for of_run in rows])
+    tokens = np.array([[row["tokens"] for row in of_run] for of_run in rows], dtype=float)
+    return Outcomes(task, tuple(ids), tuple(steps), values.astype(float), tokens)
+
+
+def _same_problems(task: str, ids: Sequence[str], counts: list[int]) -> None:
+    if len(set(counts)) > 1:
+        raise UserError(
+            f"results.json: the evaluations of {', '.join(ids)} on {task} are on "
+            f"{min(counts)} to {max(counts)} problems; they must be on the same ones"
+        )

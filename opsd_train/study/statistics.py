@@ -1,0 +1,134 @@
+"""Means over seeds and tasks, paired differences, and their bootstrap intervals.
+
+What an interval covers. Each of REPLICATES draws resamples the held-out problems of a task, with
+replacement, and the seeds of each arm. The problems are the same for all arms and seeds of a task,
+and so are their draws: a difference between arms is paired over the problems. The tasks are what
+they are: an interval is about other problems of these tasks, not about other tasks.
+
+Seeds: of S seeds, S - 1 are drawn, which makes the variance right in expectation (S draws would
+give (S - 1) / S of it; Rao and Wu 1988). The tails still are a normal's where Student's t with
+S - 1 degrees of freedom would be due: with 3 seeds, the part of the interval that is due to the
+seeds is up to 1.96 / 4.30 of what it should be. With one seed nothing of it is in the interval.
+Resampling problems and seeds at once counts the noise that belongs to one seed on one problem more
+than once (Owen 2007), which widens the interval; the two errors go opposite ways. In simulations
+with 3 seeds that differ by less than a problem draw does, 95 % intervals hold 93 to 97 % (tests).
+
+`best` chooses each run's best evaluation on the problems it is measured on, as the paper does:
+both the value and its interval are too high for it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from opsd_train.study.outcomes import Outcomes
+
+REPLICATES = 4000
+SEED = 7
+
+Reduce = Callable[[np.ndarray], np.ndarray]  # (..., columns) -> (...)
+
+
+def final(values: np.ndarray) -> np.ndarray:
+    return values[..., -1]
+
+
+def best(values: np.ndarray) -> np.ndarray:
+    return values.max(-1)
+
+
+def mean(values: np.ndarray) -> np.ndarray:
+    return values.mean(-1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A value and its bootstrap draws, (REPLICATES,)."""
+
+    value: float
+    draws: np.ndarray
+
+    def __sub__(self, other: Measured) -> Measured:
+        """Paired: the draws of both are of the same problems."""
+        return Measured(self.value - other.value, self.draws - other.draws)
+
+    def estimate(self) -> Estimate:
+        """Percentile interval; never beside the value."""
+        low, high = np.quantile(self.draws, (0.025, 0.975)).tolist()
+        return Estimate(self.value, min(low, self.value), max(high, self.value))
+
+
+def measure(outcomes: Outcomes, reduce: Reduce) -> Measured:
+    """Mean over seeds of a run's `reduce` over its columns."""
+    value = reduce(outcomes.values.mean(2)).mean()
+    per_seed = reduce(by_seed(outcomes))
+    draws = (per_seed * seed_weights(outcomes.ids)).sum(1)
+    if value in (0, 1) and np.ptp(draws) == 0:
+        draws = _none_or_all(outcomes, value)
+    return Measured(float(value), draws)
+
+
+def mean_curve(outcomes: Outcomes) -> list[Measured]:
+    """Mean over seeds at each column."""
+    return [
+        measure(outcomes, lambda values, i=i: values[..., i]) for i in range(len(outcomes.columns))
+    ]
+
+
+def average(parts: Sequence[Measured]) -> Measured:
+    """Mean over tasks, each weighing the same; their problems are drawn independently."""
+    draws = np.mean([part.draws for part in parts], 0)
+    return Measured(float(np.mean([part.value for part in parts])), draws)
+
+
+def by_seed(outcomes: Outcomes) -> np.ndarray:
+    """Bootstrap means over the problems: (REPLICATES, seeds, columns)."""
+    seeds, columns, problems = outcomes.values.shape
+    flat = outcomes.values.reshape(seeds * columns, problems)
+    weights = problem_weights(outcomes.task, problems)
+    # Rounded, since a sum of weights that is 1 but for its last bit would look like a change.
+    return (weights @ flat.T).round(12).reshape(REPLICATES, seeds, columns)
+
+
+@lru_cache(maxsize=32)
+def problem_weights(task: str, problems: int) -> np.ndarray:
+    """Share of each problem in each draw, the same for whoever asks: (REPLICATES, problems)."""
+    shares = np.full(problems, 1 / problems)
+    return _random(task).multinomial(problems, shares, size=REPLICATES) / problems
+
+
+def seed_weights(ids: Sequence[str]) -> np.ndarray:
+    """Share of each seed in each draw: (REPLICATES, seeds). The same runs get the same draws."""
+    count = len(ids)
+    if count == 1:
+        return np.ones((REPLICATES, 1))
+    draws = _random(*ids).multinomial(count - 1, np.full(count, 1 / count), size=REPLICATES)
+    return draws / (count - 1)
+
+
+def _none_or_all(outcomes: Outcomes, value: float) -> np.ndarray:
+    """Draws where resampling only repeats "none right", or "all": the Jeffreys posterior.
+
+    Beta(c + 1/2, n - c + 1/2) for c of n; n is the problems, as if the seeds were copies.
+    """
+    problems = outcomes.values.shape[2]
+    right = value * problems
+    return _random(*outcomes.ids).beta(right + 0.5, problems - right + 0.5, size=REPLICATES)
+
+
+def _random(*names: str) -> np.random.Generator:
+    return np.random.default_rng([SEED, zlib.crc32("/".join(names).encode())])

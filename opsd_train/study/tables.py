@@ -1,0 +1,265 @@
+"""The study in Markdown: its tables, and the README's part of it.
+
+<!-- study -->
+anything here is replaced
+<!-- /study -->
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from opsd_train.errors import UserError
+from opsd_train.metrics import duration
+from opsd_train.study.comparison import ArmResult, Comparison, compare
+from opsd_train.study.outcomes import Results
+from opsd_train.study.reading import (
+    NONE,
+    difference_text,
+    pair_text,
+    percent,
+    ratio_readings,
+    reading,
+    share_text,
+)
+from opsd_train.study.statistics import Measured
+
+MAIN = "Table 2"
+_PART = re.compile(r"<!-- study -->\n.*?<!-- /study -->", re.DOTALL)
+_WIDTH = 110
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def readme(text: str, results: Results) -> str:
+    """The README with its study part written again from the results.
+
+    Raises UserError unless it has the part once.
+    """
+    parts = _PART.findall(text)
+    if len(parts) != 1:
+        raise UserError(
+            f"the README has {len(parts)} parts from '<!-- study -->' to '<!-- /study -->'; "
+            "it needs one"
+        )
+    block = f"<!-- study -->\n\n{readme_block(results)}\n\n<!-- /study -->"
+    return _PART.sub(lambda _: block, text)
+
+
+def readme_block(results: Results) -> str:
+    """The main table, where it comes from, and the other experiments' contrasts, a line each."""
+    comparisons = [compare(results, experiment) for experiment in results["experiments"]]
+    main = main_comparison(comparisons)
+    lines = []
+    if main is not None:
+        lines += [markdown(accuracy_table(results, main)), ""]
+    lines += [
+        *wrapped(f"Held-out accuracy in percent, greedy, [95 % interval]. {provenance(results)}")
+    ]
+    missing = unfinished(results, comparisons)
+    if missing:
+        lines += ["", *wrapped(missing)]
+    items = [
+        line
+        for comparison in comparisons
+        for line in (readings(comparison) if comparison is not main else [])
+    ]
+    if items:
+        lines.append("")
+        for line in items:
+            first, *rest = textwrap.wrap(line, _WIDTH - 2, break_on_hyphens=False)
+            lines += [f"- {first}", *(f"  {more}" for more in rest)]
+    return "\n".join(lines)
+
+
+def page_markdown(results: Results, pictures: dict[str, list[str]]) -> str:
+    """study.md: every experiment; pictures: file names by experiment."""
+    comparisons = [compare(results, experiment) for experiment in results["experiments"]]
+    lines = [f"# Study: {results['name']}", "", *wrapped(provenance(results))]
+    missing = unfinished(results, comparisons)
+    lines += ["", *wrapped(missing)] if missing else []
+    for comparison in comparisons:
+        experiment = comparison.experiment
+        lines += ["", f"## {experiment['title']}", ""]
+        lines += [*wrapped(experiment["question"]), ""]
+        lines += [*wrapped(f"The paper ({experiment['paper']}): {experiment['paper_says']}"), ""]
+        lines += [f"Command: `{experiment['command']}`"]
+        for file in pictures.get(comparison.name, []):
+            lines += ["", f"![{file.removesuffix('.svg')}](figures/{file})"]
+        if experiment["kind"] == "memory" and results.get("memory"):
+            lines += ["", markdown(memory_table(results["memory"]))]
+        for table in experiment_tables(results, comparison):
+            lines += ["", markdown(table)]
+        found = readings(comparison)
+        lines += ["", *(f"- {line}" for line in found)] if found else []
+        note = (results.get("notes") or {}).get(comparison.name)
+        lines += ["", *wrapped(note)] if note else []
+    return "\n".join(lines) + "\n"
+
+
+def main_comparison(comparisons: Sequence[Comparison]) -> Comparison | None:
+    """The one of the paper's Table 2, if it was asked for."""
+    return next((c for c in comparisons if c.experiment["paper"] == MAIN), None)
+
+
+def accuracy_table(results: Results, comparison: Comparison) -> Table:
+    """Arms by tasks: final accuracy with its interval, and the tasks' average."""
+    several = len(comparison.tasks) > 1
+    header = ["", *comparison.tasks, *(["average"] if several else [])]
+    rows = []
+    for arm in comparison.arms:
+        cells = [_share(arm.final.get(task)) for task in comparison.tasks]
+        cells += [share_text(comparison.overall(arm.final))] if several else []
+        rows.append([arm.label, *cells])
+    majority = [_majority(results["tasks"][task]) for task in comparison.tasks]
+    if any(cell != NONE for cell in majority):
+        rows.append(["always the most frequent answer", *majority, *([NONE] if several else [])])
+    return header, rows
+
+
+def cost_table(comparison: Comparison) -> Table:
+    """Arms by best and mean over checkpoints, and what their runs took."""
+    header = [
+        "",
+        "best checkpoint",
+        "mean of checkpoints",
+        "runs",
+        "tokens generated",
+        "time",
+        "peak memory",
+    ]
+    rows = []
+    for arm in comparison.arms:
+        if not arm.finished and not arm.unfinished:
+            continue
+        cost = arm.cost
+        rows.append(
+            [
+                arm.label,
+                share_text(comparison.overall(arm.best)),
+                share_text(comparison.overall(arm.mean)),
+                _runs(arm),
+                f"{cost['tokens']:,.0f}" if cost else NONE,
+                duration(cost["seconds"]) if cost else NONE,
+                f"{cost['memory']:,.0f} MiB" if cost.get("memory") else NONE,
+            ]
+        )
+    return header, rows
+
+
+def contrast_table(comparison: Comparison) -> Table:
+    """Contrasts by tasks, in points."""
+    several = len(comparison.tasks) > 1
+    header = ["first minus second", *comparison.tasks, *(["average"] if several else [])]
+    rows = [
+        [
+            pair_text(contrast),
+            *(difference_text(contrast.tasks.get(task)) for task in comparison.tasks),
+            *([difference_text(contrast.total)] if several else []),
+        ]
+        for contrast in comparison.contrasts
+    ]
+    return header, rows
+
+
+def passk_table(comparison: Comparison) -> Table:
+    """Arms by pass@1 and pass@k for the largest k, averaged over tasks."""
+    most = min((len(p) for arm in comparison.arms for p in arm.passed.values()), default=0)
+    ks = sorted({1, most})
+    rows = []
+    for arm in comparison.arms:
+        at = [comparison.overall({t: v[k - 1] for t, v in arm.passed.items()}) for k in ks]
+        rows.append([arm.label, *map(share_text, at)])
+    return ["", *(f"pass@{k}" for k in ks)], rows
+
+
+def memory_table(memory: dict[str, Any]) -> Table:
+    """Tokens by method, in MiB; predicted values say so."""
+    cells: dict[int, dict[str, str]] = {}
+    for point in sorted(memory["points"], key=lambda point: point["tokens"]):
+        text = f"{point['mib']:,.0f}" + (" (predicted)" if point["predicted"] else "")
+        cells.setdefault(point["tokens"], {})[point["method"]] = text
+    rows = [
+        [f"{tokens:,}", row.get("plain", NONE), row.get("ours", NONE)]
+        for tokens, row in cells.items()
+    ]
+    return ["tokens of the step", "plain logits, MiB", "opsd_kernels, MiB"], rows
+
+
+def experiment_tables(results: Results, comparison: Comparison) -> list[Table]:
+    """The tables of an experiment that have rows."""
+    if not comparison.tasks:
+        return []
+    found = [accuracy_table(results, comparison), cost_table(comparison)]
+    if any(arm.passed for arm in comparison.arms):
+        found.append(passk_table(comparison))
+    found.append(contrast_table(comparison))
+    return [table for table in found if table[1]]
+
+
+def readings(comparison: Comparison) -> list[str]:
+    """All contrasts of an experiment in words, and the token ratios."""
+    lines = []
+    for contrast in comparison.contrasts:
+        lines.append(reading(comparison, contrast))
+        lines += [f"Tokens, {line}" for line in ratio_readings(contrast)]
+    return lines
+
+
+def provenance(results: Results) -> str:
+    """Device, versions, commit, date and command in a line."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    spent = duration(results["seconds"])
+    return (
+        f"{results['device']}, {versions}, commit {results['commit'][:9]}, {results['date']}; "
+        f"`{results['command']}`, {spent}."
+    )
+
+
+def unfinished(results: Results, comparisons: Sequence[Comparison]) -> str:
+    """Which runs and samplings are failed or missing; empty where none is."""
+    asked = dict.fromkeys(
+        i for c in comparisons for arm in c.arms for i in [*arm.unfinished, *arm.unsampled]
+    )
+    if not asked:
+        return ""
+    known = results["runs"] | results["samplings"]
+    failed = [i for i in asked if known.get(i, {}).get("status") == "failed"]
+    missing = [i for i in asked if i not in failed]
+    parts = [
+        f"{len(ids)} {what} ({', '.join(ids)})"
+        for what, ids in (("failed", failed), ("missing", missing))
+        if ids
+    ]
+    return f"Not all runs are there: {'; '.join(parts)}. The figures are of the others."
+
+
+def markdown(table: Table) -> str:
+    header, rows = table
+    rule = "|---|" + "---:|" * (len(header) - 1)
+    return "\n".join([_row(header), rule, *map(_row, rows)])
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _share(measured: Measured | None) -> str:
+    return share_text(measured.estimate() if measured else None)
+
+
+def _majority(task: dict[str, Any]) -> str:
+    return percent(task["majority"]["accuracy"]) if task.get("majority") else NONE
+
+
+def _runs(arm: ArmResult) -> str:
+    if not arm.unfinished:
+        return str(arm.finished)
+    return f"{arm.finished}, {len(arm.unfinished)} not finished"
