@@ -20,7 +20,8 @@ BOXED_ONLY = (LatexExtractionConfig(boxed_match_priority=0),)
 TOKENS = re.compile(r"(?P<box>\\{1,2}boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
 MIXED = re.compile(r"(-?\d+)\s+(\d+)/(\d+)")
 DIGIT_SPACE = re.compile(r"(?<=\d)(?:\\[,;:! ]|~|\{,\})(?=\d{3}(?!\d))")
-WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox)\{\s*([^\\{}$]*[^\W\d_]{2}[^\\{}$]*)\}")
+TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
+WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
 
 # The time limit comes from outside, so math-verify's warnings about it are beside the point.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -66,7 +67,6 @@ def check_by_task(
     answer = extract_answer(answer_part(text), expected)
     if answer is None:
         return False, None, False
-    entry = {"question": "", "answer": expected, "metadata": {}} | (entry or {})
     return _scorer(task)(answer, entry) == 1.0, answer, True
 
 
@@ -76,15 +76,26 @@ def equal(given: str, expected: str) -> bool:
     given, expected = _clean(given), _clean(expected)
     if given == expected:
         return True
-    # As letters, silent would be listen: math-verify reads bare words as products.
-    words = WORDS.fullmatch(expected)
-    if words and not WORDS.fullmatch(given):
-        return given.casefold() == words[1].strip().casefold()
+    words = _words(expected)
+    if words is not None:
+        return _words(given) == words
     if max(len(given), len(expected)) > LONGEST:
         return False
     return verify(
         _parsed(expected), _parsed(given), allow_set_relation_comp=True, timeout_seconds=None
     )
+
+
+def _words(answer: str) -> str | None:
+    r"""The words of \text{east} or Tuesday; None for what may be mathematics, such as x or ab.
+
+    math-verify reads bare letters as a product, to which listen and silent are equal.
+    """
+    inside = TEXT.fullmatch(answer)
+    text = (inside[1] if inside else answer).strip().removesuffix(".").casefold()
+    least = 2 if inside else 4  # letters of the longest word
+    is_words = WORDS.fullmatch(text) and max(map(len, re.split(r"[ '-]", text))) >= least
+    return text if is_words else None
 
 
 @lru_cache(maxsize=1000)

@@ -16,9 +16,8 @@ from opsd_train.evaluation.workers import Failure, run_each
 class Answer:
     """A completion and what decides about it.
 
-    `task` names a reasoning_gym task, whose own scorer then grades; None: math-verify does.
-    `entry` is the task's entry ("question", "answer", "metadata"), for scorers that need more
-    than `expected`.
+    `task` names a reasoning_gym task, whose own scorer then grades by the task's `entry`
+    ("question", "answer", "metadata"); without a task math-verify does.
     """
 
     text: str
@@ -53,7 +52,8 @@ def grade(
     A reasoning_gym task's answer is found by `rewards.extract_answer` and right at score 1.
 
     An answer that takes longer than `seconds`, or at which its process dies, is wrong, with the
-    reason; the others lose nothing. UserError: math-verify is missing, or a task is unknown.
+    reason; the others lose nothing. UserError: math-verify is missing, a task is unknown, or one
+    has no entry.
     """
     if seconds <= 0:
         raise UserError(f"seconds={seconds} should be positive")
@@ -93,3 +93,6 @@ def _check_tasks(answers: Sequence[Answer]) -> None:
     for task in sorted(tasks):
         if task not in DATASETS:
             raise UserError(f"unknown task {task!r}{suggest(task, list(DATASETS))}")
+    for answer in answers:
+        if answer.task is not None and answer.entry is None:  # scorers would take it for wrong
+            raise UserError(f"an answer to task {answer.task!r} needs its entry")
