@@ -24,10 +24,13 @@ SHOWN = {
     "accuracy": "acc {:.0%}",
     "tokens_per_second": "{:.0f} tok/s",
 }
+# What trackers and TensorBoard get of an evaluation.
+HELDOUT = ("accuracy", "length", "divergence")
 
 
 class RunLogger:
-    """Writes a run folder's metrics.jsonl, samples.jsonl, summary.json and TensorBoard events.
+    """Writes a run folder's metrics.jsonl, evaluations.jsonl, samples.jsonl, summary.json and
+    TensorBoard events.
 
     On a terminal it draws a progress bar above which print() still works; elsewhere it prints one
     line per step. A run that starts in a used folder replaces these files; one that resumes after
@@ -67,6 +70,7 @@ class RunLogger:
         if resumed is None:
             shutil.rmtree(events, ignore_errors=True)
         self._metrics = _open_rows(self.run_dir / "metrics.jsonl", resumed)
+        self._evaluations = _open_rows(self.run_dir / "evaluations.jsonl", resumed)
         self._samples = _open_rows(self.run_dir / "samples.jsonl", resumed)
         purge_step = None if resumed is None else resumed + 1
         self._tensorboard = SummaryWriter(str(events), purge_step=purge_step)
@@ -86,6 +90,7 @@ class RunLogger:
         if self.console.is_terminal:
             self._progress.stop()
         self._metrics.close()
+        self._evaluations.close()
         self._samples.close()
         self._tensorboard.close()
         for tracker in self._trackers:
@@ -112,6 +117,16 @@ class RunLogger:
         else:
             print(f"step {step}/{self.total_steps}  " + "  ".join(shown), file=self.console.file)
             self.console.file.flush()
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Records one evaluation on held-out problems."""
+        _append(self._evaluations, row)
+        step, found = row["step"], {name: row[name] for name in HELDOUT if name in row}
+        for name, value in found.items():
+            self._tensorboard.add_scalar(f"heldout/{name}", value, step)
+        self._tensorboard.flush()
+        for tracker in self._trackers:
+            tracker.log(step, {f"heldout_{name}": value for name, value in found.items()})
 
     def samples(self, step: int, rows: Rows) -> None:
         """Records sample completions; on a terminal also shows them as a table."""
@@ -144,6 +159,19 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
                     f"{result['correct']} of {result['problems']})",
                 )
             )
+    best, mean = summary.get("best"), summary.get("mean")
+    if best:
+        low, high = best["interval"]
+        lines.append(
+            (
+                "accuracy, best",
+                f"{best['accuracy']:.1%} (95% {low:.1%} to {high:.1%}; step {best['step']}, chosen "
+                "on these very problems: biased upwards)",
+            )
+        )
+        lines.append(
+            ("accuracy, mean", f"{mean['accuracy']:.1%} (over {mean['checkpoints']} checkpoints)")
+        )
     majority = summary.get("majority")
     if majority:
         line = f"{majority['accuracy']:.1%} (always {majority['answer']!r})"

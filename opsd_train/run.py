@@ -15,7 +15,7 @@ from opsd_train.checkpoint import Checkpoints, Loaded, restore_training, trainin
 from opsd_train.clock import Clock, peak_memory_mib
 from opsd_train.config import Config, to_yaml
 from opsd_train.data import majority_answer
-from opsd_train.evaluation.intervals import paired_difference
+from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.metrics import RunLogger
 from opsd_train.report import write_report
 from opsd_train.run_folder import RunFolder, unused
@@ -59,8 +59,8 @@ class Run:
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep, self.world)
         self.done = 0  # steps
         self.resumed: int | None = None  # the step after which it goes on
-        self.results: dict[str, Any] = {}  # of the evaluations, for the summary
-        self.correct: dict[str, list[bool]] = {}
+        self.results: dict[str, Any] = {}  # for the summary
+        self.evaluations: list[dict[str, Any]] = []  # the rows of evaluations.jsonl
         self.logger: RunLogger | None = None  # on rank 0
 
     def resume(self) -> None:
@@ -79,7 +79,7 @@ class Run:
         trainer.watch.load_state_dict(facts["watch"])
         trainer.tokens = facts["tokens"]
         trainer.clock.add(facts["seconds"])
-        self.results, self.correct = facts["results"], facts["correct"]
+        self.results, self.evaluations = facts["results"], facts["evaluations"]
         self.done = self.resumed = loaded.step
         if loaded.rank_facts is not None:
             _set_random_state(loaded.rank_facts["random"])
@@ -112,20 +112,20 @@ class Run:
     def _train(self, stop: StopRequest) -> int | None:
         """Returns the signal that ended it early."""
         config, world = self.config, self.world
-        if "before" not in self.results:
-            self._evaluate("before")
+        self._evaluate_if_due()
         while self.done < config.steps:
             row, stats = self.trainer.step(self.done + 1)
             self.done += 1
             if self.logger:
                 self._log(row, stats)
             signals = [number for number in world.all_gather(stop.signal) if number is not None]
+            if not signals:
+                self._evaluate_if_due()
             every = config.checkpoint.every
             if signals or self.done == config.steps or (every and self.done % every == 0):
                 self._save()
             if signals:
                 return signals[0]
-        self._evaluate("after")
         save_weights(self.trainer.policy, self.trainer.tokenizer, self.folder, world)
         if world.leads:
             shutil.rmtree(self.folder / "scratch", ignore_errors=True)
@@ -149,7 +149,7 @@ class Run:
             "tokens": trainer.tokens,
             "seconds": trainer.clock.seconds | {"total": trainer.clock.total()},
             "results": self.results,
-            "correct": self.correct,
+            "evaluations": self.evaluations,
         }
         self.checkpoints.save(
             self.done,
@@ -163,28 +163,35 @@ class Run:
     def _write_adapter(self, folder: Path) -> None:
         save_adapter(self.trainer.policy, folder, self.world)
 
-    def _evaluate(self, when: str) -> None:
+    def _evaluate_if_due(self) -> None:
+        """Before training, every so many steps, and after it; not twice at the same step."""
+        heldout, every = self.trainer.heldout, self.config.evaluation.every
+        due = self.done in (0, self.config.steps) or (every and self.done % every == 0)
+        known = self.evaluations and self.evaluations[-1]["step"] == self.done
+        if heldout.problems and due and not known:
+            with self.trainer.clock.phase("evaluate"):
+                self._evaluate()
+
+    def _evaluate(self) -> None:
         """Held-out accuracy and divergence; at first the teacher's and the majority's too."""
-        heldout, results = self.trainer.heldout, self.results
-        if not heldout.problems:
-            results[when] = None
-            return
-        with self.trainer.clock.phase("evaluate"):
-            made = heldout.evaluate("student")
-            results[when], self.correct[when] = made.summary(), made.correct
-            if self.trainer.method.divergence:
-                results[f"divergence_{when}"] = heldout.divergence(made)
-            if when == "before" and self.config.evaluation.teacher:
-                results["teacher"] = heldout.evaluate("teacher").summary()
-        if when == "before":
+        trainer, heldout, results = self.trainer, self.trainer.heldout, self.results
+        made = heldout.evaluate("student")
+        row = {"step": self.done, "tokens": trainer.tokens} | made.row()
+        if trainer.method.divergence:
+            row["divergence"] = heldout.divergence(made)
+        if self.done == 0:
+            results |= {"before": made.summary(), "divergence_before": row.get("divergence")}
             answer, share = majority_answer(heldout.problems)
             results["majority"] = {"answer": answer, "accuracy": share}
-        elif len(self.correct.get("before", ())) == len(made.correct):  # a resumed run may ask less
-            results["paired"] = paired_difference(self.correct["before"], self.correct["after"])
-        for name, key in (("student", when), ("teacher", "teacher"), ("majority", "majority")):
-            if key in results and (when == "before" or key == when):
-                accuracy = results[key]["accuracy"]
-                self._say(f"{when} training, held-out accuracy: {name} {accuracy:.1%}")
+            if self.config.evaluation.teacher:
+                results["teacher"] = heldout.evaluate("teacher").summary()
+        if self.done == self.config.steps:
+            results |= {"after": made.summary(), "divergence_after": row.get("divergence")}
+        self.evaluations.append(row)
+        results |= over_checkpoints(self.evaluations)
+        if self.logger:
+            self.logger.evaluation(row)
+        self._say(f"step {self.done}, held-out accuracy: {row['accuracy']:.1%}")
 
     def _summary(self) -> dict[str, Any]:
         trainer = self.trainer

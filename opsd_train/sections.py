@@ -240,6 +240,8 @@ class OptimConfig:
 class EvaluationConfig:
     problems: Count
     """Held-out problems solved greedily before and after training; 0: no evaluation."""
+    every: Count = 0
+    """Steps between evaluations in between; 0: none."""
     max_new_tokens: Positive
     """Longest answer."""
     teacher: bool = True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from opsd_train.evaluation.intervals import wilson
+from opsd_train.evaluation.intervals import paired_difference, wilson
 
 
 @dataclass(frozen=True)
@@ -23,3 +25,43 @@ class Evaluation:
             "correct": right,
             "problems": count,
         }
+
+    def row(self) -> dict[str, object]:
+        """For evaluations.jsonl: accuracy, its interval, and which problems were right (1) or
+        wrong (0), in their order."""
+        summary = self.summary()
+        return {
+            "accuracy": summary["accuracy"],
+            "interval": summary["interval"],
+            "correct": "".join(str(int(right)) for right in self.correct),
+            "problems": len(self.correct),
+            "length": sum(map(len, self.completions)) / len(self.completions),
+        }
+
+
+def over_checkpoints(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the rows of evaluations.jsonl say together, for the summary.
+
+    `paired`: last against first. As the paper reports (Appendix B), where more than one checkpoint
+    was evaluated: `best`, the highest accuracy, chosen on the very problems it is measured on and
+    so biased upwards; `mean`, the average. The model before training is not among them.
+    """
+    first, checkpoints = rows[0], [row for row in rows if row["step"] > 0]
+    if first["step"] > 0 or not checkpoints:
+        return {}
+    found: dict[str, Any] = {}
+    if first["problems"] == checkpoints[-1]["problems"]:  # a resumed run may ask fewer
+        before, after = ([c == "1" for c in r["correct"]] for r in (first, checkpoints[-1]))
+        found["paired"] = paired_difference(before, after)
+    if len(checkpoints) > 1:
+        best = max(checkpoints, key=lambda row: row["accuracy"])  # the first of equals
+        found["best"] = {
+            "step": best["step"],
+            "accuracy": best["accuracy"],
+            "interval": best["interval"],
+            "correct": best["correct"].count("1"),
+            "problems": best["problems"],
+        }
+        mean = sum(row["accuracy"] for row in checkpoints) / len(checkpoints)
+        found["mean"] = {"accuracy": mean, "checkpoints": len(checkpoints)}
+    return found

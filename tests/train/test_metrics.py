@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import pytest
 from rich.console import Console
@@ -118,6 +119,7 @@ def test_a_resumed_run_goes_on_without_duplicates(tmp_path):
     with open(tmp_path / "metrics.jsonl", "ab") as file:
         file.write('{"step": 4, "top_tokens": [["é'.encode()[:-1])  # killed while writing
     console = quiet()
+    time.sleep(1.1)  # TensorBoard sorts its files by the second they were begun in
     with RunLogger(tmp_path, 6, console, resume_step=2) as log:
         assert [row["step"] for row in lines(tmp_path / "metrics.jsonl")] == [1, 2]
         assert not (tmp_path / "report.html").exists()
