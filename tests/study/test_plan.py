@@ -1,0 +1,114 @@
+"""The study's recipes against each other, and runs that experiments share."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from opsd_train.config import config_from, load_recipe, recipe_names
+from opsd_train.errors import UserError
+from opsd_train.study.plan import Plan, fingerprint, make_plan
+from opsd_train.study.settings import Arm, Experiment, load_experiments, load_shared
+
+FOLDER = Path("runs/somewhere")
+
+
+def planned(quick: bool) -> Plan:
+    shared = load_shared()
+    return make_plan(shared, load_experiments(shared), FOLDER, quick=quick)
+
+
+def experiment(**changes: object) -> Experiment:
+    texts = {key: "…" for key in ("title", "paper", "paper_says", "question")}
+    return config_from({**texts, **changes}, cls=Experiment)
+
+
+def test_every_recipe_of_the_study_is_run() -> None:
+    names = {f"study/{name}" for name in load_shared().experiments}
+    assert names | {"study/shared"} == set(recipe_names("study"))
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_table_2_has_its_methods_tasks_and_seeds(quick: bool) -> None:
+    plan = planned(quick)
+    methods = plan.experiments[0]
+    assert methods.name == "methods"
+    found = {
+        (run.task, run.config.method, run.seed)
+        for ids in methods.runs.values()
+        for names in ids.values()
+        for run in (plan.runs[name] for name in names)
+    }
+    wanted = ("sft", "grpo", "star", "context_distill", "opsd")
+    tasks = ("sums", "products", "letters")
+    assert found == {(t, m, s) for t in tasks for m in wanted for s in (0, 1, 2)}
+    sizes = {(r.config.steps, r.config.problems_per_step) for r in plan.runs.values()}
+    assert len(sizes) == 1  # as many problems for every run
+    assert {r.config.evaluation.problems for r in plan.runs.values()} == {48 if quick else 198}
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_the_same_settings_are_run_once(quick: bool) -> None:
+    plan = planned(quick)
+    prints = [fingerprint(run.config) for run in plan.runs.values()]
+    assert len(set(prints)) == len(prints)
+    methods, tokens = plan.experiments[:2]
+    assert tokens.runs["opsd"] == methods.runs["opsd"]
+    assert tokens.runs["grpo"] == methods.runs["grpo"]
+    for other in plan.experiments[2:]:
+        if "opsd" in other.runs:
+            assert other.runs["opsd"]["sums"][0] == methods.runs["opsd"]["sums"][0]
+
+
+def test_the_teacher_is_measured_once_for_each_task_and_prompt() -> None:
+    plan = planned(quick=True)
+    measured = [run.id for run in plan.runs.values() if run.config.evaluation.teacher]
+    assert measured == [
+        "sums-opsd-s0",
+        "products-opsd-s0",
+        "letters-opsd-s0",
+        "sums-plain-student-s0",
+    ]
+
+
+def test_words_give_the_run_again() -> None:
+    for run in planned(quick=True).runs.values():
+        recipe, *changes = run.words
+        assert config_from(load_recipe(recipe), changes) == run.config
+
+
+def test_samplings_ask_the_problems_of_their_runs() -> None:
+    plan = planned(quick=True)
+    length = next(p for p in plan.experiments if p.name == "length")
+    assert set(length.samplings) == {"base", "length-10", "opsd", "length-40"}
+    for arm, tasks in length.samplings.items():
+        for task, (name,) in tasks.items():
+            sampled = plan.samplings[name]
+            assert sampled.run == (None if arm == "base" else length.runs[arm][task][0])
+            assert plan.runs[sampled.problems_of].task == task
+            assert json.dumps(sampled.words("m"))  # plain words
+
+
+def test_mistakes_in_recipes_are_named() -> None:
+    shared = load_shared()
+    arm = {"name": "a", "label": "a"}
+    with pytest.raises(UserError, match="no task 'sum'"):
+        make_plan(shared, {"e": experiment(arms=[arm], tasks=["sum"])}, FOLDER, quick=False)
+    with pytest.raises(UserError, match="no arm 'b'"):
+        make_plan(
+            shared, {"e": experiment(arms=[arm], contrasts=[["a", "b"]])}, FOLDER, quick=False
+        )
+    other = experiment(arms=[arm | {"changes": ["optim.lr=1e-3"]}])
+    with pytest.raises(UserError, match="two different arms are called 'a'"):
+        make_plan(shared, {"e": experiment(arms=[arm]), "f": other}, FOLDER, quick=False)
+
+
+def test_quick_leaves_out_what_it_says() -> None:
+    arms = [Arm(name=n, label=n, changes=[f"optim.lr={r}"]) for n, r in (("a", 1e-3), ("b", 2e-3))]
+    reduced = {"tasks": ["sums"], "seeds": [5], "arms": ["b"]}
+    asked = experiment(
+        arms=[{"name": a.name, "label": a.label, "changes": a.changes} for a in arms], quick=reduced
+    )
+    plan = make_plan(load_shared(), {"e": asked}, FOLDER, quick=True)
+    assert list(plan.runs) == ["sums-b-s5"]
+    assert len(make_plan(load_shared(), {"e": asked}, FOLDER, quick=False).runs) == 2 * 3 * 3
