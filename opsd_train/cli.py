@@ -13,6 +13,7 @@ from pathlib import Path
 
 from opsd_train.config import (
     Config,
+    Kind,
     config_from,
     known_keys,
     load_recipe,
@@ -22,6 +23,13 @@ from opsd_train.config import (
 from opsd_train.errors import UserError
 
 DEFAULT_RECIPE = "demo/opsd"
+EVAL_USAGE = "python -m opsd_train eval MODEL_OR_RUN --set SET,SET"
+STUDY_USAGE = "python -m opsd_train study [--quick] [--only EXPERIMENT,...] [output_dir=FOLDER]"
+KINDS: dict[Kind, str] = {
+    "train": "Training:",
+    "eval": "Evaluation (eval --recipe):",
+    "study": "The study:",
+}
 
 USAGE = """\
 python -m opsd_train                          run the demo, recipe demo/opsd
@@ -30,6 +38,14 @@ python -m opsd_train RECIPE --dry-run         print the resolved config and the 
 python -m opsd_train RECIPE ... --resume      go on after the newest checkpoint in its output_dir
 torchrun --nproc_per_node N -m opsd_train RECIPE ... [--shard full|none]
                                               N processes: weights sharded (FSDP2) or a copy on each
+python -m opsd_train eval MODEL_OR_RUN --set SET,SET [--recipe RECIPE] KEY=VALUE ...
+                                              answers, checks and scores; goes on where it was left
+    SET: aime24 aime25 hmmt25 amo-bench math-500, heldout (of the run) or a run's folder, a task of
+    reasoning_gym, a .jsonl or .parquet file; RECIPE: paper/eval, demo/eval or a .yaml file
+python -m opsd_train eval ... --against FOLDER        and the difference to another evaluation
+python -m opsd_train eval ... --regrade               check what is kept again, without a model
+python -m opsd_train study [--quick] [--only EXPERIMENT,...] [--jobs N] [output_dir=FOLDER]
+                                              the paper's experiments on a small model, and a page
 python -m opsd_train recipes                  list the recipes
 python -m opsd_train report RUN_DIR           write RUN_DIR/report.html again
 python -m opsd_train export RUN_DIR [OUT]     write the newest checkpoint's adapter (PEFT)
@@ -77,6 +93,13 @@ def _dispatch(argv: Sequence[str]) -> int:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--shard", choices=("full", "none"), default="full")
     parser.add_argument("--merged", action="store_true")
+    parser.add_argument("--set")
+    parser.add_argument("--recipe", default="paper/eval")
+    parser.add_argument("--against")
+    parser.add_argument("--regrade", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only")
+    parser.add_argument("--jobs", type=int)
     parser.add_argument("-h", "--help", action="store_true")
     options = parser.parse_intermixed_args(argv)
     words = options.words
@@ -92,6 +115,10 @@ def _dispatch(argv: Sequence[str]) -> int:
         print(write_report(words[1]))
     elif words[:1] == ["export"]:
         print(_export(words, options.merged))
+    elif words[:1] == ["eval"]:
+        _eval(words, options)
+    elif words[:1] == ["study"]:
+        return _study(words, options)
     else:
         config = _config(words)
         if not options.dry_run:
@@ -118,25 +145,71 @@ def _export(words: list[str], merged: bool) -> Path:
     return export(Path(words[1]), Path(words[2]) if len(words) > 2 else None, merged=merged)
 
 
+def _eval(words: list[str], options: argparse.Namespace) -> None:
+    if len(words) < 2 or "=" in words[1] or not (options.set or options.regrade):
+        raise UserError(f"usage: {EVAL_USAGE} [KEY=VALUE ...]")
+    from opsd_train.evaluation.settings import EvalConfig, default_folder
+
+    source, sets = words[1], options.set.split(",") if options.set else []
+    recipe = load_recipe(options.recipe, "eval")
+    if recipe["output_dir"] is None:
+        recipe["output_dir"] = default_folder(source, options.recipe, sets)
+    config = config_from(recipe, words[2:], EvalConfig)
+    from opsd_train.evaluation.evaluate import evaluate, print_difference, regrade
+
+    if options.regrade:
+        folder = regrade(config, source)
+    else:
+        evaluate(config, source, sets)
+        folder = config.output_dir
+    if options.against and os.environ.get("RANK", "0") == "0":
+        print_difference(folder, options.against)
+
+
+def _study(words: list[str], options: argparse.Namespace) -> int:
+    folder = words[1].removeprefix("output_dir=") if len(words) == 2 else None
+    if len(words) > 2 or (folder is not None and folder == words[1]):
+        raise UserError(f"usage: {STUDY_USAGE}")
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}: at least one")
+    from opsd_train.study.run import study
+
+    only = options.only.split(",") if options.only else []
+    return study(quick=options.quick, only=only, jobs=options.jobs, output_dir=folder)
+
+
 def _expect_words(words: list[str], usage: str, count: int) -> None:
     if len(words) != count + 1:
         raise UserError(f"usage: python -m opsd_train {usage}")
 
 
 def _recipe_list() -> str:
-    width = max(map(len, recipe_names()))
-    return "\n".join(f"{name:{width}}  {recipe_description(name)}" for name in recipe_names())
+    parts = []
+    for kind, heading in KINDS.items():
+        names = recipe_names(kind)
+        width = max(map(len, names))
+        parts += [heading, *(f"{n:{width}}  {recipe_description(n)}" for n in names), ""]
+    return "\n".join(parts[:-1])
 
 
-def _help() -> str:
-    keys = known_keys()
+def _key_list(cls: type) -> str:
+    keys = known_keys(cls)
     width = max(map(len, keys)) + 4
-    lines = [
+    return "\n".join(
         textwrap.fill(
             description, 100, initial_indent=f"  {key:{width - 2}}", subsequent_indent=" " * width
         )
         for key, description in keys.items()
-    ]
-    recipes = textwrap.indent(_recipe_list(), "  ")
-    usage = textwrap.indent(USAGE, "  ")
-    return f"Usage:\n{usage}\nRecipes:\n{recipes}\n\nKeys:\n" + "\n".join(lines)
+    )
+
+
+def _help() -> str:
+    from opsd_train.evaluation.settings import EvalConfig
+
+    parts = {
+        "Usage:": textwrap.indent(USAGE, "  "),
+        "Recipes:": textwrap.indent(_recipe_list(), "  ") + "\n",
+        "Keys:": _key_list(Config) + "\n",
+        "Keys of eval:": _key_list(EvalConfig),
+    }
+    return "\n".join(f"{heading}\n{text}" for heading, text in parts.items())

@@ -32,7 +32,7 @@ def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
         problems = _generate(config, config.train_size + config.heldout_size)
     else:
         source = f"data.path {config.path}"
-        problems = _from_rows(config, incomplete)
+        problems = problems_from_rows(config, incomplete)
     strata: dict[str | None, list[Problem]] = {a: [] for a in config.balance_over or [None]}
     held = config.heldout_size // len(strata)
     wanted = None if config.train_size is None else config.train_size // len(strata) + held
@@ -87,35 +87,48 @@ def _check_size(source: str, answer: str | None, size: int, held: int, wanted: i
         raise UserError(f"{found}, but data.train_size + data.heldout_size asks for {wanted}")
 
 
-def _generate(config: DataConfig, wanted: int) -> Iterator[Problem]:
-    try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError:
-        raise UserError("data.source=reasoning_gym needs: pip install reasoning-gym") from None
-    task = config.task
-    if task not in DATASETS:
-        raise UserError(f"unknown data.task {task!r}{suggest(task, list(DATASETS))}")
-    known = [field.name for field in dataclasses.fields(DATASETS[task][1])]
-    for key in config.task_config:
-        if key not in known or key in ("seed", "size"):
-            raise UserError(f"unknown key data.task_config.{key}{suggest(key, known)}")
+def task_entries(
+    task: str, settings: dict[str, Any], seed: int, wanted: int, key: str = "data.task_config"
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Ids and entries of a reasoning_gym task, enough to find nearly `wanted` distinct questions.
+
+    The same arguments give the same entries. `key` names the settings in error messages.
+    """
+    known = [field.name for field in dataclasses.fields(task_registry()[task][1])]
+    from reasoning_gym import create_dataset
+
+    for name in settings:
+        if name not in known or name in ("seed", "size"):
+            raise UserError(f"unknown key {key}.{name}{suggest(name, known)}")
     # A task with few distinct problems repeats itself; this many draws find nearly all of them.
     draws = 50 * wanted + 1000
     try:
-        dataset = reasoning_gym.create_dataset(
-            task, size=draws, seed=config.seed, **config.task_config
-        )
+        dataset = create_dataset(task, size=draws, seed=seed, **settings)
     except (AssertionError, ValueError, TypeError) as error:
-        raise UserError(f"data.task_config does not suit {task}: {error}") from None
+        raise UserError(f"{key} does not suit {task}: {error}") from None
     for index in range(draws):
         entry = dataset[index]
+        if entry["answer"] is None:
+            raise UserError(f"task {task} gives no answers, so nothing can be checked")
+        yield f"{task}-{index}", entry
+
+
+def _generate(config: DataConfig, wanted: int) -> Iterator[Problem]:
+    task, registry = config.task, task_registry()
+    if task not in registry:
+        raise UserError(f"unknown data.task {task!r}{suggest(task, list(registry))}")
+    for name, entry in task_entries(task, config.task_config, config.seed, wanted):
         answer = entry["answer"]
-        if answer is None:
-            raise UserError(f"data.task {task} gives no answers, so nothing can be checked")
-        yield Problem(
-            f"{task}-{index}", entry["question"], str(answer), _solution(entry["metadata"], answer)
-        )
+        yield Problem(name, entry["question"], str(answer), _solution(entry["metadata"], answer))
+
+
+def task_registry() -> dict[str, Any]:
+    """The reasoning_gym tasks by name."""
+    try:
+        from reasoning_gym.factory import DATASETS
+    except ImportError:
+        raise UserError("reasoning_gym tasks need: pip install reasoning-gym") from None
+    return DATASETS
 
 
 def _solution(metadata: dict[str, Any], answer: str) -> str:
@@ -126,7 +139,7 @@ def _solution(metadata: dict[str, Any], answer: str) -> str:
     return f"{expression} = {answer}" if isinstance(expression, str) else str(answer)
 
 
-def _from_rows(config: DataConfig, incomplete: Counter[str]) -> Iterator[Problem]:
+def problems_from_rows(config: DataConfig, incomplete: Counter[str]) -> Iterator[Problem]:
     """Problems of the complete rows; the others are an error, or counted by their empty column."""
     columns = column_names(config.columns)
     row = None

@@ -60,10 +60,14 @@ def _write(checkpoint: Path, config: Config, folder: Path, merged: bool) -> None
     tokenizer.save_pretrained(str(folder))
 
 
-@torch.no_grad()
 def _trained(base: nn.Module, checkpoint: Path, has_adapter: bool) -> nn.Module:
     if has_adapter:
         return PeftModel.from_pretrained(base, str(checkpoint / "adapter")).merge_and_unload()
+    return load_weights(base, checkpoint)
+
+
+def load_weights(base: nn.Module, checkpoint: Path) -> nn.Module:
+    """The model with the checkpoint's weights, of a run that trains all of them."""
     weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
     reader = dcp.FileSystemReader(checkpoint / "tensors")
     dcp.load({"model": weights}, storage_reader=reader, no_dist=True)

@@ -30,7 +30,7 @@ _SHOWN = 3
 
 def refuse_changes(old: str, new: str, checkpoint: Path) -> None:
     """Raise if recipe `new` would not go on with the training that `old` began."""
-    before, after = _flat(yaml.safe_load(old)), _flat(yaml.safe_load(new))
+    before, after = flat(yaml.safe_load(old)), flat(yaml.safe_load(new))
     free = FREE + (("steps",) if after.get("optim.schedule") == "constant" else ())
     changed = [
         f"{key} was {before.get(key)!r} and is {after.get(key)!r}"
@@ -50,11 +50,11 @@ def _matches(key: str, free: tuple[str, ...]) -> bool:
     return any(key == name or (name.endswith(".") and key.startswith(name)) for name in free)
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """{"optim.lr": 0.001, ...}; lists are values."""
     if not isinstance(node, dict) or not node:
         return {prefix[:-1]: node}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in node.items():
-        flat |= _flat(value, f"{prefix}{key}.")
-    return flat
+        found |= flat(value, f"{prefix}{key}.")
+    return found

@@ -1,0 +1,190 @@
+"""The problems of an evaluation: data sets of the hub, tasks, files, a run's held-out problems."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from opsd_train.config import Config, config_from, load_recipe, suggest
+from opsd_train.data import (
+    Problem,
+    load_problems,
+    problems_from_rows,
+    task_entries,
+    task_registry,
+)
+from opsd_train.errors import UserError
+from opsd_train.evaluation.settings import EvalConfig, FileColumnsConfig
+from opsd_train.sections import ColumnsConfig, DataConfig
+from opsd_train.seeds import stable_seed
+
+HELDOUT = "heldout"
+
+
+@dataclass(frozen=True)
+class EvalProblem:
+    """One problem; `entry` is that of its reasoning_gym `task`, whose own scorer grades it."""
+
+    set: str
+    problem: str  # its id
+    question: str
+    answer: str
+    task: str | None = None
+    entry: dict[str, Any] | None = field(default=None, hash=False)
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where a data set is on the hub, and which of its columns are what."""
+
+    path: str
+    split: str
+    question: str
+    type: str | None = None
+    """A column: rows where it says "description" are left out, no parser can grade them."""
+    note: str = ""
+
+
+# Names and columns as on the data sets' cards; all have a column `answer`.
+HUB = {
+    "aime24": HubSet("HuggingFaceH4/aime_2024", "train", "problem"),
+    "aime25": HubSet("MathArena/aime_2025", "train", "problem"),
+    "hmmt25": HubSet("MathArena/hmmt_feb_2025", "train", "problem"),
+    # answer_type is number, set, variable or description (grading.py of meituan-longcat/AMO-Bench
+    # asks a language model about the last kind: 11 of 50). Answers stand in \boxed{}.
+    "amo-bench": HubSet(
+        "meituan-longcat/AMO-Bench",
+        "test",
+        "prompt",
+        type="answer_type",
+        note="the problems whose answers a parser can grade, 39 of its 50",
+    ),
+    "math-500": HubSet("HuggingFaceH4/MATH-500", "test", "problem"),
+}
+
+
+def load_set(name: str, config: EvalConfig, run: Config | None) -> list[EvalProblem]:
+    """The problems that --set `name` means; `run` is the recipe of the run that is evaluated."""
+    if name in HUB:
+        problems = _hub(name, HUB[name])
+    elif is_heldout(name):
+        return list(islice(_heldout(recipe_of(name, run)), config.problems))
+    elif Path(name).suffix in (".jsonl", ".parquet"):
+        problems = _file(name, config.columns)
+    elif name in task_registry():
+        problems = _task(name, config.tasks.get(name, {}), config.problems or config.task_problems)
+    else:
+        near = suggest(name, [HELDOUT, *HUB, *task_registry()])
+        raise UserError(
+            f"unknown --set {name!r}{near}; there are {', '.join([*HUB, HELDOUT])}, a run's "
+            "folder, reasoning_gym tasks, and .jsonl or .parquet files"
+        )
+    return list(islice(problems, config.problems))
+
+
+def set_label(name: str) -> str:
+    """What problems.jsonl calls a set: a run's folder is its held-out problems."""
+    return HELDOUT if is_heldout(name) else name
+
+
+def is_heldout(name: str) -> bool:
+    """Whether --set `name` means held-out problems: of the run evaluated, or of a run's folder."""
+    return name == HELDOUT or (Path(name) / "config.yaml").is_file()
+
+
+def recipe_of(name: str, run: Config | None) -> Config:
+    """The recipe of the run whose held-out problems --set `name` means."""
+    if name != HELDOUT:
+        return config_from(load_recipe(str(Path(name) / "config.yaml")))
+    if run is None:
+        raise UserError(
+            "--set heldout means the held-out problems of a run, and this is a model; name a run's "
+            "folder there instead"
+        )
+    return run
+
+
+def _hub(name: str, place: HubSet) -> Iterator[EvalProblem]:
+    # The reader takes three columns; where there is a type, it is the third.
+    columns = ColumnsConfig(question=place.question, answer="answer", solution=place.type)
+    data = _data("hub", path=place.path, split=place.split, columns=columns)
+    for problem in problems_from_rows(data, Counter()):
+        if place.type is None or problem.solution != "description":
+            yield EvalProblem(name, problem.id, problem.question, _unboxed(problem.answer))
+
+
+def _file(path: str, columns: FileColumnsConfig) -> Iterator[EvalProblem]:
+    named = ColumnsConfig(question=columns.question, answer=columns.answer, solution=None)
+    data = _data("file", path=path, columns=named)
+    for problem in problems_from_rows(data, Counter()):
+        yield EvalProblem(path, problem.id, problem.question, problem.answer)
+
+
+def _task(task: str, settings: dict[str, Any], count: int) -> list[EvalProblem]:
+    # Not the seed of training recipes, which would draw the problems that were trained on.
+    seed = stable_seed("evaluation", task)
+    made: dict[str, EvalProblem] = {}  # by question
+    for name, entry in task_entries(task, settings, seed, count, f"tasks.{task}"):
+        question = entry["question"]
+        made.setdefault(question, _of_entry(task, task, name, entry))
+        if len(made) == count:
+            return list(made.values())
+    raise UserError(
+        f"--set {task} gives {len(made)} distinct problems, not {count}; lower problems (or "
+        f"task_problems) to {len(made)}"
+    )
+
+
+def _heldout(config: Config) -> Iterator[EvalProblem]:
+    """Those that training evaluates; all, where it evaluates none."""
+    problems = load_problems(config.data)[1]
+    if not problems:
+        raise UserError("--set heldout: the run held no problems out (data.heldout_size=0)")
+    problems = problems[: config.evaluation.problems or None]
+    entries = _entries(config.data, problems) if config.data.source == "reasoning_gym" else {}
+    for problem in problems:
+        if problem.id in entries:
+            yield _of_entry(HELDOUT, config.data.task, problem.id, entries[problem.id])
+        else:
+            yield EvalProblem(HELDOUT, problem.id, problem.question, problem.answer)
+
+
+def _entries(data: DataConfig, problems: list[Problem]) -> dict[str, dict[str, Any]]:
+    """The entries that load_problems made these problems of, by id."""
+    missing = {problem.id for problem in problems}
+    found = {}
+    wanted = data.train_size + data.heldout_size
+    for name, entry in task_entries(data.task, data.task_config, data.seed, wanted):
+        if name in missing:
+            found[name] = entry
+        if len(found) == len(missing):
+            break
+    return found
+
+
+def _of_entry(label: str, task: str, name: str, entry: dict[str, Any]) -> EvalProblem:
+    kept = {key: value for key, value in entry["metadata"].items() if _is_json(value)}
+    entry = {"question": entry["question"], "answer": entry["answer"], "metadata": kept}
+    return EvalProblem(label, name, entry["question"], str(entry["answer"]), task, entry)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _data(source: str, **options: Any) -> DataConfig:
+    return DataConfig(source=source, train_size=None, heldout_size=0, **options)
+
+
+def _unboxed(answer: str) -> str:
+    inner = answer.strip()
+    if inner.startswith(r"\boxed{") and inner.endswith("}"):
+        return inner.removeprefix(r"\boxed{")[:-1]
+    return answer

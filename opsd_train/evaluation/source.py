@@ -1,0 +1,99 @@
+"""MODEL_OR_RUN: a model, or a run's folder with what it has trained so far."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from opsd_train.checkpoint import Checkpoints
+from opsd_train.config import Config, config_from, load_recipe
+from opsd_train.errors import UserError
+from opsd_train.evaluation.settings import EvalConfig
+from opsd_train.export import load_weights
+from opsd_train.model import Policy, load_model
+from opsd_train.rollout import Engine
+from opsd_train.rollout.transformers_engine import TransformersEngine
+from opsd_train.sections import ModelConfig
+from opsd_train.world import World
+
+
+@dataclass(frozen=True)
+class Source:
+    """The base model, and the run that trained it, if one did."""
+
+    model: ModelConfig
+    run: Config | None = None
+    folder: Path | None = None
+    """The run's."""
+    weights: Path | None = None
+    """The run's checkpoint, adapter or model folder."""
+
+    @property
+    def weights_name(self) -> str | None:
+        """The weights' place within the run's folder."""
+        return self.weights and self.weights.relative_to(self.folder).as_posix()
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the run's adapter, in PEFT's format."""
+        if self.weights is None or self.run.lora is None:
+            return None
+        within = self.weights / "adapter"
+        return within if within.is_dir() else self.weights
+
+
+def find_source(text: str, model: ModelConfig) -> Source:
+    """What MODEL_OR_RUN means; `model` says all but its name."""
+    folder = Path(text)
+    if (folder / "complete.json").is_file():
+        return _of_run(folder.parents[1], model, folder)
+    if (folder / "config.yaml").is_file():
+        return _of_run(folder, model, _newest(folder))
+    return Source(replace(model, name_or_path=text))
+
+
+def load_source(source: Source, tokenizer: Any, device: torch.device) -> nn.Module:
+    """The model, ready to generate; an adapter stays an adapter."""
+    dtype = getattr(torch, source.model.dtype)
+    model_config = source.model
+    if source.weights is not None and (source.weights / "config.json").is_file():
+        model_config = replace(model_config, name_or_path=str(source.weights))
+    model = load_model(model_config, tokenizer, dtype)
+    if source.adapter is not None:
+        model = PeftModel.from_pretrained(model, str(source.adapter))
+    elif source.weights is not None and model_config is source.model:
+        load_weights(model, source.weights)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _of_run(folder: Path, model: ModelConfig, weights: Path) -> Source:
+    run = config_from(load_recipe(str(folder / "config.yaml")))
+    return Source(replace(model, name_or_path=run.model.name_or_path), run, folder, weights)
+
+
+def _newest(folder: Path) -> Path:
+    """The newest checkpoint; what the end of a run wrote where its checkpoints are gone."""
+    checkpoint = Checkpoints(folder, 1, World(torch.device("cpu"))).newest_whole()
+    if checkpoint is not None:
+        return checkpoint
+    for name, file in (("adapter", "adapter_config.json"), ("model", "config.json")):
+        if (folder / name / file).is_file():
+            return folder / name
+    raise UserError(f"{folder} has no weights yet: no checkpoints, adapter or model is in it")
+
+
+@contextmanager
+def open_engine(
+    config: EvalConfig, source: Source, tokenizer: Any, folder: Path, world: World
+) -> Iterator[Engine]:
+    """sampling.engine with the model, closed at the end."""
+    model = load_source(source, tokenizer, world.device)
+    policy = Policy(model, tokenizer.pad_token_id, getattr(torch, source.model.dtype))
+    yield TransformersEngine(policy, tokenizer, config.sampling.for_engine())

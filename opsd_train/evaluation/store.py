@@ -1,0 +1,137 @@
+"""An evaluation's folder: what was asked, every generation, every grade, the scores.
+
+config.yaml               what was evaluated, and all settings
+problems.jsonl            set, problem (its id), question, answer; task and entry of a task's
+generations.jsonl         set, problem, sample, prompt_tokens, tokens, finished, text; of several
+                          processes generations.rank_N.jsonl
+grades.jsonl              set, problem, sample, correct, answer, boxed, finished, tokens, reason
+scores.json               the scores of each set
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opsd_train.config import to_yaml
+from opsd_train.errors import UserError
+from opsd_train.evaluation.sets import EvalProblem
+from opsd_train.evaluation.settings import EvalConfig
+from opsd_train.metrics import read_rows, replace_file
+from opsd_train.recipe_changes import flat
+
+Rows = list[dict[str, Any]]
+Key = tuple[str, str, int]  # set, problem, sample
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What makes two evaluations the same."""
+
+    source: str
+    """Model or run, as on the command line."""
+    weights: str | None
+    """Of a run: which of its weights, within its folder."""
+    sets: list[str]
+    settings: EvalConfig
+
+
+class Store:
+    """The files of one evaluation's folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def exists(self) -> bool:
+        """Whether an evaluation was begun here."""
+        return (self.folder / "problems.jsonl").is_file()
+
+    def begin(self, evaluated: Evaluated, problems: Sequence[EvalProblem]) -> None:
+        """Makes the folder; problems.jsonl, which makes it one to go on with, comes last."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        replace_file(self.folder / "config.yaml", to_yaml(evaluated))
+        self._write("problems.jsonl", [dataclasses.asdict(problem) for problem in problems])
+
+    def check_same(self, evaluated: Evaluated) -> None:
+        """Raises UserError unless the folder is of this very evaluation."""
+        text = (self.folder / "config.yaml").read_text(encoding="utf-8")
+        before, now = (_decisive(yaml.safe_load(t)) for t in (text, to_yaml(evaluated)))
+        changed = [
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+            for key in before | now
+            if before.get(key) != now.get(key)
+        ]
+        if changed:
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"{self.folder} holds another evaluation: {'; '.join(changed[:3])}{more}; set it "
+                "back to go on with that one, or choose another folder: output_dir=..."
+            )
+
+    def problems(self) -> list[EvalProblem]:
+        return [EvalProblem(**row) for row in read_rows(self.folder / "problems.jsonl")]
+
+    def generations(self) -> dict[Key, dict[str, Any]]:
+        """Every generation that is there whole, of all processes."""
+        rows: dict[Key, dict[str, Any]] = {}
+        for path in sorted(self.folder.glob("generations*.jsonl")):
+            for row in read_rows(path):
+                rows.setdefault((row["set"], row["problem"], row["sample"]), row)
+        return rows
+
+    def grades(self) -> Rows:
+        """The graded samples; raises UserError where there are none."""
+        if not (self.folder / "grades.jsonl").is_file():
+            raise UserError(f"{self.folder} has no grades.jsonl: no finished evaluation is there")
+        return read_rows(self.folder / "grades.jsonl")
+
+    def write_grades(self, rows: Rows) -> None:
+        self._write("grades.jsonl", rows)
+
+    def write_scores(self, scores: dict[str, Any]) -> None:
+        replace_file(self.folder / "scores.json", json.dumps(scores, indent=1) + "\n")
+
+    def _write(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        replace_file(self.folder / name, "".join(map(_line, rows)))
+
+
+class GenerationFile:
+    """The generations of one process: a batch at a time, on disk before the next begins."""
+
+    def __init__(self, folder: Path, rank: int, size: int) -> None:
+        name = "generations.jsonl" if size == 1 else f"generations.rank_{rank}.jsonl"
+        path = folder / name
+        if path.exists():  # what a killed process left half written would spoil the next line
+            text = path.read_bytes()
+            os.truncate(path, text.rfind(b"\n") + 1)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def __enter__(self) -> GenerationFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, rows: Rows) -> None:
+        self._file.write("".join(map(_line, rows)))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _decisive(values: dict[str, Any]) -> dict[str, Any]:
+    """What the generations depend on, flat: {"settings.sampling.samples": 8, ...}."""
+    free = ("settings.output_dir", "settings.grading.", "settings.model.device")
+    free += ("settings.sampling.batch_tokens", "settings.sampling.vllm_memory")
+    return {key: value for key, value in flat(values).items() if not key.startswith(free)}
