@@ -64,7 +64,7 @@ def grade(
         from opsd_train.evaluation.answers import answer_part, last_box
     except ModuleNotFoundError as error:
         raise UserError(f"grading needs {error.name}: pip install 'opsd[eval]'") from None
-    count = workers or len(os.sched_getaffinity(0))
+    count = workers or os.cpu_count() or 1
     grades = run_each(grade_one, answers, seconds, count)
     for index, result in enumerate(grades):
         if isinstance(result, Failure):

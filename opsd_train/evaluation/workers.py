@@ -19,6 +19,7 @@ from typing import Any
 # Started anew rather than forked: the parent may hold torch, its threads and a GPU.
 _PROCESSES = multiprocessing.get_context("spawn")
 _MOST_PER_MESSAGE = 64
+_FEWEST_PER_PROCESS = 8  # below that, starting one more (half a second) does not pay
 _ADDRESS_SPACE = 4 * 2**30  # 9^9^9^9 ends in a MemoryError, not in the machine's swap
 _READY = "ready"
 
@@ -44,7 +45,7 @@ def run_each(
     crew: list[_Worker] = []
     try:
         while waiting or any(worker.todo for worker in crew):
-            while len(crew) < min(workers, math.ceil(len(waiting) / _MOST_PER_MESSAGE)):
+            while len(crew) < min(workers, math.ceil(len(waiting) / _FEWEST_PER_PROCESS)):
                 crew.append(_Worker(function, seconds))
             share = math.ceil(len(waiting) / (2 * len(crew)))
             for worker in crew:
@@ -60,7 +61,7 @@ def run_each(
                 reason = worker.collect(results)
                 if reason is not None:
                     results[worker.todo.popleft()] = Failure(reason)
-                    waiting.extendleft(reversed(worker.todo))
+                    waiting.extend(worker.todo)
                     crew.remove(worker)
                     worker.kill()
     finally:
@@ -95,7 +96,7 @@ class _Worker:
                     results[self.todo.popleft()] = message
                     self.deadline = time.monotonic() + self.seconds if self.todo else math.inf
                 self.ready = True
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # also in the middle of a message
             self.process.join()
             how = f"process ended with exit code {self.process.exitcode}"
             if not self.todo:
