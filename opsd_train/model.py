@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
@@ -157,6 +157,14 @@ def load_tokenizer(config: sections.ModelConfig) -> Any:
 def load_model_config(config: sections.ModelConfig) -> Any:
     """Sizes of the model without its weights."""
     return _from_pretrained(transformers.AutoConfig, config)
+
+
+def load_generation_config(config: sections.ModelConfig) -> Any:
+    """What the model's makers say of generation; where they say nothing, what its sizes imply."""
+    if config.name_or_path != _PACKAGED:
+        with suppress(OSError):
+            return transformers.GenerationConfig.from_pretrained(config.name_or_path)
+    return transformers.GenerationConfig.from_model_config(load_model_config(config))
 
 
 def load_model(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype) -> nn.Module:

@@ -47,7 +47,8 @@ def generate(
     what was there before, but for rounding where that makes other batches.
     """
     jobs = _jobs(config, store.problems(), asking)
-    check_context(config, load_model_config(source.model), max(len(job.prompt) for job in jobs))
+    longest = max(len(job.prompt) for job in jobs)
+    check_context(config, load_model_config(source.model), longest)
     there = world.broadcast(store.generations().keys())
     mine = jobs[world.rank :: world.size]
     batches = [
@@ -58,7 +59,14 @@ def generate(
     if done == len(mine):
         return
     with (
-        open_engine(config, source, asking.tokenizer, store.folder, world) as engine,
+        open_engine(
+            config,
+            source,
+            asking.tokenizer,
+            world,
+            scratch=store.folder / "scratch" / f"rank_{world.rank}",
+            longest=longest + config.sampling.max_new_tokens,
+        ) as engine,
         GenerationFile(store.folder, world.rank, world.size) as file,
     ):
         for batch in filter(None, batches):

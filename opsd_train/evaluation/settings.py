@@ -130,7 +130,9 @@ class EvalConfig:
 
 def default_folder(source: str, recipe: str, sets: Sequence[str]) -> str:
     """runs/eval-MODEL-RECIPE-SETS, where a recipe names no output_dir."""
-    parts = [Path(source).name, recipe.removesuffix(".yaml"), "-".join(map(_stem, sets))]
+    path = Path(source)
+    model = path.name if path.parent.name != "checkpoints" else "-".join(path.parts[-3::2])
+    parts = [model, recipe.removesuffix(".yaml"), "-".join(map(_stem, sets))]
     name = "-".join(["eval", *parts])
     return "runs/" + re.sub(r"[^A-Za-z0-9._+-]+", "-", name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,9 +18,11 @@ from opsd_train.config import Config, config_from, load_recipe
 from opsd_train.errors import UserError
 from opsd_train.evaluation.settings import EvalConfig
 from opsd_train.export import load_weights
-from opsd_train.model import Policy, load_model
+from opsd_train.model import Policy, load_generation_config, load_model
 from opsd_train.rollout import Engine
+from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.transformers_engine import TransformersEngine
+from opsd_train.rollout.vllm_model import VllmModel, base_weights, import_vllm
 from opsd_train.sections import ModelConfig
 from opsd_train.world import World
 
@@ -48,6 +51,11 @@ class Source:
         within = self.weights / "adapter"
         return within if within.is_dir() else self.weights
 
+    @property
+    def is_model_folder(self) -> bool:
+        """Whether the weights are a whole model, as the end of a run writes it."""
+        return self.weights is not None and (self.weights / "config.json").is_file()
+
 
 def find_source(text: str, model: ModelConfig) -> Source:
     """What MODEL_OR_RUN means; `model` says all but its name."""
@@ -61,14 +69,13 @@ def find_source(text: str, model: ModelConfig) -> Source:
 
 def load_source(source: Source, tokenizer: Any, device: torch.device) -> nn.Module:
     """The model, ready to generate; an adapter stays an adapter."""
-    dtype = getattr(torch, source.model.dtype)
-    model_config = source.model
-    if source.weights is not None and (source.weights / "config.json").is_file():
+    dtype, model_config = getattr(torch, source.model.dtype), source.model
+    if source.is_model_folder:
         model_config = replace(model_config, name_or_path=str(source.weights))
     model = load_model(model_config, tokenizer, dtype)
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, str(source.adapter))
-    elif source.weights is not None and model_config is source.model:
+    elif source.weights is not None and not source.is_model_folder:
         load_weights(model, source.weights)
     return model.to(device).eval().requires_grad_(False)
 
@@ -91,9 +98,62 @@ def _newest(folder: Path) -> Path:
 
 @contextmanager
 def open_engine(
-    config: EvalConfig, source: Source, tokenizer: Any, folder: Path, world: World
+    config: EvalConfig,
+    source: Source,
+    tokenizer: Any,
+    world: World,
+    *,
+    scratch: Path,  # a folder of this process's own, removed at the end
+    longest: int,  # tokens of a prompt and its completion
 ) -> Iterator[Engine]:
     """sampling.engine with the model, closed at the end."""
-    model = load_source(source, tokenizer, world.device)
-    policy = Policy(model, tokenizer.pad_token_id, getattr(torch, source.model.dtype))
-    yield TransformersEngine(policy, tokenizer, config.sampling.for_engine())
+    if config.sampling.engine == "transformers":
+        policy = Policy(
+            load_source(source, tokenizer, world.device),
+            tokenizer.pad_token_id,
+            getattr(torch, source.model.dtype),
+        )
+        yield TransformersEngine(policy, tokenizer, config.sampling.for_engine())
+        return
+    import_vllm()  # before weights are written out for it
+    try:
+        engine = _vllm(config, source, tokenizer, world, scratch.resolve(), longest)
+        try:
+            yield engine
+        finally:
+            engine.close()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _vllm(
+    config: EvalConfig, source: Source, tokenizer: Any, world: World, scratch: Path, longest: int
+) -> VllmModel:
+    sampling, adapter = config.sampling, source.adapter
+    generation_config = load_generation_config(source.model)
+    engine = VllmModel(
+        _weights_for_vllm(source, tokenizer, scratch),
+        dtype=source.model.dtype,
+        device=world.device,
+        stop_ids=stop_ids(tokenizer, generation_config, sampling.for_engine()),
+        max_model_len=longest,
+        memory=sampling.vllm_memory,
+        seed=config.seed,
+        adapter_rank=source.run.lora.rank if adapter else None,
+        logprobs=False,
+    )
+    if adapter:
+        engine.adapt(adapter.resolve(), 1)
+    return engine
+
+
+def _weights_for_vllm(source: Source, tokenizer: Any, scratch: Path) -> str:
+    """A folder or hub name: of the base model where there is an adapter, else of all weights."""
+    if source.weights is None or source.adapter is not None:
+        return base_weights(source.model, tokenizer, scratch)
+    if source.is_model_folder:
+        return str(source.weights.resolve())
+    folder = scratch / "weights"
+    load_source(source, tokenizer, torch.device("cpu")).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

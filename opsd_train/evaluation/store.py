@@ -83,7 +83,9 @@ class Store:
         """Every generation that is there whole, of all processes."""
         rows: dict[Key, dict[str, Any]] = {}
         for path in sorted(self.folder.glob("generations*.jsonl")):
-            for row in read_rows(path):
+            # What follows the last line end is half written, and will be written again.
+            for line in path.read_bytes().split(b"\n")[:-1]:
+                row = json.loads(line)
                 rows.setdefault((row["set"], row["problem"], row["sample"]), row)
         return rows
 
@@ -110,8 +112,7 @@ class GenerationFile:
         name = "generations.jsonl" if size == 1 else f"generations.rank_{rank}.jsonl"
         path = folder / name
         if path.exists():  # what a killed process left half written would spoil the next line
-            text = path.read_bytes()
-            os.truncate(path, text.rfind(b"\n") + 1)
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
         self._file = open(path, "a", encoding="utf-8")
 
     def __enter__(self) -> GenerationFile:

@@ -28,5 +28,5 @@ class Completion:
     """Generated token ids, the stop token included where one came."""
 
     tokens: list[int]
-    logprobs: list[float]  # log-probability of each token under what it was sampled from
+    logprobs: list[float]  # of each token under what it was sampled from; [] where not asked for
     finished: bool  # ended by a stop token, not by the limit

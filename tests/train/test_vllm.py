@@ -76,7 +76,7 @@ def test_full_fine_tuning_is_refused(tmp_path):
 def test_without_vllm_the_fix_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     model = adapted(make_model(), target_modules=["q_proj"])
-    with pytest.raises(UserError, match=r"rollout.engine=vllm needs vLLM.*pip install.*make vllm"):
+    with pytest.raises(UserError, match=r"engine=vllm needs vLLM.*pip install.*make vllm"):
         engine_for(model, None, tmp_path)
 
 

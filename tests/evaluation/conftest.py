@@ -1,0 +1,25 @@
+"""The tiny model and one short run of it, with LoRA and with all weights."""
+
+from pathlib import Path
+
+import pytest
+
+from opsd_train.config import config_from
+from opsd_train.run import train
+from tests.train.tiny import recipe, save_model
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session", params=["lora", "full"])
+def run_folder(request, tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / request.param
+    wanted = recipe(model_folder, folder)
+    wanted["optim"]["lr"] = 0.1  # so that what was trained says something else
+    if request.param == "full":
+        wanted["lora"] = None
+    assert train(config_from(wanted)) == 0
+    return folder
