@@ -20,9 +20,6 @@ from opsd_train.study.statistics import (
     Estimate,
     Measured,
     average,
-    best,
-    final,
-    mean,
     mean_curve,
     measure,
 )
@@ -104,15 +101,15 @@ def _arm(
         if arm["name"] == BASE:
             base = base_outcomes(results, experiment, task)
             if base:
-                found.final[task] = measure(base, final)
+                found.final[task] = measure(base)
         curve = run_outcomes(results, arm, task)
         if curve:
             found.curves[task] = curve
         trained = curve and curve.after_training()
         if trained:
-            found.final[task] = measure(trained, final)
-            found.best[task] = measure(trained, best)
-            found.mean[task] = measure(trained, mean)
+            found.final[task] = measure(trained)
+            found.best[task] = measure(trained.best())
+            found.mean[task] = measure(trained.mean())
         sampled = sampling_outcomes(results, arm, task)
         if sampled:
             found.passed[task] = mean_curve(sampled)

@@ -9,12 +9,12 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from opsd_train.plots import NEUTRAL, STUDENT, STYLE, TEACHER, Picture, _picture
 from opsd_train.study.comparison import ACCURACY, Comparison, Contrast
 from opsd_train.study.outcomes import BASE, Results
-from opsd_train.study.reading import MINUS
+from opsd_train.study.reading import MINUS, points
 from opsd_train.study.statistics import Estimate, Measured, average, mean_curve
 
 WIDTH, PANEL_HEIGHT = 10.4, 2.9
@@ -30,12 +30,12 @@ def experiment_figures(results: Results, comparison: Comparison) -> list[Picture
     """The pictures of one experiment that there are numbers for."""
     if comparison.experiment["kind"] == "memory":
         return _drawn([memory(results["memory"]) if results.get("memory") else None])
-    found = [accuracies(results, comparison)]
     if comparison.experiment["kind"] == "tokens":
-        found.append(token_curves(comparison))
+        return _drawn([token_curves(comparison)])
+    found = [accuracies(results, comparison), differences(comparison)]
     if comparison.experiment["kind"] == "passk":
-        found.append(pass_at_k_curves(comparison))
-    return _drawn([*found, differences(comparison)])
+        found.insert(1, pass_at_k_curves(comparison))
+    return _drawn(found)
 
 
 def accuracies(results: Results, comparison: Comparison) -> Picture | None:
@@ -55,7 +55,8 @@ def accuracies(results: Results, comparison: Comparison) -> Picture | None:
             majority = (results["tasks"].get(name) or {}).get("majority")
             if majority:
                 axes.axvline(majority["accuracy"], color=NEUTRAL, ls=":", lw=1)
-            axes.xaxis.set_major_formatter(PercentFormatter(1))
+            axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+            axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
             axes.margins(x=0.08)
         note = (
             "Held-out problems, greedy, after the last step; mean over seeds, 95 % interval over "
@@ -71,14 +72,17 @@ def differences(comparison: Comparison) -> Picture | None:
         return None
     with matplotlib.rc_context(LOOK):
         names = _with_average(comparison)
-        figure, panels = _forest(names, [_contrast_label(contrast) for contrast in contrasts])
+        labels = [_contrast_label(contrast) for contrast in contrasts]
+        figure, panels = _forest(names, labels, 0.37)
         for name, axes in zip(names, panels, strict=True):
             axes.axvline(0, color=INK, lw=1)
             for row, contrast in enumerate(contrasts):
                 shown = contrast.total if name == AVERAGE else contrast.tasks.get(name)
                 _interval(axes, row, shown, _side_color(shown))
-            axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:+.0f}".replace("-", MINUS))
-            axes.margins(x=0.08)
+            axes.xaxis.set_major_formatter(lambda x, _: points(x).removesuffix(".0"))
+        for axes in panels:  # one scale for all, so that they compare
+            axes.set_xlim(*_common_limits(panels))
+            axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         note = (
             "Points, first minus second, on the same problems; 95 % interval. Grey: it includes 0."
         )
@@ -104,7 +108,7 @@ def token_curves(comparison: Comparison) -> Picture | None:
                 _band(axes, tokens[later], np.array(means, dtype=object)[later], color, arm.label)
             axes.set_xscale("log")
             axes.set_xlabel("tokens generated in training")
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         _legend(figure, panels)
         note = "Held-out, greedy, mean over seeds with its 95 % band. Dashed: before training."
         return _picture("Accuracy against tokens generated", note, figure, "wide")
@@ -135,7 +139,7 @@ def pass_at_k_curves(comparison: Comparison) -> Picture | None:
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(lambda k, _: f"{k:.0f}")
             axes.set_xlabel("k")
-            axes.yaxis.set_major_formatter(PercentFormatter(1))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         _legend(figure, panels)
         note = "Unbiased estimate from the samples of each problem, with its 95 % band."
         return _picture("pass@k", note, figure, "wide")
@@ -219,14 +223,23 @@ def _panels(names: Sequence[str], height: float = PANEL_HEIGHT) -> tuple[Figure,
     return figure, panels
 
 
-def _forest(names: Sequence[str], labels: Sequence[str]) -> tuple[Figure, list[Axes]]:
+def _forest(
+    names: Sequence[str], labels: Sequence[str], row_height: float = 0.27
+) -> tuple[Figure, list[Axes]]:
     """Panels with a row per label, the first one on top; only the first panel names them."""
-    figure, panels = _panels(names, 0.75 + 0.27 * len(labels))
+    figure, panels = _panels(names, 0.75 + row_height * len(labels))
     for index, axes in enumerate(panels):
         axes.set_ylim(len(labels) - 0.4, -0.6)
         axes.set_yticks(range(len(labels)), labels if index == 0 else [""] * len(labels))
         axes.grid(False, axis="y")
     return figure, panels
+
+
+def _common_limits(panels: Sequence[Axes]) -> tuple[float, float]:
+    low = min(axes.dataLim.x0 for axes in panels)
+    high = max(axes.dataLim.x1 for axes in panels)
+    room = 0.06 * (high - low)
+    return low - room, high + room
 
 
 def _interval(

@@ -33,7 +33,20 @@ class Outcomes:
         if not chosen:
             return None
         steps = tuple(self.columns[i] for i in chosen)
-        return Outcomes(self.task, self.ids, steps, self.values[:, chosen], self.tokens[:, chosen])
+        values, tokens = self.values[:, chosen], self.tokens[:, chosen]
+        return Outcomes(self.task, self.ids, steps, values, tokens)
+
+    def best(self) -> Outcomes:
+        """One column: each run's best evaluation, chosen on the problems it is measured on."""
+        index = self.values.mean(2).argmax(1)[:, None]
+        values = np.take_along_axis(self.values, index[:, :, None], 1)
+        tokens = np.take_along_axis(self.tokens, index, 1)
+        return Outcomes(self.task, self.ids, self.columns[-1:], values, tokens)
+
+    def mean(self) -> Outcomes:
+        """One column: the mean over evaluations."""
+        values, tokens = self.values.mean(1, keepdims=True), self.tokens[:, -1:]
+        return Outcomes(self.task, self.ids, self.columns[-1:], values, tokens)
 
 
 def load_results(folder: Path) -> Results:

@@ -17,14 +17,15 @@ from opsd_train.study.comparison import ACCURACY, Comparison, compare
 from opsd_train.study.figures import OWN, experiment_figures, positions
 from opsd_train.study.outcomes import Results, load_results
 from opsd_train.study.reading import NONE, decisive, percent, ratio_readings, reading, verdict
+from opsd_train.study.statistics import REPLICATES
 from opsd_train.study.tables import (
     Table,
     accuracy_table,
     experiment_tables,
     main_comparison,
     memory_table,
+    origin,
     page_markdown,
-    provenance,
     unfinished,
 )
 
@@ -53,12 +54,14 @@ def write_page(folder: Path) -> Path:
     """
     results = load_results(folder)
     comparisons = [compare(results, experiment) for experiment in results["experiments"]]
-    sections = [_section(results, comparison) for comparison in comparisons]
+    main = main_comparison(comparisons)
+    sections = [
+        _section(results, comparison, whole=comparison is not main) for comparison in comparisons
+    ]
     inside = _inside(results, comparisons)
     files = {section.name: _write(folder, section.name, section.pictures) for section in sections}
     if inside and inside["picture"]:
         _write(folder, "diagnostics", [inside["picture"]])
-    main = main_comparison(comparisons)
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
@@ -67,23 +70,25 @@ def write_page(folder: Path) -> Path:
     environment.filters["visible"] = _visible
     page = environment.get_template("study.html.j2").render(
         results=results,
-        provenance=provenance(results),
+        origin=origin(results),
         missing=unfinished(results, comparisons),
         counts=_counts(results),
         main=accuracy_table(results, main) if main else None,
+        replicates=REPLICATES,
         sections=sections,
         inside=inside,
         runs=_runs(results),
     )
     target = folder / "study.html"
     replace_file(target, page)
-    replace_file(folder / "study.md", page_markdown(results, files))
+    replace_file(folder / "study.md", page_markdown(results, comparisons, files))
     return target
 
 
-def _section(results: Results, comparison: Comparison) -> Section:
+def _section(results: Results, comparison: Comparison, *, whole: bool) -> Section:
+    """Not whole: without its table of accuracies, which the page opens with."""
     experiment = comparison.experiment
-    tables = experiment_tables(results, comparison)
+    tables = experiment_tables(results, comparison)[0 if whole else 1 :]
     if experiment["kind"] == "memory" and results.get("memory"):
         tables = [memory_table(results["memory"]), *tables]
     return Section(
@@ -183,12 +188,23 @@ def _kind_rows(task: str, diagnostics: Sequence[dict[str, Any]]) -> list[list[st
 def _counts(results: Results) -> list[tuple[str, str, str]]:
     """The cards on top: (label, value, remark)."""
     runs = list(results["runs"].values())
+    asked = {
+        run
+        for experiment in results["experiments"]
+        for arm in experiment["arms"]
+        for ids in (arm.get("runs") or {}).values()
+        for run in ids
+    }
     done = [run for run in runs if run["status"] == "finished"]
     problems = sorted({task["problems"] for task in results["tasks"].values()})
     seeds = sorted({run["seed"] for run in runs})
     tokens = sum(run["tokens"] or 0 for run in done)
     return [
-        ("Runs finished", f"{len(done)} of {len(runs)}", f"seeds {', '.join(map(str, seeds))}"),
+        (
+            "Runs finished",
+            f"{len(done)} of {len(asked | results['runs'].keys())}",
+            f"seeds {', '.join(map(str, seeds))}",
+        ),
         (
             "Held-out problems",
             " to ".join(f"{count:,}" for count in dict.fromkeys((problems[0], problems[-1]))),
@@ -206,7 +222,7 @@ def _runs(results: Results) -> list[list[str]]:
         rows.append(
             [
                 name,
-                run["status"] if not run["error"] else f"{run['status']}: {run['error']}",
+                f"{run['status']}: {run['error']}" if run.get("error") else run["status"],
                 percent(run["evaluations"][-1]["accuracy"])
                 if done and run["evaluations"]
                 else NONE,

@@ -11,7 +11,7 @@ from opsd_train.study.statistics import Estimate
 
 NONE, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 
-Verdict = Literal["agrees", "disagrees", "cannot tell", "ahead", "behind", "not measured"]
+Verdict = Literal["agrees", "disagrees", "cannot tell", "ahead", "behind", "incomplete"]
 
 
 def percent(share: float) -> str:
@@ -65,7 +65,7 @@ def decisive(comparison: Comparison, contrast: Contrast) -> tuple[Estimate | Non
 def verdict(estimate: Estimate | None, paper: str | None) -> Verdict:
     """What the interval says; an end at 0 includes 0. `paper`: who it has ahead, see Contrast."""
     if estimate is None:
-        return "not measured"
+        return "incomplete"
     if estimate.low <= 0 <= estimate.high:
         return "cannot tell"
     ahead = "first" if estimate.low > 0 else "second"
@@ -77,32 +77,25 @@ def verdict(estimate: Estimate | None, paper: str | None) -> Verdict:
 def reading(comparison: Comparison, contrast: Contrast) -> str:
     """A contrast in words."""
     estimate, where = decisive(comparison, contrast)
+    if estimate is None:
+        parts = [f"{task} {difference_text(e)}" for task, e in contrast.tasks.items()]
+        known = f"not on all tasks; {'; '.join(parts)}" if parts else "not measured"
+        return f"{pair_text(contrast)}: {known}."
     found = verdict(estimate, contrast.paper)
     first, second = contrast.first.label, contrast.second.label
-    if estimate is None:
-        if not contrast.tasks:
-            return f"{pair_text(contrast)}: not measured."
-        parts = [f"{task} {difference_text(e)}" for task, e in contrast.tasks.items()]
-        return f"{pair_text(contrast)}: not on all tasks; {'; '.join(parts)}."
-    numbers = f"{points(estimate.value)} points [{points(estimate.low)}, {points(estimate.high)}]"
-    text = f"{pair_text(contrast)}: {numbers} ({where}); "
-    ahead = {"first": first, "second": second}.get(contrast.paper or "")
-    if found == "cannot tell":
-        if estimate.low == estimate.high:
-            text += "both solved the very same problems."
-        else:
-            text += (
-                "the interval includes 0: this study cannot tell them apart, only that the "
-                f"difference is not beyond {points(estimate.low)} or {points(estimate.high)}."
-            )
-    else:
+    ends = f"{points(estimate.low)}, {points(estimate.high)}"
+    text = f"{pair_text(contrast)}: {points(estimate.value)} points [{ends}] ({where}); "
+    if found != "cannot tell":
         side, leader = ("above", first) if estimate.low > 0 else ("below", second)
-        text += f"the interval is {side} 0: {leader} is ahead."
-    if ahead is None:
+        text += f"the interval is {side} 0: {leader} is ahead"
+        text += ", as in the paper." if found == "agrees" else "."
+    elif estimate.low == estimate.high:
+        text += "both have the very same problems right."
+    else:
+        text += "the interval includes 0: this study cannot tell them apart."
+    if contrast.paper is None or found == "agrees":
         return text
-    return text + (
-        " So does the paper have it." if found == "agrees" else f" The paper has {ahead} ahead."
-    )
+    return f"{text} The paper has {first if contrast.paper == 'first' else second} ahead."
 
 
 def ratio_readings(contrast: Contrast) -> list[str]:
@@ -111,7 +104,10 @@ def ratio_readings(contrast: Contrast) -> list[str]:
     if len(contrast.ratios) > 1:
         mean, interval = geometric_mean(list(contrast.ratios.values()))
         if math.isfinite(mean) and mean > 0:
-            lines.append(f"Geometric mean over tasks: {times(mean)}{_interval_text(interval)}.")
+            lines.append(
+                f"geometric mean over tasks: {contrast.second.label} generates {times(mean)} the "
+                f"tokens of {contrast.first.label}{_interval_text(interval)}."
+            )
     return lines
 
 

@@ -18,6 +18,7 @@ from opsd_train.study.comparison import ArmResult, Comparison, compare
 from opsd_train.study.outcomes import Results
 from opsd_train.study.reading import (
     NONE,
+    decisive,
     difference_text,
     pair_text,
     percent,
@@ -53,39 +54,35 @@ def readme_block(results: Results) -> str:
     """The main table, where it comes from, and the other experiments' contrasts, a line each."""
     comparisons = [compare(results, experiment) for experiment in results["experiments"]]
     main = main_comparison(comparisons)
-    lines = []
-    if main is not None:
-        lines += [markdown(accuracy_table(results, main)), ""]
-    lines += [
-        *wrapped(f"Held-out accuracy in percent, greedy, [95 % interval]. {provenance(results)}")
-    ]
+    lines = [markdown(accuracy_table(results, main)), ""] if main else []
+    lines += _wrapped(f"Held-out accuracy in percent, greedy, [95 % interval]. {_origin(results)}")
     missing = unfinished(results, comparisons)
     if missing:
-        lines += ["", *wrapped(missing)]
-    items = [
-        line
-        for comparison in comparisons
-        for line in (readings(comparison) if comparison is not main else [])
-    ]
-    if items:
-        lines.append("")
-        for line in items:
-            first, *rest = textwrap.wrap(line, _WIDTH - 2, break_on_hyphens=False)
-            lines += [f"- {first}", *(f"  {more}" for more in rest)]
+        lines += ["", *_wrapped(missing)]
+    items = [*map(_experiment_line, comparisons), _memory_line(results)]
+    lines.append("")
+    for item in filter(None, items):
+        first, *rest = textwrap.wrap(item, _WIDTH - 2, break_on_hyphens=False)
+        lines += [f"- {first}", *(f"  {more}" for more in rest)]
     return "\n".join(lines)
 
 
-def page_markdown(results: Results, pictures: dict[str, list[str]]) -> str:
+def page_markdown(
+    results: Results, comparisons: Sequence[Comparison], pictures: dict[str, list[str]]
+) -> str:
     """study.md: every experiment; pictures: file names by experiment."""
-    comparisons = [compare(results, experiment) for experiment in results["experiments"]]
-    lines = [f"# Study: {results['name']}", "", *wrapped(provenance(results))]
+    lines = [
+        f"# Study: {results['name']}",
+        "",
+        *_wrapped(_origin(results)),
+    ]
     missing = unfinished(results, comparisons)
-    lines += ["", *wrapped(missing)] if missing else []
+    lines += ["", *_wrapped(missing)] if missing else []
     for comparison in comparisons:
         experiment = comparison.experiment
         lines += ["", f"## {experiment['title']}", ""]
-        lines += [*wrapped(experiment["question"]), ""]
-        lines += [*wrapped(f"The paper ({experiment['paper']}): {experiment['paper_says']}"), ""]
+        lines += [*_wrapped(experiment["question"]), ""]
+        lines += [*_wrapped(f"The paper ({experiment['paper']}): {experiment['paper_says']}"), ""]
         lines += [f"Command: `{experiment['command']}`"]
         for file in pictures.get(comparison.name, []):
             lines += ["", f"![{file.removesuffix('.svg')}](figures/{file})"]
@@ -96,7 +93,7 @@ def page_markdown(results: Results, pictures: dict[str, list[str]]) -> str:
         found = readings(comparison)
         lines += ["", *(f"- {line}" for line in found)] if found else []
         note = (results.get("notes") or {}).get(comparison.name)
-        lines += ["", *wrapped(note)] if note else []
+        lines += ["", *_wrapped(note)] if note else []
     return "\n".join(lines) + "\n"
 
 
@@ -209,14 +206,12 @@ def readings(comparison: Comparison) -> list[str]:
     return lines
 
 
-def provenance(results: Results) -> str:
-    """Device, versions, commit, date and command in a line."""
+def origin(results: Results) -> str:
+    """Device, versions, commit, date and the time it took, in a line."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    commit = f"commit {results['commit']}, " if results["commit"] else ""
     spent = duration(results["seconds"])
-    return (
-        f"{results['device']}, {versions}, commit {results['commit'][:9]}, {results['date']}; "
-        f"`{results['command']}`, {spent}."
-    )
+    return f"{results['device']}, {versions}, {commit}{results['date']}, {spent} of compute"
 
 
 def unfinished(results: Results, comparisons: Sequence[Comparison]) -> str:
@@ -243,8 +238,43 @@ def markdown(table: Table) -> str:
     return "\n".join([_row(header), rule, *map(_row, rows)])
 
 
-def wrapped(text: str) -> list[str]:
+def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _experiment_line(comparison: Comparison) -> str:
+    """The contrasts' differences, in points, and the ratio of tokens; empty without a contrast."""
+    parts = []
+    for contrast in comparison.contrasts:
+        estimate, where = decisive(comparison, contrast)
+        suffix = f" ({where})" if where.endswith("only") else ""
+        numbers = difference_text(estimate) if estimate else "not on all tasks"
+        parts.append(f"{pair_text(contrast)} {numbers}{suffix}")
+        parts += ratio_readings(contrast)[-1:]
+    title = f"{comparison.experiment['title']} ({comparison.experiment['paper']})"
+    return f"{title}, points: {'; '.join(parts).rstrip('.')}." if parts else ""
+
+
+def _memory_line(results: Results) -> str:
+    """The most tokens at which the memory of both is measured."""
+    measured = [p for p in (results["memory"] or {"points": []})["points"] if not p["predicted"]]
+    by_method = {
+        method: {p["tokens"]: p["mib"] for p in measured if p["method"] == method}
+        for method in ("plain", "ours")
+    }
+    both = by_method["plain"].keys() & by_method["ours"].keys()
+    if not both:
+        return ""
+    tokens = max(both)
+    plain, ours = (by_method[method][tokens] for method in ("plain", "ours"))
+    return (
+        f"Peak memory of a full-vocabulary step of {tokens:,} tokens: {plain:,.0f} MiB with plain "
+        f"logits, {ours:,.0f} MiB with opsd_kernels."
+    )
+
+
+def _origin(results: Results) -> str:
+    return f"{origin(results)}; `{results['command']}`."
 
 
 def _row(cells: Sequence[str]) -> str:
