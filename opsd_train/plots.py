@@ -11,8 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from opsd_train.evaluation.intervals import wilson
-
 STUDENT, TEACHER, NEUTRAL = "#2563eb", "#c2570c", "#64748b"
 STYLE = {
     "font.size": 9,
@@ -113,11 +111,10 @@ MACHINE = (
 )
 
 
-def figures(rows: Rows, summary: dict[str, Any], problems_per_step: int) -> list[Picture]:
+def figures(rows: Rows) -> list[Picture]:
     """The plots about learning that there is data for."""
     with matplotlib.rc_context(STYLE):
-        found = [_accuracy(rows, summary, problems_per_step)]
-        found += [_lines(curves, rows) for curves in LEARNING]
+        found = [_lines(curves, rows) for curves in LEARNING]
         found += [_by_position(rows, name) for name in ("divergence", "surprise")]
     return [picture for picture in found if picture]
 
@@ -133,55 +130,6 @@ def machine_figures(rows: Rows) -> list[Picture]:
     with matplotlib.rc_context(STYLE):
         found = [_lines(curves, rows) for curves in (*MACHINE, memory)]
     return [picture for picture in found if picture]
-
-
-def _accuracy(rows: Rows, summary: dict[str, Any], batch: int) -> Picture | None:
-    steps, values = _series(rows, "accuracy")
-    if not steps and not summary.get("before"):
-        return None
-    figure, axes = _axes("wide")
-    if steps:
-        window = _window(len(steps))
-        smooth = _smooth(values, window)
-        bounds = [
-            wilson(mean * size * batch, size * batch)
-            for mean, size in zip(smooth, _window_sizes(len(values), window), strict=True)
-        ]
-        axes.fill_between(steps, *zip(*bounds, strict=True), color=STUDENT, alpha=0.15, lw=0)
-        mean_of = f"mean of {window} steps, " if window > 1 else ""
-        label = f"rollouts on training problems, {mean_of}95% band"
-        axes.plot(steps, smooth, color=STUDENT, label=label, marker=_marker(steps))
-    last = steps[-1] if steps else 1
-    for key, step, face in (("before", 0, "white"), ("after", last, STUDENT)):
-        result = summary.get(key)
-        if result:
-            low, high = result["interval"]
-            mean = result["accuracy"]
-            errors = [[max(mean - low, 0)], [max(high - mean, 0)]]
-            axes.errorbar(
-                [step],
-                [mean],
-                errors,
-                fmt="D",
-                ms=6,
-                capsize=4,
-                color="#0f172a",
-                mfc=face,
-                label=f"held-out, {key}",
-                zorder=4,
-                clip_on=False,
-            )
-    if summary.get("teacher"):
-        mean = summary["teacher"]["accuracy"]
-        axes.axhline(mean, color=TEACHER, ls="--", label="held-out, teacher")
-    if summary.get("majority"):
-        mean = summary["majority"]["accuracy"]
-        axes.axhline(mean, color=NEUTRAL, ls=":", label="held-out, majority answer")
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=8)
-    note = "Held-out: greedy. Rollouts: sampled. Bars and band are 95%, by the number of problems."
-    return _picture("Accuracy", note, figure, "wide")
 
 
 def _lines(curves: Curves, rows: Rows) -> Picture | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from opsd_train.accuracy_plots import accuracy_figures
 from opsd_train.config import load_recipe
 from opsd_train.errors import UserError
 from opsd_train.metrics import duration, read_rows, replace_file
@@ -37,6 +38,7 @@ def write_report(run_dir: str | Path) -> Path:
     config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     config = load_recipe(str(run_dir / "config.yaml"))
     rows = read_rows(run_dir / "metrics.jsonl")
+    evaluations = read_rows(run_dir / "evaluations.jsonl")
     samples = _sample_steps(read_rows(run_dir / "samples.jsonl"))
     scale = _shade_scale(samples)
     summary_file = run_dir / "summary.json"
@@ -53,7 +55,8 @@ def write_report(run_dir: str | Path) -> Path:
         results=[(label, summary[key]) for key, label in RESULTS if summary.get(key)],
         facts=_facts(rows, summary, config),
         warnings=[warning for row in rows for warning in row.get("warnings") or []],
-        figures=figures(rows, summary, config["problems_per_step"]),
+        figures=accuracy_figures(rows, evaluations, summary, config["problems_per_step"])
+        + figures(rows),
         machine=machine_figures(rows),
         value_name=_value_name(rows),
         tokens=_top_tokens(rows),
@@ -99,6 +102,19 @@ def _facts(rows: Rows, summary: dict[str, Any], config: dict[str, Any]) -> list[
                 f"95% {low:+.1f} to {high:+.1f}; {paired['gained']} gained, {paired['lost']} lost",
             )
         )
+    if summary.get("best"):
+        best, mean = summary["best"], summary["mean"]
+        low, high = (100 * bound for bound in best["interval"])
+        facts.append(
+            (
+                "Best checkpoint",
+                f"{best['accuracy']:.1%}",
+                f"step {best['step']}, 95% {low:.1f} to {high:.1f}; chosen on these problems, so "
+                "biased upwards",
+            )
+        )
+        over = f"over {mean['checkpoints']} checkpoints"
+        facts.append(("Mean of checkpoints", f"{mean['accuracy']:.1%}", over))
     before, after = summary.get("divergence_before"), summary.get("divergence_after")
     if before is not None and after is not None:
         facts.append(("Divergence", f"{before:.4f} → {after:.4f}", "per token, before → after"))
