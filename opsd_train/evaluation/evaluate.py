@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
     from transformers.utils import logging as transformers_logging
 
     from opsd_train.evaluation.asking import Asking
-    from opsd_train.evaluation.generate import generate
+    from opsd_train.evaluation.generate import generate, patient_barrier
     from opsd_train.evaluation.source import find_source
     from opsd_train.model import load_tokenizer
     from opsd_train.world import start
@@ -50,10 +51,12 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
     evaluated = Evaluated(source, found.weights_name, list(sets), config)
     if world.leads:
         _open(store, evaluated, asking, found.run)
-    world.barrier()
+    wait_for_all = patient_barrier(world)
     with _Progress(store.folder, shown=world.leads) as progress:
         generate(config, found, store, asking, world, progress.show)
-    world.barrier()
+    wait_for_all()
+    if world.leads:
+        shutil.rmtree(store.folder / "scratch", ignore_errors=True)
     scores = score(store, config.grading) if world.leads else {}
     world.leave()
     return scores

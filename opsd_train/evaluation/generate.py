@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
+
+import torch.distributed as dist
 
 from opsd_train.evaluation.asking import Asking, check_context
 from opsd_train.evaluation.sets import EvalProblem
@@ -75,6 +78,18 @@ def generate(
             file.append(_rows(batch, completions, asking.tokenizer))
             done += len(batch)
             progress(done, len(mine))
+
+
+def patient_barrier(world: World) -> Callable[[], None]:
+    """A barrier that waits for days: some ranks may have hours more to generate than others.
+
+    Every rank calls it, at about the same time, and later what it returns.
+    """
+    if world.size == 1:
+        return lambda: None
+    group = dist.new_group(timeout=timedelta(days=30), backend="gloo")
+    world.barrier()
+    return lambda: dist.barrier(group)
 
 
 def _jobs(config: EvalConfig, problems: Sequence[EvalProblem], asking: Asking) -> list[Job]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -103,7 +102,7 @@ def open_engine(
     tokenizer: Any,
     world: World,
     *,
-    scratch: Path,  # a folder of this process's own, removed at the end
+    scratch: Path,  # a folder of this process's own
     longest: int,  # tokens of a prompt and its completion
 ) -> Iterator[Engine]:
     """sampling.engine with the model, closed at the end."""
@@ -116,14 +115,11 @@ def open_engine(
         yield TransformersEngine(policy, tokenizer, config.sampling.for_engine())
         return
     import_vllm()  # before weights are written out for it
+    engine = _vllm(config, source, tokenizer, world, scratch.resolve(), longest)
     try:
-        engine = _vllm(config, source, tokenizer, world, scratch.resolve(), longest)
-        try:
-            yield engine
-        finally:
-            engine.close()
+        yield engine
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        engine.close()
 
 
 def _vllm(

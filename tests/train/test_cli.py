@@ -63,11 +63,18 @@ def test_listing_recipes_in_a_real_process():
     lines = done.stdout.splitlines()
     (demo,) = (line for line in lines if line.startswith("demo/opsd "))
     assert len(demo) > 40
+    headings = [line for line in lines if line.endswith(":")]
+    assert headings == ["Training:", "Evaluation (eval --recipe):", "The study:"]
+    first, second, third = (lines.index(heading) for heading in headings)
+    assert first < lines.index(demo) < second < third
+    assert any(line.startswith("paper/eval ") for line in lines[second:third])
 
 
 def test_help_and_errors_do_not_import_torch():
     code = (
         "import sys; from opsd_train.cli import main\n"
+        "assert main(['--help']) == 0 and main(['recipes']) == 0 and main(['nothing']) == 2\n"
+        "assert main(['eval', 'm', '--set', 'aime24', 'sampling.samples=many']) == 2\n"
         "assert main(['--help']) == 0 and main(['recipes']) == 0 and main(['nothing']) == 2\n"
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)\n"
     )
@@ -108,6 +115,43 @@ def test_how_a_run_is_started(trainer, capsys):
     assert "--shard" in capsys.readouterr().err
 
 
+@pytest.fixture
+def evaluation(monkeypatch):
+    """A stand-in for opsd_train.evaluation.evaluate that keeps what it is asked."""
+    import opsd_train.evaluation
+
+    module = types.ModuleType("opsd_train.evaluation.evaluate")
+    module.asked = []
+    module.evaluate = lambda *arguments: module.asked.append(("evaluate", *arguments))
+    module.regrade = lambda *arguments: module.asked.append(("regrade", *arguments)) or "kept"
+    module.print_difference = lambda *arguments: module.asked.append(("against", *arguments))
+    monkeypatch.setitem(sys.modules, "opsd_train.evaluation.evaluate", module)
+    monkeypatch.setattr(opsd_train.evaluation, "evaluate", module, raising=False)
+    return module
+
+
+def test_an_evaluation_by_the_papers_recipe(evaluation):
+    assert main(["eval", "Qwen/Qwen3-4B", "--set", "aime24,hmmt25", "problems=3"]) == 0
+    ((what, config, source, sets),) = evaluation.asked
+    assert (what, source, sets) == ("evaluate", "Qwen/Qwen3-4B", ["aime24", "hmmt25"])
+    assert config.output_dir == "runs/eval-Qwen3-4B-paper-eval-aime24-hmmt25"
+    assert config.problems == 3 and config.prompts.student_thinking
+    sampling = config.sampling  # Table 6
+    assert (sampling.samples, sampling.max_new_tokens) == (16, 38912)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (1.0, 0.95, 0)
+
+
+def test_grading_again_and_the_difference(evaluation):
+    command = ["eval", "runs/x", "--regrade", "--recipe", "demo/eval"]
+    assert main([*command, "--against", "runs/y", "grading.seconds=2"]) == 0
+    (what, config, source), difference = evaluation.asked
+    assert (what, source, config.grading.seconds) == ("regrade", "runs/x", 2.0)
+    assert difference == ("against", "kept", "runs/y")
+    evaluation.asked.clear()
+    main(["eval", "m", "--set", "chain_sum", "--against", "runs/y", "output_dir=here"])
+    assert evaluation.asked[1] == ("against", "here", "runs/y")
+
+
 def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
     module = types.ModuleType("opsd_train.dry_run")
     module.dry_run = lambda config, shard: f"plan for {config.steps} steps, {shard}"
@@ -130,6 +174,12 @@ def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
         (["report", "a", "b"], "usage: python -m opsd_train report RUN_DIR"),
         (["recipes", "demo"], "usage: python -m opsd_train recipes"),
         (["report", "/nonexistent"], "there is no run folder /nonexistent"),
+        (["eval"], "usage: python -m opsd_train eval MODEL_OR_RUN --set SET,SET"),
+        (["eval", "model"], "usage: python -m opsd_train eval MODEL_OR_RUN"),
+        (["eval", "--set", "aime24", "problems=3"], "usage: python -m opsd_train eval"),
+        (["eval", "m", "--set", "aime24", "--recipe", "demo/opsd"], "unknown recipe 'demo/opsd'"),
+        (["eval", "m", "--set", "aime24", "sampling.k=3"], "unknown key sampling.k"),
+        (["eval", "m", "--set", "aime24", "steps=3"], "unknown key steps"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(arguments, words, capsys):
