@@ -71,7 +71,7 @@ def reach(tokens: np.ndarray, means: np.ndarray, level: np.ndarray) -> np.ndarra
 def _curve(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and mean accuracy, (1 + REPLICATES, evaluations) each: the value, then the draws."""
     weights = seed_weights(outcomes.ids)
-    means = np.einsum("bs,bsc->bc", weights, by_seed(outcomes))
+    means = np.einsum("bs,bsc->bc", weights, by_seed(outcomes.task, outcomes.values))
     value = outcomes.values.mean((0, 2))
     tokens = np.concatenate([outcomes.tokens.mean(0)[None], weights @ outcomes.tokens])
     return tokens, np.concatenate([value[None], means])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from opsd_train.errors import UserError
+from opsd_train.evaluation.scores import pass_at
 
 Results = dict[str, Any]
 BASE = "base"
@@ -107,26 +108,14 @@ def sampling_outcomes(results: Results, arm: dict[str, Any], task: str) -> Outco
     found = [results["samplings"][i] for i in ids]
     if not found:
         return None
+    _same_problems(task, ids, [len(sampling["correct"]) for sampling in found])
     ks = range(1, min(sampling["scores"]["samples"] for sampling in found) + 1)
     values = [
-        [pass_at_k(sampling["correct"], sampling["scores"]["samples"], k) for k in ks]
-        for sampling in found
+        [[pass_at(s["scores"]["samples"], right, k) for right in s["correct"]] for k in ks]
+        for s in found
     ]
-    _same_problems(task, ids, [len(sampling["correct"]) for sampling in found])
     tokens = np.zeros((len(ids), len(ks)))
     return Outcomes(task, tuple(ids), tuple(ks), np.array(values), tokens)
-
-
-def pass_at_k(correct: Sequence[int], samples: int, k: int) -> np.ndarray:
-    """Unbiased pass@k of each problem (Chen et al. 2021): 1 - C(n-c, k) / C(n, k) for c of n right.
-
-    As a product of k factors, so that no binomial coefficient overflows.
-    """
-    wrong = samples - np.asarray(correct, dtype=float)
-    missed = np.ones_like(wrong)
-    for i in range(k):
-        missed *= np.maximum(wrong - i, 0) / (samples - i)
-    return 1 - missed
 
 
 def _outcomes(

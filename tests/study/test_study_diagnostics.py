@@ -19,7 +19,7 @@ QUESTION = "State the sum of x and 41 :"
         ([" y", " I"], ["task", "task"]),  # a letter may be a variable
         ([" <", "b", ">"], ["task", "task", "task"]),  # no special token
         ([" yes", " no"], ["task", "style"]),  # words of the answer
-        (["=", "×", "≤"], ["task"] * 3),
+        (["=", "\N{MULTIPLICATION SIGN}", "≤"], ["task"] * 3),
         ([".", ":", "?", "…"], ["style"] * 4),
     ],
 )
@@ -55,7 +55,9 @@ def test_positions_are_of_the_first_and_the_last_quarter(tmp_path):
     assert found["end"]["steps"] == [7, 8]
     assert found["start"]["positions"] == [1, 2]
     assert found["start"]["means"] == pytest.approx([0.75, 0.375])
-    assert found["end"]["means"] == pytest.approx([(1 / 7 + 1 / 8) / 2, (1 / 7 + 1 / 8) / 4], abs=1e-6)
+    assert found["end"]["means"] == pytest.approx(
+        [(1 / 7 + 1 / 8) / 2, (1 / 7 + 1 / 8) / 4], abs=1e-6
+    )
 
 
 def test_shares_by_kind(tmp_path):

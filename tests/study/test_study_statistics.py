@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from opsd_train.study.outcomes import Outcomes, pass_at_k
+from opsd_train.study.outcomes import Outcomes
 from opsd_train.study.statistics import (
     average,
     mean_curve,
@@ -123,25 +123,15 @@ def test_draws_are_weights():
 def test_intervals_hold_as_often_as_they_say():
     """Differences of two arms with three seeds; problems are of unequal difficulty."""
     random = np.random.default_rng(5)
-    held, rounds, gain = 0, 300, 0.1
+    held, rounds, gain = 0, 200, 0.1
     for turn in range(rounds):
         hardness = random.uniform(0.1, 0.7, 120)
         arms = []
         for arm in range(2):
-            luck = random.normal(0, 0.02, (3, 1, 1))
+            luck = random.normal(0, 0.1, (3, 1, 1))
             chance = hardness + gain * arm + luck
             rows = random.random((3, 1, 120)) < chance
             arms.append(measure(outcomes(rows, name=f"{turn}-{arm}")))
         estimate = (arms[1] - arms[0]).estimate()
         held += estimate.low <= gain <= estimate.high
-    assert 0.92 <= held / rounds <= 1, held / rounds
-
-
-def test_pass_at_k_is_the_share_of_subsets_with_one_right():
-    from itertools import combinations
-
-    samples, correct = 6, [0, 1, 3, 6]
-    for k in range(1, samples + 1):
-        subsets = list(combinations(range(samples), k))
-        truth = [sum(min(s) < c for s in subsets) / len(subsets) for c in correct]
-        assert pass_at_k(correct, samples, k) == pytest.approx(truth)
+    assert 0.89 <= held / rounds <= 0.98, held / rounds
