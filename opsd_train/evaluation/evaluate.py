@@ -65,7 +65,9 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
 def score(store: Store, grading: GradingConfig) -> Scores:
     """Grade the generations that are kept, write grades.jsonl and scores.json, print the scores."""
     problems = {(p.set, p.problem): p for p in store.problems()}
-    made = list(store.generations().values())
+    order = {key: index for index, key in enumerate(problems)}
+    kept = sorted(store.generations().items(), key=lambda item: (order[item[0][:2]], item[0][2]))
+    made = [row for _, row in kept]
     if not made:
         raise UserError(f"{store.folder} has no generations to grade")
     asked = [problems[row["set"], row["problem"]] for row in made]

@@ -52,7 +52,7 @@ def generate(
     jobs = _jobs(config, store.problems(), asking)
     longest = max(len(job.prompt) for job in jobs)
     check_context(config, load_model_config(source.model), longest)
-    there = world.broadcast(store.generations().keys())
+    there = world.broadcast(set(store.generations()))
     mine = jobs[world.rank :: world.size]
     batches = [
         [job for job in batch if job.key not in there] for batch in _batches(mine, config.sampling)
