@@ -1,0 +1,49 @@
+"""A finished study's results, page and pictures beside the README, and its tables in the README.
+
+    python -m opsd_train.study.publish STUDY_FOLDER [README.md]
+
+They go into docs/study/ beside the README, whose part between the study's markers is written again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from opsd_train.errors import UserError
+from opsd_train.metrics import replace_file
+from opsd_train.study.outcomes import load_results
+from opsd_train.study.page import write_page
+from opsd_train.study.tables import readme
+
+
+def publish(folder: Path, readme_file: Path) -> Path:
+    """Returns the folder that was written."""
+    results = load_results(folder)
+    text = readme(readme_file.read_text(encoding="utf-8"), results)
+    target = readme_file.parent / "docs" / "study"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    shutil.copy2(folder / "results.json", target)
+    write_page(target)
+    replace_file(readme_file, text)
+    return target
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not 1 <= len(arguments) <= 2:
+        print("usage: python -m opsd_train.study.publish STUDY_FOLDER [README.md]", file=sys.stderr)
+        return 2
+    folder, *rest = map(Path, arguments)
+    try:
+        print(publish(folder, rest[0] if rest else Path("README.md")))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
