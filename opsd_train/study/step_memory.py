@@ -246,7 +246,7 @@ def _note(
         f"13 in float32) make {LOGIT_BYTES}.",
         *_check("plain", plain),
         f"Ours is predicted by --dry-run: {laws['ours'].slope:.3f} MiB a token, all of it "
-        "activations that plain logits need too.",
+        "hidden states and activations, none of it logits.",
         *_against_dry_run(ours, laws["ours"]),
         *_check("ours", ours),
         f"A sequence of this model ends at {context:,} tokens: beyond, the axis is a micro-batch "

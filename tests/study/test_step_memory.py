@@ -16,6 +16,7 @@ from method_cases import Outcome, assert_same, grads_of, make_policy, make_sampl
 from opsd_kernels import reference
 from opsd_train.errors import UserError
 from opsd_train.methods.opsd import Opsd
+from opsd_train.model import _checkpoint_activations
 from opsd_train.study import step_memory
 from opsd_train.study.one_step import generalized_jsd, growth, our_loss, plain_loss
 from opsd_train.study.step_memory import FARTHEST, LOGIT_BYTES, Law, measure, run_one
@@ -58,6 +59,20 @@ def test_both_ways_have_one_loss_and_gradient():
     for sample in make_samples(3):
         ours = outcome(policy, our_loss(Opsd(config, policy), sample))
         assert_same(ours, outcome(policy, plain_loss(policy, sample, 0.5)))
+
+
+def test_activations_are_checkpointed_both_ways():
+    policy = make_policy()
+    _checkpoint_activations(policy.core)
+    method = Opsd(settings("loss.beta=0.5"), policy)
+    calls = []
+    policy.core.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    sample = make_samples(1)[0]
+    for loss in (lambda: our_loss(method, sample), lambda: plain_loss(policy, sample, 0.5)):
+        policy.model.eval()  # as from_pretrained leaves it
+        calls.clear()
+        loss().backward()
+        assert len(calls) == 3  # teacher, student, student again for its backward pass
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.1])
