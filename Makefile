@@ -54,7 +54,7 @@ compile-triton36:
 vllm: $(VENV_VLLM)/.ready
 
 test-vllm: $(VENV_VLLM)/.ready
-	$(VENV_VLLM)/bin/python -m pytest -q -s tests/train/test_vllm.py
+	$(VENV_VLLM)/bin/python -m pytest -q -s tests/train/test_vllm.py tests/evaluation/test_evaluate_vllm.py
 
 $(VENV_VLLM)/.ready: pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV_VLLM)
