@@ -34,7 +34,8 @@ class RunLogger:
 
     On a terminal it draws a progress bar above which print() still works; elsewhere it prints one
     line per step. A run that starts in a used folder replaces these files; one that resumes after
-    `resume_step` keeps their rows up to that step and drops the rest, which will come again.
+    `resume_step` keeps their rows up to that step and drops the rest, which will come again;
+    evaluations.jsonl begins with `evaluations`.
     """
 
     def __init__(
@@ -44,12 +45,14 @@ class RunLogger:
         console: Console | None = None,
         *,
         resume_step: int | None = None,
+        evaluations: Sequence[dict[str, Any]] = (),
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self.run_dir = Path(run_dir)
         self.total_steps = total_steps
         self.console = console or Console()
         self._resume_step = resume_step
+        self._known_evaluations = evaluations
         self._trackers = trackers
         self._recent_seconds: deque[float] = deque(maxlen=10)
         self._progress = Progress(
@@ -70,7 +73,10 @@ class RunLogger:
         if resumed is None:
             shutil.rmtree(events, ignore_errors=True)
         self._metrics = _open_rows(self.run_dir / "metrics.jsonl", resumed)
-        self._evaluations = _open_rows(self.run_dir / "evaluations.jsonl", resumed)
+        # As the checkpoint knows them: of its own step there may be one that it does not know.
+        evaluations = self.run_dir / "evaluations.jsonl"
+        replace_file(evaluations, "".join(_json_line(row) for row in self._known_evaluations))
+        self._evaluations = open(evaluations, "a", encoding="utf-8")
         self._samples = _open_rows(self.run_dir / "samples.jsonl", resumed)
         purge_step = None if resumed is None else resumed + 1
         self._tensorboard = SummaryWriter(str(events), purge_step=purge_step)
@@ -123,10 +129,10 @@ class RunLogger:
         _append(self._evaluations, row)
         step, found = row["step"], {name: row[name] for name in HELDOUT if name in row}
         for name, value in found.items():
-            self._tensorboard.add_scalar(f"heldout/{name}", value, step)
+            self._tensorboard.add_scalar(f"eval/{name}", value, step)
         self._tensorboard.flush()
         for tracker in self._trackers:
-            tracker.log(step, {f"heldout_{name}": value for name, value in found.items()})
+            tracker.log(step, {f"eval/{name}": value for name, value in found.items()})
 
     def samples(self, step: int, rows: Rows) -> None:
         """Records sample completions; on a terminal also shows them as a table."""

@@ -92,7 +92,11 @@ class Run:
             with stop_requests() as stop:
                 return _exit_code(self._train(stop))
         with RunLogger(
-            self.folder, self.config.steps, resume_step=self.resumed, trackers=trackers
+            self.folder,
+            self.config.steps,
+            resume_step=self.resumed,
+            evaluations=self.evaluations,
+            trackers=trackers,
         ) as self.logger:
             (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
             self._say(f"run folder {self.folder}")
@@ -175,8 +179,10 @@ class Run:
     def _evaluate(self) -> None:
         """Held-out accuracy and divergence; at first the teacher's and the majority's too."""
         trainer, heldout, results = self.trainer, self.trainer.heldout, self.results
+        clock = trainer.clock
+        seconds = clock.total() - clock.seconds["load"] - clock.seconds["evaluate"]
         made = heldout.evaluate("student")
-        row = {"step": self.done, "tokens": trainer.tokens} | made.row()
+        row = {"step": self.done, "tokens": trainer.tokens, "seconds": seconds} | made.row()
         if trainer.method.divergence:
             row["divergence"] = heldout.divergence(made)
         if self.done == 0:

@@ -26,6 +26,7 @@ def test_rows_and_summary(tiny_folder: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in found] == [0, 2, 4, 5]
     tokens = {row["step"]: row["tokens"] for row in rows(run)}
     assert [row["tokens"] for row in found] == [0, tokens[2], tokens[4], tokens[5]]
+    assert sorted(row["seconds"] for row in found) == [row["seconds"] for row in found]
     for row in found:
         right = row["correct"].count("1")
         assert len(row["correct"]) == row["problems"] == 6

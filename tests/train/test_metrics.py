@@ -234,3 +234,14 @@ def test_summary_lines():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_resumed_evaluations_are_those_of_the_checkpoint(tmp_path):
+    """Stopped after step 2 before its evaluation, resumed, killed after it: it comes once more."""
+    known, unknown = ({"step": step, "accuracy": 0.5} for step in (0, 2))
+    with RunLogger(tmp_path, 4, quiet(), evaluations=[known]) as log:
+        log.evaluation(unknown)
+    with RunLogger(tmp_path, 4, quiet(), resume_step=2, evaluations=[known]) as log:
+        log.evaluation(unknown)
+    lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [known, unknown]
