@@ -124,6 +124,7 @@ def _experiment(planned: Planned, command: str) -> dict[str, Any]:
             for arm in experiment.arms
         ],
         "contrasts": [list(pair) for pair in experiment.contrasts if names >= set(pair)],
+        "paper_ahead": [list(pair) for pair in experiment.paper_ahead],
     }
 
 

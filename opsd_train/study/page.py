@@ -210,7 +210,11 @@ def _counts(results: Results) -> list[tuple[str, str, str]]:
             " to ".join(f"{count:,}" for count in dict.fromkeys((problems[0], problems[-1]))),
             f"of each of {len(results['tasks'])} tasks",
         ),
-        ("Compute", duration(results["seconds"]), f"{tokens:,} tokens generated in training"),
+        (
+            "Compute",
+            duration(results["seconds"]),
+            f"of training runs, summed; {tokens:,} tokens generated",
+        ),
     ]
 
 

@@ -180,6 +180,6 @@ def _check(name: str, experiment: Experiment, tasks: list[str], shared: Shared) 
 
 
 def _named(experiment: Experiment) -> Iterator[str]:
-    for pair in experiment.contrasts:
+    for pair in (*experiment.contrasts, *experiment.paper_ahead):
         yield from pair
     yield from experiment.quick.arms or ()

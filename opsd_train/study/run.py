@@ -17,11 +17,11 @@ from opsd_train.errors import UserError
 from opsd_train.metrics import duration, replace_file
 from opsd_train.model import _PACKAGED, load_model, load_tokenizer
 from opsd_train.study.collect import collect, summary_of
+from opsd_train.study.jobs import Job, run_jobs
 from opsd_train.study.page import write_page
 from opsd_train.study.plan import Plan, Planned, fingerprint, make_plan
 from opsd_train.study.settings import load_experiments, load_shared
 from opsd_train.study.step_memory import measure
-from opsd_train.study.jobs import Job, run_jobs
 
 
 def study(

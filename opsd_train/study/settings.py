@@ -93,6 +93,8 @@ class Experiment:
     """What is compared."""
     contrasts: list[tuple[str, str]] = Field(default_factory=list)
     """Pairs of arms whose paired difference is reported, first minus second."""
+    paper_ahead: list[tuple[str, str]] = Field(default_factory=list)
+    """Pairs of arms of which the paper has the first ahead of the second."""
     sampling: Sampling | None = None
     """passk: how every trained model of the first seed, and the base model, is sampled."""
     quick: Quick = Field(default_factory=Quick)
