@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from course import assert_same_course
+from course import assert_same_course, rows, timeless
 from tiny import recipe
 
 from opsd_train.checkpoint import Checkpoints
@@ -125,7 +125,7 @@ def test_killed_again_and_again(
         "checkpoint": {"every": EVERY, "keep": 2},
     }
     made["lora"]["dropout"] = 0.3  # so that losses depend on the random streams
-    made["evaluation"]["problems"] = 2
+    made["evaluation"] |= {"problems": 2, "every": 3}
     path.write_text(yaml.safe_dump(made))
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     command = [sys.executable, *(torchrun if ranks == 2 else []), "-m", "opsd_train", str(path)]
@@ -161,5 +161,7 @@ def test_killed_again_and_again(
     assert last.finish() == 0, last.log.read_text()
     assert last.steps()[0] == found + 1
     assert_same_course(run, straight)
+    one, two = ([timeless(r) for r in rows(f, "evaluations.jsonl")] for f in (run, straight))
+    assert one == two and [r["step"] for r in one] == [*range(0, total, 3), total]
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     assert not being_written(run)
