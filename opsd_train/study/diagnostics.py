@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd_train.metrics import read_rows
-from opsd_train.plots import _position_means
+from opsd_train.plots import position_means
 from opsd_train.sample_table import Pieces, Rows
 
 KINDS = ("task", "style", "end")
@@ -94,7 +94,7 @@ def _quarter(items: list[Any], *, last: bool = False) -> list[Any]:
 
 
 def _positions(rows: Rows) -> dict[str, Any]:
-    positions, means = _position_means(rows, "divergence_by_position")
+    positions, means = position_means(rows, "divergence_by_position")
     return {
         "steps": [rows[0]["step"], rows[-1]["step"]],
         "positions": positions,

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
 
-from opsd_train.plots import NEUTRAL, STUDENT, STYLE, TEACHER, Picture, _picture
+from opsd_train.plots import NEUTRAL, STUDENT, STYLE, TEACHER, Picture, to_picture
 from opsd_train.study.comparison import ACCURACY, Comparison, Contrast
 from opsd_train.study.outcomes import BASE, Results
 from opsd_train.study.reading import MINUS, points
@@ -62,7 +62,7 @@ def accuracies(results: Results, comparison: Comparison) -> Picture | None:
             "Held-out problems, greedy, after the last step; mean over seeds, 95 % interval over "
             "problems and seeds. Dotted: always the most frequent answer."
         )
-        return _picture("Accuracy after training", note, figure, "wide")
+        return to_picture("Accuracy after training", note, figure, "wide")
 
 
 def differences(comparison: Comparison) -> Picture | None:
@@ -86,7 +86,7 @@ def differences(comparison: Comparison) -> Picture | None:
         note = (
             "Points, first minus second, on the same problems; 95 % interval. Grey: it includes 0."
         )
-        return _picture("Differences", note, figure, "wide")
+        return to_picture("Differences", note, figure, "wide")
 
 
 def token_curves(comparison: Comparison) -> Picture | None:
@@ -111,7 +111,7 @@ def token_curves(comparison: Comparison) -> Picture | None:
             axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         _legend(figure, panels)
         note = "Held-out, greedy, mean over seeds with its 95 % band. Dashed: before training."
-        return _picture("Accuracy against tokens generated", note, figure, "wide")
+        return to_picture("Accuracy against tokens generated", note, figure, "wide")
 
 
 def pass_at_k_curves(comparison: Comparison) -> Picture | None:
@@ -142,7 +142,7 @@ def pass_at_k_curves(comparison: Comparison) -> Picture | None:
             axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         _legend(figure, panels)
         note = "Unbiased estimate from the samples of each problem, with its 95 % band."
-        return _picture("pass@k", note, figure, "wide")
+        return to_picture("pass@k", note, figure, "wide")
 
 
 def memory(measured: dict[str, Any]) -> Picture:
@@ -181,7 +181,7 @@ def memory(measured: dict[str, Any]) -> Picture:
         axes.set_ylabel("GiB")
         axes.set_ylim(bottom=0)
         axes.legend()
-        return _picture("Peak memory of a step", measured["note"], figure, "wide")
+        return to_picture("Peak memory of a step", measured["note"], figure, "wide")
 
 
 def positions(found: dict[str, list[dict[str, Any]]]) -> Picture | None:
@@ -204,7 +204,7 @@ def positions(found: dict[str, list[dict[str, Any]]]) -> Picture | None:
         note = (
             "Mean over the tokens at a position, in nats; a line a seed, start and end of the run."
         )
-        return _picture("Divergence by position", note, figure, "wide")
+        return to_picture("Divergence by position", note, figure, "wide")
 
 
 def _drawn(found: Sequence[Picture | None]) -> list[Picture]:

@@ -12,7 +12,7 @@ import jinja2
 
 from opsd_train.metrics import duration, replace_file
 from opsd_train.plots import Picture
-from opsd_train.report import _visible
+from opsd_train.report import visible
 from opsd_train.study.comparison import ACCURACY, Comparison, compare
 from opsd_train.study.figures import OWN, experiment_figures, positions
 from opsd_train.study.outcomes import Results, load_results
@@ -67,7 +67,7 @@ def write_page(folder: Path) -> Path:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters["visible"] = _visible
+    environment.filters["visible"] = visible
     page = environment.get_template("study.html.j2").render(
         results=results,
         origin=origin(results),

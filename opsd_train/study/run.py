@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from opsd_train.config import Config, suggest
 from opsd_train.errors import UserError
 from opsd_train.metrics import duration, replace_file
-from opsd_train.model import _PACKAGED, load_model, load_tokenizer
+from opsd_train.model import PACKAGED, load_model, load_tokenizer
 from opsd_train.study.collect import collect, summary_of
 from opsd_train.study.jobs import Job, run_jobs
 from opsd_train.study.page import write_page
@@ -103,13 +103,13 @@ class _Base:
 
     def words(self, config: Config) -> list[str]:
         """The override that makes a run load the copy."""
-        if config.model.name_or_path != _PACKAGED:
+        if config.model.name_or_path != PACKAGED:
             return []
         return [f"model.name_or_path={self.name(config)}"]
 
     def name(self, config: Config) -> str:
         """What to load for the base model of this recipe."""
-        if config.model.name_or_path != _PACKAGED:
+        if config.model.name_or_path != PACKAGED:
             return config.model.name_or_path
         if not self.folder.exists():
             partial = self.folder.with_suffix(".tmp")

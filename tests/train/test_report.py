@@ -10,7 +10,7 @@ from opsd_train.cli import main
 from opsd_train.config import config_from, load_recipe, to_yaml
 from opsd_train.errors import UserError
 from opsd_train.evaluation.intervals import wilson
-from opsd_train.plots import _position_means, _smooth, _window, _window_sizes
+from opsd_train.plots import position_means, smoothed, window_for, window_sizes
 from opsd_train.report import write_report
 
 RESULT = {"accuracy": 0.4, "interval": [0.31, 0.5], "correct": 40, "problems": 100}
@@ -227,7 +227,7 @@ def test_entries_of_several_positions():
         {"divergence_by_position": [1.0, 3.0, None, 5.0], "position_width": 1},
         {"divergence_by_position": [4.0, 2.0, 7.0], "position_width": 2},
     ]
-    middles, means = _position_means(rows, "divergence_by_position")
+    middles, means = position_means(rows, "divergence_by_position")
     assert middles == [1.5, 3.5, 5.5]
     assert means == [pytest.approx(8 / 3), 3.5, 7.0]
 
@@ -295,9 +295,9 @@ def test_the_command_prints_the_path(run_dir, capsys):
 
 
 def test_smoothing():
-    assert [_window(count) for count in (1, 15, 16, 40)] == [1, 1, 3, 5]
-    assert _smooth([1.0, 2.0, 6.0, 2.0], 3) == [1.5, 3.0, pytest.approx(10 / 3), 4.0]
-    assert _window_sizes(4, 3) == [2, 3, 3, 2]
+    assert [window_for(count) for count in (1, 15, 16, 40)] == [1, 1, 3, 5]
+    assert smoothed([1.0, 2.0, 6.0, 2.0], 3) == [1.5, 3.0, pytest.approx(10 / 3), 4.0]
+    assert window_sizes(4, 3) == [2, 3, 3, 2]
 
 
 def test_wilson_interval():
