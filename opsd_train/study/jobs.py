@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,9 @@ from pathlib import Path
 import torch
 
 _PRELOADED = ["opsd_train.run", "opsd_train.evaluation.evaluate", "opsd_train.report"]
+
+BUSY = 75
+"""Exit code of a job that an earlier process is still at."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +44,15 @@ class Ended:
 def run_jobs(jobs: Sequence[Job], count: int) -> Iterator[Ended]:
     """Runs `count` jobs at a time, in their order as far as needs allow, and yields each end.
 
-    A job whose need failed is not run: it yields with the need's code. If the caller stops early,
-    what runs gets a SIGTERM and is waited for.
+    A job whose need failed is not run: it yields with the need's code. On Ctrl-C or SIGTERM, or if
+    the caller stops early, what runs gets a SIGTERM, keeps what it can and is waited for.
     """
     threads = max(1, (os.cpu_count() or 1) // count)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     waiting, codes = list(jobs), {}
     running: dict[int, tuple[ForkServerProcess, Job, float]] = {}
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         while waiting or running:
             for job in [j for j in waiting if j.needs <= codes.keys()]:
@@ -69,6 +75,7 @@ def run_jobs(jobs: Sequence[Job], count: int) -> Iterator[Ended]:
             process.terminate()
         for process, _, _ in running.values():
             process.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _start(context: ForkServerContext, job: Job, threads: int) -> ForkServerProcess:
@@ -81,7 +88,12 @@ def _start(context: ForkServerContext, job: Job, threads: int) -> ForkServerProc
 def _work(argv: list[str], log: str, threads: int) -> None:
     from opsd_train.cli import main
 
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+    except BlockingIOError:
+        sys.exit(BUSY)  # a study that was killed has left this run running
+    os.truncate(file, 0)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(file, stream.fileno())

@@ -17,7 +17,7 @@ from opsd_train.errors import UserError
 from opsd_train.metrics import duration, replace_file
 from opsd_train.model import PACKAGED, load_model, load_tokenizer
 from opsd_train.study.collect import collect, summary_of
-from opsd_train.study.jobs import Job, run_jobs
+from opsd_train.study.jobs import BUSY, Job, run_jobs
 from opsd_train.study.page import write_page
 from opsd_train.study.plan import Plan, Planned, fingerprint, make_plan
 from opsd_train.study.settings import load_experiments, load_shared
@@ -69,7 +69,8 @@ def _run(plan: Plan, wanted: Sequence[Planned], count: int) -> dict[str, Path]:
         print(f"{plan.folder}: {len(jobs)} runs, {kept} are finished already; {count} at a time")
     for number, ended in enumerate(run_jobs(jobs, count), 1):
         name = ended.job.id
-        how = "finished" if ended.code == 0 else f"FAILED ({ended.code})"
+        failed = "is still run by an earlier study" if ended.code == BUSY else "FAILED"
+        how = "finished" if ended.code == 0 else f"{failed} ({ended.code})"
         print(f"{number}/{len(jobs)}  {name} {how}, {duration(ended.seconds)}", flush=True)
         if ended.code:
             failures[name] = ended.job.log

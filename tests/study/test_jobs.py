@@ -1,8 +1,9 @@
 """Commands side by side: order, needs, failures, logs."""
 
+import fcntl
 from pathlib import Path
 
-from opsd_train.study.jobs import Job, run_jobs
+from opsd_train.study.jobs import BUSY, Job, run_jobs
 
 
 def test_jobs_run_in_order_of_need_and_keep_their_output(tmp_path: Path) -> None:
@@ -18,3 +19,12 @@ def test_jobs_run_in_order_of_need_and_keep_their_output(tmp_path: Path) -> None
     assert "demo/opsd" in (tmp_path / "logs" / "good.txt").read_text()
     assert "unknown recipe" in (tmp_path / "bad.txt").read_text()
     assert not (tmp_path / "after.txt").exists()
+
+
+def test_a_job_that_another_process_is_at_is_left_to_it(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("of the other process")
+    with open(log) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (end,) = run_jobs([Job("busy", ["recipes"], log)], 1)
+    assert end.code == BUSY and log.read_text() == "of the other process"
