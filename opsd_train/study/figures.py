@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
 
 from opsd_train.plots import NEUTRAL, STUDENT, STYLE, TEACHER, Picture, to_picture
 from opsd_train.study.comparison import ACCURACY, Comparison, Contrast
@@ -107,6 +107,8 @@ def token_curves(comparison: Comparison) -> Picture | None:
                 later = tokens > 0
                 _band(axes, tokens[later], np.array(means, dtype=object)[later], color, arm.label)
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda tokens, _: f"{tokens:,.0f}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel("tokens generated in training")
             axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
         _legend(figure, panels)
