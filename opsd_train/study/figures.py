@@ -9,7 +9,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import (
+    FixedLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    PercentFormatter,
+)
 
 from opsd_train.plots import NEUTRAL, STUDENT, STYLE, TEACHER, Picture, to_picture
 from opsd_train.study.comparison import ACCURACY, Comparison, Contrast
