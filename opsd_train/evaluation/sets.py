@@ -130,6 +130,8 @@ def _task(task: str, settings: dict[str, Any], count: int) -> list[EvalProblem]:
     for name, entry in task_entries(task, settings, seed, count, f"tasks.{task}"):
         question = entry["question"]
         made.setdefault(question, _of_entry(task, task, name, entry))
+        if len(made) == 1:
+            _check_scorer(task, made[question])
         if len(made) == count:
             return list(made.values())
     raise UserError(
@@ -169,6 +171,18 @@ def _of_entry(label: str, task: str, name: str, entry: dict[str, Any]) -> EvalPr
     kept = {key: value for key, value in entry["metadata"].items() if _is_json(value)}
     entry = {"question": entry["question"], "answer": entry["answer"], "metadata": kept}
     return EvalProblem(label, name, entry["question"], str(entry["answer"]), task, entry)
+
+
+def _check_scorer(task: str, problem: EvalProblem) -> None:
+    """A few scorers (arc_agi, rearc) want the tuples that JSON has made lists of."""
+    from reasoning_gym import get_score_answer_fn
+
+    entry = json.loads(json.dumps(problem.entry))
+    if get_score_answer_fn(task)(problem.answer, entry) != 1.0:
+        raise UserError(
+            f"--set {task}: the task's scorer does not take the task's own answer once its problem "
+            "has been kept as JSON, so it cannot be evaluated here"
+        )
 
 
 def _is_json(value: Any) -> bool:

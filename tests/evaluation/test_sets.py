@@ -178,3 +178,8 @@ def test_held_out_problems_of_another_run(tmp_path):
     assert set_label(str(tmp_path)) == "heldout"
     problems = load_set(str(tmp_path), settings(), None)
     assert len(problems) == 6 and {problem.set for problem in problems} == {"heldout"}
+
+
+def test_a_task_whose_scorer_does_not_survive_json_is_refused():
+    with pytest.raises(UserError, match="does not take the task's own answer"):
+        load_set("rearc", settings("problems=1"), None)
