@@ -1,25 +1,21 @@
-"""Commands side by side, each in a process of its own that starts with the libraries imported."""
+"""Commands side by side, each in a process of its own."""
 
 from __future__ import annotations
 
 import fcntl
-import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-
-import torch
-
-_PRELOADED = ["opsd_train.run", "opsd_train.evaluation.evaluate", "opsd_train.report"]
 
 BUSY = 75
 """Exit code of a job that an earlier process is still at."""
+
+_PAUSE = 0.2  # seconds between two looks at what runs
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,10 @@ def run_jobs(jobs: Sequence[Job], count: int) -> Iterator[Ended]:
     A job whose need failed is not run: it yields with the need's code. On Ctrl-C or SIGTERM, or if
     the caller stops early, what runs gets a SIGTERM, keeps what it can and is waited for.
     """
-    threads = max(1, (os.cpu_count() or 1) // count)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    environment = {"OMP_NUM_THREADS": threads} | os.environ
     waiting, codes = list(jobs), {}
-    running: dict[int, tuple[ForkServerProcess, Job, float]] = {}
+    running: dict[str, tuple[subprocess.Popen, Job, float]] = {}
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         while waiting or running:
@@ -63,39 +58,33 @@ def run_jobs(jobs: Sequence[Job], count: int) -> Iterator[Ended]:
                     yield Ended(job, failed[0], 0.0)
                 elif len(running) < count:
                     waiting.remove(job)
-                    process = _start(context, job, threads)
-                    running[process.sentinel] = process, job, time.perf_counter()
-            for sentinel in wait(list(running)):
-                process, job, started = running.pop(sentinel)
-                process.join()
-                codes[job.id] = process.exitcode
-                yield Ended(job, process.exitcode, time.perf_counter() - started)
+                    process = _start(job, environment)
+                    running[job.id] = process, job, time.perf_counter()
+            time.sleep(_PAUSE)
+            for process, job, started in list(running.values()):
+                if process.poll() is not None:
+                    del running[job.id]
+                    codes[job.id] = process.returncode
+                    yield Ended(job, process.returncode, time.perf_counter() - started)
     finally:
         for process, _, _ in running.values():
             process.terminate()
         for process, _, _ in running.values():
-            process.join()
+            process.wait()
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(context: ForkServerContext, job: Job, threads: int) -> ForkServerProcess:
+def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
+    """The command with its output in the log, which it keeps locked as long as it lives."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=_work, args=(job.argv, str(job.log), threads))
-    process.start()
-    return process
-
-
-def _work(argv: list[str], log: str, threads: int) -> None:
-    from opsd_train.cli import main
-
-    file = os.open(log, os.O_WRONLY | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-    except BlockingIOError:
-        sys.exit(BUSY)  # a study that was killed has left this run running
-    os.truncate(file, 0)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-        os.dup2(file, stream.fileno())
-    torch.set_num_threads(threads)
-    sys.exit(main(argv))
+    command = [sys.executable, "-m", "opsd_train", *job.argv]
+    with open(job.log, "a", encoding="utf-8") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # a study that was killed has left this run running
+            command = [sys.executable, "-c", f"raise SystemExit({BUSY})"]
+            return subprocess.Popen(command)
+        log.truncate(0)
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
+        )
