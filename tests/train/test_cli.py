@@ -151,6 +151,21 @@ def test_grading_again_and_the_difference(evaluation):
     assert evaluation.asked[1] == ("against", "here", "runs/y")
 
 
+def test_how_a_study_is_started(monkeypatch):
+    import opsd_train.study
+
+    asked, module = [], types.ModuleType("opsd_train.study.run")
+    module.study = lambda **options: asked.append(options) or 1
+    monkeypatch.setitem(sys.modules, "opsd_train.study.run", module)
+    monkeypatch.setattr(opsd_train.study, "run", module, raising=False)
+    assert main(["study", "--quick", "--only", "methods,tokens", "--jobs", "3"]) == 1
+    assert main(["study", "output_dir=here"]) == 1
+    assert asked == [
+        {"quick": True, "only": ["methods", "tokens"], "jobs": 3, "output_dir": None},
+        {"quick": False, "only": [], "jobs": None, "output_dir": "here"},
+    ]
+
+
 def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
     module = types.ModuleType("opsd_train.dry_run")
     module.dry_run = lambda config, shard: f"plan for {config.steps} steps, {shard}"
@@ -179,6 +194,9 @@ def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
         (["eval", "m", "--set", "aime24", "--recipe", "demo/opsd"], "unknown recipe 'demo/opsd'"),
         (["eval", "m", "--set", "aime24", "sampling.k=3"], "unknown key sampling.k"),
         (["eval", "m", "--set", "aime24", "steps=3"], "unknown key steps"),
+        (["study", "methods"], "usage: python -m opsd_train study [--quick]"),
+        (["study", "a", "b"], "usage: python -m opsd_train study [--quick]"),
+        (["study", "--jobs", "0"], "--jobs 0: at least one"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(arguments, words, capsys):
