@@ -182,6 +182,12 @@ def load_model(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype)
     return model
 
 
+def unpack(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:
+    """The model and tokenizer as a folder that other programs read, and that loads at once."""
+    load_model(config, tokenizer, dtype).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def _checkpoint_activations(core: nn.Module) -> None:
     # transformers 5.2x renamed it and warns about the old name.
     enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)

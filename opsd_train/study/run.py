@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from opsd_train.config import Config, suggest
 from opsd_train.errors import UserError
 from opsd_train.metrics import duration, replace_file
-from opsd_train.model import PACKAGED, load_model, load_tokenizer
+from opsd_train.model import PACKAGED, load_tokenizer, unpack
 from opsd_train.study.collect import collect, summary_of
 from opsd_train.study.jobs import BUSY, Job, run_jobs
 from opsd_train.study.page import write_page
@@ -116,9 +116,7 @@ class _Base:
             partial = self.folder.with_suffix(".tmp")
             shutil.rmtree(partial, ignore_errors=True)
             tokenizer = load_tokenizer(config.model)
-            model = load_model(config.model, tokenizer, torch.float32)  # exact for any dtype
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            unpack(config.model, tokenizer, torch.float32, partial)  # exact for any dtype
             partial.rename(self.folder)
         return str(self.folder)
 
