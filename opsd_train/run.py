@@ -169,26 +169,29 @@ class Run:
 
     def _evaluate_if_due(self) -> None:
         """Before training, every so many steps, and after it; not twice at the same step."""
-        heldout, every = self.trainer.heldout, self.config.evaluation.every
-        due = self.done in (0, self.config.steps) or (every and self.done % every == 0)
+        heldout, evaluation = self.trainer.heldout, self.config.evaluation
+        between = evaluation.every and self.done % evaluation.every == 0
+        due = between or self.done == self.config.steps
+        if self.done == 0:
+            due = evaluation.at_start
         known = self.evaluations and self.evaluations[-1]["step"] == self.done
         if heldout.problems and due and not known:
             with self.trainer.clock.phase("evaluate"):
                 self._evaluate()
 
     def _evaluate(self) -> None:
-        """Held-out accuracy and divergence; at first the teacher's and the majority's too."""
+        """Held-out accuracy and divergence; before training the teacher's accuracy too."""
         trainer, heldout, results = self.trainer, self.trainer.heldout, self.results
         clock = trainer.clock
         seconds = clock.total() - clock.seconds["load"] - clock.seconds["evaluate"]
         made = heldout.evaluate("student")
         row = {"step": self.done, "tokens": trainer.tokens, "seconds": seconds} | made.row()
-        if trainer.method.divergence:
+        if trainer.method.divergence and self.config.evaluation.divergence:
             row["divergence"] = heldout.divergence(made)
+        answer, share = majority_answer(heldout.problems)
+        results["majority"] = {"answer": answer, "accuracy": share}
         if self.done == 0:
             results |= {"before": made.summary(), "divergence_before": row.get("divergence")}
-            answer, share = majority_answer(heldout.problems)
-            results["majority"] = {"answer": answer, "accuracy": share}
             if self.config.evaluation.teacher:
                 results["teacher"] = heldout.evaluate("teacher").summary()
         if self.done == self.config.steps:

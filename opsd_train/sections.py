@@ -240,12 +240,16 @@ class OptimConfig:
 class EvaluationConfig:
     problems: Count
     """Held-out problems solved greedily before and after training; 0: no evaluation."""
+    at_start: bool = True
+    """Evaluate before training too; false where the same model was evaluated before."""
     every: Count = 0
     """Steps between evaluations in between; 0: none."""
     max_new_tokens: Positive
     """Longest answer."""
     teacher: bool = True
-    """Before training, also evaluate the model under the teacher's prompt."""
+    """With the evaluation before training, also one under the teacher's prompt."""
+    divergence: bool = True
+    """Also measure the divergence from the teacher on the answers; takes about as long again."""
 
 
 @section

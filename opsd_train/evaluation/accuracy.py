@@ -42,16 +42,18 @@ class Evaluation:
 def over_checkpoints(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the rows of evaluations.jsonl say together, for the summary.
 
-    `paired`: last against first. As the paper reports (Appendix B), where more than one checkpoint
-    was evaluated: `best`, the highest accuracy, chosen on the very problems it is measured on and
-    so biased upwards; `mean`, the average. The model before training is not among them.
+    `paired`: last against before training, if that was evaluated. As the paper reports (Appendix
+    B), where more than one checkpoint was evaluated: `best`, the highest accuracy, chosen on the
+    very problems it is measured on and so biased upwards; `mean`, the average. The model before
+    training is not among them.
     """
     first, checkpoints = rows[0], [row for row in rows if row["step"] > 0]
-    if first["step"] > 0 or not checkpoints:
-        return {}
     found: dict[str, Any] = {}
-    if first["problems"] == checkpoints[-1]["problems"]:  # a resumed run may ask fewer
-        before, after = ([c == "1" for c in r["correct"]] for r in (first, checkpoints[-1]))
+    if not checkpoints:
+        return found
+    last = checkpoints[-1]
+    if first["step"] == 0 and first["problems"] == last["problems"]:  # a resumed run may ask fewer
+        before, after = ([c == "1" for c in row["correct"]] for row in (first, last))
         found["paired"] = paired_difference(before, after)
     if len(checkpoints) > 1:
         best = max(checkpoints, key=lambda row: row["accuracy"])  # the first of equals

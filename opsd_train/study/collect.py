@@ -27,7 +27,7 @@ _COMMAND = "python -m opsd_train"
 
 def collect(plan: Plan, name: str) -> dict[str, Any]:
     """Results of all that is finished, and the names of what is not."""
-    runs = {run.id: _run(run) for run in plan.runs.values()}
+    runs = {run.id: _run(run, plan.runs[run.start]) for run in plan.runs.values()}
     command = f"{_COMMAND} study" + (" --quick" if name == "quick" else "")
     memory, notes = plan.folder / "memory.json", plan.folder / "notes.yaml"
     return {
@@ -50,25 +50,34 @@ def summary_of(run: Run) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run(run: Run, start: Run) -> dict[str, Any]:
     summary = summary_of(run) or {"status": "missing", "steps": 0}
-    evaluations = read_rows(run.folder / "evaluations.jsonl")
     ended = summary["status"] == "finished"
     return {
         "task": run.task,
         "arm": run.arm,
         "seed": run.seed,
+        "start": start.id,
         "command": f"{_COMMAND} {shlex.join(run.words)}",
         "status": summary["status"],
         "steps": summary["steps"],
         "tokens": summary.get("tokens"),
         "seconds": summary.get("seconds"),
         "peak_memory_mib": summary.get("peak_memory_mib"),
-        "evaluations": evaluations,
+        "evaluations": _evaluations(run, start),
         "teacher": summary.get("teacher"),
         "majority": summary.get("majority"),
         "diagnostics": diagnose(run.folder) if ended and run.config.method == "opsd" else None,
     }
+
+
+def _evaluations(run: Run, start: Run) -> list[dict[str, Any]]:
+    """The rows of a run, after the one before training, which `start` may have made for it."""
+    own = read_rows(run.folder / "evaluations.jsonl")
+    if run.id == start.id or not own:
+        return own
+    shared = [row for row in read_rows(start.folder / "evaluations.jsonl") if row["step"] == 0]
+    return [{k: v for k, v in row.items() if k != "divergence"} for row in shared] + own
 
 
 def _sampled(sampled: Sampled) -> dict[str, Any]:

@@ -152,8 +152,12 @@ def _contrast(
     differences = {t: one[t] - two[t] for t in comparison.tasks if t in one and t in two}
     ratios = {}
     if comparison.experiment["kind"] == "tokens" and name == ACCURACY:
-        both = [t for t in comparison.tasks if t in first.curves and t in second.curves]
-        ratios = {t: token_ratio(first.curves[t], second.curves[t]) for t in both}
+        pairs = {t: [arm.curves.get(t) for arm in (first, second)] for t in comparison.tasks}
+        ratios = {
+            t: token_ratio(*pair)
+            for t, pair in pairs.items()
+            if all(curve and curve.columns[0] == 0 for curve in pair)
+        }
     return Contrast(
         first,
         second,

@@ -156,7 +156,7 @@ def _teacher_row(results: Results, task: str, runs: Sequence[dict[str, Any]]) ->
     """Accuracy of the student before and after, and of the teacher, who is shown the solution."""
     own = [run for run in runs if run["task"] == task and run["status"] == "finished"]
     evaluations = [run["evaluations"] for run in own if run["evaluations"]]
-    before = [rows[0]["accuracy"] for rows in evaluations]
+    before = [rows[0]["accuracy"] for rows in evaluations if rows[0]["step"] == 0]
     after = [rows[-1]["accuracy"] for rows in evaluations]
     cells = [percent(sum(values) / len(values)) if values else NONE for values in (before, after)]
     teacher = next((run["teacher"] for run in runs if run["task"] == task and run["teacher"]), None)

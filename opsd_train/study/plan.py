@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from opsd_train.config import Config, config_from, load_recipe, to_yaml
@@ -22,6 +23,7 @@ class Run:
     recipe: str
     changes: tuple[str, ...]
     config: Config
+    start: str  # id of the run that evaluated what this one starts from
 
     @property
     def folder(self) -> Path:
@@ -90,7 +92,7 @@ class Plan:
 
 def fingerprint(config: Config) -> str:
     """What makes two runs the same: everything but where they write and what they also measure."""
-    evaluation = replace(config.evaluation, teacher=False)
+    evaluation = replace(config.evaluation, at_start=False, teacher=False)
     return to_yaml(replace(config, output_dir="", evaluation=evaluation))
 
 
@@ -117,7 +119,7 @@ def make_plan(
             if experiment.sampling:
                 _sample(plan, planned, task, seeds[0], experiment.sampling)
         plan.experiments.append(planned)
-    _measure_teachers(plan)
+    _share_starts(plan)
     return plan
 
 
@@ -137,7 +139,7 @@ def _run(plan: Plan, shared: Shared, task: str, arm: Arm, seed: int, known: dict
         if name in plan.runs:
             raise UserError(f"study: two different arms are called {arm.name!r} on task {task}")
         known[key] = name
-        plan.runs[name] = Run(name, task, arm.name, seed, shared.recipe, changes, config)
+        plan.runs[name] = Run(name, task, arm.name, seed, shared.recipe, changes, config, name)
     return plan.runs[known[key]]
 
 
@@ -155,18 +157,25 @@ def _sample(plan: Plan, planned: Planned, task: str, seed: int, sampling: Sampli
         planned.samplings.setdefault(arm.name, {}).setdefault(task, []).append(name)
 
 
-def _measure_teachers(plan: Plan) -> None:
-    """The teacher is evaluated once for each prompt and task: by the first run that has it."""
-    seen = set()
+def _share_starts(plan: Plan) -> None:
+    """What several runs start from, and its teacher, is evaluated by one of them, OPSD's if any."""
+    starts: dict[str, Run] = {}
+    for run in sorted(plan.runs.values(), key=lambda run: run.config.method != "opsd"):
+        starts.setdefault(_start(run.config), run)
     for name, run in plan.runs.items():
-        prompts = run.config.prompts, run.task
-        first = run.config.method == "opsd" and prompts not in seen
-        if first:
-            seen.add(prompts)
-        changes = (*run.changes, f"evaluation.teacher={str(first).lower()}")
-        evaluation = replace(run.config.evaluation, teacher=first)
+        start = starts[_start(run.config)].id
+        first = name == start
+        word = str(first).lower()
+        words = f"evaluation.at_start={word}", f"evaluation.teacher={word}"
+        evaluation = replace(run.config.evaluation, at_start=first, teacher=first)
         config = replace(run.config, evaluation=evaluation)
-        plan.runs[name] = replace(run, changes=changes, config=config)
+        plan.runs[name] = replace(run, changes=(*run.changes, *words), config=config, start=start)
+
+
+def _start(config: Config) -> str:
+    """What the evaluation before training depends on; all adapters begin as nothing."""
+    parts = config.model, config.data, config.prompts, config.evaluation
+    return json.dumps([asdict(part) for part in parts])
 
 
 def _check(name: str, experiment: Experiment, tasks: list[str], shared: Shared) -> None:

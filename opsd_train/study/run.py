@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from opsd_train.config import Config, suggest
+from opsd_train.config import suggest
 from opsd_train.errors import UserError
 from opsd_train.metrics import duration, replace_file
-from opsd_train.model import PACKAGED, load_tokenizer, unpack
+from opsd_train.study.base import copy_words, unpacked
 from opsd_train.study.collect import collect, summary_of
 from opsd_train.study.jobs import BUSY, Job, run_jobs
 from opsd_train.study.page import write_page
@@ -63,6 +63,7 @@ def study(
 def _run(plan: Plan, wanted: Sequence[Planned], count: int) -> dict[str, Path]:
     """Run what these experiments need and is not finished; returns the logs of what failed."""
     needed = {name for planned in wanted for name in planned.ids}
+    needed |= {plan.runs[name].start for name in needed & plan.runs.keys()}
     jobs, failures = _jobs(plan, needed), {}
     if jobs:
         kept = len(needed) - len(jobs)
@@ -81,44 +82,20 @@ def _run(plan: Plan, wanted: Sequence[Planned], count: int) -> dict[str, Path]:
 
 def _jobs(plan: Plan, needed: set[str]) -> list[Job]:
     """Of what is needed, the unfinished runs in the plan's order, then the samplings."""
-    logs, base = plan.folder / "logs", _Base(plan.folder)
+    logs = plan.folder / "logs"
     jobs = []
     for run in plan.runs.values():
         if run.id in needed and (summary_of(run) or {}).get("status") != "finished":
-            argv = [*run.words, *base.words(run.config), "--resume"]
+            argv = [*run.words, *copy_words(run.config.model, plan.folder), "--resume"]
             jobs.append(Job(run.id, argv, logs / f"{run.id}.txt"))
     missing = {job.id for job in jobs}
     for sampled in plan.samplings.values():
         if sampled.id in needed and not (sampled.folder / "scores.json").exists():
             needs = frozenset({sampled.problems_of, sampled.run or sampled.problems_of}) & missing
-            argv = sampled.words(base.name(plan.runs[sampled.problems_of].config))
+            model = plan.runs[sampled.problems_of].config.model
+            argv = sampled.words(unpacked(model, plan.folder))
             jobs.append(Job(sampled.id, argv, logs / f"{sampled.id}.txt", needs))
     return jobs
-
-
-class _Base:
-    """A copy of the packaged model that loads at once: unpacking it takes 20 s, for every run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "base"
-
-    def words(self, config: Config) -> list[str]:
-        """The override that makes a run load the copy."""
-        if config.model.name_or_path != PACKAGED:
-            return []
-        return [f"model.name_or_path={self.name(config)}"]
-
-    def name(self, config: Config) -> str:
-        """What to load for the base model of this recipe."""
-        if config.model.name_or_path != PACKAGED:
-            return config.model.name_or_path
-        if not self.folder.exists():
-            partial = self.folder.with_suffix(".tmp")
-            shutil.rmtree(partial, ignore_errors=True)
-            tokenizer = load_tokenizer(config.model)
-            unpack(config.model, tokenizer, torch.float32, partial)  # exact for any dtype
-            partial.rename(self.folder)
-        return str(self.folder)
 
 
 def _keep_plan(plan: Plan) -> None:

@@ -52,7 +52,7 @@ class Arm:
     changes: Changes = Field(default_factory=list)
     """Over base recipe, task and size."""
     base_model: bool = False
-    """The model before training: not a run, but what every run evaluates first."""
+    """The model before training: not a run, but what the first run of a task evaluates first."""
 
 
 @section

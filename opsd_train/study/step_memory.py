@@ -26,6 +26,7 @@ from opsd_train.dry_run import expected
 from opsd_train.errors import UserError
 from opsd_train.metrics import replace_file
 from opsd_train.model import load_model_config
+from opsd_train.study.base import copy_words
 from opsd_train.study.one_step import METHODS, StepMethod
 from opsd_train.study.settings import load_shared
 from opsd_train.world import resolve_device
@@ -88,13 +89,16 @@ def measure(tokens: Sequence[int], folder: Path, changes: Sequence[str] = ()) ->
         raise UserError(f"memory_tokens={list(tokens)}: a law needs two different numbers or more")
     folder.mkdir(parents=True, exist_ok=True)
     config = _config(folder, changes, sizes[-1])
+    step = _step(config)
+    changes = [*changes, *copy_words(config.model, folder)]
+    config = _config(folder, changes, sizes[-1])
     ours = _dry_run(folder, changes, sizes[-1])
     vocab = load_model_config(config.model).get_text_config().vocab_size
     measured: dict[StepMethod, dict[int, float]] = {method: {} for method in METHODS}
-    for size, method, known in _points(config, folder, sizes):
+    for size, method, known in _points(folder, step, sizes):
         most = ours(sizes[-1]) + (LOGIT_BYTES * size * vocab / _MIB if method == "plain" else 0)
         if known is None and _fits(config, most):
-            known = _keep(config, folder, size, method)
+            known = _keep(config, folder, step, size, method)
         if known is not None:
             measured[method][size] = known
     if len(measured["plain"]) < 2:
@@ -106,7 +110,7 @@ def measure(tokens: Sequence[int], folder: Path, changes: Sequence[str] = ()) ->
             for method in METHODS
             for size in [*sizes, *_beyond(sizes[-1])]
         ],
-        "note": _note(config, measured, laws, vocab),
+        "note": _note(config, step, measured, laws, vocab),
         "command": _command(sizes),
         "machine_mib": _memory(config)[1] / _MIB,
     }
@@ -160,19 +164,19 @@ def _dry_run(folder: Path, changes: Sequence[str], tokens: int) -> Law:
 
 
 def _points(
-    config: Config, folder: Path, sizes: Sequence[int]
+    folder: Path, step: str, sizes: Sequence[int]
 ) -> Iterator[tuple[int, StepMethod, float | None]]:
     """Every point with what is known of it, the small ones first."""
-    rows = [row for row in _rows(folder) if row["step"] == _step(config)]
+    rows = [row for row in _rows(folder) if row["step"] == step]
     known = {(row["tokens"], row["method"]): row["mib"] for row in rows}
     for size in sizes:
         for method in METHODS:
             yield size, method, known.get((size, method))
 
 
-def _keep(config: Config, folder: Path, tokens: int, method: StepMethod) -> float:
+def _keep(config: Config, folder: Path, step: str, tokens: int, method: StepMethod) -> float:
     mib = run_one(config, method, tokens)
-    row = {"tokens": tokens, "method": method, "mib": mib, "step": _step(config)}
+    row = {"tokens": tokens, "method": method, "mib": mib, "step": step}
     lines = [json.dumps(row) + "\n" for row in [*_rows(folder), row]]
     replace_file(folder / "memory.jsonl", "".join(lines))
     print(f"memory of a step of {tokens:,} tokens, {method}: {mib:,.0f} MiB", flush=True)
@@ -229,6 +233,7 @@ def _memory(config: Config) -> tuple[int, int]:
 
 def _note(
     config: Config,
+    step: str,
     measured: dict[StepMethod, dict[int, float]],
     laws: dict[str, Law],
     vocab: int,
@@ -239,7 +244,7 @@ def _note(
     context = load_model_config(config.model).get_text_config().max_position_embeddings
     sentences = [
         f"Growth of memory in one full-vocabulary OPSD micro-step (teacher's forward, student's "
-        f"forward, JSD, backward) of {_step(config)}, with gradient checkpointing, over its "
+        f"forward, JSD, backward) of {step}, with gradient checkpointing, over its "
         "completion tokens; measured in fresh processes, beside the loaded model.",
         f"Plain logits: {law.start:,.0f} MiB + {law.slope:.3f} MiB a token through the measured "
         f"points, {per_logit:.1f} bytes a token and vocabulary entry; counted tensors (2 in bf16, "

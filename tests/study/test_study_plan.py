@@ -60,15 +60,33 @@ def test_the_same_settings_are_run_once(quick: bool) -> None:
             assert other.runs["opsd"]["sums"][0] == methods.runs["opsd"]["sums"][0]
 
 
-def test_the_teacher_is_measured_once_for_each_task_and_prompt() -> None:
+def test_the_model_before_training_is_measured_once_for_each_task_and_prompt() -> None:
     plan = planned(quick=True)
-    measured = [run.id for run in plan.runs.values() if run.config.evaluation.teacher]
-    assert measured == [
+    starts = [run.id for run in plan.runs.values() if run.config.evaluation.at_start]
+    assert starts == [
         "sums-opsd-s0",
         "products-opsd-s0",
         "letters-opsd-s0",
         "sums-plain-student-s0",
     ]
+    for run in plan.runs.values():
+        assert run.config.evaluation.teacher == run.config.evaluation.at_start
+        start = plan.runs[run.start]
+        assert start.id in starts and start.task == run.task
+        assert start.config.prompts == run.config.prompts
+        assert start.config.data == run.config.data and start.config.model == run.config.model
+
+
+def test_without_opsd_the_first_run_measures_what_all_start_from() -> None:
+    sft = ["method=sft", "loss.beta=0.5"]
+    arms = [
+        {"name": "a", "label": "a", "changes": sft},
+        {"name": "b", "label": "b", "changes": [*sft, "model.dtype=float32"]},
+    ]
+    shared = load_shared()
+    plan = make_plan(shared, {"e": experiment(arms=arms, tasks=["sums"])}, FOLDER, quick=True)
+    found = {run.id: run.start for run in plan.runs.values()}
+    assert found == {f"sums-{a}-s{seed}": f"sums-{a}-s0" for a in "ab" for seed in (0, 1, 2)}
 
 
 def test_words_give_the_run_again() -> None:

@@ -13,6 +13,7 @@ import tiny
 
 from opsd_train.config import config_from
 from opsd_train.errors import UserError
+from opsd_train.metrics import read_rows
 from opsd_train.study import run as study_run
 from opsd_train.study.settings import Experiment, Shared
 
@@ -56,6 +57,10 @@ def results(folder: Path) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+def evaluations(folder: Path, run: str) -> list[dict]:
+    return read_rows(folder / "runs" / run / "evaluations.jsonl")
+
+
 def test_from_recipes_to_page_and_on(study: Path) -> None:
     assert study_run.study(quick=True, only=["methods"], jobs=2) == 0
     found = results(study)
@@ -65,7 +70,12 @@ def test_from_recipes_to_page_and_on(study: Path) -> None:
     }
     for run in found["runs"].values():
         assert [row["step"] for row in run["evaluations"]] == [0, 1, 2]
+        assert run["start"] == "sums-opsd-s0"  # which evaluated what both start from
         assert not list((study / "runs").glob("*/checkpoints"))
+    sft, opsd = (evaluations(study, f"sums-{name}-s0") for name in ("sft", "opsd"))
+    assert [row["step"] for row in sft] == [1, 2] and [row["step"] for row in opsd] == [0, 1, 2]
+    shared = found["runs"]["sums-sft-s0"]["evaluations"]
+    assert shared == [{k: v for k, v in opsd[0].items() if k != "divergence"}, *sft]
     assert [s["status"] for s in found["samplings"].values()] == ["missing", "missing"]
     assert (study / "study.html").stat().st_size > 10_000
 

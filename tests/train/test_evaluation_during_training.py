@@ -47,6 +47,25 @@ def test_evaluating_does_not_change_training(tiny_folder: Path, tmp_path: Path) 
     assert [row["step"] for row in evaluations(tmp_path / "every-0")] == [0, 5]
 
 
+def test_without_the_start_or_the_divergence(tiny_folder: Path, tmp_path: Path) -> None:
+    changes = (*CHANGES, "evaluation.at_start=false", "evaluation.divergence=false")
+    train(config(tiny_folder, tmp_path / "less", *changes))
+    train(config(tiny_folder, tmp_path / "all", *CHANGES))
+    assert_same_course(tmp_path / "less", tmp_path / "all")
+    everything = [timeless(row) for row in evaluations(tmp_path / "all")]
+    assert [timeless(row) for row in evaluations(tmp_path / "less")] == [
+        {key: value for key, value in row.items() if key != "divergence"} for row in everything[1:]
+    ]
+    less, whole = (
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("less", "all")
+    )
+    gone = {"before", "teacher", "paired", "divergence_before", "divergence_after"}
+    assert whole.keys() - less.keys() == gone
+    for key in ("after", "best", "mean", "majority"):
+        assert less[key] == whole[key]
+    assert "Student after" in (tmp_path / "less" / "report.html").read_text()
+
+
 @pytest.mark.parametrize("stop", [2, 3, 5])
 def test_a_resumed_run_has_the_same_evaluations(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
@@ -102,5 +121,6 @@ def test_best_and_mean_over_checkpoints() -> None:
     assert (found["paired"]["gained"], found["paired"]["lost"]) == (0, 1)
     assert over_checkpoints([row(0, "1111")]) == {}
     assert over_checkpoints([row(0, "01"), row(9, "11")]).keys() == {"paired"}
+    assert over_checkpoints([row(4, "01"), row(9, "11")]).keys() == {"best", "mean"}
     fewer = over_checkpoints([row(0, "0111"), row(9, "11")])  # resumed with fewer problems
     assert "paired" not in fewer
