@@ -249,7 +249,7 @@ class EvaluationConfig:
     teacher: bool = True
     """With the evaluation before training, also one under the teacher's prompt."""
     divergence: bool = True
-    """Also measure the divergence from the teacher on the answers; takes about as long again."""
+    """Also measure the divergence from the teacher on the answers, a forward pass of each."""
 
 
 @section

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -88,6 +88,11 @@ class Plan:
     runs: dict[str, Run] = field(default_factory=dict)
     samplings: dict[str, Sampled] = field(default_factory=dict)
     experiments: list[Planned] = field(default_factory=list)
+
+    def needed(self, experiments: Iterable[Planned]) -> set[str]:
+        """Their runs and samplings, and the runs that evaluate what those start from."""
+        ids = {name for planned in experiments for name in planned.ids}
+        return ids | {self.runs[name].start for name in ids & self.runs.keys()}
 
 
 def fingerprint(config: Config) -> str:

@@ -62,8 +62,7 @@ def study(
 
 def _run(plan: Plan, wanted: Sequence[Planned], count: int) -> dict[str, Path]:
     """Run what these experiments need and is not finished; returns the logs of what failed."""
-    needed = {name for planned in wanted for name in planned.ids}
-    needed |= {plan.runs[name].start for name in needed & plan.runs.keys()}
+    needed = plan.needed(wanted)
     jobs, failures = _jobs(plan, needed), {}
     if jobs:
         kept = len(needed) - len(jobs)

