@@ -25,9 +25,9 @@ _PACKED_ROWS, _UNSTORED_ROWS = 384, 1024
 _BUSY_ROWS = 256
 _STREAMING_ROWS = 4096
 _STREAMING_COLUMNS, _LEAST_COLUMNS = 8192, 1024
-# The gradient of a block's logits is made in this many slices of the vocabulary.
-_SLICES = 8
 _ROW_TILE = 128
+# Elements between rows of logits on a GPU are a multiple of this.
+_STRIDE = 64
 _ONE_BLOCK = "all rows fit in one block"
 
 
@@ -176,6 +176,26 @@ def default_workspace(device: str | torch.device) -> int:
     return (512 if torch.device(device).type == "cuda" else 256) * _MIB
 
 
+def padded_columns(vocab_size: int) -> int:
+    """Columns from one row of logits to the next: rows start where 128-bit loads and TMA can."""
+    return -(-vocab_size // _STRIDE) * _STRIDE
+
+
+def even_blocks(rows: int, limit: int) -> list[int]:
+    """Sizes of as few blocks of at most `limit` rows as cover `rows`, the largest first.
+
+    Nearly equal, so that no product is much smaller than the others; in whole tiles of 128 rows
+    where `limit` is.
+    """
+    tile = _ROW_TILE if limit % _ROW_TILE == 0 else 1
+    tiles, most = -(-rows // tile), limit // tile
+    count = -(-tiles // most)
+    sizes = [tile * (tiles // count + (i < tiles % count)) for i in range(count)]
+    if sizes:
+        sizes[-1] -= sum(sizes) - rows
+    return sizes
+
+
 @dataclass(frozen=True)
 class _Size:
     """What decides a layout."""
@@ -258,9 +278,11 @@ def _cpp_layout(x: _Size, again: bool) -> _Layout:
 
 
 def _triton_layout(x: _Size, schedule: str) -> _Layout:
-    """fp32 logits of a block and, one slice of the vocabulary at a time, their gradient."""
-    columns = min(x.vocab_size, max(_LEAST_COLUMNS, _rounded(-(-x.vocab_size // _SLICES))))
-    per_row = x.heads * x.vocab_size * 4 + _gradient_bytes(x, columns)
+    """fp32 logits of a block, which their gradient takes the place of."""
+    per_row = x.heads * padded_columns(x.vocab_size) * 4 + _operand_bytes(x)
+    if x.differentiated:
+        per_row += x.gradients * x.hidden_size * 4
+        per_row += (x.gradients - 1) * padded_columns(x.vocab_size) * x.itemsize
     fitting = x.budget // per_row
     if schedule == "auto" and fitting < min(x.num_tokens, _BUSY_ROWS):
         why = f"{_size(x.budget)} holds the logits of {fitting} rows, a GEMM wants {_BUSY_ROWS}"
@@ -271,8 +293,8 @@ def _triton_layout(x: _Size, schedule: str) -> _Layout:
     if x.num_tokens <= fitting:
         rows, reason = max(1, x.num_tokens), _ONE_BLOCK
     elif rows >= _ROW_TILE:
-        rows -= rows % _ROW_TILE  # whole tiles
-    return _Layout("blocked", rows, rows, columns, rows * per_row, reason)
+        rows = even_blocks(x.num_tokens, rows - rows % _ROW_TILE)[0]  # whole tiles
+    return _Layout("blocked", rows, rows, x.vocab_size, rows * per_row, reason)
 
 
 def _streaming_layout(x: _Size, reason: str) -> _Layout:
@@ -294,14 +316,15 @@ def _streaming_layout(x: _Size, reason: str) -> _Layout:
 
 
 def _gradient_bytes(x: _Size, columns: int) -> int:
-    """One row of a slice of dz, and of dh in fp32."""
+    """One row of a slice of dz, of dh in fp32, and of the hidden states gathered for it."""
     if not x.differentiated:
-        return 0
-    return x.gradients * (columns * x.itemsize + x.hidden_size * 4)
+        return _operand_bytes(x)
+    return _operand_bytes(x) + x.gradients * (columns * x.itemsize + x.hidden_size * 4)
 
 
-def _rounded(columns: int) -> int:
-    return -(-columns // 256) * 256
+def _operand_bytes(x: _Size) -> int:
+    """One row of hidden states: labels leave rows out, so the others are gathered."""
+    return x.hidden_size * (x.itemsize + (x.heads - 1) * x.teacher_itemsize)
 
 
 def _size(count: int) -> str:

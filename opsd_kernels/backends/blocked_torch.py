@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opsd_kernels.backends import row_math
 from opsd_kernels.backends.call import Call, same_head
-from opsd_kernels.plan import Plan
+from opsd_kernels.plan import Plan, even_blocks
 from opsd_kernels.problem import (
     DIVERGENCE_STATS,
     LOGPROB_STATS,
@@ -36,7 +36,7 @@ def divergence(
     logits = run.logits(2 if shared else 1)
     logits_t = logits if shared else run.logits(1, p.teacher.hidden)
     tiles = [run.tile() for _ in range(5)]
-    for rows in run.blocks():
+    for index, rows in enumerate(run.blocks()):
         size = rows.shape[0]
         h_s, h_t = p.student.hidden[rows], p.teacher.hidden[rows]
         z_s, z_t = logits[:size], logits_t[size : 2 * size] if shared else logits_t[:size]
@@ -48,7 +48,7 @@ def divergence(
         for first in range(0, size, plan.tile_rows):
             part = slice(first, first + plan.tile_rows)
             _divergence_tile(p, run, rows[part], z_s[part], z_t[part], tiles, stats)
-        run.add_products(rows, h_s, [z_s])
+        run.add_products(rows, h_s, [z_s], first=index == 0)
     return run.result(stats)
 
 
@@ -107,7 +107,7 @@ def logprob(
     stats = run.stats(len(LOGPROB_STATS))
     logits = run.logits(2 if wanted.entropy else 1)
     tiles = [run.tile() for _ in range(3)]
-    for rows in run.blocks():
+    for index, rows in enumerate(run.blocks()):
         size = rows.shape[0]
         h = p.head.hidden[rows]
         blocks = [logits[:size], logits[size : 2 * size]] if wanted.entropy else [logits[:size]]
@@ -115,7 +115,7 @@ def logprob(
         for first in range(0, size, plan.tile_rows):
             part = slice(first, first + plan.tile_rows)
             _logprob_tile(p, run, rows[part], [z[part] for z in blocks], tiles, stats)
-        run.add_products(rows, h, blocks)
+        run.add_products(rows, h, blocks, first=index == 0)
     return run.result(stats)
 
 
@@ -180,7 +180,7 @@ class _Run(Call):
         kept = self.kept
         if kept is None:
             kept = torch.arange(self.num_kept, device=self.head.hidden.device)
-        return iter(kept.split(self.plan.rows_per_block) if kept.numel() else ())
+        return iter(kept.split(even_blocks(self.num_kept, self.plan.rows_per_block)))
 
     def factor(self, row_scale: Tensor | None, rows: Tensor, temperature: float) -> Tensor | float:
         """What a tile's gradient is multiplied by, as a column or a number."""

@@ -16,7 +16,10 @@ _SLICE_BYTES = 8 * 2**20
 
 
 class Call:
-    """Rows to compute, scales, the vocabulary's shard, and the outputs, zero until filled."""
+    """Rows to compute, scales, the vocabulary's shard, and the outputs.
+
+    Outputs are zero until filled but for the head's gradient, which the first block makes.
+    """
 
     def __init__(
         self,
@@ -37,9 +40,11 @@ class Call:
         self.value = hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
         self.grad_hidden = _zeros(hidden) if wanted.hidden else None
         self.grad_entropy = _zeros(hidden) if wanted.entropy else None
-        self.grad_weight = (
-            weight.new_zeros(weight.shape, dtype=self.dtype) if wanted.weight else None
-        )
+        self.grad_weight = None
+        if wanted.weight:  # the first block overwrites it
+            self.grad_weight = weight.new_empty(weight.shape, dtype=self.dtype)
+            if self.num_kept == 0:
+                self.grad_weight.zero_()
         self.grad_bias = (
             weight.new_zeros(weight.shape[0], dtype=self.dtype) if wanted.bias else None
         )
@@ -48,7 +53,9 @@ class Call:
             self.group = _resolve_process_group(group_name)
             self.offset, self.vocab_size = vocabulary_shard(weight, group_name)[:2]
 
-    def add_products(self, rows: Tensor | slice, h: Tensor, dz: list[Tensor]) -> None:
+    def add_products(
+        self, rows: Tensor | slice, h: Tensor, dz: list[Tensor], *, first: bool
+    ) -> None:
         """What a block's dz, and the entropy's own as a second, give to each gradient."""
         weight = self.head.weight
         if self.grad_hidden is not None:
@@ -56,17 +63,20 @@ class Call:
         if self.grad_entropy is not None:
             self.grad_entropy[rows] = torch.mm(dz[1], weight)
         if self.grad_weight is not None:
-            self._add_weight(dz[0], h)
+            self._add_weight(dz[0], h, first)
         if self.grad_bias is not None:
             self.grad_bias += dz[0].sum(0, dtype=self.dtype)
 
-    def _add_weight(self, dz: Tensor, h: Tensor) -> None:
+    def _add_weight(self, dz: Tensor, h: Tensor, first: bool) -> None:
         if self.grad_weight.dtype == h.dtype:
-            self.grad_weight.addmm_(dz.t(), h)
+            torch.addmm(self.grad_weight, dz.t(), h, beta=int(not first), out=self.grad_weight)
             return
         size = max(1, _SLICE_BYTES // (sum(h.shape) * h.element_size()))
         for total, part in zip(self.grad_weight.split(size), dz.t().split(size), strict=True):
-            total += torch.mm(part, h)
+            if first:
+                total.copy_(torch.mm(part, h))
+            else:
+                total += torch.mm(part, h)
 
     def result(self, stats: Tensor) -> Result:
         for grad in (self.grad_hidden, self.grad_entropy):

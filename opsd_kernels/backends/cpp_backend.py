@@ -36,7 +36,8 @@ class _Run(Run):
         if self.wanted.entropy:
             dz.append(self.room("entropy", len(h), vocab, h.dtype))
         gradient(slice(0, vocab), dz)
-        self.add_products(block if self.kept is None else self.kept[block], h, dz)
+        rows = block if self.kept is None else self.kept[block]
+        self.add_products(rows, h, dz, first=block.start == 0)
 
 
 class _Tiles:

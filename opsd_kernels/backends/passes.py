@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends.call import Call, same_head
-from opsd_kernels.plan import Plan
+from opsd_kernels.plan import Plan, even_blocks
 from opsd_kernels.problem import (
     DIVERGENCE_STATS,
     LOGPROB_STATS,
@@ -166,9 +166,10 @@ class Run(Call, ABC):
         return slice(None) if self.kept is None else self.kept
 
     def blocks(self) -> Iterator[slice]:
-        size = self.plan.rows_per_block
-        for first in range(0, self.num_kept, size):
-            yield slice(first, min(first + size, self.num_kept))
+        first = 0
+        for size in even_blocks(self.num_kept, self.plan.rows_per_block):
+            yield slice(first, first + size)
+            first += size
 
     def part(self, values: Tensor | None, block: slice) -> Tensor | None:
         """The block's rows of a tensor with one row per token."""

@@ -1,8 +1,8 @@
-"""Both schedules on a GPU: Triton kernels for tiles of logits, cuBLAS for the gradients' products.
+"""The schedules of a GPU: Triton kernels for rows of logits, cuBLAS for the products.
 
-`blocked` reads the tiles from logits a GEMM left in memory, `streaming` multiplies them from hidden
-states and head in every pass. The gradient of the logits is made one slice of the vocabulary at a
-time and multiplied into fp32 sums.
+`blocked` leaves a block's logits in memory and turns them into their gradient in place;
+`streaming` multiplies tiles of logits inside its kernels in every pass and makes the gradient one
+slice of the vocabulary at a time. Both sum products in fp32.
 """
 
 from __future__ import annotations
@@ -14,63 +14,90 @@ from torch import Tensor
 
 from opsd_kernels.backends import passes
 from opsd_kernels.backends.passes import Gradient, Run
-from opsd_kernels.backends.triton_launch import Source, Tiles
+from opsd_kernels.backends.triton_launch import FusedTiles, Source
+from opsd_kernels.backends.triton_rows_launch import StoredTiles
+from opsd_kernels.plan import padded_columns
 from opsd_kernels.problem import Head
 
 
 class _Run(Run):
-    """Where the tiles come from, and the products that turn a slice's dz into gradients."""
+    """Where the tiles come from, and the products that turn dz into gradients."""
 
     def tiles(
         self, heads: list[Head], block: slice, temperature: float, shared: bool, again: bool
-    ) -> Tiles:
-        hidden = [self.part(head.hidden, block) for head in heads]
-        vocab = heads[0].weight.shape[0]
+    ) -> FusedTiles | StoredTiles:
         if self.plan.schedule == "streaming":
             sources = [
                 Source(h, head.weight, head.bias, head.softcap)
-                for h, head in zip(hidden, heads, strict=True)
+                for h, head in zip(self.operands(heads, block), heads, strict=True)
             ]
-            return Tiles(sources, vocab, temperature, shared)
-        size = hidden[0].shape[0]
-        logits = self.room("logits", len(heads) * size, vocab)
+            return FusedTiles(sources, temperature, shared)
+        vocab, size = heads[0].weight.shape[0], block.stop - block.start
+        padded = padded_columns(vocab)
+        logits = self.room("logits", len(heads) * size, padded)
+        hidden = self.operands(heads, block, stacked=shared)
         if shared:  # one GEMM reads the head once for both models
-            _multiply(logits, torch.cat(hidden), heads[0].weight.t(), add=False)
+            both = self.room("hidden", 2 * size, *hidden[0].shape[1:], hidden[0].dtype)
+            multiply(logits[:, :vocab], both, heads[0].weight.t())
         else:
             for z, h, head in zip(logits.split(size), hidden, heads, strict=True):
-                _multiply(z, h, head.weight.t(), add=False)
-        sources = [
-            Source(z, None, head.bias, head.softcap)
-            for z, head in zip(logits.split(size), heads, strict=True)
-        ]
-        return Tiles(sources, vocab, temperature, False)
+                multiply(z[:, :vocab], h, head.weight.t())
+        logits[:, vocab:] = -torch.inf
+        return StoredTiles(logits.view(len(heads), size, padded), heads, hidden[0], temperature)
 
-    def gradients(self, block: slice, tiles: Tiles, gradient: Gradient) -> None:
-        weight, h = self.head.weight, self.part(self.head.hidden, block)
-        size = h.shape[0]
-        vocab, width = weight.shape[0], self.plan.slice_columns
+    def operands(self, heads: list[Head], block: slice, stacked: bool = False) -> list[Tensor]:
+        """Each head's hidden states of the block; stacked: one after the other in "hidden"."""
+        size = block.stop - block.start
+        if self.kept is None and not stacked:
+            return [head.hidden[block] for head in heads]
+        shapes = [(size, head.hidden.shape[1], head.hidden.dtype) for head in heads]
+        if stacked:
+            outs = self.room("hidden", 2 * size, *shapes[0][1:]).split(size)
+        else:
+            outs = [self.room(f"hidden {i}", *shape) for i, shape in enumerate(shapes)]
+        for out, head in zip(outs, heads, strict=True):
+            if self.kept is None:
+                out.copy_(head.hidden[block])
+            else:
+                torch.index_select(head.hidden, 0, self.kept[block], out=out)
+        return list(outs)
+
+    def gradients(self, block: slice, tiles: FusedTiles | StoredTiles, gradient: Gradient) -> None:
+        weight, h = self.head.weight, tiles.hidden
+        size, (vocab, depth), width = len(h), weight.shape, self.plan.slice_columns
         # Which dz makes which gradient of the hidden states.
         pairs = [(0, self.grad_hidden), (1, self.grad_entropy)]
         pairs = [(i, grad) for i, grad in pairs if grad is not None]
-        count = 2 if self.wanted.entropy else 1
-        sums = {i: self.room(f"dh {i}", size, weight.shape[1]).zero_() for i, _ in pairs}
-        dz = [self.room(f"dz {i}", size, width, h.dtype) for i in range(count)]
+        sums = {i: self.room(f"dh {i}", size, depth) for i, _ in pairs}
+        dz = self._room_for_dz(tiles, size, h.dtype)
         for first in range(0, vocab, width):
             columns = slice(first, min(first + width, vocab))
-            outs = [x[:, : columns.stop - first] for x in dz]
-            gradient(columns, outs)
+            gradient(columns, dz)
+            cut = [x[:, : columns.stop - first] for x in dz]
             for i, total in sums.items():
-                _multiply(total, outs[i], weight[columns], add=True)
+                multiply(total, cut[i], weight[columns], add=first > 0)
             if self.grad_weight is not None:
-                _multiply(self.grad_weight[columns], outs[0].t(), h, add=True)
+                multiply(self.grad_weight[columns], cut[0].t(), h, add=block.start > 0)
             if self.grad_bias is not None:
-                self.grad_bias[columns] += outs[0].sum(0, dtype=torch.float32)
+                self.grad_bias[columns] += cut[0].sum(0, dtype=torch.float32)
         rows = block if self.kept is None else self.kept[block]
         for i, grad in pairs:
             grad[rows] = sums[i].to(grad.dtype)
 
+    def _room_for_dz(
+        self, tiles: FusedTiles | StoredTiles, size: int, dtype: torch.dtype
+    ) -> list[Tensor]:
+        """Where dz goes, and the entropy's own: a slice of the vocabulary, or over the logits."""
+        width = self.plan.slice_columns
+        if self.plan.schedule == "streaming":
+            dz = [self.room("dz 0", size, width, dtype)]
+        else:
+            width = padded_columns(width)
+            dz = [tiles.dz(dtype)]
+        return dz + [self.room("dz 1", size, width, dtype)] * self.wanted.entropy
 
-def _multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool) -> None:
+
+def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """out (+)= a @ b with fp32 sums, out fp32."""
     if a.dtype == torch.float32 or not a.is_cuda:
         a, b, how = a.float(), b.float(), {}  # on the CPU under the interpreter

@@ -27,6 +27,15 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class RowBlocks:
+    """How a kernel walks a row of logits: columns at a time, warps, threads."""
+
+    columns: int
+    warps: int
+    lanes: int
+
+
+@dataclass(frozen=True)
 class Device:
     """What block sizes depend on; capability None is Triton's interpreter."""
 
@@ -44,23 +53,18 @@ def device_of(index: int | None) -> Device:
 
 def blocks(
     *,
-    fused: bool,
     pair: bool,
     depths: list[int],
     itemsize: int,
     aligned: bool,
-    vocab_size: int,
     device: Device,
 ) -> Blocks:
-    """Tile of a kernel: `fused` with products over `depths`, of one head or a pair of them.
+    """Tile of a fused kernel with products over `depths`, of one head or a pair of them.
 
-    Fused tiles are as large as registers allow (benchmarks/results/compile.json).
+    Tiles are as large as registers allow (benchmarks/results/compile.json).
     """
     if device.capability is None:  # small, so that small tests meet several tiles of each kind
-        return Blocks(16, 64, 16, 1, 1, 2) if fused else Blocks(8, 64, 16, 1, 1, 1)
-    if not fused:  # one row, as wide as registers hold: 16 elements of each head a thread
-        cols = min(4096, _power_of_two(vocab_size, 128))
-        return Blocks(1, cols, 16, max(1, min(8, cols // 512)), 1, 1)
+        return Blocks(16, 64, 16, 1, 1, 2)
     old = device.capability[0] < 9
     if itemsize == 4:
         rows, cols, inner = 64, 64, 16
@@ -76,9 +80,20 @@ def blocks(
     return Blocks(rows, cols, inner, 8, max(2, min(3, limit // stage)), cols // 32)
 
 
-def spans(rows: int, vocab_size: int, b: Blocks, device: Device) -> tuple[int, int]:
+def row_blocks(columns: int, device: Device) -> RowBlocks:
+    """Columns a program of a row kernel takes at a time: 8 of each head a thread."""
+    if device.capability is None:
+        return RowBlocks(64, 1, 16)
+    block = min(2048, _power_of_two(columns, 128))
+    warps = max(1, block // 256)
+    return RowBlocks(block, warps, 32 * warps)
+
+
+def spans(
+    rows: int, columns: int, row_tile: int, column_tile: int, device: Device
+) -> tuple[int, int]:
     """(tiles a program walks, programs per row block) of a pass over the vocabulary."""
-    row_blocks, tiles = -(-rows // b.rows), -(-vocab_size // b.cols)
+    row_blocks, tiles = -(-rows // row_tile), -(-columns // column_tile)
     span = max(1, row_blocks * tiles // (_WAVES * device.processors))
     span = min(span, tiles)
     return span, -(-tiles // span)

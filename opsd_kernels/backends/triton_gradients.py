@@ -1,4 +1,4 @@
-"""Kernels that write the gradient of the logits for one slice of the vocabulary."""
+"""Fused kernels that write the gradient of the logits for one slice of the vocabulary."""
 
 from __future__ import annotations
 
@@ -10,61 +10,59 @@ from opsd_kernels.backends.triton_kernels import (
     constants,
     labels_of,
     place,
-    tile_of,
     tiles_of,
 )
-from opsd_kernels.backends.triton_tiles import (
+from opsd_kernels.backends.triton_math import (
     FORWARD_KL,
+    LN_2,
     divergence_slope,
-    entries,
-    finished,
-    log_prob,
-    part_of,
+    log2,
+    log_ratio,
+    probability,
 )
+from opsd_kernels.backends.triton_tiles import finished, part_of, product
 
 
 @triton.jit(**HOW)
 def divergence_gradient(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-    merged, totals, scale, grad, rows, cols, width, grad_row, temperature, beta, rest, clip,
-    first, last,
+    merged, totals, scale, grad, rows, cols, width, grad_row, inv_t, beta, rest, clip,
+    start, stop,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    FUSED: tl.constexpr, SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     STEP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """d value / d raw logits, times the row's scale, for columns first to last."""
-    block, tile = place(tl.cdiv(rows, R), tl.cdiv(last - first, C), GROUP)
-    row, col = block * R, first + tile * C
+    """d value / d raw logits, times the row's scale, for columns start to stop."""
+    block, tile = place(tl.cdiv(rows, R), tl.cdiv(stop - start, C), GROUP)
+    row, col = block * R, start + tile * C
     r = row + tl.arange(0, R)
     at = tl.minimum(r, rows - 1)
-    top_s, total_s, top_t, total_t = constants(merged, r, rows, width, STEP)
-    total = tl.load(totals + at)
-    factor = 1.0 / temperature
+    top_s, log2_s, top_t, log2_t = constants(merged, r, rows, width, STEP)
+    total = tl.load(totals + at)[:, None]
+    factor = inv_t
     if scale is not None:
-        factor = (tl.load(scale + at) / temperature)[:, None]
+        factor = (tl.load(scale + at) * inv_t)[:, None]
+    if KIND != FORWARD_KL and clip is None:
+        # Of an infinite reverse KL inf - inf has no direction; the value reports it.
+        factor = tl.where(total == float("inf"), 0.0, factor)
+        total = tl.where(total == float("inf"), 0.0, total)
     PART: tl.constexpr = C // PARTS
     raw_s, raw_t = tiles_of(
         x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k,
         x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
-        R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
+        R, C, K, SHARED, DESCRIBED, EVEN, PRECISION,
     )  # fmt: skip
     for part in tl.static_range(PARTS):
         c = col + part * PART
         part_s = part_of(raw_s, part, PARTS, R, C)
         part_t = part_of(raw_t, part, PARTS, R, C)
-        z_s, slope = finished(part_s, c, cols, bias_s, cap_s, temperature, PART)
-        z_t, _ = finished(part_t, c, cols, bias_t, cap_t, temperature, PART)
-        log_s, s = log_prob(z_s, top_s, total_s)
-        log_t, t = log_prob(z_t, top_t, total_t)
-        entry, share = entries(log_s, s, log_t, t, beta, rest, KIND)
-        dz = divergence_slope(entry, share, s, total, clip, rest, KIND)
-        if KIND != FORWARD_KL and clip is None:
-            # Of an infinite reverse KL inf - inf has no direction; the value reports it.
-            dz = tl.where((total < float("inf"))[:, None] | (total != total)[:, None], dz, 0.0)
-        dz = dz * slope * factor
-        _store_gradient(grad, dz, row, c - first, rows, last - first, grad_row, R, PART)
+        z_s, slope = finished(part_s, c, cols, bias_s, cap_s, inv_t, PART)
+        z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_t, PART)
+        s, t = probability(z_s, top_s, log2_s), probability(z_t, top_t, log2_t)
+        d = log_ratio(z_s, z_t, top_s, log2_s, top_t, log2_t)
+        dz = divergence_slope(s, t, d, total, clip, beta, rest, KIND) * slope * factor
+        _store_gradient(grad, dz, row, c - start, rows, stop - start, grad_row, R, PART)
 
 
 @triton.jit
@@ -79,42 +77,43 @@ def _store_gradient(grad, dz, row, col, rows, cols, grad_row, R: tl.constexpr, C
 def logprob_gradient(
     x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
     label, merged, entropy, scale, entropy_scale, grad, grad_entropy, rows, cols, offset, width,
-    grad_row, temperature, sharp, uniform, first, last,
+    grad_row, inv_t, sharp, uniform, start, stop,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    FUSED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d (sharp log p(y) + uniform sum log p) / d raw logits for columns first to last.
+    """d (sharp log p(y) + uniform sum log p) / d raw logits for columns start to stop.
 
     The entropy's gradient is added where its scale is known, or written to grad_entropy.
     """
-    block, tile = place(tl.cdiv(rows, R), tl.cdiv(last - first, C), GROUP)
-    row, col = block * R, first + tile * C
+    block, tile = place(tl.cdiv(rows, R), tl.cdiv(stop - start, C), GROUP)
+    row, col = block * R, start + tile * C
     r = row + tl.arange(0, R)
     at = tl.minimum(r, rows - 1)
     PART: tl.constexpr = C // PARTS
-    raw = tile_of(
-        x, w, depth, x_row, x_k, w_row, w_k, row, col, rows, cols,
-        R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
+    raw = product(
+        x, w, row, col, rows, cols, depth, x_row, x_k, w_row, w_k,
+        R, C, K, DESCRIBED, EVEN, PRECISION,
     )  # fmt: skip
     for part in tl.static_range(PARTS):
         c = col + part * PART
-        z, slope = finished(
-            part_of(raw, part, PARTS, R, C), c, cols, bias, softcap, temperature, PART
-        )
-        log_p, p = log_prob(z, tl.load(merged + at), tl.load(merged + width + at))
+        z, slope = finished(part_of(raw, part, PARTS, R, C), c, cols, bias, softcap, inv_t, PART)
+        top = tl.load(merged + at)[:, None]
+        log2_total = log2(tl.load(merged + width + at))[:, None]
+        p = probability(z, top, log2_total)
         y = labels_of(label, r, rows, cols, offset)
         columns = c + tl.arange(0, PART)
         dz = tl.where(columns[None, :] == y[:, None], sharp, 0.0) + uniform - p
         if scale is not None:
             dz *= tl.load(scale + at)[:, None]
         if entropy is not None:
+            log_p = (z - top) - log2_total * LN_2
             rise = -p * (log_p + tl.load(entropy + at)[:, None])
             if entropy_scale is not None:
                 dz += rise * tl.load(entropy_scale + at)[:, None]
             if grad_entropy is not None:
                 _store_gradient(
-                    grad_entropy, rise * slope / temperature, row, c - first, rows, last - first,
+                    grad_entropy, rise * slope * inv_t, row, c - start, rows, stop - start,
                     grad_row, R, PART,
                 )  # fmt: skip
-        dz = dz * slope / temperature
-        _store_gradient(grad, dz, row, c - first, rows, last - first, grad_row, R, PART)
+        dz = dz * slope * inv_t
+        _store_gradient(grad, dz, row, c - start, rows, stop - start, grad_row, R, PART)

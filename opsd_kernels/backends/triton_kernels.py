@@ -1,8 +1,7 @@
-"""The kernels of the CUDA backend: statistics of rows, sums of a divergence, gradients of logits.
+"""Fused kernels of the CUDA backend: statistics of rows and sums of a divergence, without logits.
 
-Each runs on either source of tiles: FUSED multiplies them from hidden states `x` and head `w`,
-otherwise `x` is a block of logits in memory. A program owns R rows and either a span of the
-vocabulary, whose statistics it writes for `merge`, or one tile of the gradient.
+A program multiplies its tiles of logits from hidden states `x` and head `w`. It owns R rows and a
+span of the vocabulary, whose statistics it writes for `merge`.
 
 Statistics are (rows of float32) in the order of `triton_launch.Layout`: per head maximum, sum of
 exponentials, sum of p u for the entropy, sum of u and number of columns for label smoothing, the
@@ -14,28 +13,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from opsd_kernels.backends.triton_tiles import (
+from opsd_kernels.backends.triton_math import (
     FORWARD_KL,
     JSD,
     LOG_ZERO,
-    crossed,
     entries,
+    exp,
+    log2,
+    log_ratio,
+    probability,
+    rescaled,
+)
+from opsd_kernels.backends.triton_tiles import (
+    crossed,
     finished,
-    log_prob,
     part_of,
     product,
-    rescaled,
     risen,
     shared_products,
-    stored,
 )
 
 # Sizes that change from call to call, and rows of longer tensors, which start anywhere; a kernel
 # compiled again for each would cost seconds.
 HOW = {
     "do_not_specialize": [
-        "rows", "width", "out_width", "part_width", "span", "splits", "count", "first", "last",
-        "offset",
+        "rows", "width", "out_width", "part_width", "span", "splits", "count", "first", "offset",
     ],
     "do_not_specialize_on_alignment": [
         "label", "out", "merged", "totals", "entropy", "scale", "entropy_scale",
@@ -55,43 +57,26 @@ def place(row_blocks, columns, GROUP: tl.constexpr):
 
 
 @triton.jit
-def tile_of(
-    x, w, depth, x_row, x_k, w_row, w_k, row, col, rows, cols,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, FUSED: tl.constexpr,
-    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(R, C) raw logits of one head."""
-    if FUSED:
-        raw = product(
-            x, w, row, col, rows, cols, depth, x_row, x_k, w_row, w_k,
-            R, C, K, DESCRIBED, EVEN, PRECISION,
-        )  # fmt: skip
-    else:
-        raw = stored(x, row, col, rows, cols, x_row, R, C)
-    return raw
-
-
-@triton.jit
 def tiles_of(
     x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k, x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k,
     row, col, rows, cols,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, FUSED: tl.constexpr, SHARED: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
     DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(R, C) raw logits of student and teacher."""
-    if FUSED and SHARED:
+    if SHARED:
         raw_s, raw_t = shared_products(
             x_s, x_t, w_s, row, col, rows, cols, depth_s, s_row, s_k, t_row, t_k, ws_row, ws_k,
             R, C, K, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
     else:
-        raw_s = tile_of(
-            x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k, row, col, rows, cols,
-            R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
+        raw_s = product(
+            x_s, w_s, row, col, rows, cols, depth_s, s_row, s_k, ws_row, ws_k,
+            R, C, K, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
-        raw_t = tile_of(
-            x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
-            R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
+        raw_t = product(
+            x_t, w_t, row, col, rows, cols, depth_t, t_row, t_k, wt_row, wt_k,
+            R, C, K, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
     return raw_s, raw_t
 
@@ -116,9 +101,9 @@ def _picked(z, y, col, C: tl.constexpr):
 @triton.jit(**HOW)
 def statistics(
     x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
-    label, out, rows, cols, first, width, temperature, span, splits,
+    label, out, rows, cols, first, width, inv_t, span, splits,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    FUSED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one head over this program's span of the vocabulary."""
@@ -136,24 +121,22 @@ def statistics(
     if label is not None:
         y = labels_of(label, r, rows, cols, first)
     for col in range(begin, end, C):
-        raw = tile_of(
-            x, w, depth, x_row, x_k, w_row, w_k, row, col, rows, cols,
-            R, C, K, FUSED, DESCRIBED, EVEN, PRECISION,
+        raw = product(
+            x, w, row, col, rows, cols, depth, x_row, x_k, w_row, w_k,
+            R, C, K, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
         for part in tl.static_range(PARTS):
             c = col + part * PART
-            z, _ = finished(
-                part_of(raw, part, PARTS, R, C), c, cols, bias, softcap, temperature, PART
-            )
+            z, _ = finished(part_of(raw, part, PARTS, R, C), c, cols, bias, softcap, inv_t, PART)
             top, shift = risen(z, top)
             u = z - top[:, None]
-            p = tl.exp(u)
+            p = exp(u)
             if ENTROPY:
                 weighted = rescaled(weighted, shift, total) + tl.sum(p * u, 1)
             if SMOOTHED:
                 valid = (c + tl.arange(0, PART)) < cols
                 plain += shift * (c - begin) + tl.sum(tl.where(valid[None, :], u, 0.0), 1)
-            total = total * tl.exp(shift) + tl.sum(p, 1)
+            total = total * exp(shift) + tl.sum(p, 1)
             if label is not None:
                 picked += _picked(z, y, c, PART)
     inside = r < rows
@@ -177,10 +160,9 @@ def statistics(
 def statistics_pair(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-    label, out, rows, cols, first, width, temperature, span, splits,
+    label, out, rows, cols, first, width, inv_t, span, splits,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    FUSED: tl.constexpr, SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Statistics of both heads; for a KL also sum p (u_p - u_q), which makes its value."""
@@ -206,14 +188,14 @@ def statistics_pair(
         raw_s, raw_t = tiles_of(
             x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k,
             x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
-            R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
+            R, C, K, SHARED, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
         for part in tl.static_range(PARTS):
             c = col + part * PART
             part_s = part_of(raw_s, part, PARTS, R, C)
             part_t = part_of(raw_t, part, PARTS, R, C)
-            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, temperature, PART)
-            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, temperature, PART)
+            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, inv_t, PART)
+            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_t, PART)
             if label is not None:
                 picked_s += _picked(z_s, y, c, PART)
                 picked_t += _picked(z_t, y, c, PART)
@@ -227,8 +209,8 @@ def statistics_pair(
                 cross = rescaled(cross, shift_s, total_s, shift_t)
             u_s = z_s - top_s[:, None]
             u_t = z_t - top_t[:, None]
-            s = tl.exp(u_s)
-            t = tl.exp(u_t)
+            s = exp(u_s)
+            t = exp(u_t)
             if KIND == FORWARD_KL:
                 cross += tl.sum(t * (u_t - u_s), 1)
             elif KIND != JSD:
@@ -236,8 +218,8 @@ def statistics_pair(
             if ENTROPY:
                 weighted_s = rescaled(weighted_s, shift_s, total_s) + tl.sum(s * u_s, 1)
                 weighted_t = rescaled(weighted_t, shift_t, total_t) + tl.sum(t * u_t, 1)
-            total_s = total_s * tl.exp(shift_s) + tl.sum(s, 1)
-            total_t = total_t * tl.exp(shift_t) + tl.sum(t, 1)
+            total_s = total_s * exp(shift_s) + tl.sum(s, 1)
+            total_t = total_t * exp(shift_t) + tl.sum(t, 1)
     inside = r < rows
     stride = splits.to(tl.int64) * width
     at = out + split.to(tl.int64) * width + r
@@ -289,7 +271,7 @@ def merge(
             shift = tl.load(part) - top
             part += stride
             weight = tl.load(part)
-            total += weight * tl.exp(shift)
+            total += weight * exp(shift)
             part += stride
             if ENTROPY:
                 weighted += rescaled(tl.load(part), shift, weight)
@@ -344,27 +326,27 @@ def merge(
 
 @triton.jit
 def constants(merged, r, rows, width, STEP: tl.constexpr):
-    """Maximum and sum of both heads; the teacher's stand STEP statistics after the student's."""
-    at = merged + tl.minimum(r, rows - 1)
+    """(R, 1) maximum and log2 of the sum of each head; the teacher's stand STEP rows later."""
+    at = (merged + tl.minimum(r, rows - 1))[:, None]
     other = at + STEP * width.to(tl.int64)
-    return tl.load(at), tl.load(at + width), tl.load(other), tl.load(other + width)
+    top_s, top_t = tl.load(at), tl.load(other)
+    return top_s, log2(tl.load(at + width)), top_t, log2(tl.load(other + width))
 
 
 @triton.jit(**HOW)
 def divergence_sums(
     x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
     x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-    merged, out, rows, cols, width, out_width, temperature, beta, rest, clip, span, splits,
+    merged, out, rows, cols, width, out_width, inv_t, beta, rest, clip, span, splits,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    FUSED: tl.constexpr, SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     STEP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Value, sum of shares and, with a clip, value without it, over a span of the vocabulary."""
     block, split = place(tl.cdiv(rows, R), splits, GROUP)
     row = block * R
     r = row + tl.arange(0, R)
-    top_s, total_s, top_t, total_t = constants(merged, r, rows, width, STEP)
+    top_s, log2_s, top_t, log2_t = constants(merged, r, rows, width, STEP)
     value = tl.zeros((R,), tl.float32)
     shares = tl.zeros((R,), tl.float32)
     unclipped = tl.zeros((R,), tl.float32)
@@ -374,17 +356,17 @@ def divergence_sums(
         raw_s, raw_t = tiles_of(
             x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k,
             x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
-            R, C, K, FUSED, SHARED, DESCRIBED, EVEN, PRECISION,
+            R, C, K, SHARED, DESCRIBED, EVEN, PRECISION,
         )  # fmt: skip
         for part in tl.static_range(PARTS):
             c = col + part * PART
             part_s = part_of(raw_s, part, PARTS, R, C)
             part_t = part_of(raw_t, part, PARTS, R, C)
-            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, temperature, PART)
-            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, temperature, PART)
-            log_s, s = log_prob(z_s, top_s, total_s)
-            log_t, t = log_prob(z_t, top_t, total_t)
-            entry, share = entries(log_s, s, log_t, t, beta, rest, KIND)
+            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, inv_t, PART)
+            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_t, PART)
+            s, t = probability(z_s, top_s, log2_s), probability(z_t, top_t, log2_t)
+            d = log_ratio(z_s, z_t, top_s, log2_s, top_t, log2_t)
+            entry, share = entries(s, t, d, beta, rest, KIND)
             if clip is not None:
                 unclipped += tl.sum(entry, 1)
                 share = tl.where(entry > clip, 0.0, share)

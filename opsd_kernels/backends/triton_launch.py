@@ -1,4 +1,4 @@
-"""Launches the Triton kernels on a block of rows: arguments, grids, buffers of partial results."""
+"""Launches the fused Triton kernels on a block of rows: arguments, grids, partial results."""
 
 from __future__ import annotations
 
@@ -20,16 +20,14 @@ _MERGED_ROWS = 128
 
 @dataclass(frozen=True)
 class Source:
-    """Where the tiles of one head come from: hidden states and weight, or a block of logits."""
+    """What the tiles of one head are multiplied from."""
 
-    x: Tensor  # (rows, D) with `w`, else (rows, V) fp32
-    w: Tensor | None  # (V, D)
+    x: Tensor  # (rows, D)
+    w: Tensor  # (V, D)
     bias: Tensor | None
     softcap: float | None
 
     def arguments(self, b: Blocks, described: bool) -> list[object]:
-        if self.w is None:
-            return [self.x, None, self.bias, self.softcap, 1, self.x.stride(0), 1, 0, 0]
         x, w = self.x, self.w
         if described:
             x = TensorDescriptor.from_tensor(x, [b.rows, b.inner])
@@ -38,22 +36,20 @@ class Source:
         return [x, w, self.bias, self.softcap, *sizes]
 
 
-class Tiles:
-    """One block of rows, its source of tiles, and how its kernels are launched."""
+class FusedTiles:
+    """One block of rows, what its tiles are multiplied from, and how its kernels are launched."""
 
-    def __init__(self, sources: list[Source], cols: int, temperature: float, shared: bool) -> None:
-        x = sources[0].x
-        self.sources, self.rows, self.cols = sources, x.shape[0], cols
-        self.temperature, self.shared = temperature, shared
+    def __init__(self, sources: list[Source], temperature: float, shared: bool) -> None:
+        x = self.hidden = sources[0].x
+        self.sources, self.rows, self.cols = sources, x.shape[0], sources[0].w.shape[0]
+        self.inv_t, self.shared = 1.0 / temperature, shared
         self.device = device_of(x.device.index if x.is_cuda else None)
-        self.fused = sources[0].w is not None
-        operands = [t for s in sources if s.w is not None for t in (s.x, s.w)]
-        depths = [s.x.shape[1] for s in sources if self.fused] or [1]
-        self.described = bool(operands) and describable(operands, self.device)
+        operands = [t for s in sources for t in (s.x, s.w)]
+        depths = [s.x.shape[1] for s in sources]
+        self.described = describable(operands, self.device)
         self.blocks = blocks(
-            fused=self.fused, pair=len(sources) == 2, depths=depths,
-            itemsize=max((t.itemsize for t in operands), default=4), aligned=aligned(operands),
-            vocab_size=cols, device=self.device,
+            pair=len(sources) == 2, depths=depths, itemsize=max(t.itemsize for t in operands),
+            aligned=aligned(operands), device=self.device,
         )  # fmt: skip
         self.even = all(d % self.blocks.inner == 0 for d in depths)
         self.arguments = [a for s in sources for a in s.arguments(self.blocks, self.described)]
@@ -65,13 +61,14 @@ class Tiles:
         shared = {"SHARED": self.shared} if len(self.sources) == 2 else {}
         return {
             "R": b.rows, "C": b.cols, "K": b.inner, "PARTS": b.parts, "GROUP": _GROUP,
-            "FUSED": self.fused, "DESCRIBED": self.described, "EVEN": self.even,
+            "DESCRIBED": self.described, "EVEN": self.even,
             "PRECISION": "ieee" if exact else "tf32", **shared,
             "num_warps": b.warps, "num_stages": b.stages, "enable_fp_fusion": True,
         }  # fmt: skip
 
     def _spans(self, count: int) -> tuple[int, int, tuple[int], Tensor]:
-        span, splits = spans(self.rows, self.cols, self.blocks, self.device)
+        b = self.blocks
+        span, splits = spans(self.rows, self.cols, b.rows, b.cols, self.device)
         grid = (-(-self.rows // self.blocks.rows) * splits,)
         x = self.sources[0].x
         return span, splits, grid, x.new_empty(count, splits, self.rows, dtype=torch.float32)
@@ -87,7 +84,7 @@ class Tiles:
         """Fill `out` (K, rows), a view of any row stride, with the statistics of this block."""
         span, splits, grid, parts = self._spans(layout.count)
         label = label if layout.label else None
-        numbers = (self.rows, self.cols, offset, self.rows, self.temperature, span, splits)
+        numbers = (self.rows, self.cols, offset, self.rows, self.inv_t, span, splits)
         flags = {"ENTROPY": layout.entropy, **self.options()}
         if layout.heads == 2:
             triton_kernels.statistics_pair[grid](
@@ -97,9 +94,7 @@ class Tiles:
             triton_kernels.statistics[grid](
                 *self.arguments, label, parts, *numbers, **flags, SMOOTHED=layout.smoothed
             )
-        _merge(parts, out, layout)
-        if group is not None:  # the ranks' results are merged as those of spans are, in rank order
-            _merge(gathered(out, group), out, layout)
+        merge(parts, out, layout, group)
 
     def sums(
         self,
@@ -113,13 +108,10 @@ class Tiles:
         span, splits, grid, parts = self._spans(2 if clip is None else 3)
         triton_kernels.divergence_sums[grid](
             *self.arguments, merged, parts, self.rows, self.cols, merged.stride(0), self.rows,
-            self.temperature, beta, 1.0 - beta, clip, span, splits, **self.options(),
+            self.inv_t, beta, 1.0 - beta, clip, span, splits, **self.options(),
             STEP=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
-        total = parts.sum(1)
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        return total
+        return summed(parts, group)
 
     def divergence_gradient(
         self,
@@ -134,7 +126,7 @@ class Tiles:
     ) -> None:
         triton_gradients.divergence_gradient[self._grid(columns)](
             *self.arguments, merged, totals, scale, out, self.rows, self.cols, merged.stride(0),
-            out.stride(0), self.temperature, beta, 1.0 - beta, clip, columns.start, columns.stop,
+            out.stride(0), self.inv_t, beta, 1.0 - beta, clip, columns.start, columns.stop,
             **self.options(), STEP=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
 
@@ -152,7 +144,7 @@ class Tiles:
         triton_gradients.logprob_gradient[self._grid(columns)](
             *self.arguments, label, merged, entropy, *scales, outs[0],
             outs[1] if len(outs) == 2 else None, self.rows, self.cols, offset, merged.stride(0),
-            outs[0].stride(0), self.temperature, *shares, columns.start, columns.stop,
+            outs[0].stride(0), self.inv_t, *shares, columns.start, columns.stop,
             **self.options(),
         )  # fmt: skip
 
@@ -172,6 +164,21 @@ def aligned(tensors: list[Tensor]) -> bool:
 def describable(tensors: list[Tensor], device: Device) -> bool:
     """Whether all can be read by TMA: Hopper or later, aligned rows."""
     return device.capability is not None and device.capability[0] >= 9 and aligned(tensors)
+
+
+def merge(parts: Tensor, out: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> None:
+    """Fill `out` (K, rows) from the statistics of spans (K, spans, rows), then from all ranks'."""
+    _merge(parts, out, layout)
+    if group is not None:  # the ranks' results are merged as those of spans are, in rank order
+        _merge(gathered(out, group), out, layout)
+
+
+def summed(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(K, rows) sums over spans (K, spans, rows) and ranks."""
+    total = parts.sum(1)
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    return total
 
 
 def _merge(parts: Tensor, out: Tensor, layout: Layout) -> None:

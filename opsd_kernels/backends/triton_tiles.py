@@ -1,7 +1,6 @@
-"""Tiles of logits in Triton: where they come from, and the row arithmetic both schedules share.
+"""Tiles of logits that a kernel multiplies from hidden states and head on the spot.
 
-A tile is (R, C) fp32: R rows by C vocabulary columns. It is read from a block of logits in memory,
-or multiplied from hidden states and head on the spot. A row's columns are folded into running
+A tile is (R, C) fp32: R rows by C vocabulary columns. A row's columns are folded into running
 statistics relative to the running maximum, so that tiles, programs and ranks merge alike.
 """
 
@@ -10,12 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# A finite stand-in for log 0: exp gives exactly 0, and differences of two of them do not overflow.
-LOG_ZERO = tl.constexpr(-1e38)
-# Between any logit and LOG_ZERO.
-BANNED = tl.constexpr(-5e37)
-FORWARD_KL, REVERSE_KL, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-
+from opsd_kernels.backends.triton_math import BANNED, LOG_ZERO, capped
 
 # ---------------------------------------------------------------------------- where tiles come from
 
@@ -74,15 +68,6 @@ def shared_products(
 
 
 @triton.jit
-def stored(z, row, col, rows, cols, row_stride, R: tl.constexpr, C: tl.constexpr):
-    """(R, C) tile of logits that a GEMM left in memory."""
-    r = tl.minimum(row + tl.arange(0, R), rows - 1).to(tl.int64)
-    c = col + tl.arange(0, C)
-    at = z + r[:, None] * row_stride + c[None, :]
-    return tl.load(at, mask=(c < cols)[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _half(tile, right: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
     first, second = tl.split(tl.permute(tl.reshape(tile, (R, 2, C // 2)), (0, 2, 1)))
     if right:
@@ -106,7 +91,7 @@ def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, C: t
 
 
 @triton.jit
-def finished(raw, col, cols, bias, softcap, temperature, C: tl.constexpr):
+def finished(raw, col, cols, bias, softcap, inv_t, C: tl.constexpr):
     """(z, slope): z = softcap(raw + bias) / temperature, and d softcap / d raw.
 
     Columns past the end and banned entries become LOG_ZERO.
@@ -116,18 +101,11 @@ def finished(raw, col, cols, bias, softcap, temperature, C: tl.constexpr):
     if bias is not None:
         raw += tl.load(bias + c, mask=c < cols, other=0.0).to(tl.float32)[None, :]
     if softcap is not None:
-        # tanh of |x| by exp(-2 |x|): its error is absolute, as that of the logits is.
-        small = tl.exp(-2.0 * tl.abs(raw / softcap))
-        height = (1.0 - small) / (1.0 + small)
-        slope = 1.0 - height * height
-        raw = softcap * tl.where(raw < 0, -height, height)
+        raw, slope = capped(raw, softcap)
     # A comparison lets NaN through, where a maximum would hide it.
-    z = raw / temperature
+    z = raw * inv_t
     z = tl.where(z < LOG_ZERO, LOG_ZERO, z)
     return tl.where((c < cols)[None, :], z, LOG_ZERO), slope
-
-
-# ---------------------------------------------------------------------------- statistics of a row
 
 
 @triton.jit
@@ -138,86 +116,6 @@ def risen(z, top):
 
 
 @triton.jit
-def rescaled(total, shift, weight, other=0.0):
-    """sum p (u - v) under new maxima, `shift` and `other` below which the old ones of u and v lie.
-
-    Where nothing is left of p, 0 and not 0 * inf.
-    """
-    shrink = tl.exp(shift)
-    return tl.where(shrink > 0, (total + (shift - other) * weight) * shrink, 0.0)
-
-
-@triton.jit
 def crossed(z_p, z_q):
     """Per row, 1 where p is possible and q banned: there the KL of p from q is infinite."""
     return tl.max(tl.where((z_p > BANNED) & (z_q < BANNED), 1.0, 0.0), 1)
-
-
-@triton.jit
-def log_prob(z, top, total):
-    """(R, C) log-probabilities and probabilities of rows with that maximum and sum."""
-    log_p = (z - top[:, None]) - tl.log(total)[:, None]
-    return log_p, tl.exp(log_p)
-
-
-# ------------------------------------------------------------------------------- the divergences
-
-
-@triton.jit
-def log_mixture(d, beta, rest):
-    """log(rest + beta exp(d)), rest = 1 - beta: log(m / s) from d = log(t / s).
-
-    Near 0 by series for expm1 and log1p, so that on close pairs the rounding of log s and log t
-    cancels to first order.
-    """
-    e = d * (1 + d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7))))))
-    x = beta * e
-    y = x / (2 + x)
-    yy = y * y
-    near = 2 * y * (1 + yy * (1 / 3 + yy * (1 / 5 + yy * (1 / 7 + yy / 9))))
-    return tl.where(tl.abs(d) < 0.35, near, tl.log(rest + beta * tl.exp(d)))
-
-
-@triton.jit
-def entries(log_s, s, log_t, t, beta, rest, KIND: tl.constexpr):
-    """(entry, share): each column's part of the value, and what its gradient is made of.
-
-    share is t for the forward KL, entry + s for the reverse KL clipped, s log(m/s) for the JSD.
-    """
-    if KIND == FORWARD_KL:
-        entry = t * (log_t - log_s)
-        share = t
-    elif KIND == REVERSE_KL:
-        entry = s * (log_s - log_t)
-        share = entry + s
-    else:
-        # Beyond 80 the smaller probability is nothing beside the larger, and exp is still finite.
-        d = log_t - log_s
-        d = tl.where(d > 80.0, 80.0, tl.where(d < -80.0, -80.0, d))
-        q = log_mixture(d, beta, rest)
-        share = s * q
-        entry = beta * t * (d - q) - rest * share
-    return entry, share
-
-
-@triton.jit
-def divergence_slope(entry, share, s, total, clip, rest, KIND: tl.constexpr):
-    """(R, C) derivative of the value with respect to the student's logits.
-
-    total is the row's sum of shares: 1 for the forward KL, the value itself for the reverse KL
-    without a clip.
-    """
-    if clip is not None:
-        share = tl.where(entry > clip, 0.0, share)
-    elif KIND == REVERSE_KL:
-        share = entry
-    if KIND == FORWARD_KL:
-        if clip is None:
-            slope = s - share
-        else:
-            slope = s * total[:, None] - share
-    else:
-        slope = share - s * total[:, None]
-        if KIND != REVERSE_KL:
-            slope = -rest * slope
-    return slope

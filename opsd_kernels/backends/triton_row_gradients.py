@@ -1,0 +1,88 @@
+"""Kernels that turn rows of logits into the logits' gradient, in place.
+
+A program owns a whole row and walks it upward. The gradient may be narrower than the float32
+logits it takes the place of: what a step writes was read in an earlier step, or in this one before
+the barrier.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from opsd_kernels.backends.triton_math import (
+    FORWARD_KL,
+    LN_2,
+    LOG_ZERO,
+    divergence_slope,
+    log2,
+    log_ratio,
+    probability,
+)
+from opsd_kernels.backends.triton_rows import ROW_NUMBERS, row_constants, row_logits
+
+
+@triton.jit(**ROW_NUMBERS)
+def row_divergence_gradient(
+    z_s, z_t, bias_s, cap_s, bias_t, cap_t, merged, totals, scale, dz, cols, padded, stride,
+    dz_stride, width, inv_t, beta, rest, clip,
+    BLOCK_V: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """d value / d raw logits of the student, times the row's scale, over z_s."""
+    row = tl.program_id(0)
+    z_s += row.to(tl.int64) * stride
+    z_t += row.to(tl.int64) * stride
+    dz += row.to(tl.int64) * dz_stride
+    top_s, log2_s, top_t, log2_t = row_constants(merged, row, width, STEP)
+    total = tl.load(totals + row)
+    factor = inv_t
+    if scale is not None:
+        factor = tl.load(scale + row) * inv_t
+    if KIND != FORWARD_KL and clip is None:
+        # Of an infinite reverse KL inf - inf has no direction; the value reports it.
+        factor = tl.where(total == float("inf"), 0.0, factor)
+        total = tl.where(total == float("inf"), 0.0, total)
+    for col in range(0, padded, BLOCK_V):
+        c = col + tl.arange(0, BLOCK_V)
+        x_s, slope = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_t)
+        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_t)
+        s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
+        d = log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t)
+        grad = divergence_slope(s, t, d, total, clip, beta, rest, KIND) * slope * factor
+        tl.debug_barrier()
+        tl.store(dz + c, grad.to(dz.dtype.element_ty), mask=c < padded)
+
+
+@triton.jit(**ROW_NUMBERS)
+def row_logprob_gradient(
+    z, bias, softcap, label, merged, entropy, scale, entropy_scale, dz, dz_entropy, cols, padded,
+    stride, dz_stride, entropy_stride, width, first, inv_t, sharp, uniform,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """d (sharp log p(y) + uniform sum log p) / d raw logits, over z.
+
+    The entropy's gradient is added where its scale is known, or written to dz_entropy.
+    """
+    row = tl.program_id(0)
+    z += row.to(tl.int64) * stride
+    dz += row.to(tl.int64) * dz_stride
+    top, log2_total = tl.load(merged + row), log2(tl.load(merged + width + row))
+    y = (tl.load(label + row) - first).to(tl.int32)
+    factor = inv_t
+    if scale is not None:
+        factor = tl.load(scale + row) * inv_t
+    for col in range(0, padded, BLOCK_V):
+        c = col + tl.arange(0, BLOCK_V)
+        x, slope = row_logits(z, c, cols, padded, bias, softcap, inv_t)
+        p = probability(x, top, log2_total)
+        grad = (tl.where(c == y, sharp, 0.0) + uniform - p) * factor
+        if entropy is not None:
+            log_p = tl.maximum((x - top) - log2_total * LN_2, LOG_ZERO)
+            rise = -p * (log_p + tl.load(entropy + row)) * inv_t
+            if entropy_scale is not None:
+                grad += rise * tl.load(entropy_scale + row)
+            if dz_entropy is not None:
+                at = dz_entropy + row.to(tl.int64) * entropy_stride + c
+                tl.store(at, (rise * slope).to(dz_entropy.dtype.element_ty), mask=c < padded)
+        tl.debug_barrier()
+        tl.store(dz + c, (grad * slope).to(dz.dtype.element_ty), mask=c < padded)

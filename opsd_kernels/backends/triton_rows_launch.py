@@ -1,0 +1,115 @@
+"""Launches the Triton kernels over rows of logits that a GEMM left in memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from opsd_kernels.backends import triton_row_gradients, triton_rows
+from opsd_kernels.backends.passes import Layout
+from opsd_kernels.backends.triton_config import device_of, row_blocks, spans
+from opsd_kernels.backends.triton_launch import merge, summed
+from opsd_kernels.problem import Head
+
+
+class StoredTiles:
+    """A block's logits (heads, rows, padded) in fp32, -inf beyond the vocabulary."""
+
+    def __init__(
+        self, logits: Tensor, heads: list[Head], hidden: Tensor, temperature: float
+    ) -> None:
+        self.logits, self.hidden = logits, hidden
+        self.rows, self.padded = logits.shape[1:]
+        self.cols = heads[0].weight.shape[0]
+        self.inv_t = 1.0 / temperature
+        self.device = device_of(logits.device.index if logits.is_cuda else None)
+        self.blocks = row_blocks(self.padded, self.device)
+        self.sources = [*logits, *(a for head in heads for a in (head.bias, head.softcap))]
+        self.flags = {
+            "BLOCK_V": self.blocks.columns, "num_warps": self.blocks.warps, "num_stages": 1,
+            "enable_fp_fusion": True,
+        }  # fmt: skip
+
+    def dz(self, dtype: torch.dtype) -> Tensor:
+        """(rows, padded) where the gradient of the student's logits takes their place."""
+        return self.logits[0].view(dtype)[:, : self.padded]
+
+    def _spans(self, count: int) -> tuple[int, int, tuple[int], Tensor]:
+        span, splits = spans(self.rows, self.padded, 1, self.blocks.columns, self.device)
+        parts = self.logits.new_empty(count, splits, self.rows)
+        return span, splits, (self.rows * splits,), parts
+
+    def statistics(
+        self,
+        layout: Layout,
+        label: Tensor | None,
+        offset: int,
+        out: Tensor,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        """Fill `out` (K, rows), a view of any row stride, with the statistics of this block."""
+        span, splits, grid, parts = self._spans(layout.count)
+        arguments = (
+            *self.sources, label if layout.label else None, parts, self.rows, self.cols,
+            self.padded, self.logits.stride(1), offset, self.inv_t, span, splits,
+        )  # fmt: skip
+        flags = {**self.flags, "LANES": self.blocks.lanes, "ENTROPY": layout.entropy}
+        if layout.heads == 2:
+            triton_rows.row_statistics_pair[grid](*arguments, **flags, KIND=layout.kind)
+        else:
+            triton_rows.row_statistics[grid](*arguments, **flags, SMOOTHED=layout.smoothed)
+        merge(parts, out, layout, group)
+
+    def sums(
+        self,
+        layout: Layout,
+        merged: Tensor,
+        beta: float,
+        clip: float | None,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        """(2 or 3, rows): value, sum of shares and, with a clip, the value without it."""
+        span, splits, grid, parts = self._spans(2 if clip is None else 3)
+        triton_rows.row_divergence_sums[grid](
+            *self.sources, merged, parts, self.rows, self.cols, self.padded,
+            self.logits.stride(1), merged.stride(0), self.inv_t, beta, 1.0 - beta, clip, span,
+            splits, **self.flags, LANES=self.blocks.lanes, STEP=len(layout.names),
+            KIND=layout.kind,
+        )  # fmt: skip
+        return summed(parts, group)
+
+    def divergence_gradient(
+        self,
+        layout: Layout,
+        merged: Tensor,
+        totals: Tensor,
+        scale: Tensor | None,
+        beta: float,
+        clip: float | None,
+        columns: slice,
+        out: Tensor,  # (rows, padded), `dz` of these logits
+    ) -> None:
+        triton_row_gradients.row_divergence_gradient[(self.rows,)](
+            *self.sources, merged, totals, scale, out, self.cols, self.padded,
+            self.logits.stride(1), out.stride(0), merged.stride(0), self.inv_t, beta, 1.0 - beta,
+            clip, **self.flags, STEP=len(layout.names), KIND=layout.kind,
+        )  # fmt: skip
+
+    def logprob_gradient(
+        self,
+        label: Tensor,
+        merged: Tensor,
+        entropy: Tensor | None,
+        scales: tuple[Tensor | None, Tensor | None],
+        shares: tuple[float, float],
+        offset: int,
+        columns: slice,
+        outs: list[Tensor],  # (rows, padded): `dz`, and another for the entropy's own gradient
+    ) -> None:
+        own = outs[1] if len(outs) == 2 else None
+        triton_row_gradients.row_logprob_gradient[(self.rows,)](
+            *self.sources, label, merged, entropy, *scales, outs[0], own, self.cols, self.padded,
+            self.logits.stride(1), outs[0].stride(0), outs[0].stride(0) if own is None else
+            own.stride(0), merged.stride(0), offset, self.inv_t, *shares, **self.flags,
+        )  # fmt: skip
