@@ -6,9 +6,10 @@ then come the gradient of its logits and the products that take it to the parame
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -71,7 +72,10 @@ def divergence(
     label = p.with_stats and p.labels is not None
     layout = Layout(2, p.with_stats, False, label, kind)
     two_passes = kind == JSD or p.clip is not None
-    merged = run.statistics(layout.count)
+    joined = kind == JSD and p.clip is None and run.joins_sums_and_gradient
+    # The reverse KL tells where the shares of a row are centered.
+    first = replace(layout, kind=REVERSE_KL) if joined else layout
+    merged = run.statistics(first.count)
     sums = run.statistics(2 if p.clip is None else 3) if two_passes else None
     heads = [p.student, p.teacher]
     for block in run.blocks():
@@ -79,18 +83,21 @@ def divergence(
         tiles = run.tiles(heads, block, p.temperature, same_head(*heads), again)
         here = merged[:, block]
         labels = run.part(p.labels, block) if label else None
-        tiles.statistics(layout, labels, run.offset, here, run.group)
+        tiles.statistics(first, labels, run.offset, here, run.group)
+        scale = run.part(run.row_scale, block)
+        if joined:
+            center = _mean_log_mixture(_kl(first, here)[0], p.beta)
+            found = run.sums_and_gradient(block, tiles, layout, here, center, p, scale)
+            sums[:, block] = found
+            continue
         if sums is not None:
             sums[:, block] = tiles.sums(layout, here, p.beta, p.clip, run.group)
         if not run.wanted.any:
             continue
         totals = _kl(layout, here)[0] if sums is None else sums[1, block]
-        scale = run.part(run.row_scale, block)
-
-        def gradient(columns: slice, outs: list[Tensor], _=(tiles, here, totals, scale)) -> None:
-            tiles, here, totals, scale = _
-            tiles.divergence_gradient(layout, here, totals, scale, p.beta, p.clip, columns, outs[0])
-
+        gradient = functools.partial(
+            _divergence_gradient, tiles, layout, here, totals, scale, p.beta, p.clip
+        )
         run.gradients(block, tiles, gradient)
     value, infinite = (None, None) if kind == JSD else _kl(layout, merged)
     if sums is not None:
@@ -109,6 +116,20 @@ def divergence(
             if column is not None:
                 row[run.everything] = column
     return run.result(stats)
+
+
+def _divergence_gradient(
+    tiles: Tiles,
+    layout: Layout,
+    merged: Tensor,
+    totals: Tensor,
+    scale: Tensor | None,
+    beta: float,
+    clip: float | None,
+    columns: slice,
+    outs: list[Tensor],
+) -> None:
+    tiles.divergence_gradient(layout, merged, totals, scale, beta, clip, columns, outs[0])
 
 
 def logprob(
@@ -135,13 +156,9 @@ def logprob(
         entropy = _entropy(layout.head(here, 0)) if needed else None
         scales = run.part(run.row_scale, block), run.part(run.entropy_scale, block)
         shares = 1.0 - smoothing, smoothing / run.vocab_size
-
-        def gradient(
-            columns: slice, outs: list[Tensor], _=(tiles, here, target, entropy, scales, shares)
-        ) -> None:
-            tiles, here, target, entropy, scales, shares = _
-            tiles.logprob_gradient(target, here, entropy, scales, shares, run.offset, columns, outs)
-
+        gradient = functools.partial(
+            tiles.logprob_gradient, target, here, entropy, scales, shares, run.offset
+        )
         run.gradients(block, tiles, gradient)
     found = layout.head(merged, 0)
     picked = _logprob(found)
@@ -179,6 +196,11 @@ class Run(Call, ABC):
 
     def statistics(self, count: int) -> Tensor:
         return self.value.new_empty(count, self.num_kept)
+
+    @property
+    def joins_sums_and_gradient(self) -> bool:
+        """Whether `sums_and_gradient` of the JSD saves this run a pass over the logits."""
+        return False
 
     @abstractmethod
     def tiles(
@@ -276,3 +298,9 @@ def _kl(layout: Layout, merged: Tensor) -> tuple[Tensor, Tensor]:
     own, other = totals if layout.kind == REVERSE_KL else totals[::-1]
     cross, infinite = merged[-2], merged[-1] > 0
     return (cross / own - (own / other).log()).masked_fill(infinite, torch.inf), infinite
+
+
+def _mean_log_mixture(reverse_kl: Tensor, beta: float) -> Tensor:
+    """log(m / s) where log(t / s) has its mean under s, about which a row's shares are centered."""
+    ratio = (-reverse_kl).clamp(min=-80.0)
+    return torch.log1p(beta * torch.expm1(ratio))

@@ -1,23 +1,26 @@
 """The schedules of a GPU: Triton kernels for rows of logits, cuBLAS for the products.
 
-`blocked` leaves a block's logits in memory and turns them into their gradient in place;
-`streaming` multiplies tiles of logits inside its kernels in every pass and makes the gradient one
+`blocked` leaves a block's logits in memory and turns them into their gradient in place; `tiled`
+does so one slice of the vocabulary at a time, which it multiplies anew in every pass; `streaming` multiplies tiles of logits inside its kernels in every pass and makes the gradient one
 slice of the vocabulary at a time. Both sum products in fp32.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends import passes
-from opsd_kernels.backends.passes import Gradient, Run
+from opsd_kernels.backends.passes import Gradient, Layout, Run
+from opsd_kernels.backends.triton_columns import ColumnTiles
 from opsd_kernels.backends.triton_launch import FusedTiles, Source
 from opsd_kernels.backends.triton_rows_launch import StoredTiles
 from opsd_kernels.plan import padded_columns
-from opsd_kernels.problem import Head
+from opsd_kernels.problem import DivergenceProblem, Head
 
 
 class _Run(Run):
@@ -25,25 +28,48 @@ class _Run(Run):
 
     def tiles(
         self, heads: list[Head], block: slice, temperature: float, shared: bool, again: bool
-    ) -> FusedTiles | StoredTiles:
-        if self.plan.schedule == "streaming":
+    ) -> FusedTiles | StoredTiles | ColumnTiles:
+        vocab, streaming = heads[0].weight.shape[0], self.plan.schedule == "streaming"
+        hidden = self.operands(heads, block, stacked=shared and not streaming)
+        if streaming:
             sources = [
                 Source(h, head.weight, head.bias, head.softcap)
-                for h, head in zip(self.operands(heads, block), heads, strict=True)
+                for h, head in zip(hidden, heads, strict=True)
             ]
             return FusedTiles(sources, temperature, shared)
-        vocab, size = heads[0].weight.shape[0], block.stop - block.start
-        padded = padded_columns(vocab)
-        logits = self.room("logits", len(heads) * size, padded)
-        hidden = self.operands(heads, block, stacked=shared)
+        multiplied = functools.partial(self.logits, heads, hidden, temperature, shared)
+        if self.plan.schedule == "blocked":
+            return multiplied(slice(0, vocab))
+        return ColumnTiles(multiplied, hidden[0], vocab, self.plan.slice_columns)
+
+    def logits(
+        self,
+        heads: list[Head],
+        hidden: list[Tensor],
+        temperature: float,
+        shared: bool,
+        columns: slice,
+    ) -> StoredTiles:
+        """A slice of the vocabulary: its logits are multiplied into the one buffer for them."""
+        size, count = len(hidden[0]), columns.stop - columns.start
+        parts = [
+            replace(
+                head,
+                weight=head.weight[columns],
+                bias=None if head.bias is None else head.bias[columns],
+            )
+            for head in heads
+        ]
+        width, padded = padded_columns(self.plan.slice_columns), padded_columns(count)
+        z = self.room("logits", len(heads) * size, width)[:, :padded]
         if shared:  # one GEMM reads the head once for both models
             both = self.room("hidden", 2 * size, *hidden[0].shape[1:], hidden[0].dtype)
-            multiply(logits[:, :vocab], both, heads[0].weight.t())
+            multiply(z[:, :count], both, parts[0].weight.t())
         else:
-            for z, h, head in zip(logits.split(size), hidden, heads, strict=True):
-                multiply(z[:, :vocab], h, head.weight.t())
-        logits[:, vocab:] = -torch.inf
-        return StoredTiles(logits.view(len(heads), size, padded), heads, hidden[0], temperature)
+            for out, h, head in zip(z.split(size), hidden, parts, strict=True):
+                multiply(out[:, :count], h, head.weight.t())
+        z[:, count:] = -torch.inf
+        return StoredTiles(z.unflatten(0, (len(heads), size)), parts, hidden[0], temperature)
 
     def operands(self, heads: list[Head], block: slice, stacked: bool = False) -> list[Tensor]:
         """Each head's hidden states of the block; stacked: one after the other in "hidden"."""
@@ -69,7 +95,7 @@ class _Run(Run):
         pairs = [(0, self.grad_hidden), (1, self.grad_entropy)]
         pairs = [(i, grad) for i, grad in pairs if grad is not None]
         sums = {i: self.room(f"dh {i}", size, depth) for i, _ in pairs}
-        dz = self._room_for_dz(tiles, size, h.dtype)
+        dz = self._room_for_dz(tiles)
         for first in range(0, vocab, width):
             columns = slice(first, min(first + width, vocab))
             gradient(columns, dz)
@@ -84,16 +110,16 @@ class _Run(Run):
         for i, grad in pairs:
             grad[rows] = sums[i].to(grad.dtype)
 
-    def _room_for_dz(
-        self, tiles: FusedTiles | StoredTiles, size: int, dtype: torch.dtype
-    ) -> list[Tensor]:
-        """Where dz goes, and the entropy's own: a slice of the vocabulary, or over the logits."""
+    def _room_for_dz(self, tiles: FusedTiles | StoredTiles | ColumnTiles) -> list[Tensor]:
+        """Where a slice's dz goes, and the entropy's own; over the logits where there are some."""
+        size, dtype = tiles.hidden.shape[0], tiles.hidden.dtype
         width = self.plan.slice_columns
         if self.plan.schedule == "streaming":
             dz = [self.room("dz 0", size, width, dtype)]
         else:
             width = padded_columns(width)
-            dz = [tiles.dz(dtype)]
+            logits = self.room("logits", size, width)
+            dz = [logits.view(dtype)[:, :width]]
         return dz + [self.room("dz 1", size, width, dtype)] * self.wanted.entropy
 
 

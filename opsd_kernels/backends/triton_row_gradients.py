@@ -15,11 +15,18 @@ from opsd_kernels.backends.triton_math import (
     LN_2,
     LOG_ZERO,
     divergence_slope,
+    jsd_terms,
     log2,
     log_ratio,
     probability,
 )
-from opsd_kernels.backends.triton_rows import ROW_NUMBERS, row_constants, row_logits
+from opsd_kernels.backends.triton_rows import (
+    ROW_NUMBERS,
+    by_lane,
+    lane_sum,
+    row_constants,
+    row_logits,
+)
 
 
 @triton.jit(**ROW_NUMBERS)
@@ -51,6 +58,42 @@ def row_divergence_gradient(
         grad = divergence_slope(s, t, d, total, clip, beta, rest, KIND) * slope * factor
         tl.debug_barrier()
         tl.store(dz + c, grad.to(dz.dtype.element_ty), mask=c < padded)
+
+
+@triton.jit(**ROW_NUMBERS)
+def row_jsd_shares(
+    z_s, z_t, bias_s, cap_s, bias_t, cap_t, merged, center, out, share, chance, rows, cols, padded,
+    stride, dz_stride, width, inv_t, beta, rest,
+    BLOCK_V: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """Value of the JSD and sum of s (q - center), q = log(m/s); both factors over the logits.
+
+    The gradient rest s (K - q) is linear in the two: K - center is the sum, known at the end.
+    """
+    row = tl.program_id(0)
+    z_s += row.to(tl.int64) * stride
+    z_t += row.to(tl.int64) * stride
+    share += row.to(tl.int64) * dz_stride
+    chance += row.to(tl.int64) * dz_stride
+    top_s, log2_s, top_t, log2_t = row_constants(merged, row, width, STEP)
+    middle = tl.load(center + row)
+    value = tl.zeros((LANES,), tl.float32)
+    shares = tl.zeros((LANES,), tl.float32)
+    for col in range(0, padded, BLOCK_V):
+        c = col + tl.arange(0, BLOCK_V)
+        x_s, slope = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_t)
+        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_t)
+        s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
+        d, q = jsd_terms(log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t), beta, rest)
+        centered = s * (q - middle)
+        value += lane_sum(by_lane(beta * t * (d - q) - rest * (s * q), LANES))
+        shares += lane_sum(by_lane(centered, LANES))
+        tl.debug_barrier()
+        kind = share.dtype.element_ty
+        tl.store(share + c, (centered * slope).to(kind), mask=c < padded)
+        tl.store(chance + c, (s * slope).to(kind), mask=c < padded)
+    tl.store(out + row, tl.sum(value, 0))
+    tl.store(out + rows.to(tl.int64) + row, tl.sum(shares, 0))
 
 
 @triton.jit(**ROW_NUMBERS)

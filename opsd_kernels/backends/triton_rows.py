@@ -28,7 +28,7 @@ from opsd_kernels.backends.triton_math import (
 # Numbers that change from call to call; a kernel compiled again for each would cost seconds.
 ROW_NUMBERS = {
     "do_not_specialize": ["cols", "first", "rows", "width", "span", "splits"],
-    "do_not_specialize_on_alignment": ["label", "scale", "out", "merged", "totals", "entropy"],
+    "do_not_specialize_on_alignment": ["label", "scale", "out", "merged", "totals", "entropy", "center"],
 }
 
 
@@ -47,8 +47,8 @@ def row_logits(z, c, cols, padded, bias, softcap, inv_t):
 
 @triton.jit
 def label_logit(z, y, begin, end, cols, bias, softcap, inv_t):
-    """The logit of column y if it lies in [begin, end), else 0."""
-    inside = (y >= begin) & (y < end)
+    """The logit of column y if it lies in [begin, end) and the vocabulary, else 0."""
+    inside = (y >= begin) & (y < tl.minimum(end, cols))
     at = tl.where(inside, y, begin)
     found, _ = row_logits(z, at, cols, cols, bias, softcap, inv_t)
     return tl.where(inside, found, 0.0)

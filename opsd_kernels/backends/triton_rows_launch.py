@@ -31,9 +31,14 @@ class StoredTiles:
             "enable_fp_fusion": True,
         }  # fmt: skip
 
-    def dz(self, dtype: torch.dtype) -> Tensor:
-        """(rows, padded) where the gradient of the student's logits takes their place."""
-        return self.logits[0].view(dtype)[:, : self.padded]
+    def dz(self, dtype: torch.dtype, head: int = 0) -> Tensor:
+        """(rows, padded) where something of that dtype takes the place of a head's logits."""
+        return self.logits[head].view(dtype)[:, : self.padded]
+
+    def stacked(self) -> Tensor:
+        """(heads * rows, padded) what `dz` gives of each head, one under the other."""
+        dtype = self.hidden.dtype
+        return self.logits.flatten(0, 1).view(dtype)[:, : self.padded]
 
     def _spans(self, count: int) -> tuple[int, int, tuple[int], Tensor]:
         span, splits = spans(self.rows, self.padded, 1, self.blocks.columns, self.device)
@@ -49,6 +54,10 @@ class StoredTiles:
         group: dist.ProcessGroup | None,
     ) -> None:
         """Fill `out` (K, rows), a view of any row stride, with the statistics of this block."""
+        merge(self.statistics_of_spans(layout, label, offset), out, layout, group)
+
+    def statistics_of_spans(self, layout: Layout, label: Tensor | None, offset: int) -> Tensor:
+        """(K, spans, rows), for `merge`."""
         span, splits, grid, parts = self._spans(layout.count)
         arguments = (
             *self.sources, label if layout.label else None, parts, self.rows, self.cols,
@@ -59,7 +68,7 @@ class StoredTiles:
             triton_rows.row_statistics_pair[grid](*arguments, **flags, KIND=layout.kind)
         else:
             triton_rows.row_statistics[grid](*arguments, **flags, SMOOTHED=layout.smoothed)
-        merge(parts, out, layout, group)
+        return parts
 
     def sums(
         self,
@@ -70,6 +79,12 @@ class StoredTiles:
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         """(2 or 3, rows): value, sum of shares and, with a clip, the value without it."""
+        return summed(self.sums_of_spans(layout, merged, beta, clip), group)
+
+    def sums_of_spans(
+        self, layout: Layout, merged: Tensor, beta: float, clip: float | None
+    ) -> Tensor:
+        """(2 or 3, spans, rows)."""
         span, splits, grid, parts = self._spans(2 if clip is None else 3)
         triton_rows.row_divergence_sums[grid](
             *self.sources, merged, parts, self.rows, self.cols, self.padded,
@@ -77,7 +92,22 @@ class StoredTiles:
             splits, **self.flags, LANES=self.blocks.lanes, STEP=len(layout.names),
             KIND=layout.kind,
         )  # fmt: skip
-        return summed(parts, group)
+        return parts
+
+    def shares(self, layout: Layout, merged: Tensor, center: Tensor, beta: float) -> Tensor:
+        """(2, rows) value of the JSD and sum of the centered shares s (log(m/s) - center).
+
+        The shares take the place of the student's logits, s that of the teacher's; both are
+        multiplied by the softcap's slope.
+        """
+        sums = self.logits.new_empty(2, self.rows)
+        outs = [self.dz(self.hidden.dtype, head) for head in range(2)]
+        triton_row_gradients.row_jsd_shares[(self.rows,)](
+            *self.sources, merged, center, sums, *outs, self.rows, self.cols, self.padded,
+            self.logits.stride(1), outs[0].stride(0), merged.stride(0), self.inv_t, beta,
+            1.0 - beta, **self.flags, LANES=self.blocks.lanes, STEP=len(layout.names),
+        )  # fmt: skip
+        return sums
 
     def divergence_gradient(
         self,
