@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends.call import Call, same_head
-from opsd_kernels.plan import Plan, even_blocks
+from opsd_kernels.layouts import even_blocks
+from opsd_kernels.plan import Plan
 from opsd_kernels.problem import (
     DIVERGENCE_STATS,
     LOGPROB_STATS,

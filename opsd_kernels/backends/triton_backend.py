@@ -1,8 +1,9 @@
 """The schedules of a GPU: Triton kernels for rows of logits, cuBLAS for the products.
 
-`blocked` leaves a block's logits in memory and turns them into their gradient in place; `tiled`
-does so one slice of the vocabulary at a time, which it multiplies anew in every pass; `streaming` multiplies tiles of logits inside its kernels in every pass and makes the gradient one
-slice of the vocabulary at a time. Both sum products in fp32.
+`blocked` leaves a block's logits in memory and turns them into their gradient in place. `tiled`
+does so one slice of the vocabulary at a time and multiplies the slice anew in every pass.
+`streaming` multiplies tiles of logits inside its kernels in every pass and makes the gradient one
+slice of the vocabulary at a time. All sum products in fp32.
 """
 
 from __future__ import annotations
@@ -11,16 +12,15 @@ import functools
 from dataclasses import replace
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends import passes
-from opsd_kernels.backends.passes import Gradient, Layout, Run
+from opsd_kernels.backends.passes import Gradient, Run
 from opsd_kernels.backends.triton_columns import ColumnTiles
 from opsd_kernels.backends.triton_launch import FusedTiles, Source
 from opsd_kernels.backends.triton_rows_launch import StoredTiles
-from opsd_kernels.plan import padded_columns
-from opsd_kernels.problem import DivergenceProblem, Head
+from opsd_kernels.layouts import padded_columns
+from opsd_kernels.problem import Head
 
 
 class _Run(Run):

@@ -28,7 +28,15 @@ from opsd_kernels.backends.triton_math import (
 # Numbers that change from call to call; a kernel compiled again for each would cost seconds.
 ROW_NUMBERS = {
     "do_not_specialize": ["cols", "first", "rows", "width", "span", "splits"],
-    "do_not_specialize_on_alignment": ["label", "scale", "out", "merged", "totals", "entropy", "center"],
+    "do_not_specialize_on_alignment": [
+        "label",
+        "scale",
+        "out",
+        "merged",
+        "totals",
+        "entropy",
+        "center",
+    ],
 }
 
 

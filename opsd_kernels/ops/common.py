@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opsd_kernels.backends import blocked_torch, cpp_backend
 from opsd_kernels.backends.call import vocabulary_shard
-from opsd_kernels.plan import Plan, default_backend, default_workspace, plan
+from opsd_kernels.plan import Plan, default_backend, plan
 from opsd_kernels.problem import Execution, Head, Result, Wanted, stat_dtype
 
 _SLICE_ELEMENTS = 2**20
@@ -78,6 +78,7 @@ def plan_for(
     needed: Wanted,
     teacher: Head | None = None,
     two_passes: bool = True,
+    clipped: bool = False,
 ) -> Plan:
     """The plan of one operator call."""
     return plan(
@@ -88,11 +89,7 @@ def plan_for(
         backend=backend_name(head.hidden, None if teacher is None else teacher.hidden),
         grad_input=needed.hidden, grad_weight=needed.weight, grad_bias=needed.bias,
         reduced=row_scale is not None, entropy_grad=needed.entropy, two_passes=two_passes,
-        workspace_bytes=(
-            default_workspace(head.hidden.device)
-            if e.workspace_bytes is None
-            else e.workspace_bytes
-        ),
+        clipped=clipped, workspace_bytes=e.workspace_bytes,
         schedule=e.schedule, precision=e.precision,
     )  # fmt: skip
 

@@ -157,7 +157,7 @@ def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Want
     with no_autocast(p.student.hidden):
         chosen = plan_for(
             "divergence", p.student, largest, p.execution, row_scale, needed, p.teacher,
-            two_passes=p.clip is not None or p.beta not in (0.0, 1.0),
+            two_passes=p.clip is not None or p.beta not in (0.0, 1.0), clipped=p.clip is not None,
         )  # fmt: skip
         return backend_of(chosen).divergence(p, chosen, row_scale, needed)
 

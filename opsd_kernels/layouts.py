@@ -1,0 +1,349 @@
+"""How a backend lays a call out in memory: rows of a block, columns of a slice, bytes, products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from opsd_kernels import cost
+from opsd_kernels.cost import Pass, Products
+
+MIB = 2**20
+# A tile of about 1 MiB fp32 keeps the row arithmetic inside a core's L2 cache.
+_TILE_ELEMENTS = 2**18
+_TILE_BUFFERS = 6
+# Tiles may take a quarter of a small workspace; the logits need the rest.
+_TILE_SHARE = 4
+# Beyond 256 rows a GEMM gains nothing on a CPU, and the logits start to leave the L3 cache.
+_FROZEN_ROWS = 256
+# C++: packing a tile of the head pays for so many rows, and more make buffers that the system
+# clears anew in every call. Rows not looked at again leave only statistics.
+_PACKED_ROWS, _UNSTORED_ROWS = 384, 1024
+_ONE_BLOCK = "all rows fit in one block"
+
+# On a GPU. Rows of a block come in whole tiles of a product.
+_ROW_TILE = 128
+# Elements between rows of logits are a multiple of this.
+_STRIDE = 64
+# From 1,053 rows on, the arithmetic of dW outlasts the traffic of its fp32 accumulator; room for
+# 1,280 leaves as many after the blocks are made even.
+TRAINED_ROWS = 1280
+# Columns of a slice: `tiled` takes what predicts the least time.
+_SLICES = (1024, 2048, 4096, 8192)
+# Columns that share the reference of their differences.
+DIFFERENCE_TILE = 1024
+# Columns that a row kernel takes at a time leave one set of statistics, of at most so many bytes.
+_STATISTICS_COLUMNS, _STATISTICS_BYTES = 2048, 2 * 12 * 4
+_STREAMING_ROWS = 4096
+_STREAMING_COLUMNS, _LEAST_COLUMNS = 8192, 1024
+# Differences are taken where they are predicted to save so much of the whole.
+_WORTH = 0.97
+# Instructions for a pair of logits, or one logit, as sm_90 code has them (benchmarks/compile).
+_STATISTICS, _SUMS, _GRADIENT, _DIFFERENCES, _JOINED = 23, 37, 31, 45, 48
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is asked for, as far as it decides a layout."""
+
+    shape: tuple[int, int, int]  # tokens, hidden size, vocabulary
+    heads: int
+    itemsizes: tuple[int, int]  # of the student's inputs and the teacher's
+    hidden: bool  # gradients
+    weight: bool
+    bias: bool
+    entropy: bool  # the entropy's own gradient of the hidden states
+    reduced: bool
+    two_passes: bool
+    clipped: bool
+    workspace_bytes: int | None
+    default_bytes: int
+
+    @property
+    def trained(self) -> bool:
+        return self.weight or self.bias
+
+    @property
+    def differentiated(self) -> bool:
+        return self.hidden or self.trained
+
+    @property
+    def gradients(self) -> int:
+        """Gradients of the hidden states: the loss's, and the entropy's."""
+        return 1 + int(self.entropy)
+
+    @property
+    def takes_differences(self) -> bool:
+        return self.heads == 2 and self.itemsizes == (2, 2) and not self.clipped
+
+    @property
+    def budget(self) -> int:
+        return self.default_bytes if self.workspace_bytes is None else self.workspace_bytes
+
+    def products(self, schedule: str) -> Products:
+        """Products that the schedule makes over forward and backward."""
+        times = 1 + int(self.trained and not self.reduced)  # backward may pass once more
+        looks = times
+        if schedule in ("tiled", "streaming"):  # every pass multiplies its logits anew
+            looks = times * (1 + int(self.two_passes)) + int(self.differentiated)
+        dh = int(self.hidden) + int(self.entropy)
+        if schedule == "tiled" and self.joined:
+            looks, dh = looks - 1, 2
+        return Products(self.heads * looks, dh, int(self.weight))
+
+    @property
+    def joined(self) -> bool:
+        """Whether `tiled` makes a JSD's sums and gradient from the same logits."""
+        return self.two_passes and not self.clipped and self.hidden and not self.trained
+
+    def rows(self, limit: int) -> int:
+        """Rows of a block when `limit` fit: blocks of nearly equal size."""
+        return max([1, *even_blocks(self.shape[0], limit)])
+
+    def too_small(self, needed: int) -> ValueError:
+        return ValueError(
+            f"workspace_bytes: {self.budget} is too small for a vocabulary of {self.shape[2]}; "
+            f"one row needs {needed}"
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to do the work."""
+
+    schedule: str
+    rows: int
+    tile_rows: int
+    slice_columns: int
+    workspace_bytes: int
+    products: Products
+    reason: str
+    precision: str = "fp32"
+    seconds: float = 0.0  # predicted, on a GPU
+
+
+def padded_columns(vocab_size: int) -> int:
+    """Columns from one row of logits to the next: rows start where 128-bit loads and TMA can."""
+    return -(-vocab_size // _STRIDE) * _STRIDE
+
+
+def even_blocks(rows: int, limit: int) -> list[int]:
+    """Sizes of as few blocks of at most `limit` rows as cover `rows`, the largest first.
+
+    Nearly equal, so that no product is much smaller than the others; in whole tiles of 128 rows
+    where `limit` is.
+    """
+    tile = _ROW_TILE if limit % _ROW_TILE == 0 else 1
+    tiles, most = -(-rows // tile), limit // tile
+    count = -(-tiles // most)
+    sizes = [tile * (tiles // count + (i < tiles % count)) for i in range(count)]
+    if sizes:
+        sizes[-1] -= sum(sizes) - rows
+    return sizes
+
+
+def size_in_words(count: int) -> str:
+    return f"{count / MIB:.0f} MiB" if count >= MIB else f"{count / 1024:.0f} KiB"
+
+
+# ------------------------------------------------------------------------------------------- a CPU
+
+
+def torch_layout(x: Work) -> Layout:
+    """Blocks of logits in the input dtype, worked on in tiles of fp32."""
+    tokens, _, vocab = x.shape
+    tile_row = _TILE_BUFFERS * vocab * max(x.itemsizes[0], 4)
+    tile_rows = min(_TILE_ELEMENTS // vocab, x.budget // (_TILE_SHARE * tile_row))
+    tile_rows = max(1, tile_rows)
+    tiles = tile_rows * tile_row
+    per_row = x.gradients * vocab * x.itemsizes[0]
+    if x.heads == 2:
+        per_row += vocab * x.itemsizes[1]
+    fitting = (x.budget - tiles) // per_row
+    if fitting < 1:
+        raise x.too_small(tiles + per_row)
+    # A trained head adds each block's product to the accumulator: the fewer blocks the better.
+    if x.trained or fitting <= _FROZEN_ROWS:
+        limit, reason = fitting, f"as many rows as {size_in_words(x.budget)} holds"
+    else:
+        limit, reason = _FROZEN_ROWS, f"{_FROZEN_ROWS} rows keep a GEMM busy"
+    if tokens <= limit:
+        reason = _ONE_BLOCK
+    rows = x.rows(limit)
+    return Layout(
+        "blocked", rows, min(tile_rows, rows), vocab, tiles + rows * per_row,
+        x.products("blocked"), reason,
+    )  # fmt: skip
+
+
+def cpp_layout(x: Work) -> Layout:
+    """fp32 logits of a block, if they are looked at again, and the entropy's own gradient."""
+    tokens, _, vocab = x.shape
+    again = x.differentiated or x.two_passes
+    per_row = (x.gradients - 1) * vocab * x.itemsizes[0]
+    if again:
+        per_row += x.heads * vocab * 4
+    fitting = x.budget // per_row if per_row else max(1, tokens)
+    if fitting < 1:
+        raise x.too_small(per_row)
+    # A trained head adds each block's product to the accumulator: the fewer blocks the better.
+    wanted = _PACKED_ROWS if again else _UNSTORED_ROWS
+    if fitting <= wanted or (x.trained and again):
+        limit, reason = fitting, f"as many rows as {size_in_words(x.budget)} holds"
+    else:
+        limit, reason = wanted, f"{wanted} rows are enough to pack a tile of the head for"
+    if tokens <= limit:
+        reason = _ONE_BLOCK
+    rows = x.rows(limit)
+    return Layout("blocked", rows, rows, vocab, rows * per_row, x.products("blocked"), reason)
+
+
+# ------------------------------------------------------------------------------------------- a GPU
+
+
+def triton_layout(x: Work, schedule: str, precision: str) -> Layout:
+    """The layout of that schedule and precision, or the one predicted to take the least time."""
+    refused = x.too_small(_bytes_of_a_row(x, _LEAST_COLUMNS, 0))
+    found = []
+    if schedule in ("auto", "blocked") and precision != "difference":
+        found += _blocked(x)
+    if schedule in ("auto", "blocked") and precision != "fp32" and x.takes_differences:
+        differences = _differences(x)
+        if precision == "auto":
+            kept = [y for y in found if y.rows >= x.shape[0]]
+            least = min((y.seconds for y in found), default=float("inf"))
+            differences = [y for y in differences if not kept and y.seconds <= _WORTH * least]
+        found += differences
+    if schedule in ("auto", "tiled") and precision != "difference":
+        found += _tiled(x)
+    if schedule in ("auto", "streaming") and precision != "difference":
+        found += _streaming(x)
+    if not found:
+        raise refused
+    return min(found, key=lambda y: y.seconds)
+
+
+def _limit(x: Work, per_row: int, budget: int) -> int:
+    """Rows that fit, in whole tiles where there are several."""
+    fitting = min(budget // per_row, max(1, x.shape[0]))
+    if _ROW_TILE <= fitting < x.shape[0]:
+        fitting -= fitting % _ROW_TILE
+    return fitting
+
+
+def _bytes_of_a_row(x: Work, columns: int, gradients: int) -> int:
+    """Logits, an entropy's own dz, dh in fp32, and the hidden states: labels leave rows out, so
+    the others are gathered."""
+    _, depth, _ = x.shape
+    width = padded_columns(columns)
+    operands = depth * (x.itemsizes[0] + (x.heads - 1) * x.itemsizes[1])
+    dh = gradients * depth * 4 if x.differentiated else 0
+    return operands + dh + width * (x.heads * 4 + int(x.entropy) * x.itemsizes[0])
+
+
+def _passes(x: Work, logit_bytes: float, first: float, statistics: int) -> list[Pass]:
+    """Passes over logits of that many bytes a model; the first moves `first` bytes a pair."""
+    times = 1 + int(x.trained and not x.reduced)
+    pair, one = x.heads * logit_bytes, x.heads == 1
+    found = [Pass(first, statistics / 2 if one else statistics)] * times
+    if x.two_passes:
+        found += [Pass(pair, _SUMS)] * times
+    if x.differentiated:
+        dz = x.itemsizes[0] * (1 + 2 * int(x.entropy))
+        found.append(Pass(pair + dz, _GRADIENT / 2 if one else _GRADIENT))
+    return found
+
+
+def _fitted(x: Work, schedule: str, limit: int, columns: int, used: int, **how: object) -> Layout:
+    """The layout of at most `limit` rows a block, of `used` bytes each, with its prediction."""
+    rows, budget = x.rows(limit), how.pop("budget", x.budget)
+    reason = f"as many rows as {size_in_words(budget)} holds"
+    if x.shape[0] <= rows:
+        reason = _ONE_BLOCK
+    precision, products = how.pop("precision", "fp32"), x.products(schedule)
+    blocks = max(1, len(even_blocks(x.shape[0], rows)))
+    predicted = cost.seconds(x.shape, x.itemsizes[0], blocks, products, **how)
+    return Layout(
+        schedule, rows, rows, columns, rows * used, products, reason, precision, predicted
+    )
+
+
+def _blocked(x: Work) -> Iterator[Layout]:
+    """fp32 logits of a block's whole rows, which their gradient takes the place of."""
+    _, depth, vocab = x.shape
+    used = _bytes_of_a_row(x, vocab, x.gradients)
+    budget = x.budget
+    if x.weight and x.workspace_bytes is None:
+        # Where nobody says otherwise, as much as the accumulator beside it takes is no surprise.
+        budget = max(budget, min(TRAINED_ROWS * used, vocab * depth * 4))
+    limit = _limit(x, used, budget)
+    if limit:
+        passes = _passes(x, 4, 4 * x.heads, _STATISTICS)
+        yield _fitted(
+            x, "blocked", limit, vocab, used, passes=passes, stored_bytes=4, budget=budget
+        )
+
+
+def _differences(x: Work) -> Iterator[Layout]:
+    """16-bit differences of whole rows, made from fp32 logits a slice of the vocabulary at a time.
+
+    A slice's logits stay in L2 until the statistics have read them.
+    """
+    vocab = x.shape[2]
+    tiles = -(-vocab // DIFFERENCE_TILE)
+    for count in range(1, 9):
+        columns = count * DIFFERENCE_TILE
+        used = _bytes_of_a_row(x, columns, x.gradients) + 4 * padded_columns(vocab) + 48 * tiles
+        limit = _limit(x, used, x.budget)
+        if not limit or not cost.in_cache(x.heads * 4 * limit * columns):
+            continue
+        yield _fitted(
+            x, "blocked", limit, columns, used, precision="difference",
+            passes=_passes(x, 2, 2 * x.heads, _DIFFERENCES), slices=-(-tiles // count),
+            efficiency=cost.waves(x.heads * limit, columns),
+        )  # fmt: skip
+
+
+def _tiled(x: Work) -> Iterator[Layout]:
+    """fp32 logits of rows and columns; every pass multiplies them anew."""
+    vocab = x.shape[2]
+    dh = 2 if x.joined else x.gradients
+    for columns in _SLICES:
+        columns = min(columns, padded_columns(vocab))
+        spans = -(-vocab // min(columns, _STATISTICS_COLUMNS))
+        used = _bytes_of_a_row(x, columns, dh) + spans * _STATISTICS_BYTES
+        limit = _limit(x, used, x.budget)
+        if not limit:
+            continue
+        moved = 0 if cost.in_cache(x.heads * 4 * limit * columns) else 4
+        passes = _passes(x, moved, moved * x.heads, _STATISTICS)
+        if x.joined:
+            passes = [passes[0], Pass(moved * x.heads, _JOINED)]
+        yield _fitted(
+            x, "tiled", limit, min(columns, vocab), used, passes=passes,
+            slices=-(-vocab // columns), efficiency=cost.waves(x.heads * limit, columns),
+        )  # fmt: skip
+
+
+def _streaming(x: Work) -> Iterator[Layout]:
+    """No logits; as wide a slice of their gradient as leaves room for a busy GEMM's rows."""
+    tokens, depth, vocab = x.shape
+
+    def bytes_of_a_row(columns: int) -> int:
+        used = depth * (x.itemsizes[0] + (x.heads - 1) * x.itemsizes[1])
+        if x.differentiated:
+            used += x.gradients * (columns * x.itemsizes[0] + depth * 4)
+        return used
+
+    columns, wanted = min(vocab, _STREAMING_COLUMNS), min(tokens, _STREAMING_ROWS)
+    while columns > _LEAST_COLUMNS and x.budget // bytes_of_a_row(columns) < wanted:
+        columns = max(_LEAST_COLUMNS, columns // 2)
+    used = bytes_of_a_row(columns)
+    limit = _limit(x, used, x.budget)
+    if not x.trained:  # a trained head's accumulator is read and written once a block
+        limit = min(limit, _STREAMING_ROWS)
+    if limit:
+        yield _fitted(
+            x, "streaming", limit, columns, used, passes=[], efficiency=cost.FUSED,
+            slices=-(-vocab // columns),
+        )  # fmt: skip
