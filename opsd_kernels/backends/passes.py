@@ -73,14 +73,16 @@ def divergence(
     label = p.with_stats and p.labels is not None
     layout = Layout(2, p.with_stats, False, label, kind)
     two_passes = kind == JSD or p.clip is not None
+    # The gradient of rounded logits is made with the value of the same rounded logits.
+    rounded = kind == REVERSE_KL and plan.precision == "difference" and run.wanted.any
     joined = kind == JSD and p.clip is None and run.joins_sums_and_gradient
     # The reverse KL tells where the shares of a row are centered.
     first = replace(layout, kind=REVERSE_KL) if joined else layout
     merged = run.statistics(first.count)
-    sums = run.statistics(2 if p.clip is None else 3) if two_passes else None
+    sums = run.statistics(2 if p.clip is None else 3) if two_passes or rounded else None
     heads = [p.student, p.teacher]
     for block in run.blocks():
-        again = two_passes or run.wanted.any
+        again = sums is not None or run.wanted.any
         tiles = run.tiles(heads, block, p.temperature, same_head(*heads), again)
         here = merged[:, block]
         labels = run.part(p.labels, block) if label else None
@@ -96,12 +98,14 @@ def divergence(
         if not run.wanted.any:
             continue
         totals = _kl(layout, here)[0] if sums is None else sums[1, block]
+        if rounded:
+            totals = totals.masked_fill(_kl(layout, here)[1], torch.inf)
         gradient = functools.partial(
             _divergence_gradient, tiles, layout, here, totals, scale, p.beta, p.clip
         )
         run.gradients(block, tiles, gradient)
     value, infinite = (None, None) if kind == JSD else _kl(layout, merged)
-    if sums is not None:
+    if two_passes:
         value = sums[0]
     run.value[run.everything] = value
     stats = run.value.new_zeros(len(DIVERGENCE_STATS) if p.with_stats else 0, len(run.value))

@@ -12,15 +12,19 @@ import functools
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends import passes
-from opsd_kernels.backends.passes import Gradient, Run
+from opsd_kernels.backends.passes import Gradient, Layout, Run
 from opsd_kernels.backends.triton_columns import ColumnTiles
+from opsd_kernels.backends.triton_differences_launch import DifferenceTiles
 from opsd_kernels.backends.triton_launch import FusedTiles, Source
 from opsd_kernels.backends.triton_rows_launch import StoredTiles
 from opsd_kernels.layouts import padded_columns
-from opsd_kernels.problem import Head
+from opsd_kernels.problem import DivergenceProblem, Head
+
+_Tiles = FusedTiles | StoredTiles | ColumnTiles | DifferenceTiles
 
 
 class _Run(Run):
@@ -28,7 +32,7 @@ class _Run(Run):
 
     def tiles(
         self, heads: list[Head], block: slice, temperature: float, shared: bool, again: bool
-    ) -> FusedTiles | StoredTiles | ColumnTiles:
+    ) -> _Tiles:
         vocab, streaming = heads[0].weight.shape[0], self.plan.schedule == "streaming"
         hidden = self.operands(heads, block, stacked=shared and not streaming)
         if streaming:
@@ -38,9 +42,18 @@ class _Run(Run):
             ]
             return FusedTiles(sources, temperature, shared)
         multiplied = functools.partial(self.logits, heads, hidden, temperature, shared)
-        if self.plan.schedule == "blocked":
-            return multiplied(slice(0, vocab))
-        return ColumnTiles(multiplied, hidden[0], vocab, self.plan.slice_columns)
+        width = self.plan.slice_columns
+        slices = [slice(i, min(i + width, vocab)) for i in range(0, vocab, width)]
+        if self.plan.schedule == "tiled":
+            return ColumnTiles(multiplied, slices, hidden[0])
+        if self.plan.precision == "fp32":
+            return multiplied(slices[0])
+        size = len(hidden[0])
+        codes = self.room("differences", 2 * size, padded_columns(vocab), torch.float16)
+        return DifferenceTiles(
+            multiplied, slices, codes.unflatten(0, (2, size)), hidden[0], heads[0].softcap,
+            temperature,
+        )  # fmt: skip
 
     def logits(
         self,
@@ -88,14 +101,52 @@ class _Run(Run):
                 torch.index_select(head.hidden, 0, self.kept[block], out=out)
         return list(outs)
 
+    @property
+    def joins_sums_and_gradient(self) -> bool:
+        trained = self.wanted.weight or self.wanted.bias
+        return self.plan.schedule == "tiled" and self.wanted.hidden and not trained
+
+    def sums_and_gradient(
+        self,
+        block: slice,
+        tiles: ColumnTiles,
+        layout: Layout,
+        merged: Tensor,
+        center: Tensor,
+        p: DivergenceProblem,
+        scale: Tensor | None,
+    ) -> Tensor:
+        """(2, rows) value and sum of shares, from the logits that also make the gradient.
+
+        dz = (1 - beta) s (K - q) with K known at the end: one product of [s (q - center); s]
+        makes both parts of dh. K - center is small where q - center is, so that rounding s apart
+        from its share costs nothing.
+        """
+        size, depth = tiles.hidden.shape[0], self.head.weight.shape[1]
+        dh = self.room("dh 0", 2 * size, depth)
+
+        def add(columns: slice, stacked: Tensor) -> None:
+            multiply(dh, stacked, self.head.weight[columns], add=columns.start > 0)
+
+        sums = tiles.shares(layout, merged, center, p.beta, add)
+        if self.group is not None:
+            dist.all_reduce(sums, group=self.group)
+        share, chance = dh.split(size)
+        factor = (1.0 - p.beta) / p.temperature * (1.0 if scale is None else scale[:, None])
+        grad = chance.mul_(sums[1, :, None]).sub_(share).mul_(factor)
+        rows = block if self.kept is None else self.kept[block]
+        self.grad_hidden[rows] = grad.to(self.grad_hidden.dtype)
+        return sums
+
     def gradients(self, block: slice, tiles: FusedTiles | StoredTiles, gradient: Gradient) -> None:
         weight, h = self.head.weight, tiles.hidden
-        size, (vocab, depth), width = len(h), weight.shape, self.plan.slice_columns
+        size, (vocab, depth) = len(h), weight.shape
+        width = vocab if self.plan.schedule == "blocked" else self.plan.slice_columns
         # Which dz makes which gradient of the hidden states.
         pairs = [(0, self.grad_hidden), (1, self.grad_entropy)]
         pairs = [(i, grad) for i, grad in pairs if grad is not None]
         sums = {i: self.room(f"dh {i}", size, depth) for i, _ in pairs}
-        dz = self._room_for_dz(tiles)
+        dz = self._room_for_dz(tiles, width)
         for first in range(0, vocab, width):
             columns = slice(first, min(first + width, vocab))
             gradient(columns, dz)
@@ -110,16 +161,16 @@ class _Run(Run):
         for i, grad in pairs:
             grad[rows] = sums[i].to(grad.dtype)
 
-    def _room_for_dz(self, tiles: FusedTiles | StoredTiles | ColumnTiles) -> list[Tensor]:
+    def _room_for_dz(self, tiles: _Tiles, width: int) -> list[Tensor]:
         """Where a slice's dz goes, and the entropy's own; over the logits where there are some."""
         size, dtype = tiles.hidden.shape[0], tiles.hidden.dtype
-        width = self.plan.slice_columns
-        if self.plan.schedule == "streaming":
+        if isinstance(tiles, FusedTiles):
             dz = [self.room("dz 0", size, width, dtype)]
+        elif isinstance(tiles, DifferenceTiles):
+            dz = [tiles.dz(dtype)]
         else:
             width = padded_columns(width)
-            logits = self.room("logits", size, width)
-            dz = [logits.view(dtype)[:, :width]]
+            dz = [self.room("logits", size, width).view(dtype)[:, :width]]
         return dz + [self.room("dz 1", size, width, dtype)] * self.wanted.entropy
 
 

@@ -6,7 +6,7 @@ statistics of slices merge as those of spans do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -21,14 +21,9 @@ class ColumnTiles:
     """A block of rows whose logits `multiplied(columns)` leaves in memory, a slice at a time."""
 
     def __init__(
-        self, multiplied: Callable[[slice], StoredTiles], hidden: Tensor, vocab: int, width: int
+        self, multiplied: Callable[[slice], StoredTiles], slices: list[slice], hidden: Tensor
     ) -> None:
-        self.multiplied, self.hidden = multiplied, hidden
-        self.vocab, self.width = vocab, width
-
-    def slices(self) -> Iterator[slice]:
-        for first in range(0, self.vocab, self.width):
-            yield slice(first, min(first + self.width, self.vocab))
+        self.multiplied, self.slices, self.hidden = multiplied, slices, hidden
 
     def statistics(
         self,
@@ -41,7 +36,7 @@ class ColumnTiles:
         """Fill `out` (K, rows), a view of any row stride, with the statistics of this block."""
         parts = [
             self.multiplied(columns).statistics_of_spans(layout, label, offset + columns.start)
-            for columns in self.slices()
+            for columns in self.slices
         ]
         merge(torch.cat(parts, 1), out, layout, group)
 
@@ -56,7 +51,7 @@ class ColumnTiles:
         """(2 or 3, rows): value, sum of shares and, with a clip, the value without it."""
         parts = [
             self.multiplied(columns).sums_of_spans(layout, merged, beta, clip)
-            for columns in self.slices()
+            for columns in self.slices
         ]
         return summed(torch.cat(parts, 1), group)
 
@@ -73,7 +68,7 @@ class ColumnTiles:
         `use(columns, [shares; s])` takes each slice's, (2 rows, columns) in the input dtype.
         """
         total = 0.0
-        for columns in self.slices():
+        for columns in self.slices:
             tiles = self.multiplied(columns)
             total = total + tiles.shares(layout, merged, center, beta)
             use(columns, tiles.stacked()[:, : columns.stop - columns.start])

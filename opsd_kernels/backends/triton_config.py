@@ -83,7 +83,7 @@ def blocks(
 def row_blocks(columns: int, device: Device) -> RowBlocks:
     """Columns a program of a row kernel takes at a time: 8 of each head a thread."""
     if device.capability is None:
-        return RowBlocks(64, 1, 16)
+        return RowBlocks(128, 1, 32)
     block = min(2048, _power_of_two(columns, 128))
     warps = max(1, block // 256)
     return RowBlocks(block, warps, 32 * warps)

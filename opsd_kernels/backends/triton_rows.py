@@ -63,9 +63,9 @@ def label_logit(z, y, begin, end, cols, bias, softcap, inv_t):
 
 
 @triton.jit
-def by_lane(x, LANES: tl.constexpr):
-    """(BLOCK_V,) as (steps, LANES, 4): what one thread loads stands in one lane."""
-    return tl.reshape(x, (x.shape[0] // (4 * LANES), LANES, 4))
+def by_lane(x, LANES: tl.constexpr, EACH: tl.constexpr = 4):
+    """(BLOCK_V,) as (steps, LANES, EACH): what one thread loads at a time stands in one lane."""
+    return tl.reshape(x, (x.shape[0] // (EACH * LANES), LANES, EACH))
 
 
 @triton.jit
@@ -204,9 +204,9 @@ def row_statistics_pair(
     jump = splits.to(tl.int64) * rows
     at = out + split.to(tl.int64) * rows + row
     label_s = label_logit(z_s, y, begin, end, cols, bias_s, cap_s, inv_t)
-    at = _store_head(at, jump, row_top_s, row_total_s, row_weighted_s, label_s, label, ENTROPY)
+    at = store_head(at, jump, row_top_s, row_total_s, row_weighted_s, label_s, label, ENTROPY)
     label_t = label_logit(z_t, y, begin, end, cols, bias_t, cap_t, inv_t)
-    at = _store_head(at, jump, row_top_t, row_total_t, row_weighted_t, label_t, label, ENTROPY)
+    at = store_head(at, jump, row_top_t, row_total_t, row_weighted_t, label_t, label, ENTROPY)
     if KIND != JSD:
         ahead = (top_s - row_top_s) - (top_t - row_top_t)
         if KIND == FORWARD_KL:
@@ -218,7 +218,7 @@ def row_statistics_pair(
 
 
 @triton.jit
-def _store_head(at, jump, top, total, weighted, picked, label, ENTROPY: tl.constexpr):
+def store_head(at, jump, top, total, weighted, picked, label, ENTROPY: tl.constexpr):
     tl.store(at, top)
     tl.store(at + jump, total)
     at += 2 * jump
