@@ -57,7 +57,7 @@ def seconds(
     """Predicted seconds of `blocks` equal blocks of rows.
 
     efficiency is the rate of a product of logits beside the best; stored_bytes is what it writes
-    for each logit beyond L2; slices counts the slices of the vocabulary that a pass is cut into.
+    for each logit beyond L2; slices counts the slices of the vocabulary that a block visits.
     """
     tokens, depth, vocab = shape
     rows = tokens / blocks
@@ -69,7 +69,7 @@ def seconds(
     dw = max(flops, 8 * vocab * depth / _BANDWIDTH)
     over = sum(max(p.bytes / _BANDWIDTH, p.instructions * _INSTRUCTION) for p in passes)
     found = products.logits * logits + products.dh * dh + products.dw * dw
-    return blocks * max(found + over * rows * vocab, slices * _SLICE * max(1, len(passes)))
+    return blocks * max(found + over * rows * vocab, slices * _SLICE)
 
 
 def waves(rows: int, columns: int) -> float:

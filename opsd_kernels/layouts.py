@@ -268,14 +268,19 @@ def _fitted(x: Work, schedule: str, limit: int, columns: int, used: int, **how: 
     )
 
 
+def _trained_budget(x: Work, used: int) -> int:
+    """The workspace; where the caller named none, a trained head's accumulator allows as much."""
+    _, depth, vocab = x.shape
+    if not x.weight or x.workspace_bytes is not None:
+        return x.budget
+    return max(x.budget, min(TRAINED_ROWS * used, vocab * depth * 4))
+
+
 def _blocked(x: Work) -> Iterator[Layout]:
     """fp32 logits of a block's whole rows, which their gradient takes the place of."""
-    _, depth, vocab = x.shape
+    vocab = x.shape[2]
     used = _bytes_of_a_row(x, vocab, x.gradients)
-    budget = x.budget
-    if x.weight and x.workspace_bytes is None:
-        # Where nobody says otherwise, as much as the accumulator beside it takes is no surprise.
-        budget = max(budget, min(TRAINED_ROWS * used, vocab * depth * 4))
+    budget = _trained_budget(x, used)
     limit = _limit(x, used, budget)
     if limit:
         passes = _passes(x, 4, 4 * x.heads, _STATISTICS)
@@ -294,13 +299,14 @@ def _differences(x: Work) -> Iterator[Layout]:
     for count in range(1, 9):
         columns = count * DIFFERENCE_TILE
         used = _bytes_of_a_row(x, columns, x.gradients) + 4 * padded_columns(vocab) + 48 * tiles
-        limit = _limit(x, used, x.budget)
+        budget = _trained_budget(x, used)
+        limit = _limit(x, used, budget)
         if not limit or not cost.in_cache(x.heads * 4 * limit * columns):
             continue
         yield _fitted(
-            x, "blocked", limit, columns, used, precision="difference",
+            x, "blocked", limit, columns, used, precision="difference", budget=budget,
             passes=_passes(x, 2, 2 * x.heads, _DIFFERENCES), slices=-(-tiles // count),
-            efficiency=cost.waves(x.heads * limit, columns),
+            efficiency=cost.waves(x.heads * x.rows(limit), columns),
         )  # fmt: skip
 
 
@@ -321,7 +327,8 @@ def _tiled(x: Work) -> Iterator[Layout]:
             passes = [passes[0], Pass(moved * x.heads, _JOINED)]
         yield _fitted(
             x, "tiled", limit, min(columns, vocab), used, passes=passes,
-            slices=-(-vocab // columns), efficiency=cost.waves(x.heads * limit, columns),
+            slices=len(passes) * -(-vocab // columns),
+            efficiency=cost.waves(x.heads * x.rows(limit), columns),
         )  # fmt: skip
 
 
@@ -344,6 +351,6 @@ def _streaming(x: Work) -> Iterator[Layout]:
         limit = min(limit, _STREAMING_ROWS)
     if limit:
         yield _fitted(
-            x, "streaming", limit, columns, used, passes=[], efficiency=cost.FUSED,
-            slices=-(-vocab // columns),
+            x, "streaming", limit, columns, used, passes=_passes(x, 0, 0, _STATISTICS),
+            efficiency=cost.FUSED, slices=-(-vocab // columns),
         )  # fmt: skip

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from opsd_kernels import Plan, plan
+from opsd_kernels.layouts import even_blocks, padded_columns
+from opsd_kernels.plan import SCHEDULES
 
 TYPICAL = (8192, 4096, 151936)
 
@@ -131,22 +133,73 @@ def on_gpu(**options: object) -> Plan:
 
 
 def test_the_workspace_decides_the_schedule() -> None:
-    chosen = on_gpu()
+    chosen = on_gpu(precision="fp32")
     assert chosen.schedule == "blocked" and chosen.rows_per_block == 384
     assert chosen.workspace_bytes <= 512 << 20
-    little = on_gpu(workspace_bytes=200 << 20)
-    assert little.schedule == "streaming" and little.gemms == 7
-    assert "200 MiB holds the logits of 165 rows" in str(little)
-    assert on_gpu(workspace_bytes=200 << 20, schedule="blocked").schedule == "blocked"
+    little = on_gpu(workspace_bytes=64 << 20)
+    assert little.schedule == "tiled" and little.gemms == 6
+    assert on_gpu(workspace_bytes=64 << 20, two_passes=False).gemms == 5
+    assert "64 MiB holds" in str(little)
+    assert on_gpu(workspace_bytes=2 << 20).schedule == "streaming"
+    for name in ("blocked", "tiled", "streaming"):
+        assert on_gpu(workspace_bytes=64 << 20, schedule=name).schedule == name
     # Few tokens: all of them fit where 256 rows would not.
     few = plan(100, *TYPICAL[1:], device="cuda", workspace_bytes=200 << 20)
     assert few.schedule == "blocked" and few.num_blocks == 1
 
 
-def test_the_hidden_size_does_not_decide_it() -> None:
-    for hidden in (64, 1024, 8192):
-        p = plan(8192, hidden, 151936, dtype=torch.bfloat16, device="cuda")
+def test_a_clip_takes_tiled_one_pass_more() -> None:
+    """Its gradient cannot be made beside the sums that it needs."""
+    small = {"workspace_bytes": 64 << 20, "schedule": "tiled"}
+    assert on_gpu(**small, clipped=True).gemms == 7
+
+
+@pytest.mark.parametrize("tokens", [1024, 8192, 32768])
+def test_a_trained_head_has_rows_that_pay_for_its_accumulator(tokens: int) -> None:
+    """At 790 TFLOP/s and 3.0 TB/s, 2 M D V operations outlast 8 D V bytes from 1,053 rows on."""
+    p = plan(tokens, 4096, 151936, device="cuda", dtype=torch.bfloat16, grad_weight=True)
+    assert p.rows_per_block >= min(tokens, 1152)
+    assert p.workspace_bytes <= p.accumulator_bytes
+    mine = on_gpu(grad_weight=True, workspace_bytes=512 << 20)
+    assert mine.workspace_bytes <= 512 << 20
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "sizes"),
+    [
+        (8192, 384, [384] * 20 + [256] * 2),
+        (8192, 768, [768] * 9 + [640] * 2),
+        (1000, 384, [384, 384, 232]),
+        (500, 384, [256, 244]),
+        (10, 4, [4, 3, 3]),
+        (3, 128, [3]),
+        (0, 128, []),
+    ],
+)
+def test_blocks_are_even(rows: int, limit: int, sizes: list[int]) -> None:
+    assert even_blocks(rows, limit) == sizes and sum(sizes) == rows
+
+
+def test_the_hidden_size_hardly_decides_it() -> None:
+    for hidden in (1024, 2048, 4096):
+        p = plan(8192, hidden, 151936, dtype=torch.bfloat16, device="cuda", precision="fp32")
         assert p.schedule == "blocked" and p.rows_per_block == 384
+
+
+@pytest.mark.parametrize("vocab", [151936, 50257, 131])
+def test_rows_of_logits_start_on_whole_vectors(vocab: int) -> None:
+    assert padded_columns(vocab) % 64 == 0 and 0 <= padded_columns(vocab) - vocab < 64
+
+
+@pytest.mark.parametrize("schedule", ["blocked", "tiled", "streaming"])
+def test_gathered_hidden_states_are_counted(schedule: str) -> None:
+    """Labels leave rows out of both models' hidden states: the others are gathered."""
+    how = {"dtype": torch.bfloat16, "device": "cuda", "schedule": schedule, "precision": "fp32"}
+    how |= {"workspace_bytes": 64 << 20}
+    large, small = plan(*TYPICAL, **how), plan(8192, 1, 151936, **how)
+    assert large.workspace_bytes <= 64 << 20
+    assert large.workspace_bytes / large.rows_per_block >= 2 * 2 * 4096
+    assert large.rows_per_block < small.rows_per_block
 
 
 @pytest.mark.parametrize("mib", [1, 16, 64, 512])
@@ -177,13 +230,14 @@ def test_products_of_streaming(options: dict[str, object], gemms: int) -> None:
     assert on_gpu(schedule="streaming", **options).gemms == gemms
 
 
+@pytest.mark.parametrize("schedule", ["tiled", "streaming"])
 @pytest.mark.parametrize("where", [{"device": "cpu"}, {"dtype": torch.float64}], ids=str)
-def test_streaming_needs_a_gpu(where: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="schedule: 'streaming' needs a CUDA device"):
-        on_gpu(schedule="streaming", **where)
+def test_some_schedules_need_a_gpu(where: dict[str, object], schedule: str) -> None:
+    with pytest.raises(ValueError, match=f"schedule: '{schedule}' needs a CUDA device"):
+        on_gpu(schedule=schedule, **where)
 
 
 def test_too_small_for_one_row() -> None:
-    for schedule in ("blocked", "streaming"):
+    for schedule in SCHEDULES:
         with pytest.raises(ValueError, match="workspace_bytes: 1000 is too small"):
             on_gpu(schedule=schedule, workspace_bytes=1000)
