@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from opsd_kernels.plan import SCHEDULES
+from opsd_kernels.plan import PRECISIONS, SCHEDULES
 from opsd_kernels.problem import DivergenceProblem, Execution, Head, LogprobProblem
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -109,11 +109,16 @@ def logprob_problem(
 
 
 def execution(
-    schedule: str, workspace_bytes: int | None, process_group: ProcessGroup | None
+    schedule: str,
+    workspace_bytes: int | None,
+    process_group: ProcessGroup | None,
+    precision: str = "auto",
 ) -> Execution:
     """Validate how the caller wants it run."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
     if workspace_bytes is not None and workspace_bytes <= 0:
         raise ValueError(f"workspace_bytes: expected a positive number, got {workspace_bytes}")
     if process_group is not None and not isinstance(process_group, ProcessGroup):
@@ -121,9 +126,8 @@ def execution(
             "process_group: expected a torch.distributed.ProcessGroup, "
             f"got {type(process_group).__name__}"
         )
-    return Execution(
-        schedule, workspace_bytes, None if process_group is None else process_group.group_name
-    )
+    group_name = None if process_group is None else process_group.group_name
+    return Execution(schedule, workspace_bytes, group_name, precision)
 
 
 def reduction_arguments(reduction: str, num_tokens: float | Tensor | None) -> None:

@@ -36,6 +36,7 @@ def fused_linear_jsd(
     schedule: str = "auto",
     workspace_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
+    precision: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
     """Divergence of two LM heads per token, without the [tokens, vocabulary] logits.
@@ -67,6 +68,8 @@ def fused_linear_jsd(
         schedule, workspace_bytes: see `opsd_kernels.plan`.
         process_group: the heads' rows are sharded over this group in rank order; values are those
             of the whole vocabulary and the hidden gradient is summed over the group.
+        precision: how logits are kept between passes: "auto" lets the plan choose, "fp32" keeps
+            them in fp32, "difference" stores them as 16-bit differences; see `opsd_kernels.plan`.
         return_stats: also return detached fp32 tensors (...), unweighted: divergence,
             student_entropy, teacher_entropy; student_logprob and teacher_logprob of the label
             where labels were given; clipped_mass (what the clip took off) where a clip was given.
@@ -86,7 +89,7 @@ def fused_linear_jsd(
         ignore_index=ignore_index, token_weight=token_weight, token_clip=token_clip,
         student_softcap=student_softcap, teacher_softcap=teacher_softcap, vocab_size=vocab_size,
         with_stats=return_stats,
-        execution=checks.execution(schedule, workspace_bytes, process_group),
+        execution=checks.execution(schedule, workspace_bytes, process_group, precision),
     )  # fmt: skip
     counted = None if problem.labels is None else problem.labels != ignore_index
     scale = row_scale(problem.student.hidden, counted, token_weight, reduction, num_tokens)
@@ -126,6 +129,7 @@ class FusedLinearJSD(nn.Module):
         schedule: str = "auto",
         workspace_bytes: int | None = None,
         process_group: ProcessGroup | None = None,
+        precision: str = "auto",
         return_stats: bool = False,
     ) -> None:
         super().__init__()
@@ -141,6 +145,7 @@ class FusedLinearJSD(nn.Module):
             "schedule": schedule,
             "workspace_bytes": workspace_bytes,
             "process_group": process_group,
+            "precision": precision,
             "return_stats": return_stats,
         }
 

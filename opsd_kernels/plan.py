@@ -10,6 +10,7 @@ from opsd_kernels import extension
 
 SCHEDULES = ("auto", "blocked", "streaming")
 BACKENDS = ("triton", "cpp", "torch")
+PRECISIONS = ("auto", "fp32", "difference")
 _MIB = 2**20
 # A tile of about 1 MiB fp32 keeps the row arithmetic inside a core's L2 cache.
 _TILE_ELEMENTS = 2**18
@@ -89,6 +90,7 @@ def plan(
     two_passes: bool = True,
     workspace_bytes: int | None = None,
     schedule: str = "auto",
+    precision: str = "auto",
     backend: str | None = None,
 ) -> Plan:
     """Choose how to compute a loss of `num_tokens` tokens over `vocab_size` logits.
@@ -98,16 +100,19 @@ def plan(
     `reduced` that the loss is reduced to a scalar inside the call, `entropy_grad` that the entropy
     is differentiated too; `two_passes` that a divergence looks at the logits twice before its
     gradient, as the JSD and a clip do, not the KLs. `workspace_bytes` defaults to 512 MiB on
-    a GPU and 256 MiB elsewhere. `backend` is "triton", "cpp" or "torch"; by default the one that
-    serves this device and these dtypes here.
+    a GPU and 256 MiB elsewhere. `precision` is how logits are kept between passes: "auto", "fp32"
+    or "difference". `backend` is "triton", "cpp" or "torch"; by default the one that serves this
+    device and these dtypes here.
 
-    Raises ValueError for an unknown loss, schedule or backend, and for a workspace too small for
-    one row.
+    Raises ValueError for an unknown loss, schedule, precision or backend, and for a workspace too
+    small for one row.
     """
     if loss not in ("divergence", "logprob"):
         raise ValueError(f'loss: expected "divergence" or "logprob", got {loss!r}')
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: expected one of {PRECISIONS}, got {precision!r}")
     if workspace_bytes is None:
         workspace_bytes = default_workspace(device)
     if backend is None:

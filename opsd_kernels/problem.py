@@ -20,11 +20,12 @@ class Head:
 
 @dataclass
 class Execution:
-    """How to run it, as the caller asked: schedule, memory and vocabulary-parallel group."""
+    """How to run it, as the caller asked."""
 
     schedule: str
     workspace_bytes: int | None
     group_name: str | None  # the head's rows are sharded over this group's ranks
+    precision: str = "auto"  # how logits are kept between passes, of the divergence family
 
 
 @dataclass

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +20,19 @@ from opsd_kernels.plan import Plan, default_backend, default_workspace, plan
 from opsd_kernels.problem import Execution, Head, Result, Wanted, stat_dtype
 
 _SLICE_ELEMENTS = 2**20
+GRADS = ("grad_hidden", "grad_weight", "grad_bias")
+
+
+@functools.cache
+def argument_names(operator: str) -> tuple[str, ...]:
+    """Names of a registered operator's arguments, in the order of its schema."""
+    schema = getattr(torch.ops.opsd_kernels, operator).default._schema
+    return tuple(argument.name for argument in schema.arguments)
+
+
+def by_name(operator: str, inputs: Sequence[Any]) -> dict[str, Any]:
+    """The inputs of a registered operator by the names of its schema."""
+    return dict(zip(argument_names(operator), inputs, strict=True))
 
 
 def backend_name(hidden: Tensor, teacher: Tensor | None = None) -> str:
@@ -80,7 +93,7 @@ def plan_for(
             if e.workspace_bytes is None
             else e.workspace_bytes
         ),
-        schedule=e.schedule,
+        schedule=e.schedule, precision=e.precision,
     )  # fmt: skip
 
 
@@ -140,41 +153,44 @@ def fake_sum(h: Tensor, w: Tensor, stats: int, flags: Sequence[bool]) -> tuple[T
     )
 
 
-def save_sum(ctx: Any, parameters: Sequence[Tensor | None], flags: tuple, output: tuple) -> None:
+def wanted_dtypes(arguments: dict[str, Any], parameters: Sequence[str]) -> list[torch.dtype | None]:
+    """Dtype of each parameter whose gradient is wanted, None for the others."""
+    return [
+        arguments[name].dtype if arguments[flag] else None
+        for name, flag in zip(parameters, GRADS, strict=True)
+    ]
+
+
+def save_sum(ctx: Any, dtypes: list[torch.dtype | None], output: tuple) -> None:
     """Keep what the backward of a `*_sum` operator scales."""
-    ctx.flags = flags
-    ctx.dtypes = [None if p is None else p.dtype for p in parameters]
+    ctx.dtypes = dtypes
     ctx.save_for_backward(*output[3:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def sum_backward(arguments: int) -> Callable[..., tuple]:
-    """Backward of a `*_sum` operator with that many arguments."""
-
-    def backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
-        if grad_loss is None:
-            return (None,) * arguments
-        refuse_double_backward()
-        *grads, scale = ctx.saved_tensors
-        return in_order(arguments, scaled_grads(grads, scale * grad_loss, ctx.flags, ctx.dtypes))
-
-    return backward
+def sum_backward(operator: str, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+    """Backward of a `*_sum` operator."""
+    if grad_loss is None:
+        return in_order(operator, [])
+    refuse_double_backward()
+    *grads, scale = ctx.saved_tensors
+    return in_order(operator, scaled_grads(grads, scale * grad_loss, ctx.dtypes))
 
 
 def scaled_grads(
-    grads: Sequence[Tensor], factor: Tensor, flags: tuple, dtypes: Sequence[torch.dtype | None]
+    grads: Sequence[Tensor], factor: Tensor, dtypes: Sequence[torch.dtype | None]
 ) -> list[Tensor | None]:
     """Each wanted gradient times factor, rounded once to its parameter's dtype."""
     return [
-        scale_cast(grad, factor, dtype) if flag else None
-        for grad, flag, dtype in zip(grads, flags, dtypes, strict=True)
+        None if dtype is None else scale_cast(grad, factor, dtype)
+        for grad, dtype in zip(grads, dtypes, strict=True)
     ]
 
 
-def in_order(arguments: int, grads: Sequence[Tensor | None]) -> tuple:
+def in_order(operator: str, grads: Sequence[Tensor | None]) -> tuple:
     """Gradients in argument order: the student's hidden, weight and bias come first."""
-    return (*grads, *(None,) * (arguments - len(grads)))
+    return (*grads, *(None,) * (len(argument_names(operator)) - len(grads)))
 
 
 def refuse_double_backward() -> None:

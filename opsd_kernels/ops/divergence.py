@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from opsd_kernels import checks
 from opsd_kernels.ops.common import (
+    GRADS,
     backend_of,
+    by_name,
     fake_grad,
     fake_sum,
     in_order,
@@ -23,6 +26,7 @@ from opsd_kernels.ops.common import (
     sum_backward,
     summed,
     wanted,
+    wanted_dtypes,
     whole_vocabulary,
 )
 from opsd_kernels.problem import (
@@ -35,6 +39,10 @@ from opsd_kernels.problem import (
     stat_dtype,
 )
 
+_STUDENT = ("student_input", "student_weight", "student_bias")
+# What backward needs again to make the gradients of a trained head.
+_SAVED = (*_STUDENT, "teacher_input", "teacher_weight", "teacher_bias", "labels", "keep")
+
 
 def divergence(
     p: DivergenceProblem, row_scale: Tensor, reduced: bool
@@ -44,7 +52,7 @@ def divergence(
     s, t, e = p.student, p.teacher, p.execution
     tensors = (s.hidden, s.weight, s.bias, t.hidden, t.weight, t.bias, p.labels, p.keep)
     numbers = (p.beta, p.temperature, p.clip, s.softcap, t.softcap)
-    run = (p.with_stats, e.schedule, e.workspace_bytes, e.group_name)
+    run = (p.with_stats, e.schedule, e.workspace_bytes, e.group_name, e.precision)
     flags = (needed.hidden, needed.weight, needed.bias)
     if reduced and (needed.weight or needed.bias):
         loss, value, stats, *_ = divergence_sum(*tensors, *numbers, *run, *flags, row_scale)
@@ -73,6 +81,7 @@ def divergence_tokens(
     schedule: str,
     workspace_bytes: int | None,
     group_name: str | None,
+    precision: str,
     grad_hidden: bool,
     grad_weight: bool,
     grad_bias: bool,
@@ -82,7 +91,7 @@ def divergence_tokens(
         Head(student_input, student_weight, student_bias, student_softcap),
         Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap),
         labels, keep, beta, temperature, clip, with_stats,
-        Execution(schedule, workspace_bytes, group_name),
+        Execution(schedule, workspace_bytes, group_name, precision),
     )  # fmt: skip
     now = grad_hidden and not (grad_weight or grad_bias)
     result = _run_divergence(p, None, Wanted(hidden=now))
@@ -108,6 +117,7 @@ def divergence_sum(
     schedule: str,
     workspace_bytes: int | None,
     group_name: str | None,
+    precision: str,
     grad_hidden: bool,
     grad_weight: bool,
     grad_bias: bool,
@@ -118,23 +128,26 @@ def divergence_sum(
         Head(student_input, student_weight, student_bias, student_softcap),
         Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap),
         labels, keep, beta, temperature, clip, with_stats,
-        Execution(schedule, workspace_bytes, group_name),
+        Execution(schedule, workspace_bytes, group_name, precision),
     )  # fmt: skip
     result = _run_divergence(p, row_scale, Wanted(grad_hidden, grad_weight, grad_bias))
     return summed(result, row_scale)
 
 
 @divergence_tokens.register_fake
-def _(h, w, b, *rest) -> tuple[Tensor, ...]:
-    with_stats, (hidden, weight, bias) = rest[10], rest[-3:]
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    a = by_name("divergence_tokens", inputs)
+    h, (hidden, weight, bias) = a["student_input"], (a[name] for name in GRADS)
     value = h.new_empty(h.shape[0], dtype=stat_dtype(h.dtype))
-    stats = value.new_empty(len(DIVERGENCE_STATS) if with_stats else 0, h.shape[0])
+    stats = value.new_empty(len(DIVERGENCE_STATS) if a["with_stats"] else 0, h.shape[0])
     return value, stats, fake_grad(h, hidden and not (weight or bias))
 
 
 @divergence_sum.register_fake
-def _(h, w, b, *rest) -> tuple[Tensor, ...]:
-    return fake_sum(h, w, len(DIVERGENCE_STATS) if rest[10] else 0, rest[-4:-1])
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    a = by_name("divergence_sum", inputs)
+    stats = len(DIVERGENCE_STATS) if a["with_stats"] else 0
+    return fake_sum(a["student_input"], a["student_weight"], stats, [a[name] for name in GRADS])
 
 
 def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Wanted) -> Result:
@@ -150,32 +163,37 @@ def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Want
 
 
 def _divergence_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.trained = inputs[18] or inputs[19]
-    ctx.numbers = inputs[8:20]
-    saved = inputs[:8] if ctx.trained else (output[2],)
-    ctx.save_for_backward(*saved)
+    a = by_name("divergence_tokens", inputs)
+    ctx.trained = a["grad_weight"] or a["grad_bias"]
+    ctx.dtypes = wanted_dtypes(a, _STUDENT)
+    ctx.numbers = {name: value for name, value in a.items() if name not in _SAVED}
+    ctx.save_for_backward(*([a[name] for name in _SAVED] if ctx.trained else output[2:]))
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 
 
 def _divergence_tokens_backward(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple:
     if grad_value is None:
-        return (None,) * 20
+        return in_order("divergence_tokens", [])
     refuse_double_backward()
     if not ctx.trained:
         (unit,) = ctx.saved_tensors
-        return in_order(20, [scale_cast(unit, grad_value, unit.dtype)])
-    numbers = (*ctx.numbers[:5], False, *ctx.numbers[6:])  # without the statistics
-    _, _, _, *grads, scale = divergence_sum(*ctx.saved_tensors, *numbers, grad_value.contiguous())
-    dtypes = [None if p is None else p.dtype for p in ctx.saved_tensors[:3]]
-    return in_order(20, scaled_grads(grads, scale, numbers[-3:], dtypes))
+        return in_order("divergence_tokens", [scale_cast(unit, grad_value, unit.dtype)])
+    saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
+    numbers = {**ctx.numbers, "with_stats": False}
+    result = divergence_sum(**saved, **numbers, row_scale=grad_value.contiguous())
+    _, _, _, *grads, scale = result
+    return in_order("divergence_tokens", scaled_grads(grads, scale, ctx.dtypes))
 
 
 def _divergence_sum_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    save_sum(ctx, inputs[:3], inputs[17:20], output)
+    a = by_name("divergence_sum", inputs)
+    save_sum(ctx, wanted_dtypes(a, _STUDENT), output)
 
 
 divergence_tokens.register_autograd(
     _divergence_tokens_backward, setup_context=_divergence_tokens_setup
 )
-divergence_sum.register_autograd(sum_backward(21), setup_context=_divergence_sum_setup)
+divergence_sum.register_autograd(
+    functools.partial(sum_backward, "divergence_sum"), setup_context=_divergence_sum_setup
+)

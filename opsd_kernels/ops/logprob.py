@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from opsd_kernels import checks
 from opsd_kernels.ops.common import (
+    GRADS,
     backend_of,
+    by_name,
     fake_grad,
     fake_sum,
     in_order,
@@ -23,6 +26,7 @@ from opsd_kernels.ops.common import (
     sum_backward,
     summed,
     wanted,
+    wanted_dtypes,
     whole_vocabulary,
 )
 from opsd_kernels.problem import (
@@ -34,6 +38,10 @@ from opsd_kernels.problem import (
     Wanted,
     stat_dtype,
 )
+
+_PARAMETERS = ("input", "weight", "bias")
+# What backward needs again to make the gradients of a trained head.
+_SAVED = (*_PARAMETERS, "target", "keep")
 
 
 def logprob(
@@ -118,23 +126,24 @@ def logprob_sum(
 
 
 @logprob_tokens.register_fake
-def _(h, w, b, *rest) -> tuple[Tensor, ...]:
-    hidden, weight, bias, entropy = rest[-4:]
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    a = by_name("logprob_tokens", inputs)
+    h, (hidden, weight, bias) = a["input"], (a[name] for name in GRADS)
     now = hidden and not (weight or bias)
     value = h.new_empty(h.shape[0], dtype=stat_dtype(h.dtype))
-    stats = value.new_empty(len(LOGPROB_STATS), h.shape[0])
     return (
         value,
         torch.empty_like(value),
-        stats,
+        value.new_empty(len(LOGPROB_STATS), h.shape[0]),
         fake_grad(h, now),
-        fake_grad(h, now and entropy),
+        fake_grad(h, now and a["grad_entropy"]),
     )
 
 
 @logprob_sum.register_fake
-def _(h, w, b, *rest) -> tuple[Tensor, ...]:
-    return fake_sum(h, w, len(LOGPROB_STATS), rest[-5:-2])
+def _(*inputs: Any) -> tuple[Tensor, ...]:
+    a = by_name("logprob_sum", inputs)
+    return fake_sum(a["input"], a["weight"], len(LOGPROB_STATS), [a[name] for name in GRADS])
 
 
 def _run_logprob(
@@ -148,10 +157,11 @@ def _run_logprob(
 
 
 def _logprob_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    ctx.trained = inputs[13] or inputs[14]
-    ctx.numbers = inputs[5:15]
-    saved = inputs[:5] if ctx.trained else output[3:]
-    ctx.save_for_backward(*saved)
+    a = by_name("logprob_tokens", inputs)
+    ctx.trained = a["grad_weight"] or a["grad_bias"]
+    ctx.dtypes = wanted_dtypes(a, _PARAMETERS)
+    ctx.numbers = {n: v for n, v in a.items() if n not in (*_SAVED, "grad_entropy")}
+    ctx.save_for_backward(*([a[name] for name in _SAVED] if ctx.trained else output[3:]))
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -160,7 +170,7 @@ def _logprob_tokens_backward(
     ctx: Any, grad_value: Tensor | None, grad_entropy: Tensor | None, *_: Any
 ) -> tuple:
     if grad_value is None and grad_entropy is None:
-        return (None,) * 16
+        return in_order("logprob_tokens", [])
     refuse_double_backward()
     if not ctx.trained:
         unit, unit_entropy = ctx.saved_tensors
@@ -169,18 +179,24 @@ def _logprob_tokens_backward(
             for unit, upstream in ((unit, grad_value), (unit_entropy, grad_entropy))
             if upstream is not None
         ]
-        return in_order(16, [sum(terms[1:], start=terms[0])])
+        return in_order("logprob_tokens", [sum(terms[1:], start=terms[0])])
     if grad_value is None:
         grad_value = torch.zeros_like(grad_entropy)
-    scales = grad_value.contiguous(), None if grad_entropy is None else grad_entropy.contiguous()
-    _, _, _, *grads, scale = logprob_sum(*ctx.saved_tensors, *ctx.numbers, *scales)
-    dtypes = [None if p is None else p.dtype for p in ctx.saved_tensors[:3]]
-    return in_order(16, scaled_grads(grads, scale, ctx.numbers[-3:], dtypes))
+    saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
+    scales = {
+        "row_scale": grad_value.contiguous(),
+        "entropy_scale": None if grad_entropy is None else grad_entropy.contiguous(),
+    }
+    _, _, _, *grads, scale = logprob_sum(**saved, **ctx.numbers, **scales)
+    return in_order("logprob_tokens", scaled_grads(grads, scale, ctx.dtypes))
 
 
 def _logprob_sum_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
-    save_sum(ctx, inputs[:3], inputs[12:15], output)
+    a = by_name("logprob_sum", inputs)
+    save_sum(ctx, wanted_dtypes(a, _PARAMETERS), output)
 
 
 logprob_tokens.register_autograd(_logprob_tokens_backward, setup_context=_logprob_tokens_setup)
-logprob_sum.register_autograd(sum_backward(17), setup_context=_logprob_sum_setup)
+logprob_sum.register_autograd(
+    functools.partial(sum_backward, "logprob_sum"), setup_context=_logprob_sum_setup
+)

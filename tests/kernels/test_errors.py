@@ -71,6 +71,7 @@ DIVERGENCE = [
     ({"teacher_softcap": -2.5}, "teacher_softcap", "-2.5"),
     ({"reduction": "avg"}, "reduction", "avg", "mean", "sum", "none"),
     ({"schedule": "fast"}, "schedule", "fast", "auto", "blocked"),
+    ({"precision": "half"}, "precision", "half", "auto", "fp32", "difference"),
     ({"workspace_bytes": 0}, "workspace_bytes", "0"),
     ({"workspace_bytes": -4096}, "workspace_bytes", "-4096"),
     ({"num_tokens": 0}, "num_tokens", "0"),

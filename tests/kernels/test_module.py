@@ -7,6 +7,9 @@ import torch
 from kernel_cases import STUDENT, run
 
 from opsd_kernels.fused_jsd import FusedLinearJSD, fused_linear_jsd
+from opsd_kernels.fused_kl import fused_linear_forward_kl, fused_linear_reverse_kl
+from opsd_kernels.ops import common
+from opsd_kernels.plan import Plan, plan
 from opsd_kernels.testing import make_pair
 
 LIGER = ["student_input", "student_weight", "teacher_input", "teacher_weight", "shift_labels"]
@@ -30,6 +33,7 @@ def test_call_order_is_ligers() -> None:
         {"jsd_beta": 0.0, "temperature": 0.7},
         {"jsd_beta": 1.0, "ignore_index": 3},
         {"jsd_beta": 0.0, "token_clip": 0.05},
+        {"precision": "fp32", "jsd_beta": 0.3},
         {"reduction": "none", "student_softcap": 8.0, "workspace_bytes": 64 << 20},
     ],
     ids=str,
@@ -46,6 +50,25 @@ def test_equals_the_function(options: dict[str, float]) -> None:
     assert torch.equal(ours[0][0], expected[0][0])
     for name in STUDENT:
         assert torch.equal(ours[1][name], expected[1][name])
+
+
+@pytest.mark.parametrize("wrt", [(), STUDENT[:1], STUDENT], ids=["no", "frozen", "trained"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_precision_reaches_the_plan(
+    reduction: str, wrt: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every operator, backward's own call too."""
+    asked = []
+
+    def recorded(*sizes: int, precision: str, **options: object) -> Plan:
+        asked.append(precision)
+        return plan(*sizes, precision=precision, **options)
+
+    monkeypatch.setattr(common, "plan", recorded)
+    for fn in (fused_linear_jsd, fused_linear_forward_kl, fused_linear_reverse_kl):
+        run(fn, make_pair(5, 6, 11), wrt, reduction=reduction, precision="fp32")
+    calls = 6 if wrt == STUDENT and reduction == "none" else 3
+    assert asked == ["fp32"] * calls
 
 
 def test_labels_are_optional_and_num_tokens_is_passed_on() -> None:

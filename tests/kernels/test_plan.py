@@ -45,6 +45,11 @@ def test_rows_that_cpp_does_not_look_at_again_need_no_logits() -> None:
     assert plan(0, 8, 64, loss="logprob", **forward).rows_per_block == 1
 
 
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"precision: expected one of .*got 'half'"):
+        plan(8, 16, 100, precision="half")
+
+
 def test_an_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="backend"):
         plan(*TYPICAL, backend="cuda")
