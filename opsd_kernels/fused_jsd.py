@@ -82,7 +82,6 @@ def fused_linear_jsd(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it expects.
     """
-    checks.reduction_arguments(reduction, num_tokens)
     problem = checks.divergence_problem(
         student_input, student_weight, teacher_input, teacher_weight, shift_labels,
         student_bias=student_bias, teacher_bias=teacher_bias, beta=beta, temperature=temperature,
@@ -91,6 +90,7 @@ def fused_linear_jsd(
         with_stats=return_stats,
         execution=checks.execution(schedule, workspace_bytes, process_group, precision),
     )  # fmt: skip
+    checks.reduction_arguments(reduction, num_tokens, problem.student.hidden.device)
     counted = None if problem.labels is None else problem.labels != ignore_index
     scale = row_scale(problem.student.hidden, counted, token_weight, reduction, num_tokens)
     loss, value, stats = divergence(problem, scale, reduced=reduction != "none")
