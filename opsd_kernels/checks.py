@@ -170,9 +170,8 @@ def outside_capture(like: object, **read: object | None) -> None:
     """Raise for an argument that is read on the host, if a CUDA graph captures the call."""
     if not isinstance(like, Tensor) or not like.is_cuda or torch.compiler.is_compiling():
         return
-    with torch.cuda.device_of(like):
-        if not torch.cuda.is_current_stream_capturing():
-            return
+    if not torch.cuda.is_current_stream_capturing():
+        return
     for name, value in read.items():
         if value is not None:
             raise RuntimeError(

@@ -150,8 +150,8 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 def _run_logprob(
     p: LogprobProblem, row_scale: Tensor | None, entropy_scale: Tensor | None, needed: Wanted
 ) -> Result:
-    checks.outside_capture(p.head.hidden, target=p.target)
     with dispatched(p.head.hidden):
+        checks.outside_capture(p.head.hidden, target=p.target)
         vocab_size, largest = whole_vocabulary(p.head, p.execution)
         checks.labels_in_vocabulary("target", p.target, p.keep, vocab_size)
         chosen = plan_for("logprob", p.head, largest, p.execution, row_scale, needed)
