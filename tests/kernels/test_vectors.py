@@ -3,14 +3,14 @@
 Kernels index a vector by position alone: a stride they do not know of is another vector, silently.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from kernel_cases import SINGLE, STUDENT, check, move
 from torch import Tensor
 
-from opsd_kernels import extension, reference
+from opsd_kernels import reference
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
@@ -36,19 +36,6 @@ def sliced(x: Tensor) -> Tensor:
 
 
 LAYOUTS = pytest.mark.parametrize("layout", [strided, expanded, sliced])
-
-
-@pytest.fixture(params=["blocked", "streaming", "cpp", "torch"])
-def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple]:
-    """(device, schedule) of both schedules in Triton and of both backends of the CPU."""
-    if request.param in ("blocked", "streaming"):
-        yield request.getfixturevalue("triton_device"), request.param
-        return
-    if request.param == "torch":
-        monkeypatch.setattr(extension, "serves", lambda device, *dtypes: False)
-    elif not extension.loaded():
-        pytest.skip("the C++ operators are not built")
-    yield "cpu", "blocked"
 
 
 def laid_out(fn: Callable, name: str, layout: Callable) -> Callable:
