@@ -24,7 +24,7 @@ from opsd_kernels.problem import Execution, Head, Result, Wanted, stat_dtype
 _SLICE_ELEMENTS = 2**20
 # Labels are checked, and their rows compacted, on the host: inductor must leave these operators
 # out of the CUDA graphs it captures.
-HOST_READS = torch.Tag.cudagraph_unsafe
+HOST_READS = (torch.Tag.cudagraph_unsafe,)
 GRADS = ("grad_hidden", "grad_weight", "grad_bias")
 
 
