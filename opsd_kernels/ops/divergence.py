@@ -186,8 +186,7 @@ def _divergence_tokens_backward(ctx: Any, grad_value: Tensor | None, *_: Any) ->
         return in_order("divergence_tokens", [scale_cast(unit, grad_value, unit.dtype)])
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
     numbers = {**ctx.numbers, "with_stats": False}
-    result = divergence_sum(**saved, **numbers, row_scale=grad_value)
-    _, _, _, *grads, scale = result
+    _, _, _, *grads, scale = divergence_sum(**saved, **numbers, row_scale=grad_value)
     return in_order("divergence_tokens", scaled_grads(grads, scale, ctx.dtypes))
 
 
