@@ -40,6 +40,12 @@ def divergence_problem(
     execution: Execution,
 ) -> DivergenceProblem:
     """Validate the arguments of the divergence family; see `fused_jsd.fused_linear_jsd`."""
+    outside_capture(
+        student_input,
+        shift_labels=shift_labels,
+        token_weight=token_weight,
+        process_group=execution.group_name,
+    )
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
     _positive("temperature", temperature)
@@ -91,6 +97,7 @@ def logprob_problem(
     prefix: str = "",
 ) -> LogprobProblem:
     """Validate the arguments of the log-probability family; errors name them with the prefix."""
+    outside_capture(input, target=target)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     _positive("temperature", temperature)
@@ -130,8 +137,10 @@ def execution(
     return Execution(schedule, workspace_bytes, group_name, precision)
 
 
-def reduction_arguments(reduction: str, num_tokens: float | Tensor | None) -> None:
-    """Validate `reduction` and the divisor of the mean."""
+def reduction_arguments(
+    reduction: str, num_tokens: float | Tensor | None, device: torch.device
+) -> None:
+    """Validate `reduction` and the divisor of the mean of values on `device`."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
     if num_tokens is None:
@@ -144,13 +153,31 @@ def reduction_arguments(reduction: str, num_tokens: float | Tensor | None) -> No
     if isinstance(num_tokens, Tensor):
         if num_tokens.numel() != 1:
             raise ValueError(
-                f"num_tokens: expected a number or a 0-dim tensor, got shape "
+                f"num_tokens: expected a number or a tensor of one element, got shape "
                 f"{tuple(num_tokens.shape)}"
+            )
+        if num_tokens.device not in (device, torch.device("cpu")):
+            raise ValueError(
+                f"num_tokens: expected on {device} or the CPU, got {num_tokens.device}"
             )
         if num_tokens.device.type != "cpu" or torch.compiler.is_compiling():
             return  # reading it would stall the device, or break the graph
     if not num_tokens > 0:
         raise ValueError(f"num_tokens: expected a positive number, got {num_tokens}")
+
+
+def outside_capture(like: object, **read: object | None) -> None:
+    """Raise for an argument that is read on the host, if a CUDA graph captures the call."""
+    if not isinstance(like, Tensor) or not like.is_cuda or torch.compiler.is_compiling():
+        return
+    if not torch.cuda.is_current_stream_capturing():
+        return
+    for name, value in read.items():
+        if value is not None:
+            raise RuntimeError(
+                f"{name}: is read on the host, which a CUDA graph cannot capture; call the loss "
+                "without it, or outside torch.cuda.graph"
+            )
 
 
 def same_tokens(student_input: Tensor, teacher_input: Tensor) -> None:

@@ -85,9 +85,9 @@ def policy_gradient_loss(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it expects.
     """
-    checks.reduction_arguments(reduction, num_tokens)
     advantage = advantage.detach()
     shape, device = student_logprob.shape, student_logprob.device
+    checks.reduction_arguments(reduction, num_tokens, device)
     checks.token_values("advantage", advantage, "student_logprob", shape, device)
     if token_weight is not None:
         checks.token_values("token_weight", token_weight, "student_logprob", shape, device)

@@ -50,7 +50,6 @@ def fused_linear_cross_entropy(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it expects.
     """
-    checks.reduction_arguments(reduction, num_tokens)
     problem = checks.logprob_problem(
         input, weight, target,
         bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
@@ -58,6 +57,7 @@ def fused_linear_cross_entropy(
         label_smoothing=label_smoothing,
         execution=checks.execution(schedule, workspace_bytes, process_group),
     )  # fmt: skip
+    checks.reduction_arguments(reduction, num_tokens, problem.head.hidden.device)
     counted = problem.target != ignore_index
     scale = -row_scale(problem.head.hidden, counted, token_weight, reduction, num_tokens)
     shape = input.shape[:-1]

@@ -64,7 +64,8 @@ def fused_linear_jsd(
         vocab_size: real vocabulary shared by two heads that are padded differently.
         reduction: "mean" divides the weighted sum by `num_tokens`, by default the number of
             tokens not ignored (all ignored gives 0); "sum"; "none".
-        num_tokens: global divisor under gradient accumulation or data parallelism.
+        num_tokens: global divisor under gradient accumulation or data parallelism; a number, or
+            a tensor of one element on the inputs' device or the CPU.
         schedule, workspace_bytes: see `opsd_kernels.plan`.
         process_group: the heads' rows are sharded over this group in rank order; values are those
             of the whole vocabulary and the hidden gradient is summed over the group.
@@ -81,8 +82,9 @@ def fused_linear_jsd(
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it expects.
+        RuntimeError: naming what is read on the host (labels, weights, a process group) while a
+            CUDA graph is captured; without them the call can be captured.
     """
-    checks.reduction_arguments(reduction, num_tokens)
     problem = checks.divergence_problem(
         student_input, student_weight, teacher_input, teacher_weight, shift_labels,
         student_bias=student_bias, teacher_bias=teacher_bias, beta=beta, temperature=temperature,
@@ -91,6 +93,7 @@ def fused_linear_jsd(
         with_stats=return_stats,
         execution=checks.execution(schedule, workspace_bytes, process_group, precision),
     )  # fmt: skip
+    checks.reduction_arguments(reduction, num_tokens, problem.student.hidden.device)
     counted = None if problem.labels is None else problem.labels != ignore_index
     scale = row_scale(problem.student.hidden, counted, token_weight, reduction, num_tokens)
     loss, value, stats = divergence(problem, scale, reduced=reduction != "none")

@@ -1,4 +1,7 @@
-"""What a backend is asked to compute: plain containers, filled by `checks`, read by `backends`."""
+"""What a backend is asked to compute: plain containers, filled by `checks`, read by `backends`.
+
+Kernels index a vector by its position alone, so these containers hold contiguous ones only.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,9 @@ class Head:
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     softcap: float | None
+
+    def __post_init__(self) -> None:
+        self.bias = _contiguous(self.bias)
 
 
 @dataclass
@@ -42,6 +48,9 @@ class DivergenceProblem:
     with_stats: bool
     execution: Execution
 
+    def __post_init__(self) -> None:
+        self.labels, self.keep = _contiguous(self.labels), _contiguous(self.keep)
+
 
 @dataclass
 class LogprobProblem:
@@ -54,6 +63,9 @@ class LogprobProblem:
     label_smoothing: float
     with_entropy: bool
     execution: Execution
+
+    def __post_init__(self) -> None:
+        self.target, self.keep = _contiguous(self.target), _contiguous(self.keep)
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,10 @@ DIVERGENCE_STATS = (
     "clipped_mass",
 )
 LOGPROB_STATS = ("logprob", "entropy", "lse")
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:

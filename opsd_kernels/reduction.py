@@ -28,4 +28,6 @@ def row_scale(
         if counted is None:
             return scale / max(like.shape[0], 1)
         num_tokens = counted.sum().clamp(min=1)
+    if isinstance(num_tokens, Tensor):
+        num_tokens = num_tokens.reshape(())  # the CPU's may divide another device's values
     return scale / num_tokens

@@ -119,7 +119,7 @@ def same_head(a: Head, b: Head) -> bool:
 def _relative(
     row_scale: Tensor | None, entropy_scale: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Scales divided by their largest magnitude, and that magnitude."""
+    """Scales divided by their largest magnitude, contiguous, and that magnitude."""
     if row_scale is None:
         return None, None, None
     scale = row_scale.abs().amax() if row_scale.numel() else row_scale.new_zeros(())

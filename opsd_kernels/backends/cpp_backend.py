@@ -16,6 +16,8 @@ from opsd_kernels.backends import passes
 from opsd_kernels.backends.passes import JSD, Gradient, Layout, Run, gathered
 from opsd_kernels.problem import Head
 
+_AMX_COLUMNS = 32
+
 
 class _Run(Run):
     """Blocks of logits, and the products with what takes their place."""
@@ -36,6 +38,7 @@ class _Run(Run):
         if self.wanted.entropy:
             dz.append(self.room("entropy", len(h), vocab, h.dtype))
         gradient(slice(0, vocab), dz)
+        tiles.clear_beyond()
         rows = block if self.kept is None else self.kept[block]
         self.add_products(rows, h, dz, first=block.start == 0)
 
@@ -61,6 +64,14 @@ class _Tiles:
         """Where the gradient of the student's logits takes their place: (rows, V)."""
         first, vocab = self.logits[0], self.logits.shape[-1]
         return first.view(self.hidden[0].dtype)[:, :vocab]
+
+    def clear_beyond(self) -> None:
+        """Zero what is left of the logits behind each row of a 16-bit dz.
+
+        oneDNN's AMX products read a row in tiles of 32 columns, and 0 times NaN is NaN.
+        """
+        vocab = self.logits.shape[-1]
+        self.logits[0].view(self.hidden[0].dtype)[:, vocab : vocab + _AMX_COLUMNS] = 0
 
     def statistics(
         self,

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from opsd_kernels.backends import triton_gradients, triton_kernels
 from opsd_kernels.backends.passes import Layout, gathered
+from opsd_kernels.backends.precision import tf32_allowed
 from opsd_kernels.backends.triton_config import Blocks, Device, blocks, device_of, spans
 
 _GROUP = 8  # row blocks that walk the vocabulary side by side and find the head's tiles in L2
@@ -57,7 +58,7 @@ class FusedTiles:
     def options(self) -> dict[str, object]:
         b = self.blocks
         fp32 = any(s.x.dtype == torch.float32 for s in self.sources)
-        exact = fp32 and not torch.backends.cuda.matmul.allow_tf32
+        exact = fp32 and not tf32_allowed()
         shared = {"SHARED": self.shared} if len(self.sources) == 2 else {}
         return {
             "R": b.rows, "C": b.cols, "K": b.inner, "PARTS": b.parts, "GROUP": _GROUP,

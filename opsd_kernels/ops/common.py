@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -16,10 +17,14 @@ from torch import Tensor
 
 from opsd_kernels.backends import blocked_torch, cpp_backend
 from opsd_kernels.backends.call import vocabulary_shard
+from opsd_kernels.backends.precision import named_refusals
 from opsd_kernels.plan import Plan, default_backend, plan
 from opsd_kernels.problem import Execution, Head, Result, Wanted, stat_dtype
 
 _SLICE_ELEMENTS = 2**20
+# Labels are checked, and their rows compacted, on the host: inductor must leave these operators
+# out of the CUDA graphs it captures.
+HOST_READS = (torch.Tag.cudagraph_unsafe,)
 GRADS = ("grad_hidden", "grad_weight", "grad_bias")
 
 
@@ -101,9 +106,15 @@ def whole_vocabulary(head: Head, e: Execution) -> tuple[int, int]:
     return vocabulary_shard(head.weight, e.group_name)[1:]
 
 
-def no_autocast(tensor: Tensor) -> torch.autocast:
-    """Operands were cast by `checks`; inside, every product names its own dtypes."""
-    return torch.autocast(tensor.device.type, enabled=False)
+@contextlib.contextmanager
+def dispatched(hidden: Tensor) -> Iterator[None]:
+    """Where a backend runs: on the device of its tensors, which Triton takes from the current one.
+
+    Operands were cast by `checks`; inside, every product names its own dtypes.
+    """
+    no_autocast = torch.autocast(hidden.device.type, enabled=False)
+    with torch.cuda.device_of(hidden), no_autocast, named_refusals():
+        yield
 
 
 def wanted(head: Head) -> Wanted:
@@ -200,11 +211,22 @@ def refuse_double_backward() -> None:
 
 @torch.library.custom_op("opsd_kernels::scale_cast", mutates_args=())
 def scale_cast(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`, in slices: no second copy of a large gradient in fp32.
+    """grad * factor in `dtype`; no second copy of a large gradient in fp32.
 
     factor is a scalar or has one entry per row of grad.
     """
     out = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
+    return (_scaled if grad.is_cuda else _scaled_in_slices)(grad, factor, out)
+
+
+def _scaled(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """One kernel, which casts each element as it stores it."""
+    # As a tensor of grad's dimensions the factor keeps its dtype; a 0-dim one takes grad's.
+    return torch.mul(grad, factor.reshape(-1, *(1,) * (grad.ndim - 1)), out=out)
+
+
+def _scaled_in_slices(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """The CPU casts in a second pass over a buffer, here one of a slice's size."""
     rows = max(1, _SLICE_ELEMENTS // max(1, grad[:1].numel()))
     for first in range(0, grad.shape[0], rows):
         part = slice(first, first + rows)

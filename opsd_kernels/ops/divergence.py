@@ -11,12 +11,13 @@ from torch import Tensor
 from opsd_kernels import checks
 from opsd_kernels.ops.common import (
     GRADS,
+    HOST_READS,
     backend_of,
     by_name,
+    dispatched,
     fake_grad,
     fake_sum,
     in_order,
-    no_autocast,
     or_empty,
     plan_for,
     refuse_double_backward,
@@ -62,7 +63,7 @@ def divergence(
     return (weighted.sum() if reduced else weighted), value.detach(), stats
 
 
-@torch.library.custom_op("opsd_kernels::divergence_tokens", mutates_args=())
+@torch.library.custom_op("opsd_kernels::divergence_tokens", mutates_args=(), tags=HOST_READS)
 def divergence_tokens(
     student_input: Tensor,
     student_weight: Tensor,
@@ -98,7 +99,7 @@ def divergence_tokens(
     return result.value, result.stats, or_empty(result.grad_hidden, result.value)
 
 
-@torch.library.custom_op("opsd_kernels::divergence_sum", mutates_args=())
+@torch.library.custom_op("opsd_kernels::divergence_sum", mutates_args=(), tags=HOST_READS)
 def divergence_sum(
     student_input: Tensor,
     student_weight: Tensor,
@@ -151,10 +152,14 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Wanted) -> Result:
-    vocab_size, largest = whole_vocabulary(p.student, p.execution)
-    if p.labels is not None:
-        checks.labels_in_vocabulary("shift_labels", p.labels, p.keep, vocab_size)
-    with no_autocast(p.student.hidden):
+    group = p.execution.group_name
+    with dispatched(p.student.hidden):
+        checks.outside_capture(
+            p.student.hidden, shift_labels=p.labels, token_weight=p.keep, process_group=group
+        )
+        vocab_size, largest = whole_vocabulary(p.student, p.execution)
+        if p.labels is not None:
+            checks.labels_in_vocabulary("shift_labels", p.labels, p.keep, vocab_size)
         chosen = plan_for(
             "divergence", p.student, largest, p.execution, row_scale, needed, p.teacher,
             two_passes=p.clip is not None or p.beta not in (0.0, 1.0), clipped=p.clip is not None,
@@ -181,8 +186,7 @@ def _divergence_tokens_backward(ctx: Any, grad_value: Tensor | None, *_: Any) ->
         return in_order("divergence_tokens", [scale_cast(unit, grad_value, unit.dtype)])
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
     numbers = {**ctx.numbers, "with_stats": False}
-    result = divergence_sum(**saved, **numbers, row_scale=grad_value.contiguous())
-    _, _, _, *grads, scale = result
+    _, _, _, *grads, scale = divergence_sum(**saved, **numbers, row_scale=grad_value)
     return in_order("divergence_tokens", scaled_grads(grads, scale, ctx.dtypes))
 
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from opsd_kernels import checks
 from opsd_kernels.ops.common import (
     GRADS,
+    HOST_READS,
     backend_of,
     by_name,
+    dispatched,
     fake_grad,
     fake_sum,
     in_order,
-    no_autocast,
     or_empty,
     plan_for,
     refuse_double_backward,
@@ -61,7 +62,7 @@ def logprob(
     return (value if row_scale is None else (value * row_scale).sum()), entropy, stats
 
 
-@torch.library.custom_op("opsd_kernels::logprob_tokens", mutates_args=())
+@torch.library.custom_op("opsd_kernels::logprob_tokens", mutates_args=(), tags=HOST_READS)
 def logprob_tokens(
     input: Tensor,
     weight: Tensor,
@@ -96,7 +97,7 @@ def logprob_tokens(
     )
 
 
-@torch.library.custom_op("opsd_kernels::logprob_sum", mutates_args=())
+@torch.library.custom_op("opsd_kernels::logprob_sum", mutates_args=(), tags=HOST_READS)
 def logprob_sum(
     input: Tensor,
     weight: Tensor,
@@ -149,9 +150,10 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 def _run_logprob(
     p: LogprobProblem, row_scale: Tensor | None, entropy_scale: Tensor | None, needed: Wanted
 ) -> Result:
-    vocab_size, largest = whole_vocabulary(p.head, p.execution)
-    checks.labels_in_vocabulary("target", p.target, p.keep, vocab_size)
-    with no_autocast(p.head.hidden):
+    with dispatched(p.head.hidden):
+        checks.outside_capture(p.head.hidden, target=p.target)
+        vocab_size, largest = whole_vocabulary(p.head, p.execution)
+        checks.labels_in_vocabulary("target", p.target, p.keep, vocab_size)
         chosen = plan_for("logprob", p.head, largest, p.execution, row_scale, needed)
         return backend_of(chosen).logprob(p, chosen, row_scale, entropy_scale, needed)
 
@@ -183,11 +185,9 @@ def _logprob_tokens_backward(
     if grad_value is None:
         grad_value = torch.zeros_like(grad_entropy)
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
-    scales = {
-        "row_scale": grad_value.contiguous(),
-        "entropy_scale": None if grad_entropy is None else grad_entropy.contiguous(),
-    }
-    _, _, _, *grads, scale = logprob_sum(**saved, **ctx.numbers, **scales)
+    _, _, _, *grads, scale = logprob_sum(
+        **saved, **ctx.numbers, row_scale=grad_value, entropy_scale=grad_entropy
+    )
     return in_order("logprob_tokens", scaled_grads(grads, scale, ctx.dtypes))
 
 

@@ -35,6 +35,23 @@ def torch_backend() -> Iterator[str]:
     yield from _only("torch")
 
 
+@pytest.fixture(params=["blocked", "streaming", "cpp", "torch"])
+def place(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, str]]:
+    """(device, schedule) of both schedules in Triton and of both backends of the CPU."""
+    if request.param in ("blocked", "streaming"):
+        yield request.getfixturevalue("triton_device"), request.param
+        return
+    from opsd_kernels import extension
+
+    if request.param == "torch":
+        monkeypatch.setattr(extension, "serves", lambda device, *dtypes: False)
+    elif not extension.loaded():
+        pytest.skip("the C++ operators are not built")
+    yield "cpu", "blocked"
+
+
 def _only(backend: str) -> Iterator[str]:
     from opsd_kernels import extension
 

@@ -146,14 +146,14 @@ def test_token_count_may_vary(fn: Callable) -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the calls of this package's registered operators."""
+    """Keeps the calls of a namespace's operators, by default this package's; None keeps all."""
 
-    def __init__(self) -> None:
+    def __init__(self, namespace: str | None = "opsd_kernels") -> None:
         super().__init__()
-        self.calls: list[tuple] = []
+        self.namespace, self.calls = namespace, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "opsd_kernels":
+        if self.namespace in (None, func.namespace):
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 

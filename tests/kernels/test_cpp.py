@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from opsd_kernels import extension, plan, reference
+from opsd_kernels.backends import cpp_backend
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import assert_close, cast, make_pair
 
@@ -55,6 +56,19 @@ def test_agrees_with_the_pytorch_backend_on_any_number_of_threads(
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
         for key in wrt:
             assert_close(grads[key], true[key], plain_grads[key], max_factor=4.0, name=key)
+
+
+@built
+@DTYPES
+@pytest.mark.parametrize("vocab", [5, 31, 70])
+def test_no_logits_are_left_where_a_product_may_read(vocab: int, dtype: torch.dtype) -> None:
+    """A 16-bit dz leaves half of each row; a processor with AMX reads on to a whole tile."""
+    hidden, logits = torch.zeros(3, 4, dtype=dtype), torch.full((2, 3, vocab), torch.nan)
+    tiles = cpp_backend._Tiles([], [hidden], logits, 1.0, False, True)
+    tiles.dz().fill_(1.0)
+    tiles.clear_beyond()
+    rows = logits[0].view(dtype)
+    assert (rows[:, :vocab] == 1).all() and (rows[:, vocab : vocab + 32] == 0).all()
 
 
 @built

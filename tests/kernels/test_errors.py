@@ -77,6 +77,8 @@ DIVERGENCE = [
     ({"num_tokens": 0}, "num_tokens", "0"),
     ({"num_tokens": -2.5}, "num_tokens", "-2.5"),
     ({"num_tokens": torch.tensor(0)}, "num_tokens", "0"),
+    ({"num_tokens": torch.tensor([3, 4])}, "num_tokens", "one element", "(2,)"),
+    ({"num_tokens": torch.ones(1, device="meta")}, "num_tokens", "meta", "cpu"),
     ({"num_tokens": 5, "reduction": "sum"}, "num_tokens", "sum", "mean"),
     ({"num_tokens": 5, "reduction": "none"}, "num_tokens", "none", "mean"),
     ({"token_weight": torch.ones(4)}, "token_weight", "4", "5"),

@@ -4,10 +4,13 @@ import pytest
 import torch
 from kernel_cases import STUDENT, check, run
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from opsd_kernels import reference
+from opsd_kernels.fused_advantage import policy_gradient_loss
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
+from opsd_kernels.reduction import row_scale
 from opsd_kernels.testing import assert_close, make_pair, single
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
@@ -49,7 +52,12 @@ def test_weights_of_another_dtype(dtype: torch.dtype) -> None:
     assert_close(found, expected)
 
 
-@pytest.mark.parametrize("divisor", [100, 100.0, torch.tensor(100), torch.tensor(100.0)], ids=repr)
+DIVISORS = [100, 100.0, torch.tensor(100), torch.tensor(100.0)]
+# float64 of one dimension would promote the values, and any shape would shape the loss.
+DIVISORS += [torch.tensor([100]), torch.tensor([[100]]), torch.tensor([[[100.0]]]).double()]
+
+
+@pytest.mark.parametrize("divisor", DIVISORS, ids=repr)
 def test_num_tokens_divides(divisor: float | Tensor) -> None:
     pair = make_pair(28, 12, 70, masked=4)
     total, total_grads = run(fused_linear_jsd, pair, STUDENT, [1.0], reduction="sum")
@@ -60,6 +68,18 @@ def test_num_tokens_divides(divisor: float | Tensor) -> None:
     case = single(pair)
     total = fused_linear_cross_entropy(**case, reduction="sum")
     assert_close(fused_linear_cross_entropy(**case, num_tokens=divisor), total / 100)
+    values = torch.linspace(-1, 2, 28), torch.linspace(-3, 0, 28)
+    total = policy_gradient_loss(*values, reduction="sum")
+    assert_close(policy_gradient_loss(*values, num_tokens=divisor), total / 100)
+
+
+@pytest.mark.parametrize("divisor", DIVISORS[2:], ids=repr)
+def test_num_tokens_of_the_cpu_divides_on_a_gpu(divisor: Tensor) -> None:
+    """Fake tensors know which devices may meet, and need no GPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        values = torch.empty(28, 12, device="cuda")
+        scale = row_scale(values, None, None, "mean", divisor)
+    assert scale.shape == (28,) and scale.dtype == torch.float32 and scale.device == values.device
 
 
 @pytest.mark.parametrize("fn", [fused_linear_jsd, fused_linear_cross_entropy])

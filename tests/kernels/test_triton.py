@@ -57,6 +57,16 @@ def test_several_blocks_of_rows_and_slices(
     compare(name, pair, trained, None, torch.float32, triton_device, **run)
 
 
+# A pair of heads and a single one, each dtype once.
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("jsd 0.1", torch.float32), ("cross-entropy", torch.float16)]
+)
+def test_a_long_sum(name: str, dtype: torch.dtype, triton_device: str) -> None:
+    """32 steps of a product's inner size, odd sizes around; test_cuda_risks has a model's."""
+    pair = make_pair(17, 517, 67, masked=2, seed=5)
+    compare(name, pair, False, "none", dtype, triton_device, schedule="streaming")
+
+
 @SCHEDULES
 @TRAINED
 @DTYPES

@@ -46,7 +46,11 @@ def rank_main(rank: int, sizes: tuple[int, ...], schedule: str, folder: str) -> 
 def test_shards_equal_the_whole(ranks: int, schedule: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     mp.spawn(rank_main, (SIZES[ranks], schedule, str(tmp_path)), nprocs=ranks)
-    shards = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)]
+    compare_shards([torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)])
+
+
+def compare_shards(shards: list[list[dict[str, Tensor]]]) -> None:
+    """Each rank's values and gradients of each loss, against one process."""
     rounded = cast(inputs(), torch.float32)
     truths = gradients(cast(rounded, torch.float64), None, "auto")
     plains = gradients(rounded, None, "auto")  # blocked PyTorch in fp32

@@ -1,0 +1,108 @@
+"""CUDA graphs: captured by hand without labels, by inductor with and without them."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from kernel_cases import STUDENT, move, run, same_bits
+from torch import Tensor
+from triton_cases import TRAINED
+
+from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
+from opsd_kernels.fused_jsd import fused_linear_jsd
+from opsd_kernels.testing import make_pair
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+SIZES = (96, 64, 1111)
+
+
+def case(seed: int, labels: bool = True) -> dict[str, Tensor]:
+    pair = move(make_pair(*SIZES, masked=9, dtype=torch.bfloat16, seed=seed), "cuda")
+    if not labels:
+        del pair["shift_labels"]
+    return pair
+
+
+@TRAINED
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("schedule", ["blocked", "streaming"])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_a_captured_call_is_replayed_on_other_inputs(
+    beta: float, schedule: str, reduction: str, trained: bool
+) -> None:
+    static, names = case(1, labels=False), STUDENT if trained else STUDENT[:1]
+    leaves = [static[name].requires_grad_() for name in names]
+    options = {"beta": beta, "schedule": schedule, "reduction": reduction}
+
+    def step() -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = fused_linear_jsd(**static, **options)
+        return loss, torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # kernels are compiled, libraries loaded
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, grads = step()
+    for seed in (2, 3):
+        other = case(seed, labels=False)
+        with torch.no_grad():
+            for name, tensor in static.items():
+                tensor.copy_(other[name])
+        graph.replay()
+        upstream = [torch.ones_like(loss)]
+        values, expected = run(fused_linear_jsd, other, names, upstream, **options)
+        same_bits((values, expected), ([loss], dict(zip(names, grads, strict=True))))
+
+
+@pytest.mark.parametrize("argument", ["shift_labels", "token_weight", "target"])
+def test_what_is_read_on_the_host_is_refused_and_nothing_breaks(argument: str) -> None:
+    pair = case(4, labels=argument == "shift_labels")
+    if argument == "token_weight":
+        pair["token_weight"] = torch.ones(SIZES[0], device="cuda")
+
+    def call() -> Tensor:
+        if argument == "target":
+            target = torch.zeros(SIZES[0], dtype=torch.long, device="cuda")
+            return fused_linear_cross_entropy(pair["student_input"], pair["student_weight"], target)
+        return fused_linear_jsd(**pair)
+
+    expected = call()
+    with pytest.raises(RuntimeError, match=rf"^{argument}: is read on the host"):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            call()
+    assert torch.equal(call(), expected)
+
+
+def with_labels(**p: Tensor) -> Tensor:
+    return fused_linear_jsd(**p, reduction="none")
+
+
+def without_labels(**p: Tensor) -> Tensor:
+    p.pop("shift_labels")
+    return fused_linear_jsd(**p, reduction="none")
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@TRAINED
+@pytest.mark.parametrize("fn", [with_labels, without_labels])
+def test_reduce_overhead_equals_eager(fn: Callable, trained: bool, fresh: None) -> None:
+    """Inductor records, warms up and replays: the third call is a replay."""
+    names = STUDENT if trained else STUDENT[:1]
+    compiled = torch.compile(fn, mode="reduce-overhead", fullgraph=True)
+    for seed in range(4):
+        pair = case(seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        same_bits(run(fn, pair, names), run(compiled, pair, names))
