@@ -44,7 +44,7 @@ for setting in {settings}:
     for backend in torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul:
         backend.fp32_precision = "none"
     exec(setting)
-    print(triton_launch.Tiles([source], 4, 1.0, False).options()["PRECISION"])
+    print(triton_launch.FusedTiles([source], 1.0, False).options()["PRECISION"])
 """
 
 
