@@ -20,12 +20,15 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from opsd_kernels import Plan, plan
 from opsd_kernels.backends import triton_backend, triton_config, triton_launch
+from opsd_kernels.plan import SCHEDULES
 from opsd_kernels.problem import DivergenceProblem, Execution, Head, LogprobProblem, Wanted
 
 TOKENS, HIDDEN, VOCAB = 8192, 4096, 151936
 CAPABILITIES = {80: (8, 0), 90: (9, 0), 100: (10, 0)}
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 BETAS = (0.0, 0.5, 1.0)
+# Ways through the backend, as arguments of both `plan` and `Execution`.
+RUNS = tuple({"schedule": name} for name in SCHEDULES if name != "auto")
 # Further than any tensor is long, and like CUDA's allocator at whole 512 bytes.
 _APART = 2**40
 
@@ -154,7 +157,7 @@ def launches(
     target: int,
     kind: Kind = Kind(),
     hot: bool = False,
-    schedules: tuple[str, ...] = ("blocked", "streaming"),
+    runs: tuple[dict[str, str], ...] = RUNS,
     scaled: tuple[bool, ...] = (True,),
 ) -> list[Launch]:
     """Every different launch of both families on a GPU of that compute capability.
@@ -172,13 +175,13 @@ def launches(
                 if isinstance(kernel, JITFunction):
                     recorder = _Recorder(kernel, target, found)
                     patches.enter_context(mock.patch.object(module, name, recorder))
-        for schedule in schedules:
+        for run in runs:
             for scale in scaled:
-                _launch(kind, Execution(schedule, None, None), hot, scale)
+                _launch(kind, run, hot, scale)
     return list(found)
 
 
-def _launch(kind: Kind, run: Execution, hot: bool, scale: bool) -> None:
+def _launch(kind: Kind, run: dict[str, str], hot: bool, scale: bool) -> None:
     for beta in BETAS:
         one, each = kind.pair(shared=True), kind.pair(shared=False)
         _divergence(kind, one, beta, run, scale)
@@ -201,21 +204,21 @@ def _divergence(
     kind: Kind,
     heads: tuple[Head, Head],
     beta: float,
-    run: Execution,
+    run: dict[str, str],
     scaled: bool,
     *,
     clip: float | None = None,
     stats: bool = False,
 ) -> None:
     labels = kind.vector(torch.int64)
-    p = DivergenceProblem(*heads, labels, None, beta, 1.0, clip, stats, run)
+    p = DivergenceProblem(*heads, labels, None, beta, 1.0, clip, stats, _execution(run))
     scale = kind.vector(torch.float32) if scaled else None
     triton_backend.divergence(p, _plan("divergence", heads[0], run), scale, Wanted(hidden=True))
 
 
-def _logprob(kind: Kind, smoothing: float, entropy: bool, run: Execution, hot: bool) -> None:
+def _logprob(kind: Kind, smoothing: float, entropy: bool, run: dict[str, str], hot: bool) -> None:
     head, target, scale = kind.head(), kind.vector(torch.int64), kind.vector(torch.float32)
-    p = LogprobProblem(head, target, None, 1.0, smoothing, entropy, run)
+    p = LogprobProblem(head, target, None, 1.0, smoothing, entropy, _execution(run))
     chosen = _plan("logprob", head, run)
     if not hot:
         scales = scale, scale if entropy else None
@@ -224,7 +227,10 @@ def _logprob(kind: Kind, smoothing: float, entropy: bool, run: Execution, hot: b
     triton_backend.logprob(p, chosen, None, None, Wanted(hidden=not entropy))
 
 
-def _plan(loss: str, head: Head, run: Execution) -> Plan:
+def _execution(run: dict[str, str]) -> Execution:
+    return Execution(workspace_bytes=None, group_name=None, **run)
+
+
+def _plan(loss: str, head: Head, run: dict[str, str]) -> Plan:
     sizes = (*head.hidden.shape, head.weight.shape[0])
-    how = {"loss": loss, "dtype": head.hidden.dtype, "device": "cuda"}
-    return plan(*sizes, **how, schedule=run.schedule)
+    return plan(*sizes, loss=loss, dtype=head.hidden.dtype, device="cuda", **run)

@@ -17,18 +17,19 @@ from typing import Any
 from benchmarks.compile.gpus import GPUS, LAUNCH, Gpu
 from benchmarks.environment import ROOT
 from opsd_kernels import Plan
-from opsd_kernels.backends import triton_config
 
 COUNTS = ROOT / "benchmarks" / "results" / "instructions.json"
 TARGETS = {gpu.target for gpu in GPUS.values()}
 _BF16, _FP32 = 2, 4
-_KERNELS = {
-    ("divergence", "statistics"): "statistics_pair",
-    ("divergence", "sums"): "divergence_sums",
-    ("divergence", "gradient"): "divergence_gradient",
-    ("logprob", "statistics"): "statistics",
-    ("logprob", "gradient"): "logprob_gradient",
-}
+_BAND = 8  # row blocks of a fused kernel that find the head's tiles in L2 together
+# Rows of a block come in whole tiles of a product.
+_ROW_TILE = 128
+_KINDS = {"forward kl", "reverse kl", "jsd"}
+_DIVERGENCE = {
+    "statistics": "statistics_pair", "sums": "divergence_sums", "gradient": "divergence_gradient",
+}  # fmt: skip
+_DIFFERENCE = {phase: f"difference_{phase}" for phase in _DIVERGENCE}
+_LOGPROB = {"statistics": "statistics", "gradient": "logprob_gradient"}
 
 
 def predict(plan: Plan, gpu: str, *, kind: str = "jsd", shared: bool = True) -> dict[str, float]:
@@ -40,11 +41,20 @@ def predict(plan: Plan, gpu: str, *, kind: str = "jsd", shared: bool = True) -> 
     """
     call = _Call(plan, GPUS[gpu], kind, shared)
     seconds: Counter[str] = Counter()
-    for rows, times in call.blocks():
-        for phase, each in call.block(rows):
-            seconds[phase] += times * each
+    for i, rows in enumerate(block_sizes(plan)):
+        for phase, each in call.block(rows, i == 0):
+            seconds[phase] += each
     seconds["backward"] += call.backward()
     return {phase: 1e3 * s for phase, s in seconds.items()}
+
+
+def block_sizes(plan: Plan) -> list[int]:
+    """Rows of each block, as even as whole tiles of rows allow."""
+    tile = _ROW_TILE if plan.rows_per_block % _ROW_TILE == 0 else 1
+    tiles, count = math.ceil(plan.num_tokens / tile), plan.num_blocks
+    sizes = [tile * (tiles // count + (i < tiles % count)) for i in range(count)]
+    sizes[-1] -= sum(sizes) - plan.num_tokens
+    return sizes
 
 
 def floor(plan: Plan, gpu: str) -> float:
@@ -65,6 +75,7 @@ def counts(kernels: list[dict[str, Any]], triton: str) -> dict[str, Any]:
             "target": k["target"],
             "kernel": k["kernel"].removeprefix("row_"),
             "case": k["case"],
+            "blocks": [int(n) for n in k["blocks"].split("x")],
             "all": k["instructions"]["all"],
             "special": k["instructions"]["special"],
             "registers": k["registers"],
@@ -83,25 +94,19 @@ class _Call:
         self.plan, self.gpu, self.kind, self.shared = plan, gpu, kind, shared
         self.heads = 2 if plan.loss == "divergence" else 1
         self.trained = plan.accumulator_bytes > 0
-        self.streaming = plan.schedule == "streaming"
-        # Of both logits as 16-bit differences; the plan of a version without them has no such name.
-        self.difference = getattr(plan, "precision", "") == "difference"
-        self.device = triton_config.Device(divmod(gpu.target, 10), gpu.processors)
+        self.sums = self.heads == 2 and kind == "jsd"
 
-    def blocks(self) -> list[tuple[int, int]]:
-        """(rows, how many such blocks)."""
-        n, rows = self.plan.num_tokens, self.plan.rows_per_block
-        whole = [(rows, n // rows)] if n >= rows else []
-        return whole + ([(n % rows, 1)] if n % rows else [])
-
-    def block(self, rows: int) -> Iterator[tuple[str, float]]:
-        """Phases of one block of rows."""
-        if self.streaming:
-            yield from self._streaming(rows)
+    def block(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
+        """Phases of one block of rows; dw of the first is added to nothing."""
+        if self.plan.schedule == "streaming":
+            yield from self._streaming(rows, first)
         elif self.plan.schedule == "tiled":
-            yield from self._tiled(rows)
+            yield from self._tiled(rows, first)
+        # The plan of a version without differences has no precision.
+        elif getattr(self.plan, "precision", "fp32") == "difference":
+            yield from self._differences(rows, first)
         else:
-            yield from self._blocked(rows)
+            yield from self._blocked(rows, first)
 
     def backward(self) -> float:
         """Gradients read and written once more: scaled, and cast to bf16."""
@@ -112,61 +117,72 @@ class _Call:
 
     # ------------------------------------------------------------------------------- schedules
 
-    def _blocked(self, rows: int) -> Iterator[tuple[str, float]]:
+    def _blocked(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
+        """fp32 logits of whole rows, in memory."""
         v = self.plan.vocab_size
-        # Difference coding: fp32 logits live in L2, a slice at a time, and 2 bytes of each head
-        # are kept of them.
-        each = _BF16 if self.difference else _FP32
-        slices = self._slices() if self.difference else [(v, 1)]
-        for columns, times in slices:
-            yield "logits", times * self._logits(rows, columns, in_cache=self.difference)
-            written = self.heads * rows * columns * each if self.difference else 0
-            read = 0 if self.difference else self.heads * rows * columns * each
-            yield "statistics", times * self._rows("statistics", rows * columns, read + written)
-        read = self.heads * rows * v * each
-        if self._sums():
-            yield "sums", self._rows("sums", rows * v, read)
-        for columns, times in [(v, 1)] if self.difference else self._slices():
-            pairs = rows * columns
-            moved = pairs * (self.heads * each + _BF16)
-            yield "gradient", times * self._rows("gradient", pairs, moved)
-            yield from self._products(rows, columns, times, adds=columns < v)
-
-    def _tiled(self, rows: int) -> Iterator[tuple[str, float]]:
-        """Logits of rows by columns at a time, made anew in every pass."""
-        p = self.plan
-        # A frozen JSD multiplies its shares and the student's probabilities in one product, since
-        # the sum of shares is known only at the end.
-        stacked = 2 if self._sums() and not self.trained else 1
-        gradients = stacked + self.trained
-        looks = (p.gemms - gradients) // self.heads
+        kernels = _DIVERGENCE if self.heads == 2 else _LOGPROB
+        read = self.heads * _FP32
+        yield "logits", self._logits(rows, v, in_cache=False)
+        yield "statistics", self._rows(kernels["statistics"], rows * v, read) + LAUNCH  # a merge
+        if self.sums:
+            yield "sums", self._rows(kernels["sums"], rows * v, read)
         for columns, times in self._slices():
             pairs = rows * columns
-            size = self.heads * pairs * _FP32
-            inside = size <= self.gpu.l2_bytes
-            read = 0 if inside else size
-            yield "logits", times * looks * self._logits(rows, columns, in_cache=inside)
-            yield "statistics", times * self._rows("statistics", pairs, read)
-            if looks > 2:
-                yield "sums", times * (looks - 2) * self._rows("sums", pairs, read)
-            written = 0 if inside else stacked * pairs * _BF16
-            yield "gradient", times * self._rows("gradient", pairs, read + written)
-            yield from self._products(stacked * rows, columns, times, adds=True, in_cache=inside)
+            yield "gradient", times * self._rows(kernels["gradient"], pairs, read + _BF16)
+            yield from self._products(rows, columns, times, first, adds=columns < v)
 
-    def _streaming(self, rows: int) -> Iterator[tuple[str, float]]:
+    def _differences(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
+        """fp32 logits of a slice stay in L2; two 16-bit numbers a pair are kept of them."""
+        v, kept = self.plan.vocab_size, 2 * _BF16
+        for columns, times in self._slices():
+            yield "logits", times * self._logits(rows, columns, in_cache=True)
+            written = self._rows(_DIFFERENCE["statistics"], rows * columns, kept)
+            yield "statistics", times * written
+        yield "statistics", LAUNCH
+        if self.sums:
+            yield "sums", self._rows(_DIFFERENCE["sums"], rows * v, kept)
+        yield "gradient", self._rows(_DIFFERENCE["gradient"], rows * v, kept + _BF16)
+        yield from self._products(rows, v, 1, first, adds=False)
+
+    def _tiled(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
+        """Logits of rows by columns, multiplied anew in every pass; in L2 where they fit."""
+        p, kernels = self.plan, _DIVERGENCE if self.heads == 2 else _LOGPROB
+        # A frozen JSD makes its sums and its gradient in one pass: it multiplies shares and
+        # probabilities by the head, and puts them together when the sum of shares is known.
+        joined = self.sums and not self.trained
+        looks = (p.gemms - (2 if joined else 1) - self.trained) // self.heads
+        for columns, times in self._slices():
+            pairs, size = rows * columns, self.heads * rows * columns * _FP32
+            inside = size <= self.gpu.l2_bytes
+            read = 0 if inside else self.heads * _FP32
+            yield "logits", times * looks * self._logits(rows, columns, in_cache=inside)
+            # What centers the shares of a joined pass is the reverse KL.
+            kind = "reverse kl" if joined else self.kind
+            found = self._rows(kernels["statistics"], pairs, read, kind)
+            yield "statistics", times * found
+            if joined:
+                written = 0 if inside else 2 * _BF16
+                yield "gradient", times * self._rows("jsd_shares", pairs, read + written)
+            else:
+                if looks > 2:
+                    yield "sums", times * self._rows(kernels["sums"], pairs, read)
+                written = 0 if inside else _BF16
+                yield "gradient", times * self._rows(kernels["gradient"], pairs, read + written)
+            height = 2 * rows if joined else rows
+            yield from self._products(height, columns, times, first, adds=True, in_cache=inside)
+
+    def _streaming(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
         """Tiles of logits multiplied where they are used; only slices of dz reach memory."""
         v = self.plan.vocab_size
-        yield "statistics", self._fused("statistics", rows, v)
-        if self._sums():
-            yield "sums", self._fused("sums", rows, v)
+        kernels = _DIVERGENCE if self.heads == 2 else _LOGPROB
+        yield "statistics", self._fused(kernels["statistics"], rows, v) + LAUNCH
+        if self.sums:
+            yield "sums", self._fused(kernels["sums"], rows, v)
         for columns, times in self._slices():
-            yield "gradient", times * self._fused("gradient", rows, columns)
-            yield from self._products(rows, columns, times, adds=True)
+            yield "gradient", times * self._fused(kernels["gradient"], rows, columns)
+            yield from self._products(rows, columns, times, first, adds=True)
 
     # ---------------------------------------------------------------------------------- phases
-
-    def _sums(self) -> bool:
-        return self.heads == 2 and self.kind == "jsd"
 
     def _slices(self) -> list[tuple[int, int]]:
         """(columns, how many such slices of the vocabulary)."""
@@ -182,68 +198,60 @@ class _Call:
         moved += 0 if in_cache else _FP32 * heads * rows * columns
         return times * (self.gpu.product(heads * rows, columns, d, moved) + LAUNCH)
 
-    def _rows(self, phase: str, pairs: int, moved: float) -> float:
-        """A row kernel over logits in memory or in L2."""
-        found = self._count(phase)
+    def _rows(self, kernel: str, pairs: int, moved: int, kind: str | None = None) -> float:
+        """A row kernel that moves so many bytes of memory a pair; of another `kind` than the call's
+        where a schedule needs it."""
+        found = self._count(kernel, "blocked", kind or self.kind)
         issue = self.gpu.computing(pairs, found["all"], found["special"])
-        merge = LAUNCH if phase == "statistics" else 0.0
-        return max(issue, self.gpu.moving(moved)) + LAUNCH + merge
+        return max(issue, self.gpu.moving(pairs * moved)) + LAUNCH
 
     def _products(
-        self, rows: int, columns: int, times: int, *, adds: bool, in_cache: bool = False
-    ) -> Iterator[tuple[str, float]]:
+        self, rows: int, columns: int, times: int, first: bool, *, adds: bool,
+        in_cache: bool = False,
+    ) -> Iterator[tuple[str, float]]:  # fmt: skip
         """dh and dw of a slice of dz; `adds` to what dh has, `in_cache` where dz still is."""
         d = self.plan.hidden_size
         dz = 0 if in_cache else _BF16 * rows * columns
         moved = dz + _BF16 * columns * d + _FP32 * rows * d * (1 + adds)
         yield "dh", times * (self.gpu.product(rows, d, columns, moved) + LAUNCH)
         if self.trained:
-            moved = dz + _BF16 * rows * d + _FP32 * columns * d * 2
+            moved = dz + _BF16 * rows * d + _FP32 * columns * d * (1 if first else 2)
             yield "dw", times * (self.gpu.product(columns, d, rows, moved) + LAUNCH)
 
-    def _fused(self, phase: str, rows: int, columns: int) -> float:
+    def _fused(self, kernel: str, rows: int, columns: int) -> float:
         """A kernel that multiplies its own tiles: tensor cores at cuBLAS' rate, or as fed by L2."""
         g, d = self.gpu, self.plan.hidden_size
-        tile = triton_config.blocks(
-            fused=True, pair=self.heads == 2, depths=[d], itemsize=_BF16, aligned=True,
-            vocab_size=self.plan.vocab_size, device=self.device,
-        )  # fmt: skip
-        down, across = math.ceil(rows / tile.rows), math.ceil(columns / tile.cols)
+        found = self._count(kernel, "streaming", self.kind)
+        tile_rows, tile_columns, _ = found["blocks"]
+        down, across = math.ceil(rows / tile_rows), math.ceil(columns / tile_columns)
         weights = 1 if self.shared else self.heads
-        fed = 2 * d * (self.heads * tile.rows + weights * tile.cols) * down * across / g.l2
-        found = self._count(phase)
+        operands = _BF16 * d * (self.heads * tile_rows + weights * tile_columns)
         at_once = g.processors * found["blocks_per_processor"]
         full = math.ceil(down * across / at_once) * at_once / (down * across)
         arithmetic = self.heads * 2 * rows * columns * d / g.flops * full
         # A band of row blocks finds the head in L2; the next band reads it again.
-        bands = math.ceil(down / 8)
-        read = g.moving(bands * weights * 2 * columns * d)
+        read = math.ceil(down / _BAND) * weights * _BF16 * columns * d
+        product = max(arithmetic, operands * down * across / g.l2, g.moving(read))
         issue = g.computing(rows * columns, found["all"], found["special"])
-        product = max(arithmetic, fed, read)
         # One program to a processor multiplies and computes in turns.
         alone = found["blocks_per_processor"] == 1
         return (product + issue if alone else max(product, issue)) + LAUNCH
 
-    def _count(self, phase: str) -> dict[str, float]:
-        """Instructions of the phase's kernel, as compiled last."""
-        kernel = _KERNELS[self.plan.loss, phase]
-        schedule = "streaming" if self.streaming else "blocked"
-        wanted = {schedule, *([self.kind] if self.heads == 2 else [])}
+    def _count(self, kernel: str, schedule: str, kind: str) -> dict[str, Any]:
+        """The kernel's instructions, as compiled last; distinct heads are counted for the JSD."""
+
+        def serves(words: list[str]) -> bool:
+            return words[0] == schedule and (kind in words or not _KINDS & set(words))
+
         found = [
-            (k, set(k["case"].split(", ")))
+            k
             for k in counted()["kernels"]
-            if k["target"] == self.gpu.target and k["kernel"] == kernel
+            if (k["target"], k["kernel"]) == (self.gpu.target, kernel)
+            and serves(k["case"].split(", "))
         ]
-        found = [(k, words) for k, words in found if wanted <= words]
         if not found:
-            raise KeyError(f"{COUNTS}: no {kernel} of {', '.join(sorted(wanted))}; count again")
-        # Distinct heads are counted for the JSD alone, and `blocked` has the same kernels for both.
-        nearest = functools.partial(_likeness, shared=self.shared, difference=self.difference)
-        return max(found, key=lambda pair: nearest(pair[1]))[0]
-
-
-def _likeness(words: set[str], shared: bool, difference: bool) -> int:
-    return (("shared" in words) == shared) + (("difference" in words) == difference)
+            raise KeyError(f"{COUNTS}: no {schedule} {kernel} of {kind}; count again")
+        return max(found, key=lambda k: ("shared" in k["case"].split(", ")) == self.shared)
 
 
 @functools.cache

@@ -54,7 +54,8 @@ from benchmarks.compile import launches as m
 
 def keys(schedule, **kind):
     kind = m.Kind(**{"tokens": 3000, **kind})
-    return set(m.launches(90, kind, True, (schedule,), scaled=(True, False)))
+    runs = tuple(run for run in m.RUNS if run["schedule"] == schedule)
+    return set(m.launches(90, kind, True, runs, scaled=(True, False)))
 """
 
 
