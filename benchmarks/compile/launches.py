@@ -19,7 +19,8 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from opsd_kernels import Plan, plan
-from opsd_kernels.backends import triton_backend, triton_config, triton_launch
+from opsd_kernels.backends import triton_backend
+from opsd_kernels.backends.triton_config import Device, device_of
 from opsd_kernels.plan import SCHEDULES
 from opsd_kernels.problem import DivergenceProblem, Execution, Head, LogprobProblem, Wanted
 
@@ -166,15 +167,16 @@ def launches(
     whether gradients are scaled by row when they are made, as in a loss reduced to a scalar.
     """
     found: dict[Launch, None] = {}
-    device = triton_config.Device(CAPABILITIES[target], PROCESSORS[target])
+    device = Device(CAPABILITIES[target], PROCESSORS[target])
     with ExitStack() as patches:
         patches.enter_context(addresses())
-        patches.enter_context(mock.patch.object(triton_launch, "device_of", lambda _: device))
         for module in [m for n, m in sys.modules.items() if n.startswith("opsd_kernels.backends.")]:
-            for name, kernel in list(vars(module).items()):
-                if isinstance(kernel, JITFunction):
-                    recorder = _Recorder(kernel, target, found)
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    recorder = _Recorder(value, target, found)
                     patches.enter_context(mock.patch.object(module, name, recorder))
+                elif value is device_of:
+                    patches.enter_context(mock.patch.object(module, name, lambda _: device))
         for run in runs:
             for scale in scaled:
                 _launch(kind, run, hot, scale)

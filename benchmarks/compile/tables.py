@@ -11,14 +11,16 @@ from benchmarks.compile.gpus import GPUS
 from benchmarks.compile.model import counted, floor, predict
 from benchmarks.environment import ROOT
 from opsd_kernels import Plan, plan
-from opsd_kernels.plan import SCHEDULES
 
 PAGE = ROOT / "docs" / "gpu-model.md"
 HIDDEN, VOCAB = 4096, 151936
 TOKENS = (1024, 8192, 32768)
 _MIB = 2**20
-# Workspaces in MiB by schedule.
-_WORKSPACES = {"blocked": (512, 1024, 2048), "tiled": (64,), "streaming": (64,)}
+# Arguments of `plan`, and workspaces in MiB.
+RUNS = (
+    ({"schedule": "blocked"}, (512, 1024, 2048)),
+    ({"schedule": "streaming"}, (64,)),
+)
 PHASES = ("logits", "statistics", "sums", "gradient", "dh", "dw", "backward")
 # (in words, trained, shared)
 _HEADS = (
@@ -53,17 +55,15 @@ def write() -> None:
 def _ratios() -> str:
     names = [f"{gpu}, head {how}" for gpu in GPUS for how in ("frozen", "trained")]
     rows = [["schedule", "workspace", "tokens", *names]]
-    for schedule, mib in _runs():
+    for run, mib in _runs():
         for tokens in TOKENS:
-            cells = [
-                _cell(schedule, mib, tokens, gpu, how) for gpu in GPUS for how in (False, True)
-            ]
-            rows.append([schedule, f"{mib} MiB", f"{tokens:,}", *cells])
+            cells = [_cell(run, mib, tokens, gpu, how) for gpu in GPUS for how in (False, True)]
+            rows.append([", ".join(run.values()), f"{mib} MiB", f"{tokens:,}", *cells])
     return _markdown(rows)
 
 
-def _cell(schedule: str, mib: int, tokens: int, gpu: str, trained: bool) -> str:
-    chosen = _plan(schedule, mib, tokens, trained)
+def _cell(run: dict[str, str], mib: int, tokens: int, gpu: str, trained: bool) -> str:
+    chosen = _plan(run, mib, tokens, trained)
     total = sum(predict(chosen, gpu).values())
     return f"{total:.1f} ms, {total / floor(chosen, gpu):.2f}x"
 
@@ -71,13 +71,13 @@ def _cell(schedule: str, mib: int, tokens: int, gpu: str, trained: bool) -> str:
 def _phases() -> str:
     """Where an H100's time goes with 8,192 tokens."""
     rows = [["schedule", "workspace", "head", *PHASES, "sum", "bare products"]]
-    for schedule, mib in _runs():
+    for run, mib in _runs():
         for head, trained, shared in _HEADS:
-            chosen = _plan(schedule, mib, 8192, trained)
+            chosen = _plan(run, mib, 8192, trained)
             found = predict(chosen, "H100", shared=shared)
             times = [found.get(phase, 0.0) for phase in PHASES]
             cells = [f"{t:.1f}" for t in (*times, sum(found.values()), floor(chosen, "H100"))]
-            rows.append([schedule, f"{mib} MiB", head, *cells])
+            rows.append([", ".join(run.values()), f"{mib} MiB", head, *cells])
     return _markdown(rows)
 
 
@@ -93,16 +93,15 @@ def _counts() -> str:
     return _markdown(rows)
 
 
-def _runs() -> Iterator[tuple[str, int]]:
-    for schedule in SCHEDULES:
-        for mib in _WORKSPACES.get(schedule, ()):
-            yield schedule, mib
+def _runs() -> Iterator[tuple[dict[str, str], int]]:
+    for run, workspaces in RUNS:
+        for mib in workspaces:
+            yield run, mib
 
 
-def _plan(schedule: str, mib: int, tokens: int, trained: bool) -> Plan:
+def _plan(run: dict[str, str], mib: int, tokens: int, trained: bool) -> Plan:
     how = {"dtype": torch.bfloat16, "device": "cuda", "grad_weight": trained}
-    how |= {"workspace_bytes": mib * _MIB, "schedule": schedule}
-    return plan(tokens, HIDDEN, VOCAB, **how)
+    return plan(tokens, HIDDEN, VOCAB, workspace_bytes=mib * _MIB, **how, **run)
 
 
 def _markdown(rows: list[list[str]]) -> str:
