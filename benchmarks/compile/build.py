@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import os
 import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.compile import sass
 from benchmarks.compile.launches import Launch
-from opsd_kernels.backends import triton_gradients, triton_kernels
 
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Per processor: CUDA C++ Programming Guide, table of features by compute capability. Every block
+# takes 1 KiB of shared memory for itself.
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+_RESERVED = 1024
+_REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
+# Registers are given to a warp in units of this, and to warps in fours.
+_REGISTER_UNIT, _WARP_UNIT = 256, 4
+_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8}
 
 
 def build(target: int, launch: Launch) -> dict[str, object]:
-    """Shared memory, registers, spilled bytes and kind of matrix instruction of a launch."""
+    """What becomes of a launch: resources of a program, and instructions of its hot loop.
+
+    Counts of instructions are per pair of logits, or per logit of one head, and None for kernels
+    that work on no tile.
+    """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    module = triton_kernels if hasattr(triton_kernels, launch.kernel) else triton_gradients
     source = ASTSource(
-        getattr(module, launch.kernel),
+        getattr(importlib.import_module(launch.module), launch.kernel),
         dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
+        attrs={path: [["tt.divisibility", 16]] for path in launch.aligned},
     )
     options = dict(launch.options)
     made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     usage = _usage(made.asm["cubin"])
     ptx = made.asm["ptx"]
     kinds = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+    warps, shared = launch.threads // 32, made.metadata.shared
+    code = sass.instructions(sass.cuobjdump(made.asm["cubin"], "-sass"))
     return {
         "target": target,
         "kernel": launch.kernel,
         "case": describe(launch),
-        "blocks": launch.blocks,
-        "warps": options.get("num_warps", 4),
+        "blocks": "x".join(map(str, launch.blocks)),
+        "warps": warps,
         "stages": options.get("num_stages", 3),
-        "shared_bytes": made.metadata.shared,
+        "shared_bytes": shared,
         "registers": usage["REG"],
         # STACK holds spilled registers; LOCAL arrays the kernels do not have.
         "spilled_bytes": usage["STACK"] + usage["LOCAL"],
         "matrix": next((kind for kind in kinds if kind in ptx), None),
+        "blocks_per_processor": resident(target, usage["REG"], warps, shared),
+        "instructions": _hot(code, made.asm["ttgir"], launch) if launch.tile else None,
+        "product": _product(code) if launch.fused else None,
     }
 
 
 def describe(launch: Launch) -> str:
     """What tells this launch of a kernel from the others."""
-    constants, signature = dict(launch.constants), dict(launch.signature)
+    constants, signature = launch.constant, dict(launch.signature)
     words = []
-    if "FUSED" in constants:
-        words = ["streaming" if constants["FUSED"] else "blocked"]
-    flags = ("SHARED", "DESCRIBED", "EVEN", "ENTROPY", "SMOOTHED", "LABEL")
-    words += [name.lower() for name in flags if constants.get(name)]
+    if launch.tile:
+        words = ["streaming" if launch.fused else "blocked"]
+    words += [name.lower() for name, v in constants.items() if v is True and name != "FUSED"]
     if "KIND" in constants:
         words.append(("forward kl", "reverse kl", "jsd")[constants["KIND"]])
     optional = ("clip", "label", "cap_s", "softcap", "entropy", "scale", "grad_entropy")
@@ -65,13 +78,49 @@ def describe(launch: Launch) -> str:
     return ", ".join(words)
 
 
+def resident(target: int, registers: int, warps: int, shared_bytes: int) -> int:
+    """Programs that fit on one processor at a time."""
+    unit = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+    by_registers = _REGISTERS // unit // _WARP_UNIT * _WARP_UNIT // warps
+    by_shared = (SHARED_BYTES[target] + _RESERVED) // (shared_bytes + _RESERVED)
+    return min(by_registers, _WARPS // warps, by_shared, _BLOCKS)
+
+
+def _hot(code: list[sass.Instruction], ttgir: str, launch: Launch) -> dict[str, object]:
+    hot = sass.hot(code)
+    tile = launch.tile
+    # The compiler may unroll a loop: it then loads as many tiles of the source at a time.
+    asked = sum(size for elements, size in _loads(ttgir) if tile // 8 <= elements <= tile)
+    times = max(1, round(sass.loaded(hot) * launch.threads / asked)) if asked else 1
+    pairs = times * tile / launch.threads
+    number = sass.count(hot)
+    each = {name: round(n / pairs, 3) for name, n in number.items()}
+    return {
+        "all": round(len(hot) / pairs, 2),
+        "special": round(sum(n for name, n in each.items() if name.startswith("MUFU")), 2),
+        "rcp": each.get("MUFU.RCP", 0.0),
+        "logf": round(sass.logarithms(hot) / pairs, 3),
+        "narrow": round(sass.narrow(hot) / pairs, 3),
+        "local": number.get("LDL", 0) + number.get("STL", 0),
+        "pairs": pairs,
+        "each": each,
+    }
+
+
+def _loads(ttgir: str) -> list[tuple[int, int]]:
+    """(elements, bytes) of every load of a tile."""
+    found = re.findall(r"tt\.load .*: tensor<([\dx]+)x!tt\.ptr<(\w+)>", ttgir)
+    sizes = [(math.prod(map(int, shape.split("x"))), _BYTES[kind]) for shape, kind in found]
+    return [(elements, elements * each) for elements, each in sizes]
+
+
+def _product(code: list[sass.Instruction]) -> dict[str, object]:
+    """Groups of wgmma in flight at the waits of a step over the inner size, and its barriers."""
+    steps = [i for loop in sass.product_loops(code) for i in loop]
+    return {"waits": sass.waits(steps), "barriers": sum(i.base == "BAR" for i in steps)}
+
+
 def _usage(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [_TOOLS / "cuobjdump", "-res-usage", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+    text = sass.cuobjdump(cubin, "-res-usage")
     found = {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     return {"STACK": 0, "LOCAL": 0, **found}

@@ -1,153 +1,226 @@
-"""What the launcher would launch on a GPU: it runs on meta tensors, and each launch is recorded."""
+"""What the launcher would launch on a GPU: it runs on meta tensors, and each launch is recorded.
+
+Meta tensors get addresses, as a CUDA allocator would give them, and Triton's own code turns a
+launch's arguments into a compilation. Two launches are equal where Triton compiles once for both.
+"""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from opsd_kernels import Plan, plan
-from opsd_kernels.backends import (
-    triton_backend,
-    triton_config,
-    triton_gradients,
-    triton_kernels,
-    triton_launch,
-)
+from opsd_kernels.backends import triton_backend
+from opsd_kernels.backends.triton_config import Device, device_of
+from opsd_kernels.plan import SCHEDULES
 from opsd_kernels.problem import DivergenceProblem, Execution, Head, LogprobProblem, Wanted
 
 TOKENS, HIDDEN, VOCAB = 8192, 4096, 151936
 CAPABILITIES = {80: (8, 0), 90: (9, 0), 100: (10, 0)}
-_TYPES = {
-    torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64",
-}  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+PROCESSORS = {80: 108, 90: 132, 100: 148}
+BETAS = (0.0, 0.5, 1.0)
+# Ways through the backend, as arguments of both `plan` and `Execution`.
+RUNS = tuple({"schedule": name} for name in SCHEDULES if name != "auto")
+# Further than any tensor is long, and like CUDA's allocator at whole 512 bytes.
+_APART = 2**40
 
 
 @dataclass(frozen=True)
 class Launch:
     """One compilation: kernel, argument types, constants, alignment and options."""
 
+    module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    aligned: tuple[int, ...]  # positions of arguments known to be multiples of 16
+    constants: tuple[tuple[tuple[int, ...], object], ...]  # by position
+    aligned: tuple[tuple[int, ...], ...]  # positions of arguments known to be multiples of 16
     options: tuple[tuple[str, object], ...]
-    blocks: str
+
+    @property
+    def constant(self) -> dict[str, object]:
+        """Constants by the name of their parameter."""
+        names = [name for name, _ in self.signature]
+        return {names[path[0]]: value for path, value in self.constants}
+
+    @property
+    def blocks(self) -> list[int]:
+        """Rows, columns and inner size of a tile, as far as the kernel has them."""
+        names = (("R", "BLOCK_N"), ("C", "BLOCK_V"), ("K", "BLOCK_D"))
+        return [self.constant[n] for each in names for n in each if n in self.constant]
+
+    @property
+    def tile(self) -> int:
+        """Logits of one head that a program works on at a time; 0 where it works on none."""
+        found = self.constant
+        columns = found.get("C", found.get("BLOCK_V", 0))
+        return columns * found.get("R", found.get("BLOCK_N", 1))
+
+    @property
+    def fused(self) -> bool:
+        """Whether it multiplies its tiles, as `streaming` does, or finds them in memory."""
+        found = self.constant
+        return found.get("FUSED", "K" in found or "BLOCK_D" in found)
+
+    @property
+    def threads(self) -> int:
+        return 32 * dict(self.options).get("num_warps", 4)
 
 
 class _Recorder:
-    """Stands in for a kernel: kernel[grid](...) notes its arguments."""
+    """Stands in for a kernel: kernel[grid](...) notes what Triton would compile."""
 
-    def __init__(self, kernel, found: dict[Launch, None]) -> None:
+    def __init__(self, kernel: JITFunction, target: int, found: dict[Launch, None]) -> None:
         self.kernel, self.found = kernel, found
+        self.backend = make_backend(GPUTarget("cuda", target, 32))
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
 
-    def __getitem__(self, grid: tuple[int, ...]):
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         def launch(*arguments: object, **flags: object) -> None:
-            options = {name: flags.pop(name) for name in _OPTIONS if name in flags}
-            values = dict(zip(self.kernel.arg_names, arguments, strict=False)) | flags
-            signature, constants, aligned = {}, {}, []
-            for position, parameter in enumerate(self.kernel.params):
-                name, value = parameter.name, values[parameter.name]
-                kind, free = _kind(value), not parameter.do_not_specialize
-                if name in flags or value is None or (kind == "i32" and value == 1 and free):
-                    kind, constants[name] = "constexpr", value
-                elif kind[0] == "*":
-                    if not parameter.do_not_specialize_on_alignment:
-                        aligned.append(position)
-                elif kind == "i32" and free and value % 16 == 0:
-                    aligned.append(position)
-                signature[name] = kind
-            blocks = "x".join(str(flags[n]) for n in "RCK" if n in flags)
+            values, specialization, options = self.bind(*arguments, **flags)
+            _, signature, constants, attrs = self.kernel._pack_args(
+                self.backend, flags, values, specialization, options
+            )
             self.found[
                 Launch(
-                    self.kernel.__name__, tuple(signature.items()), tuple(constants.items()),
-                    tuple(aligned), tuple(options.items()), blocks,
+                    self.kernel.fn.__module__, self.kernel.fn.__name__, tuple(signature.items()),
+                    tuple(constants.items()), tuple(path for path, attr in attrs.items() if attr),
+                    tuple(options.items()),
                 )
             ] = None  # fmt: skip
 
         return launch
 
 
-def _kind(value: object) -> str:
-    if isinstance(value, TensorDescriptor):
-        shape = ", ".join(map(str, value.block_shape))
-        return f"tensordesc<{_TYPES[value.base.dtype]}[{shape}]>"
-    if isinstance(value, Tensor):
-        return f"*{_TYPES[value.dtype]}"
-    return "fp32" if isinstance(value, float) else "i32"
+@contextmanager
+def addresses() -> Iterator[None]:
+    """Gives meta tensors addresses: one place for each storage, and its offset from there."""
+    # Storages are kept, so that no other gets the address of one that is gone.
+    places: dict[int, tuple[int, torch.UntypedStorage]] = {}
+    real = torch.Tensor.data_ptr
+
+    def data_ptr(tensor: Tensor) -> int:
+        if not tensor.is_meta:
+            return real(tensor)
+        storage = tensor.untyped_storage()
+        start, _ = places.setdefault(storage._cdata, ((len(places) + 1) * _APART, storage))
+        return start + tensor.storage_offset() * tensor.itemsize
+
+    with mock.patch.object(torch.Tensor, "data_ptr", data_ptr):
+        yield
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Tensors of hidden states and heads: rows of `hidden` elements, `stride` apart."""
+    """Tensors of a call: rows of `hidden` elements, `stride` apart, and vectors of one per token,
+    which start `offset` elements into what they are a view of."""
 
     dtype: torch.dtype = torch.bfloat16
     hidden: int = HIDDEN
     stride: int = HIDDEN
+    tokens: int = TOKENS
+    vocab: int = VOCAB
+    offset: int = 0
+
+    def vector(self, dtype: torch.dtype) -> Tensor:
+        whole = torch.empty(self.offset + self.tokens, dtype=dtype, device="meta")
+        return whole[self.offset :]
 
     def head(self, softcap: float | None = None, times: int = 1) -> Head:
-        sizes = [(rows, times * self.stride) for rows in (TOKENS, VOCAB)]
-        h, w = (torch.empty(size, dtype=self.dtype, device="meta") for size in sizes)
         hidden = times * self.hidden
-        return Head(h[:, :hidden], w[:, :hidden], None, softcap)
+        weight = self._rows(self.vocab, times)[:, :hidden]
+        return Head(self._rows(self.tokens, times)[:, :hidden], weight, None, softcap)
+
+    def pair(self, shared: bool, softcap: float | None = None) -> tuple[Head, Head]:
+        """Student and teacher, of one weight or of one each."""
+        student, teacher = self.head(softcap), self.head(softcap)
+        if shared:
+            teacher.weight = student.weight
+        return student, teacher
+
+    def _rows(self, rows: int, times: int) -> Tensor:
+        return torch.empty(rows, times * self.stride, dtype=self.dtype, device="meta")
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         return f"{name} {self.hidden} of {self.stride}"
 
 
-def launches(target: int, kind: Kind = Kind(), hot: bool = False) -> list[Launch]:
+def launches(
+    target: int,
+    kind: Kind = Kind(),
+    hot: bool = False,
+    runs: tuple[dict[str, str], ...] = RUNS,
+    scaled: tuple[bool, ...] = (True,),
+) -> list[Launch]:
     """Every different launch of both families on a GPU of that compute capability.
 
-    hot: only what training runs by default, without statistics, clip and softcap.
+    hot: only what training runs by default, without statistics, clip and softcap. `scaled` says
+    whether gradients are scaled by row when they are made, as in a loss reduced to a scalar.
     """
     found: dict[Launch, None] = {}
-    device = triton_config.Device(CAPABILITIES[target], 132)
+    device = Device(CAPABILITIES[target], PROCESSORS[target])
     with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(triton_launch, "device_of", lambda _: device))
-        for module in (triton_kernels, triton_gradients):
-            for name, kernel in list(vars(module).items()):
-                if hasattr(kernel, "arg_names") and not name.startswith("_"):
-                    recorder = _Recorder(kernel, found)
+        patches.enter_context(addresses())
+        for module in [m for n, m in sys.modules.items() if n.startswith("opsd_kernels.backends.")]:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, JITFunction):
+                    recorder = _Recorder(value, target, found)
                     patches.enter_context(mock.patch.object(module, name, recorder))
-        for schedule in ("blocked", "streaming"):
-            _launch(kind, Execution(schedule, None, None), hot)
+                elif value is device_of:
+                    patches.enter_context(mock.patch.object(module, name, lambda _: device))
+        for run in runs:
+            for scale in scaled:
+                _launch(kind, run, hot, scale)
     return list(found)
 
 
-def _launch(kind: Kind, run: Execution, hot: bool) -> None:
-    student, teacher, capped = kind.head(), kind.head(), kind.head(30.0)
-    other = kind.head(times=2)  # of another hidden size, it cannot share the student's head
-    for beta in (0.0, 0.5, 1.0):
-        _divergence(student, teacher, beta, None, False, run)
+def _launch(kind: Kind, run: dict[str, str], hot: bool, scale: bool) -> None:
+    for beta in BETAS:
+        one, each = kind.pair(shared=True), kind.pair(shared=False)
+        _divergence(kind, one, beta, run, scale)
+        # The products of two heads differ from those of one, and what follows them does not: one
+        # divergence shows what distinct heads compile to.
+        if beta == 0.5 or not hot:
+            _divergence(kind, each, beta, run, scale)
         if not hot:
-            _divergence(student, teacher, beta, None, True, run)
-            _divergence(student, other, beta, None, True, run)
-            _divergence(student, teacher, beta, 0.05, False, run)
-            _divergence(capped, capped, beta, None, False, run)
+            other = each[0], kind.head(times=2)
+            _divergence(kind, one, beta, run, scale, stats=True)
+            _divergence(kind, other, beta, run, scale, stats=True)
+            _divergence(kind, one, beta, run, scale, clip=0.05)
+            _divergence(kind, kind.pair(shared=True, softcap=30.0), beta, run, scale)
     for smoothing, entropy in ((0.0, False), (0.0, True), (0.1, False)):
         if smoothing == 0.0 or not hot:
-            _logprob(student, smoothing, entropy, run, hot)
+            _logprob(kind, smoothing, entropy, run, hot)
 
 
 def _divergence(
-    student: Head, teacher: Head, beta: float, clip: float | None, stats: bool, run: Execution
+    kind: Kind,
+    heads: tuple[Head, Head],
+    beta: float,
+    run: dict[str, str],
+    scaled: bool,
+    *,
+    clip: float | None = None,
+    stats: bool = False,
 ) -> None:
-    labels = torch.empty(TOKENS, dtype=torch.int64, device="meta")
-    p = DivergenceProblem(student, teacher, labels, None, beta, 1.0, clip, stats, run)
-    scale = labels.new_empty(TOKENS, dtype=torch.float32)
-    triton_backend.divergence(p, _plan("divergence", student, run), scale, Wanted(hidden=True))
+    labels = kind.vector(torch.int64)
+    p = DivergenceProblem(*heads, labels, None, beta, 1.0, clip, stats, _execution(run))
+    scale = kind.vector(torch.float32) if scaled else None
+    triton_backend.divergence(p, _plan("divergence", heads[0], run), scale, Wanted(hidden=True))
 
 
-def _logprob(head: Head, smoothing: float, entropy: bool, run: Execution, hot: bool) -> None:
-    target = torch.empty(TOKENS, dtype=torch.int64, device="meta")
-    scale = target.new_empty(TOKENS, dtype=torch.float32)
-    p = LogprobProblem(head, target, None, 1.0, smoothing, entropy, run)
+def _logprob(kind: Kind, smoothing: float, entropy: bool, run: dict[str, str], hot: bool) -> None:
+    head, target, scale = kind.head(), kind.vector(torch.int64), kind.vector(torch.float32)
+    p = LogprobProblem(head, target, None, 1.0, smoothing, entropy, _execution(run))
     chosen = _plan("logprob", head, run)
     if not hot:
         scales = scale, scale if entropy else None
@@ -156,7 +229,10 @@ def _logprob(head: Head, smoothing: float, entropy: bool, run: Execution, hot: b
     triton_backend.logprob(p, chosen, None, None, Wanted(hidden=not entropy))
 
 
-def _plan(loss: str, head: Head, run: Execution) -> Plan:
+def _execution(run: dict[str, str]) -> Execution:
+    return Execution(workspace_bytes=None, group_name=None, **run)
+
+
+def _plan(loss: str, head: Head, run: dict[str, str]) -> Plan:
     sizes = (*head.hidden.shape, head.weight.shape[0])
-    how = {"loss": loss, "dtype": head.hidden.dtype, "device": "cuda"}
-    return plan(*sizes, **how, schedule=run.schedule)
+    return plan(*sizes, loss=loss, dtype=head.hidden.dtype, device="cuda", **run)

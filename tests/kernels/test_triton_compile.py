@@ -1,5 +1,6 @@
 """The Triton kernels compiled for GPUs that are not here, in processes that interpret nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,42 +9,105 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+# The Triton of torch 2.10 and 2.11, put there by the Makefile beside the environment's own.
+TRITON36 = Path(sys.prefix) / "triton36"
 
 
-def python(*arguments: str) -> subprocess.CompletedProcess:
+def python(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess:
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-def test_what_training_runs_compiles_without_spills() -> None:
-    done = python("-m", "benchmarks.compile", "--check", "--hot")
+def check(*arguments: str, path: Path | None = None) -> None:
+    done = python("-m", "benchmarks.compile", "--check", *arguments, path=path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_what_training_runs_keeps_below_the_ceilings() -> None:
+    """No spills, instructions a pair and width of accesses as ceilings.toml says, wgmma."""
+    check("--hot")
+
+
+def test_the_same_with_triton_36() -> None:
+    if not (TRITON36 / "triton").exists():
+        pytest.skip(f"no Triton 3.6 in {TRITON36}; the Makefile puts it there")
+    name = "import triton; print(triton.__version__)"
+    assert python("-c", name, path=TRITON36).stdout.strip() == "3.6.0"
+    file = "benchmarks/results/compile_triton36.json"
+    check("--hot", "--target", "90", "--file", file, path=TRITON36)
 
 
 @pytest.mark.slow
 def test_everything_compiles_no_worse_than_the_file_says() -> None:
-    done = python("-m", "benchmarks.compile", "--check")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    check()
 
 
-def test_numbers_of_a_call_do_not_compile_again() -> None:
-    """Launches that differ in beta, temperature or tokens alone ask for the same compilations."""
-    script = """
-import torch
+# Keys of Triton's cache of compilations, which Triton itself makes of the launcher's arguments: for
+# each question the launches that would compile again.
+KEYS = """
+import json
+from dataclasses import replace
 from unittest import mock
 from benchmarks.compile import launches as m
-first = set(m.launches(90, hot=True))
-for tokens in (8191, 1000, 17):
-    with mock.patch.object(m, "TOKENS", tokens):
-        assert set(m.launches(90, hot=True)) <= first, tokens
-whole = m.DivergenceProblem
+
+def keys(schedule, **kind):
+    kind = m.Kind(**{"tokens": 1500, **kind})
+    runs = tuple(run for run in m.RUNS if run["schedule"] == schedule)
+    return set(m.launches(90, kind, True, runs, scaled=(True, False)))
+
+def ask(question, again):
+    answers[question] = sorted(f"{launch.kernel} {launch.aligned}" for launch in again)
+
+answers, whole = {}, m.DivergenceProblem
+
 def other(*a):
     beta = 0.3 if a[4] == 0.5 else a[4]
     return whole(*a[:4], beta, 0.7, *a[6:])
-with mock.patch.object(m, "DivergenceProblem", other):
-    assert set(m.launches(90, hot=True)) == first
+
+for schedule in sorted({run["schedule"] for run in m.RUNS}):
+    for vocab in (50257, 151936):
+        first = keys(schedule, vocab=vocab)
+        alone = {replace(launch, aligned=()): launch for launch in first}
+        ask(f"{schedule} {vocab}: block or slice", first - set(alone.values()))
+        for tokens in (1499, 17, 1):
+            again = keys(schedule, vocab=vocab, tokens=tokens) - first
+            ask(f"{schedule} {vocab}: {tokens} tokens", again)
+        again = keys(schedule, vocab=vocab, offset=1) ^ first
+        ask(f"{schedule} {vocab}: labels and scales that start elsewhere", again)
+    # Rows of logits start at whole vectors whatever the vocabulary; a fused kernel has none.
+    one, many = (151936, (128256, 50272, 50259)) if schedule != "streaming" else (50257, (50259,))
+    for vocab in many:
+        again = keys(schedule, vocab=vocab) ^ keys(schedule, vocab=one)
+        ask(f"{schedule}: vocabulary {vocab}", again)
+    first = keys(schedule, vocab=50257)
+    with mock.patch.object(m, "DivergenceProblem", other):
+        ask(f"{schedule}: beta and temperature", keys(schedule, vocab=50257) ^ first)
+shared = {launch.constant.get("SHARED") for launch in keys("streaming")}
+print(json.dumps({"again": answers, "shared": [True in shared, False in shared]}))
 """
-    done = python("-c", script)
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, object]:
+    done = python("-c", KEYS)
     assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "change", ["block or slice", "tokens", "start elsewhere", "vocabulary", "beta and temperature"]
+)
+def test_what_changes_from_call_to_call_does_not_compile_again(
+    change: str, keys: dict[str, object]
+) -> None:
+    asked = {question: again for question, again in keys["again"].items() if change in question}
+    assert asked
+    assert not any(asked.values()), {question: again for question, again in asked.items() if again}
+
+
+def test_distinct_heads_are_launched_beside_a_shared_one(keys: dict[str, object]) -> None:
+    assert keys["shared"] == [True, True]
