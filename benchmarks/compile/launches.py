@@ -21,7 +21,6 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from opsd_kernels import Plan, plan
 from opsd_kernels.backends import triton_backend
 from opsd_kernels.backends.triton_config import Device, device_of
-from opsd_kernels.plan import SCHEDULES
 from opsd_kernels.problem import DivergenceProblem, Execution, Head, LogprobProblem, Wanted
 
 TOKENS, HIDDEN, VOCAB = 8192, 4096, 151936
@@ -29,7 +28,12 @@ CAPABILITIES = {80: (8, 0), 90: (9, 0), 100: (10, 0)}
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 BETAS = (0.0, 0.5, 1.0)
 # Ways through the backend, as arguments of both `plan` and `Execution`.
-RUNS = tuple({"schedule": name} for name in SCHEDULES if name != "auto")
+RUNS = (
+    {"schedule": "blocked", "precision": "fp32"},
+    {"schedule": "blocked", "precision": "difference"},
+    {"schedule": "tiled", "workspace_bytes": 64 * 2**20},
+    {"schedule": "streaming"},
+)
 # Further than any tensor is long, and like CUDA's allocator at whole 512 bytes.
 _APART = 2**40
 
@@ -158,7 +162,7 @@ def launches(
     target: int,
     kind: Kind = Kind(),
     hot: bool = False,
-    runs: tuple[dict[str, str], ...] = RUNS,
+    runs: tuple[dict[str, object], ...] = RUNS,
     scaled: tuple[bool, ...] = (True,),
 ) -> list[Launch]:
     """Every different launch of both families on a GPU of that compute capability.
@@ -178,12 +182,14 @@ def launches(
                 elif value is device_of:
                     patches.enter_context(mock.patch.object(module, name, lambda _: device))
         for run in runs:
+            if run.get("precision") == "difference" and kind.dtype.itemsize != 2:
+                continue
             for scale in scaled:
                 _launch(kind, run, hot, scale)
     return list(found)
 
 
-def _launch(kind: Kind, run: dict[str, str], hot: bool, scale: bool) -> None:
+def _launch(kind: Kind, run: dict[str, object], hot: bool, scale: bool) -> None:
     for beta in BETAS:
         one, each = kind.pair(shared=True), kind.pair(shared=False)
         _divergence(kind, one, beta, run, scale)
@@ -195,8 +201,11 @@ def _launch(kind: Kind, run: dict[str, str], hot: bool, scale: bool) -> None:
             other = each[0], kind.head(times=2)
             _divergence(kind, one, beta, run, scale, stats=True)
             _divergence(kind, other, beta, run, scale, stats=True)
-            _divergence(kind, one, beta, run, scale, clip=0.05)
+            if run.get("precision") != "difference":
+                _divergence(kind, one, beta, run, scale, clip=0.05)
             _divergence(kind, kind.pair(shared=True, softcap=30.0), beta, run, scale)
+    if run.get("precision") == "difference":  # of a pair's logits
+        return
     for smoothing, entropy in ((0.0, False), (0.0, True), (0.1, False)):
         if smoothing == 0.0 or not hot:
             _logprob(kind, smoothing, entropy, run, hot)
@@ -206,7 +215,7 @@ def _divergence(
     kind: Kind,
     heads: tuple[Head, Head],
     beta: float,
-    run: dict[str, str],
+    run: dict[str, object],
     scaled: bool,
     *,
     clip: float | None = None,
@@ -215,10 +224,14 @@ def _divergence(
     labels = kind.vector(torch.int64)
     p = DivergenceProblem(*heads, labels, None, beta, 1.0, clip, stats, _execution(run))
     scale = kind.vector(torch.float32) if scaled else None
-    triton_backend.divergence(p, _plan("divergence", heads[0], run), scale, Wanted(hidden=True))
+    triton_backend.divergence(
+        p, _plan("divergence", heads[0], run, beta, clip), scale, Wanted(hidden=True)
+    )
 
 
-def _logprob(kind: Kind, smoothing: float, entropy: bool, run: dict[str, str], hot: bool) -> None:
+def _logprob(
+    kind: Kind, smoothing: float, entropy: bool, run: dict[str, object], hot: bool
+) -> None:
     head, target, scale = kind.head(), kind.vector(torch.int64), kind.vector(torch.float32)
     p = LogprobProblem(head, target, None, 1.0, smoothing, entropy, _execution(run))
     chosen = _plan("logprob", head, run)
@@ -229,10 +242,13 @@ def _logprob(kind: Kind, smoothing: float, entropy: bool, run: dict[str, str], h
     triton_backend.logprob(p, chosen, None, None, Wanted(hidden=not entropy))
 
 
-def _execution(run: dict[str, str]) -> Execution:
-    return Execution(workspace_bytes=None, group_name=None, **run)
+def _execution(run: dict[str, object]) -> Execution:
+    return Execution(**{"workspace_bytes": None, "group_name": None, **run})
 
 
-def _plan(loss: str, head: Head, run: dict[str, str]) -> Plan:
+def _plan(
+    loss: str, head: Head, run: dict[str, object], beta: float = 0.0, clip: float | None = None
+) -> Plan:
     sizes = (*head.hidden.shape, head.weight.shape[0])
-    return plan(*sizes, loss=loss, dtype=head.hidden.dtype, device="cuda", **run)
+    how = {"two_passes": beta not in (0.0, 1.0) or clip is not None, "clipped": clip is not None}
+    return plan(*sizes, loss=loss, dtype=head.hidden.dtype, device="cuda", **how, **run)

@@ -18,7 +18,9 @@ TOKENS = (1024, 8192, 32768)
 _MIB = 2**20
 # Arguments of `plan`, and workspaces in MiB.
 RUNS = (
-    ({"schedule": "blocked"}, (512, 1024, 2048)),
+    ({"schedule": "blocked", "precision": "fp32"}, (512, 1024, 2048)),
+    ({"schedule": "blocked", "precision": "difference"}, (512, 1024, 2048)),
+    ({"schedule": "tiled"}, (64,)),
     ({"schedule": "streaming"}, (64,)),
 )
 PHASES = ("logits", "statistics", "sums", "gradient", "dh", "dw", "backward")

@@ -86,8 +86,8 @@ def row_jsd_shares(
         s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
         d, q = jsd_terms(log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t), beta, rest)
         centered = s * (q - middle)
-        value += lane_sum(by_lane(beta * t * (d - q) - rest * (s * q), LANES))
-        shares += lane_sum(by_lane(centered, LANES))
+        value += lane_sum(by_lane(beta * t * (d - q) - rest * (s * q), LANES, 8))
+        shares += lane_sum(by_lane(centered, LANES, 8))
         tl.debug_barrier()
         kind = share.dtype.element_ty
         tl.store(share + c, (centered * slope).to(kind), mask=c < padded)
