@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 _FLOPS = {2: 790e12, 4: 52e12, 8: 52e12}  # per second, by bytes of an element
 _BANDWIDTH = 3.0e12  # bytes per second
-_PROCESSORS = 132
+PROCESSORS = 132
 # One instruction for each pair of logits, by 4 schedulers a processor at 1.755 GHz.
-_INSTRUCTION = 1 / (_PROCESSORS * 4 * 32 * 1.755e9)
+_INSTRUCTION = 1 / (PROCESSORS * 4 * 32 * 1.755e9)
 # Efficiency of a product inside a Triton kernel: L2 feeds its smaller tiles less well than cuBLAS'.
 FUSED = 0.6
 # Host time of a slice's launches: no slice is faster.
@@ -72,10 +72,10 @@ def seconds(
     return blocks * max(found + over * rows * vocab, slices * _SLICE)
 
 
-def waves(rows: int, columns: int) -> float:
+def waves(rows: int, columns: int, processors: int) -> float:
     """Share of the processors that a product of that size keeps busy in its waves of tiles."""
     tiles = -(-rows // 128) * -(-columns // 256)
-    return tiles / (-(-tiles // _PROCESSORS) * _PROCESSORS)
+    return tiles / (-(-tiles // processors) * processors)
 
 
 def in_cache(nbytes: int) -> bool:

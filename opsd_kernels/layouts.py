@@ -29,11 +29,12 @@ _STRIDE = 64
 # 1,280 leaves as many after the blocks are made even.
 TRAINED_ROWS = 1280
 # Columns of a slice: `tiled` takes what predicts the least time.
-_SLICES = (1024, 2048, 4096, 8192)
+_SLICES = tuple(range(1024, 8193, 512))
 # Columns that share the reference of their differences.
-DIFFERENCE_TILE = 1024
+DIFFERENCE_TILE = 512
 # Columns that a row kernel takes at a time leave one set of statistics, of at most so many bytes.
-_STATISTICS_COLUMNS, _STATISTICS_BYTES = 2048, 2 * 12 * 4
+_STATISTICS_COLUMNS, _STATISTICS_BYTES = 2048, 2 * 10 * 4
+_DIFFERENCE_STATISTICS = 10 * 4  # bytes a tile
 _STREAMING_ROWS = 4096
 _STREAMING_COLUMNS, _LEAST_COLUMNS = 8192, 1024
 # Differences are taken where they are predicted to save so much of the whole.
@@ -58,6 +59,7 @@ class Work:
     clipped: bool
     workspace_bytes: int | None
     default_bytes: int
+    processors: int = cost.PROCESSORS  # of the GPU
 
     @property
     def trained(self) -> bool:
@@ -232,13 +234,19 @@ def _limit(x: Work, per_row: int, budget: int) -> int:
 
 
 def _bytes_of_a_row(x: Work, columns: int, gradients: int) -> int:
-    """Logits, an entropy's own dz, dh in fp32, and the hidden states: labels leave rows out, so
-    the others are gathered."""
-    _, depth, _ = x.shape
+    """Logits, an entropy's own dz, dh in fp32, and hidden states."""
     width = padded_columns(columns)
-    operands = depth * (x.itemsizes[0] + (x.heads - 1) * x.itemsizes[1])
-    dh = gradients * depth * 4 if x.differentiated else 0
-    return operands + dh + width * (x.heads * 4 + int(x.entropy) * x.itemsizes[0])
+    logits = width * (x.heads * 4 + int(x.entropy) * x.itemsizes[0])
+    return _operand_bytes(x) + _dh_bytes(x, gradients) + logits
+
+
+def _operand_bytes(x: Work) -> int:
+    """Hidden states of a row: labels leave rows out, so the others are gathered."""
+    return x.shape[1] * (x.itemsizes[0] + (x.heads - 1) * x.itemsizes[1])
+
+
+def _dh_bytes(x: Work, gradients: int) -> int:
+    return gradients * x.shape[1] * 4 if x.differentiated else 0
 
 
 def _passes(x: Work, logit_bytes: float, first: float, statistics: int) -> list[Pass]:
@@ -292,21 +300,23 @@ def _blocked(x: Work) -> Iterator[Layout]:
 def _differences(x: Work) -> Iterator[Layout]:
     """16-bit differences of whole rows, made from fp32 logits a slice of the vocabulary at a time.
 
-    A slice's logits stay in L2 until the statistics have read them.
+    A slice's logits stay in L2 until the statistics have read them; dh later takes their place.
     """
     vocab = x.shape[2]
     tiles = -(-vocab // DIFFERENCE_TILE)
-    for count in range(1, 9):
+    for count in range(2, 17):
         columns = count * DIFFERENCE_TILE
-        used = _bytes_of_a_row(x, columns, x.gradients) + 4 * padded_columns(vocab) + 48 * tiles
+        slice_or_dh = max(x.heads * 4 * columns, _dh_bytes(x, x.gradients))
+        used = _operand_bytes(x) + slice_or_dh + 4 * padded_columns(vocab)
+        used += _DIFFERENCE_STATISTICS * tiles
         budget = _trained_budget(x, used)
         limit = _limit(x, used, budget)
-        if not limit or not cost.in_cache(x.heads * 4 * limit * columns):
+        if not limit or not cost.in_cache(x.heads * 4 * x.rows(limit) * columns):
             continue
         yield _fitted(
             x, "blocked", limit, columns, used, precision="difference", budget=budget,
             passes=_passes(x, 2, 2 * x.heads, _DIFFERENCES), slices=-(-tiles // count),
-            efficiency=cost.waves(x.heads * x.rows(limit), columns),
+            efficiency=cost.waves(x.heads * x.rows(limit), columns, x.processors),
         )  # fmt: skip
 
 
@@ -328,19 +338,17 @@ def _tiled(x: Work) -> Iterator[Layout]:
         yield _fitted(
             x, "tiled", limit, min(columns, vocab), used, passes=passes,
             slices=len(passes) * -(-vocab // columns),
-            efficiency=cost.waves(x.heads * x.rows(limit), columns),
+            efficiency=cost.waves(x.heads * x.rows(limit), columns, x.processors),
         )  # fmt: skip
 
 
 def _streaming(x: Work) -> Iterator[Layout]:
     """No logits; as wide a slice of their gradient as leaves room for a busy GEMM's rows."""
-    tokens, depth, vocab = x.shape
+    tokens, _, vocab = x.shape
 
     def bytes_of_a_row(columns: int) -> int:
-        used = depth * (x.itemsizes[0] + (x.heads - 1) * x.itemsizes[1])
-        if x.differentiated:
-            used += x.gradients * (columns * x.itemsizes[0] + depth * 4)
-        return used
+        dz = x.gradients * columns * x.itemsizes[0] if x.differentiated else 0
+        return _operand_bytes(x) + _dh_bytes(x, x.gradients) + dz
 
     columns, wanted = min(vocab, _STREAMING_COLUMNS), min(tokens, _STREAMING_ROWS)
     while columns > _LEAST_COLUMNS and x.budget // bytes_of_a_row(columns) < wanted:

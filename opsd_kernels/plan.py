@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from opsd_kernels import extension
+from opsd_kernels.cost import PROCESSORS
 from opsd_kernels.layouts import MIB, Work, cpp_layout, size_in_words, torch_layout, triton_layout
 
 SCHEDULES = ("auto", "blocked", "tiled", "streaming")
@@ -128,6 +129,7 @@ def plan(
         clipped=clipped,
         workspace_bytes=workspace_bytes,
         default_bytes=default_workspace(device),
+        processors=processors_of(device),
     )
     if precision == "difference" and not (backend == "triton" and work.takes_differences):
         raise ValueError(
@@ -173,3 +175,10 @@ def default_backend(
 def default_workspace(device: str | torch.device) -> int:
     """Bytes of workspace where the caller named none."""
     return (512 if torch.device(device).type == "cuda" else 256) * MIB
+
+
+def processors_of(device: str | torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device that is here, an H100's of one that is not."""
+    if torch.device(device).type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return PROCESSORS

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 
@@ -13,6 +15,7 @@ from benchmarks.environment import ROOT
 from opsd_kernels import Plan, plan
 
 PAGE = ROOT / "docs" / "gpu-model.md"
+planning = sys.modules[plan.__module__]  # the package's `plan` is the function
 HIDDEN, VOCAB = 4096, 151936
 TOKENS = (1024, 8192, 32768)
 _MIB = 2**20
@@ -65,7 +68,7 @@ def _ratios() -> str:
 
 
 def _cell(run: dict[str, str], mib: int, tokens: int, gpu: str, trained: bool) -> str:
-    chosen = _plan(run, mib, tokens, trained)
+    chosen = _plan(run, mib, tokens, trained, gpu)
     total = sum(predict(chosen, gpu).values())
     return f"{total:.1f} ms, {total / floor(chosen, gpu):.2f}x"
 
@@ -75,7 +78,7 @@ def _phases() -> str:
     rows = [["schedule", "workspace", "head", *PHASES, "sum", "bare products"]]
     for run, mib in _runs():
         for head, trained, shared in _HEADS:
-            chosen = _plan(run, mib, 8192, trained)
+            chosen = _plan(run, mib, 8192, trained, "H100")
             found = predict(chosen, "H100", shared=shared)
             times = [found.get(phase, 0.0) for phase in PHASES]
             cells = [f"{t:.1f}" for t in (*times, sum(found.values()), floor(chosen, "H100"))]
@@ -101,9 +104,11 @@ def _runs() -> Iterator[tuple[dict[str, str], int]]:
             yield run, mib
 
 
-def _plan(run: dict[str, str], mib: int, tokens: int, trained: bool) -> Plan:
+def _plan(run: dict[str, str], mib: int, tokens: int, trained: bool, gpu: str) -> Plan:
+    """As a machine with that GPU makes it."""
     how = {"dtype": torch.bfloat16, "device": "cuda", "grad_weight": trained}
-    return plan(tokens, HIDDEN, VOCAB, workspace_bytes=mib * _MIB, **how, **run)
+    with mock.patch.object(planning, "processors_of", lambda _: GPUS[gpu].processors):
+        return plan(tokens, HIDDEN, VOCAB, workspace_bytes=mib * _MIB, **how, **run)
 
 
 def _markdown(rows: list[list[str]]) -> str:

@@ -145,7 +145,7 @@ class _Run(Run):
         # Which dz makes which gradient of the hidden states.
         pairs = [(0, self.grad_hidden), (1, self.grad_entropy)]
         pairs = [(i, grad) for i, grad in pairs if grad is not None]
-        sums = {i: self.room(f"dh {i}", size, depth) for i, _ in pairs}
+        sums = {i: self._room_for_dh(i, size, depth) for i, _ in pairs}
         dz = self._room_for_dz(tiles, width)
         for first in range(0, vocab, width):
             columns = slice(first, min(first + width, vocab))
@@ -160,6 +160,13 @@ class _Run(Run):
         rows = block if self.kept is None else self.kept[block]
         for i, grad in pairs:
             grad[rows] = sums[i].to(grad.dtype)
+
+    def _room_for_dh(self, index: int, size: int, depth: int) -> Tensor:
+        """fp32 sums; in place of a slice's logits where differences have been made of them."""
+        if self.plan.precision == "difference" and 2 * self.plan.slice_columns >= depth:
+            logits = self.room("logits", 2 * size, padded_columns(self.plan.slice_columns))
+            return logits.flatten()[: size * depth].view(size, depth)
+        return self.room(f"dh {index}", size, depth)
 
     def _room_for_dz(self, tiles: _Tiles, width: int) -> list[Tensor]:
         """Where a slice's dz goes, and the entropy's own; over the logits where there are some."""

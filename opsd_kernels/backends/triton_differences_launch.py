@@ -15,7 +15,7 @@ from opsd_kernels.backends.triton_launch import merge, summed
 from opsd_kernels.backends.triton_rows_launch import StoredTiles
 from opsd_kernels.layouts import DIFFERENCE_TILE
 
-_WARPS = 2  # 16 columns a thread
+_WARPS = 1  # 16 columns a thread
 
 
 class DifferenceTiles:
