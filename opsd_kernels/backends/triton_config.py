@@ -83,10 +83,9 @@ def blocks(
 def row_blocks(columns: int, device: Device) -> RowBlocks:
     """Columns a program of a row kernel takes at a time: 8 of each head a thread."""
     if device.capability is None:
-        return RowBlocks(128, 1, 32)
-    block = min(2048, _power_of_two(columns, 128))
-    warps = max(1, block // 256)
-    return RowBlocks(block, warps, 32 * warps)
+        return RowBlocks(128, 1, 16)
+    block = min(2048, _power_of_two(columns, 256))
+    return RowBlocks(block, block // 256, block // 8)
 
 
 def spans(

@@ -1,4 +1,7 @@
-"""`streaming` on a CUDA device: bf16, memory, many tokens; `blocked` is what test_cuda runs."""
+"""Schedules and precisions on a CUDA device: bf16, bits, memory, many tokens.
+
+`blocked` in fp32 is what test_cuda runs.
+"""
 
 import pytest
 import torch
@@ -16,43 +19,56 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 MIB = 1 << 20
 LOW = {"dtype": torch.bfloat16, "device": DEVICE, "grad_factor": 1.2, "max_factor": 2.0}
-STREAMING = {"schedule": "streaming"}
+EACH = pytest.mark.parametrize(
+    "how",
+    [
+        {"schedule": "streaming"},
+        {"schedule": "tiled", "workspace_bytes": 8 * MIB},
+        {"schedule": "blocked", "precision": "difference", "workspace_bytes": 8 * MIB},
+    ],
+    ids=["streaming", "tiled", "difference"],
+)
 
 
 @TRAINED
 # Whole tiles by descriptors, ragged ones, and a hidden size that only pointers can read.
 @pytest.mark.parametrize("shape", [(256, 128, 1024), (300, 96, 5003), (130, 67, 1111)], ids=str)
+@EACH
 @pytest.mark.parametrize("name", LOSSES)
-def test_accuracy_in_bfloat16(name: str, shape: tuple, trained: bool) -> None:
+def test_accuracy_in_bfloat16(name: str, how: dict, shape: tuple, trained: bool) -> None:
+    if "precision" in how and "jsd" not in name and "kl" not in name:
+        pytest.skip("differences are of a pair's logits")
     pair = make_pair(*shape, masked=9)
     loss, inputs, wrt, options = prepare(name, pair, trained, None)
-    fn = policy_gradient(**STREAMING) if name == "policy gradient" else loss.fn
-    ours = {} if name == "policy gradient" else STREAMING
+    fn = policy_gradient(**how) if name == "policy gradient" else loss.fn
+    ours = {} if name == "policy gradient" else how
     check(fn, loss.truth, inputs, wrt, only_ours=ours, **LOW, **options)
 
 
 @TRAINED
+@EACH
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_shared_head_in_bfloat16(beta: float, trained: bool) -> None:
+def test_shared_head_in_bfloat16(beta: float, how: dict, trained: bool) -> None:
     def shared(**p: torch.Tensor) -> torch.Tensor:
         p["teacher_weight"] = p["student_weight"]
-        return fused_linear_jsd(**p, **STREAMING)
+        return fused_linear_jsd(**p, **how)
 
     pair = make_pair(300, 128, 5003, kind="close", masked=9, seed=3)
     wrt = STUDENT if trained else STUDENT[:1]
     check(shared, reference.linear_jsd, pair, wrt, **LOW, beta=beta, reduction="none")
 
 
+@EACH
 @pytest.mark.parametrize("trained", [False, True])
-def test_two_runs_give_the_same_bits(trained: bool) -> None:
+def test_two_runs_give_the_same_bits(trained: bool, how: dict) -> None:
     pair = move(make_pair(1000, 256, 20011, dtype=torch.bfloat16, masked=31), DEVICE)
     wrt = STUDENT if trained else STUDENT[:1]
-    first = run(fused_linear_jsd, pair, wrt, **STREAMING)
-    same_bits(first, run(fused_linear_jsd, pair, wrt, **STREAMING))
+    first = run(fused_linear_jsd, pair, wrt, **how)
+    same_bits(first, run(fused_linear_jsd, pair, wrt, **how))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["blocked", "streaming"])
+@pytest.mark.parametrize("schedule", ["blocked", "tiled", "streaming"])
 def test_64k_tokens(schedule: str) -> None:
     """More logits than 2**33: extra memory stays the plan's, and the last rows are right."""
     tokens, hidden, vocab, rows = 65536, 256, 151936, [0, 40000, 65535]

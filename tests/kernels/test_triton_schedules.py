@@ -59,6 +59,30 @@ def test_two_runs_give_the_same_bits(
     same_bits(first, run(fn, inputs, wrt, **options))
 
 
+@pytest.mark.parametrize("vocab", [257, 200])
+def test_rows_of_logits_start_on_whole_vectors(
+    vocab: int, triton_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For any vocabulary, cut ones too: 128-bit loads, and cuBLAS' fast products, need it."""
+    from opsd_kernels.backends import triton_rows_launch
+
+    seen, whole = [], triton_rows_launch.StoredTiles.__init__
+
+    def watched(self, logits: Tensor, *rest: object) -> None:
+        seen.append(logits)
+        assert logits[..., vocab:].isneginf().all()
+        whole(self, logits, *rest)
+
+    monkeypatch.setattr(triton_rows_launch.StoredTiles, "__init__", watched)
+    pair = move(make_pair(11, 8, 257, masked=2, dtype=torch.float16, seed=25), triton_device)
+    pair["shift_labels"].clamp_(max=vocab - 1)
+    run(fused_linear_jsd, pair, STUDENT[:1], schedule="blocked", vocab_size=vocab)
+    (logits,) = seen
+    assert logits.shape == (2, 9, -(-vocab // 64) * 64)
+    for model in logits:  # the teacher's rows too
+        assert model.storage_offset() % 64 == 0 and model.stride(0) % 64 == 0
+
+
 # ------------------------------------------------------------------------------------------ memory
 
 
