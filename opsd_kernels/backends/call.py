@@ -33,6 +33,7 @@ class Call:
     ) -> None:
         hidden, weight = head.hidden, head.weight
         self.head, self.plan, self.wanted = head, plan, wanted
+        self.rooms: dict[str, Tensor] = {}  # buffers by name
         self.dtype = stat_dtype(hidden.dtype)
         self.kept = None if keep is None else keep.nonzero().squeeze(-1)  # None: every row
         self.num_kept = hidden.shape[0] if self.kept is None else self.kept.shape[0]
@@ -69,7 +70,7 @@ class Call:
 
     def _add_weight(self, dz: Tensor, h: Tensor, first: bool) -> None:
         if self.grad_weight.dtype == h.dtype:
-            torch.addmm(self.grad_weight, dz.t(), h, beta=int(not first), out=self.grad_weight)
+            self.grad_weight.addmm_(dz.t(), h, beta=int(not first))
             return
         size = max(1, _SLICE_BYTES // (sum(h.shape) * h.element_size()))
         for total, part in zip(self.grad_weight.split(size), dz.t().split(size), strict=True):

@@ -60,6 +60,32 @@ class Layout:
         return dict(zip(self.names, rows, strict=True))
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """The passes of a divergence over its logits, and what the first of them keeps."""
+
+    layout: Layout
+    first: Layout  # of the statistics
+    summed: bool  # a second pass makes the value
+    rounded: bool  # a second pass makes the gradient's constant, of rounded logits
+    joined: bool  # the second pass makes the gradient too
+
+
+def _passes(p: DivergenceProblem, run: Run) -> _Passes:
+    kind = {0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(p.beta, JSD)
+    layout = Layout(2, p.with_stats, False, p.with_stats and p.labels is not None, kind)
+    joined = kind == JSD and p.clip is None and run.joined is not None
+    return _Passes(
+        layout=layout,
+        # The reverse KL tells where the shares of a row are centered.
+        first=replace(layout, kind=REVERSE_KL) if joined else layout,
+        summed=kind == JSD or p.clip is not None,
+        # The gradient of rounded logits is made with the value of the same rounded logits.
+        rounded=kind == REVERSE_KL and run.plan.precision == "difference" and run.wanted.any,
+        joined=joined,
+    )
+
+
 def divergence(
     run_type: type[Run],
     p: DivergenceProblem,
@@ -69,45 +95,15 @@ def divergence(
 ) -> Result:
     """Per-token divergence; gradients of sum(row_scale * value), per row for row_scale None."""
     run = run_type(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
-    kind = {0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(p.beta, JSD)
-    label = p.with_stats and p.labels is not None
-    layout = Layout(2, p.with_stats, False, label, kind)
-    two_passes = kind == JSD or p.clip is not None
-    # The gradient of rounded logits is made with the value of the same rounded logits.
-    rounded = kind == REVERSE_KL and plan.precision == "difference" and run.wanted.any
-    joined = kind == JSD and p.clip is None and run.joins_sums_and_gradient
-    # The reverse KL tells where the shares of a row are centered.
-    first = replace(layout, kind=REVERSE_KL) if joined else layout
-    merged = run.statistics(first.count)
-    sums = run.statistics(2 if p.clip is None else 3) if two_passes or rounded else None
-    heads = [p.student, p.teacher]
+    passes = _passes(p, run)
+    merged, sums = run.statistics(passes.first.count), None
+    if passes.summed or passes.rounded:
+        sums = run.statistics(2 if p.clip is None else 3)
     for block in run.blocks():
-        again = sums is not None or run.wanted.any
-        tiles = run.tiles(heads, block, p.temperature, same_head(*heads), again)
-        here = merged[:, block]
-        labels = run.part(p.labels, block) if label else None
-        tiles.statistics(first, labels, run.offset, here, run.group)
-        scale = run.part(run.row_scale, block)
-        if joined:
-            center = _mean_log_mixture(_kl(first, here)[0], p.beta)
-            found = run.sums_and_gradient(block, tiles, layout, here, center, p, scale)
-            sums[:, block] = found
-            continue
-        if sums is not None:
-            sums[:, block] = tiles.sums(layout, here, p.beta, p.clip, run.group)
-        if not run.wanted.any:
-            continue
-        totals = _kl(layout, here)[0] if sums is None else sums[1, block]
-        if rounded:
-            totals = totals.masked_fill(_kl(layout, here)[1], torch.inf)
-        gradient = functools.partial(
-            _divergence_gradient, tiles, layout, here, totals, scale, p.beta, p.clip
-        )
-        run.gradients(block, tiles, gradient)
-    value, infinite = (None, None) if kind == JSD else _kl(layout, merged)
-    if two_passes:
-        value = sums[0]
-    run.value[run.everything] = value
+        _divergence_block(p, run, passes, block, merged[:, block], sums)
+    layout = passes.layout
+    value, infinite = (None, None) if layout.kind == JSD else _kl(layout, merged)
+    run.value[run.everything] = sums[0] if passes.summed else value
     stats = run.value.new_zeros(len(DIVERGENCE_STATS) if p.with_stats else 0, len(run.value))
     if p.with_stats:
         removed = None
@@ -116,11 +112,43 @@ def divergence(
             removed = removed if infinite is None else removed.masked_fill(infinite, torch.inf)
         found = [layout.head(merged, i) for i in range(2)]
         columns = [_entropy(x) for x in found]
-        columns += [_logprob(x) if label else None for x in found]
+        columns += [_logprob(x) if layout.label else None for x in found]
         for row, column in zip(stats, [*columns, removed], strict=True):
             if column is not None:
                 row[run.everything] = column
     return run.result(stats)
+
+
+def _divergence_block(
+    p: DivergenceProblem,
+    run: Run,
+    passes: _Passes,
+    block: slice,
+    merged: Tensor,  # (K, rows) of this block
+    sums: Tensor | None,  # (2 or 3, rows) of all
+) -> None:
+    """Fill the block's statistics and sums, and add its gradients."""
+    heads, layout = [p.student, p.teacher], passes.layout
+    again = sums is not None or run.wanted.any
+    tiles = run.tiles(heads, block, p.temperature, same_head(*heads), again)
+    labels = run.part(p.labels, block) if layout.label else None
+    tiles.statistics(passes.first, labels, run.offset, merged, run.group)
+    scale = run.part(run.row_scale, block)
+    if passes.joined:
+        center = _mean_log_mixture(_kl(passes.first, merged)[0], p.beta)
+        sums[:, block] = run.joined(block, tiles, layout, merged, center, p, scale)
+        return
+    if sums is not None:
+        sums[:, block] = tiles.sums(layout, merged, p.beta, p.clip, run.group)
+    if not run.wanted.any:
+        return
+    totals = _kl(layout, merged)[0] if sums is None else sums[1, block]
+    if passes.rounded:
+        totals = totals.masked_fill(_kl(layout, merged)[1], torch.inf)
+    gradient = functools.partial(
+        _divergence_gradient, tiles, layout, merged, totals, scale, p.beta, p.clip
+    )
+    run.gradients(block, tiles, gradient)
 
 
 def _divergence_gradient(
@@ -203,9 +231,13 @@ class Run(Call, ABC):
         return self.value.new_empty(count, self.num_kept)
 
     @property
-    def joins_sums_and_gradient(self) -> bool:
-        """Whether `sums_and_gradient` of the JSD saves this run a pass over the logits."""
-        return False
+    def joined(self) -> Callable[..., Tensor] | None:
+        """What makes a JSD's sums and its gradient from the same logits, where that saves a pass.
+
+        Called with (block, tiles, layout, merged, center, problem, scale); fills the block's
+        gradient and returns (2, rows): value and sum of the shares about `center`.
+        """
+        return None
 
     @abstractmethod
     def tiles(
@@ -221,10 +253,9 @@ class Run(Call, ABC):
         self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32
     ) -> Tensor:
         """A buffer that every block uses again; the first block is the largest."""
-        rooms = self.__dict__.setdefault("_rooms", {})
-        if name not in rooms:
-            rooms[name] = self.head.hidden.new_empty(rows, columns, dtype=dtype)
-        return rooms[name][:rows]
+        if name not in self.rooms:
+            self.rooms[name] = self.head.hidden.new_empty(rows, columns, dtype=dtype)
+        return self.rooms[name][:rows]
 
 
 class Tiles(Protocol):

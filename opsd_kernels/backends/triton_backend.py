@@ -9,6 +9,7 @@ slice of the vocabulary at a time. All sum products in fp32.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -102,11 +103,11 @@ class _Run(Run):
         return list(outs)
 
     @property
-    def joins_sums_and_gradient(self) -> bool:
-        trained = self.wanted.weight or self.wanted.bias
-        return self.plan.schedule == "tiled" and self.wanted.hidden and not trained
+    def joined(self) -> Callable[..., Tensor] | None:
+        frozen = self.wanted.hidden and not (self.wanted.weight or self.wanted.bias)
+        return self._joined if self.plan.schedule == "tiled" and frozen else None
 
-    def sums_and_gradient(
+    def _joined(
         self,
         block: slice,
         tiles: ColumnTiles,
