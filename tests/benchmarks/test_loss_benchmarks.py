@@ -219,3 +219,16 @@ def test_real_inputs_that_are_not_there(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(inputs, "REAL_PAIR", tmp_path / "absent.pt")
     with pytest.raises(MissingInputs, match=r"benchmarks\.real_pair"):
         Inputs(Case("jsd", "frozen", "bfloat16", SMOLLM2, 256, "real"), CPU)
+
+
+@pytest.mark.parametrize("operation", list(cases.OPERATIONS))
+def test_the_truth_is_the_same_from_parts_of_a_head(monkeypatch, operation: str) -> None:
+    from benchmarks.losses import truth
+
+    x = Inputs(dataclasses.replace(CASE, operation=operation), CPU)
+    whole = truth.truth(x)
+    monkeypatch.setattr(truth, "_HEAD_ELEMENTS", 40 * TINY.hidden)  # 131 entries: the last is short
+    parts = truth.truth(x)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
+    for name in ("grad_hidden", "grad_weight"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=0, atol=1e-14)
