@@ -18,6 +18,7 @@ from benchmarks.gpu_report import sweeps
 from benchmarks.gpu_report.conductor import Stage, run_stage
 from benchmarks.gpu_report.job import Job, Row
 from benchmarks.gpu_report.work import message
+from benchmarks.losses.memory import CudaMemory
 
 WHEELS = ROOT / ".whl"
 # In order, each with its time limit in seconds; the last one has what is left of the command's.
@@ -32,11 +33,11 @@ STAGES = {
         Stage("losses", 60),
     ),
     "second": (
-        Stage("compiling", 45, triton=True),
-        Stage("losses", 150),
-        Stage("suite", 110),
-        Stage("sanitizer", 45),
-        Stage("step", 60),
+        Stage("compiling", 40, triton=True),
+        Stage("losses", 195),
+        Stage("suite", 90),
+        Stage("sanitizer", 35),
+        Stage("step", 50),
     ),
 }
 SECONDS = {"first": 280.0, "second": 410.0}
@@ -63,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
     where = environment()
     report = {"kind": "gpu_report", "command": job.command, "small": job.small}
     report["environment"] = where | {"commit": where["commit"] or options.commit}
-    report |= {"winners": winners, "peer_wheels": [], "stages": []}
+    report |= {"memory_method": CudaMemory.method, "winners": winners}
+    report |= {"peer_wheels": [], "stages": []}
     failed = write_report(report, job, stages)
     with tempfile.TemporaryDirectory() as site:
         report["peer_wheels"] = install_wheels(Path(site), job)

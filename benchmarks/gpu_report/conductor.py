@@ -93,6 +93,8 @@ def _run(stage: Stage, job: Job, limit: float) -> dict[str, Any]:
     shards: list[list[str]] = []
     try:
         shards = importlib.import_module(stage.path).shards(job)
+        if not shards:
+            raise RuntimeError("there is nothing to do")
     except Absent as absent:
         job.append({"id": "all of it", "absent": str(absent)})
     except Exception as error:

@@ -14,6 +14,8 @@ from benchmarks.gpu_report.work import one_by_one
 from benchmarks.losses.cases import QWEN3_8B, Case
 from benchmarks.losses.contenders import our_call, our_plan, schedules
 from benchmarks.losses.inputs import Inputs
+from benchmarks.losses.truth import BETA
+from opsd_kernels import Plan
 
 _TOKENS = 8192
 _CALLS, _SMALL_CALLS = 3, 1
@@ -54,10 +56,10 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
     chosen = our_plan(case, job.device, schedule)
     rows.sort(key=lambda row: -row[2])
     result = {"ms": whole, "kernels": rows[:_LONGEST], "plan": str(chosen)}
-    return result | _predicted(chosen, job.device)
+    return result | _predicted(case, chosen, head == "shared", job.device)
 
 
-def _predicted(chosen: object, device: torch.device) -> dict[str, Any]:
+def _predicted(case: Case, chosen: Plan, shared: bool, device: torch.device) -> dict[str, Any]:
     """{"predicted": phases' ms} of the time model, where it knows the device."""
     if device.type != "cuda" or not find_spec("benchmarks.compile.model"):
         return {}
@@ -65,7 +67,10 @@ def _predicted(chosen: object, device: torch.device) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name(device)
     known = next((short for short in ("H100", "A100") if short in name), None)
-    return {"predicted": predict(chosen, known)} if known else {}
+    if known is None:
+        return {}
+    kind = {"kind": case.operation.replace("_", " ")} if case.operation in BETA else {}
+    return {"predicted": predict(chosen, known, shared=shared, **kind)}
 
 
 def _case(operation: str, head: str, job: Job) -> Case:

@@ -24,16 +24,16 @@ LIMITS = {"bfloat16": (2e-3, 1e-2), "float32": (1e-4, 1e-3)}
 
 
 def shards(job: Job) -> list[list[str]]:
-    """Neighbours share a head's size, so that no process holds two at a time."""
-    found = []
-    dtypes = _SMALL_DTYPES if job.small else _DTYPES
-    vocabs = (SMALL.vocab,) if job.small else _VOCABS
-    for vocab, dtype, operation in product(vocabs, dtypes, OPERATIONS):
-        heads = ("one",) if operation in ONE_HEAD else ("shared", "distinct")
-        for schedule, head in product(
-            schedules(_case(operation, dtype, vocab, job), job.device), heads
-        ):
-            found.append(f"{operation} {schedule} {head} {dtype} {vocab}")
+    """Dtype and vocabulary change fastest: a process keeps to one of each, few to the largest."""
+    sizes = list(product(_SMALL_DTYPES, (SMALL.vocab,)) if job.small else product(_DTYPES, _VOCABS))
+    every = schedules(_case("jsd", *sizes[0], job), job.device)
+    found = [
+        f"{operation} {schedule} {head} {dtype} {vocab}"
+        for operation in OPERATIONS
+        for schedule in every
+        for head in (("one",) if operation in ONE_HEAD else ("shared", "distinct"))
+        for dtype, vocab in sizes
+    ]
     return deal(found, job.workers)
 
 

@@ -124,13 +124,16 @@ class Run:
 
     def __init__(self, settings: Settings, job: Job) -> None:
         from peft import LoraConfig, get_peft_model
-        from transformers import Qwen3Config, Qwen3ForCausalLM
+        from transformers import AutoModelForCausalLM, Qwen3Config
 
         self.settings, self.device = settings, job.device
         torch.manual_seed(0)
-        config = Qwen3Config(**(_TINY if job.small else _QWEN3_17B), attn_implementation="sdpa")
+        config = Qwen3Config(**(_TINY if job.small else _QWEN3_17B))
+        self.dtype = getattr(torch, settings.dtype)
         with torch.device(job.device):
-            model = Qwen3ForCausalLM(config).to(getattr(torch, settings.dtype))
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, attn_implementation="sdpa"
+            )
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name from 5.2x on
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         self.model = get_peft_model(model, LoraConfig(**_LORA)).train()
@@ -204,10 +207,13 @@ class Run:
     def forward(self, ids: Tensor, logits: bool) -> Tensor:
         """Logits or last hidden states at the positions that predict the completion."""
         core, kept = self.model.get_base_model(), self.settings.completion + 1
-        if logits:
-            return core(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[:, :-1]
-        hidden = core.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-        return hidden[:, -kept:-1]
+        # peft keeps adapters in float32; they compute in the model's dtype.
+        low = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype if low else None, enabled=low):
+            if logits:
+                return core(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+            hidden = core.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            return hidden[:, -kept:-1]
 
     def _summary(self, steps: list[dict[str, Any]], at_once: int) -> dict[str, Any]:
         names = [name for name in steps[0]["phases"] if any(s["phases"][name] for s in steps)]

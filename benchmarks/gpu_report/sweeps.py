@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import statistics
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, Job, Row, deal
 from benchmarks.gpu_report.timing import Timeline, median_ms
@@ -19,7 +22,7 @@ from benchmarks.gpu_report.work import Absent, one_by_one
 from benchmarks.losses.cases import QWEN3_8B, Case
 from benchmarks.losses.contenders import schedules
 from benchmarks.losses.inputs import Inputs
-from opsd_kernels import fused_linear_jsd, plan
+from opsd_kernels import Plan, fused_linear_jsd, plan
 
 _MIB = 2**20
 OWN = "own"  # the launcher's choice
@@ -73,9 +76,12 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
         with chosen_tiles(identifier):
             return {"ms": _whole(x, "streaming", None, _calls(job))}
     case = _case(job, _TOKENS)
-    workspace = int(value) * _MIB if kind == "workspace" else _bytes_for(case, int(value))
+    workspace = (
+        int(value) * _MIB if kind == "workspace" else _bytes_for(case, int(value), job.device)
+    )
     ms = _whole(Inputs(case, job.device), "blocked", workspace, _calls(job))
-    return {"ms": ms, "workspace_mib": round(workspace / _MIB, 1)}
+    rows = _plan(case, job.device, workspace).rows_per_block
+    return {"ms": ms, "workspace_mib": round(workspace / _MIB, 1), "rows_per_block": rows}
 
 
 def compile_one(identifier: str, job: Job) -> None:
@@ -154,11 +160,15 @@ def _call(x: Inputs, schedule: str, workspace: int | None) -> None:
         raise
 
 
-def _bytes_for(case: Case, rows: int) -> int:
+def _bytes_for(case: Case, rows: int, device: torch.device) -> int:
     """What `blocked` takes for so many rows in one block."""
-    how = {"dtype": case.torch_dtype, "device": "cuda", "backend": "triton"}
-    sizes = rows, case.shape.hidden, case.shape.vocab
-    return plan(*sizes, schedule="blocked", workspace_bytes=2**40, **how).workspace_bytes
+    return _plan(replace(case, tokens=rows), device, 2**40).workspace_bytes
+
+
+def _plan(case: Case, device: torch.device, workspace: int) -> Plan:
+    sizes = case.tokens, case.shape.hidden, case.shape.vocab
+    how = {"dtype": case.torch_dtype, "device": device, "backend": "triton"}
+    return plan(*sizes, schedule="blocked", workspace_bytes=workspace, **how)
 
 
 def _case(job: Job, tokens: int) -> Case:

@@ -13,7 +13,7 @@ from opsd_kernels import reference
 BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
 # Logits of this many elements are folded in float64; more tokens are checked on a part of them.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 256 * 49152, 2**29
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 # Of a head, as many are in float64 at a time: a whole one is 5 GB, and several processes check.
 _HEAD_ELEMENTS = 2**26
 _WEIGHT_ROWS = 64

@@ -245,10 +245,11 @@ def tests_of_the_tree(monkeypatch):
         yield file
 
 
-def test_the_suite_reports_each_test(tmp_path, tests_of_the_tree) -> None:
+def test_the_suite_reports_each_test(tmp_path, tests_of_the_tree, monkeypatch) -> None:
     tests_of_the_tree.write_text(TESTS)
     job = Job("second", str(tmp_path), True)
-    slow, others = suite.shards(job)
+    slow, others = shards = suite.shards(job)
+    monkeypatch.setattr(suite, "shards", lambda _: shards)  # listing them once is slow enough
     assert [i.rpartition("::")[2] for i in slow] == ["test_slow"] and len(others) == 4
     run_stage(Stage("suite", 60), job, 60)
     rows = {row["id"].rpartition("::")[2]: row for row in job.rows()}
@@ -257,11 +258,28 @@ def test_the_suite_reports_each_test(tmp_path, tests_of_the_tree) -> None:
     assert "needs two devices" in rows["test_absent"]["absent"]
 
 
-def test_tests_that_cannot_be_collected_are_a_failure(tmp_path, tests_of_the_tree) -> None:
-    tests_of_the_tree.write_text("import no_such_module\n")
+def test_a_file_of_tests_that_does_not_import_is_a_failure(tmp_path, tests_of_the_tree) -> None:
+    """And costs no other file's tests."""
+    other = tests_of_the_tree.with_name("test_other.py")
+    other.write_text("import no_such_module\n")
+    tests_of_the_tree.write_text("def test_right(): pass\n")
+    suite._SMALL.append(str(other))
+    job = Job("second", str(tmp_path), True)
+    summary = run_stage(Stage("suite", 60), job, 60)
+    assert (summary["found"], summary["failed"]) == (1, 1)
+    failed = next(row for row in job.rows() if "failed" in row)
+    assert failed["id"].endswith("test_other.py")
+
+
+@pytest.mark.parametrize(
+    ("selection", "says"),
+    [(["--no-such-option"], "could not collect"), (["no_such_folder"], "nothing to do")],
+)
+def test_no_tests_at_all_are_a_failure(tmp_path, monkeypatch, selection: list, says: str) -> None:
+    monkeypatch.setattr(suite, "_SMALL", selection)
     job = Job("second", str(tmp_path), True)
     assert run_stage(Stage("suite", 60), job, 60)["failed"] == 1
-    assert "could not collect" in job.rows()[0]["failed"]
+    assert says in job.rows()[0]["failed"]
 
 
 # ----------------------------------------------------------------------- winners and counters
