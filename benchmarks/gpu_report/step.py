@@ -7,8 +7,8 @@ same model in turn, step by step.
 
 from __future__ import annotations
 
+import functools
 import gc
-import importlib.util
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -85,10 +85,20 @@ def shards(job: Job) -> list[list[str]]:
 
 
 def contenders() -> list[Contender]:
+    """Ours, and full logits with TRL's loss where TRL can be imported, else with our own."""
     plain = Contender("plain logits", _plain_loss, True)
-    if importlib.util.find_spec("trl"):
+    if trl_loss() is not None:
         plain = Contender("plain logits, TRL's loss", _trl_loss, True)
     return [Contender("opsd_kernels", _fused_loss, False), plain]
+
+
+@functools.cache
+def trl_loss() -> Callable[..., Tensor] | None:
+    try:
+        from trl.experimental.gkd import GKDTrainer
+    except (ImportError, RuntimeError):  # it, or something that it needs, is not installed
+        return None
+    return GKDTrainer.generalized_jsd_loss
 
 
 def _fused_loss(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
@@ -101,10 +111,8 @@ def _plain_loss(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
 
 
 def _trl_loss(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
-    from trl.experimental.gkd import GKDTrainer
-
     flat = (z.flatten(0, 1) for z in (student, teacher))
-    return GKDTrainer.generalized_jsd_loss(*flat, beta=BETA, temperature=TEMPERATURE)
+    return trl_loss()(*flat, beta=BETA, temperature=TEMPERATURE)
 
 
 def work(ids: list[str], job: Job, emit: Emit) -> None:
