@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.environment import ROOT, default_device, environment
 from benchmarks.gpu_report import __doc__ as about
-from benchmarks.gpu_report import sweeps
+from benchmarks.gpu_report import summary, sweeps
 from benchmarks.gpu_report.conductor import Stage, run_stage
 from benchmarks.gpu_report.job import Job, Row
 from benchmarks.gpu_report.work import message
@@ -27,7 +27,7 @@ STAGES = {
         Stage("ceilings", 25),
         Stage("smoke", 75, triton=True),
         Stage("kernels", 40, triton=True),
-        Stage("compiling", 35, triton=True),
+        Stage("compiling", 45, triton=True),
         Stage("sweeps", 30, triton=True),
         Stage("counters", 40),
         Stage("losses", 60),
@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed = write_report(report, job, stages[number:])
             if stage.name == "sweeps":
                 sweeps.write_winners(job.at("sweeps"), options.out, report["environment"])
+    print(*summary.lines(report, job.rows()), sep="\n")
     for row in failed[:_SHOWN]:
         print(f"FAILED {row['stage']}, {row['id']}: {row['failed'].splitlines()[0][:160]}")
     print(f"{len(failed)} failed; {job.file('json')}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,18 +59,20 @@ class Job:
     def append(self, row: Row) -> None:
         """One write of one line: several processes append to the same file."""
         line = json.dumps({"stage": self.stage} | row) + "\n"
-        where = os.open(self.file("jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        where = os.open(self.file("jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(where, line.encode())
         finally:
             os.close(where)
 
     def rows(self) -> list[Row]:
-        """The rows of this job's stage, of all stages without one; half a last line is left out."""
+        """The rows of this job's stage, of all stages without one."""
         if not self.file("jsonl").exists():
             return []
-        text = self.file("jsonl").read_text()
-        found = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        found = []
+        for line in self.file("jsonl").read_text().splitlines():
+            with suppress(ValueError):  # half a line: its process was killed
+                found.append(json.loads(line))
         return [row for row in found if self.stage in ("", row["stage"])]
 
 

@@ -1,5 +1,7 @@
 """The two commands for a machine with a GPU: rehearsed on the CPU, and what counts as failed."""
 
+import dataclasses
+import importlib
 import json
 import tempfile
 import textwrap
@@ -11,10 +13,11 @@ import torch
 
 from benchmarks.environment import ROOT
 from benchmarks.gpu_report import __main__ as command
-from benchmarks.gpu_report import counters, step, suite, sweeps
+from benchmarks.gpu_report import counters, sanitizer, smoke, step, suite, sweeps
 from benchmarks.gpu_report.conductor import Stage, run_stage
 from benchmarks.gpu_report.job import Job
 from benchmarks.gpu_report.winners import tiles
+from benchmarks.losses import contenders
 from opsd_kernels.plan import SCHEDULES
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal on a CPU")
@@ -32,10 +35,12 @@ def stages_of(report: dict) -> dict[str, dict]:
 
 
 @ON_CPU
-def test_both_commands_in_their_small_mode(tmp_path) -> None:
+def test_both_commands_in_their_small_mode(tmp_path, capsys) -> None:
     """The second takes what the first wrote; every stage ran or says why it cannot here."""
     out = ["--out", str(tmp_path), "--small", "--commit", "abc"]
     assert command.main(["first", *out]) == 0
+    printed = capsys.readouterr().out
+    assert "ceilings copy: " in printed and "x floor" in printed and "0 failed; " in printed
     assert command.main(["second", *out, "--winners", str(tmp_path / "winners.json")]) == 0
     first, second = (read(tmp_path / f"{name}.json") for name in ("first", "second"))
     for report in (first, second):
@@ -123,6 +128,43 @@ def test_winners_that_are_none_are_refused(tmp_path, capsys, content: str | None
     arguments = ["second", "--out", str(tmp_path / "out"), "--small", "--winners", str(winners)]
     assert command.main(arguments) == 2
     assert "is not what `first` writes" in capsys.readouterr().err
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch) -> Job:
+    """A job whose ids are those of a machine with a GPU and Nsight's tools."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(Job, "device", cuda)
+    for module in (counters, sanitizer):
+        monkeypatch.setattr(module.shutil, "which", lambda name: name)
+    monkeypatch.setattr(contenders, "backend_name", lambda *_: "triton")
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **how: empty(*a, **how | {"device": "cpu"}))
+    monkeypatch.setattr(suite, "shards", lambda job: [["tests/kernels/test_x.py::test_x"]])
+    return Job("first", "", False, {})
+
+
+@pytest.mark.parametrize("name", command.STAGES)
+def test_what_a_gpu_is_asked(as_on_a_gpu, name: str) -> None:
+    """Every id once, dealt to at most 12 processes; the limits add up to the command's time."""
+    job = dataclasses.replace(as_on_a_gpu, command=name)
+    for stage in command.STAGES[name]:
+        shards = importlib.import_module(stage.path).shards(job)
+        ids = [i for shard in shards for i in shard]
+        assert ids and len(ids) == len(set(ids)) and len(shards) <= 12, stage
+    assert sum(stage.limit for stage in command.STAGES[name]) <= command.SECONDS[name] + 30
+
+
+def test_a_gpu_checks_every_loss_schedule_head_dtype_and_vocabulary(as_on_a_gpu) -> None:
+    shards = smoke.shards(as_on_a_gpu)
+    schedules = len(SCHEDULES) - 1
+    assert sum(map(len, shards)) == schedules * (4 * 2 + 2) * 4
+    for shard in shards:  # a process holds one head's size, and few hold the largest
+        assert len({tuple(i.split()[3:]) for i in shard}) == 1
+    assert [i for i in sweeps.tile_ids(as_on_a_gpu) if not sweeps.blocks_of(i)] == [
+        "row own",
+        "streaming own",
+    ]
 
 
 # -------------------------------------------------------------------------- what did not run
