@@ -26,11 +26,11 @@ STAGES = {
     "first": (
         Stage("ceilings", 25),
         Stage("smoke", 75, triton=True),
-        Stage("kernels", 40, triton=True),
+        Stage("kernels", 30, triton=True),
         Stage("compiling", 45, triton=True),
-        Stage("sweeps", 30, triton=True),
+        Stage("sweeps", 25, triton=True),
         Stage("counters", 40),
-        Stage("losses", 60),
+        Stage("losses", 40),
     ),
     "second": (
         Stage("compiling", 40, triton=True),

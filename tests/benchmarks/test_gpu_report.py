@@ -152,7 +152,7 @@ def test_what_a_gpu_is_asked(as_on_a_gpu, name: str) -> None:
         shards = importlib.import_module(stage.path).shards(job)
         ids = [i for shard in shards for i in shard]
         assert ids and len(ids) == len(set(ids)) and len(shards) <= 12, stage
-    assert sum(stage.limit for stage in command.STAGES[name]) <= command.SECONDS[name] + 30
+    assert sum(stage.limit for stage in command.STAGES[name]) == command.SECONDS[name]
 
 
 def test_a_gpu_checks_every_loss_schedule_head_dtype_and_vocabulary(as_on_a_gpu) -> None:
