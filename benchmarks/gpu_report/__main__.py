@@ -61,21 +61,21 @@ def main(arguments: list[str] | None = None) -> int:
     for suffix in ("jsonl", "json", "log"):
         job.file(suffix).unlink(missing_ok=True)
     stages, deadline = STAGES[job.command], started + SECONDS[job.command]
-    where = environment()
-    report = {"kind": "gpu_report", "command": job.command, "small": job.small}
-    report["environment"] = where | {"commit": where["commit"] or options.commit}
-    report |= {"memory_method": CudaMemory.method, "winners": winners}
-    report |= {"peer_wheels": [], "stages": []}
-    failed = write_report(report, job, stages)
     with tempfile.TemporaryDirectory() as site:
-        report["peer_wheels"] = install_wheels(Path(site), job)
+        wheels = install_wheels(Path(site), job)
+        where = environment()  # with the versions of what was just installed
+        where["commit"] = where["commit"] or options.commit
+        report = {"kind": "gpu_report", "command": job.command, "small": job.small}
+        report |= {"environment": where, "peer_wheels": wheels, "winners": winners}
+        report |= {"memory_method": CudaMemory.method, "stages": []}
+        failed = write_report(report, job, stages)
         for number, stage in enumerate(stages, 1):
             left = deadline - time.time()
             limit = left if number == len(stages) else min(stage.limit, left)
             report["stages"].append(run_stage(stage, job, limit))
             failed = write_report(report, job, stages[number:])
             if stage.name == "sweeps":
-                sweeps.write_winners(job.at("sweeps"), options.out, report["environment"])
+                sweeps.write_winners(job.at("sweeps"), options.out, where)
     print(*summary.lines(report, job.rows()), sep="\n")
     for row in failed[:_SHOWN]:
         print(f"FAILED {row['stage']}, {row['id']}: {row['failed'].splitlines()[0][:160]}")

@@ -17,16 +17,15 @@ from benchmarks.losses.cases import QWEN3_8B, Case
 from benchmarks.losses.contenders import our_call, our_plan
 from benchmarks.losses.inputs import Inputs
 
-# Sections that every version has; of their columns, and of two metrics more, these are kept.
-_SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "InstructionStats")
-_BYTES = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 _TIME = "gpu__time_duration.sum"
 METRICS = (
     _TIME,
-    *_BYTES,
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed",
-    "sm__inst_executed.sum",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "smsp__inst_executed.sum",
     "sm__warps_active.avg.pct_of_peak_sustained_active",
     "launch__registers_per_thread",
 )
@@ -44,8 +43,7 @@ def shards(job: Job) -> list[list[str]]:
 def run(identifier: str, job: Job) -> dict[str, Any]:
     """{"kernels": a dict of name and METRICS each}, longest first."""
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
-    command += ["--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(_BYTES)]
-    command += [word for section in _SECTIONS for word in ("--section", section)]
+    command += ["--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
     command += [sys.executable, "-m", "benchmarks.gpu_report.counters"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-20000:], done.stderr[-20000:], sep="\n")

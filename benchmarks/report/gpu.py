@@ -27,8 +27,13 @@ _COUNTERS = (
     ("gpu__time_duration.sum", "time", lambda ns: time_text(ns / 1e9)),
     ("dram__bytes_read.sum", "read", lambda count: mib_text(count / 2**20)),
     ("dram__bytes_write.sum", "written", lambda count: mib_text(count / 2**20)),
-    ("dram__throughput.avg.pct_of_peak_sustained_elapsed", "of memory's rate", "{:.0f} %".format),
+    (
+        "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+        "of memory's rate",
+        "{:.0f} %".format,
+    ),
     ("sm__throughput.avg.pct_of_peak_sustained_elapsed", "of the SMs' rate", "{:.0f} %".format),
+    ("smsp__issue_active.avg.pct_of_peak_sustained_active", "issue slots used", "{:.0f} %".format),
     ("sm__warps_active.avg.pct_of_peak_sustained_active", "warps active", "{:.0f} %".format),
     ("launch__registers_per_thread", "registers", "{:.0f}".format),
 )

@@ -57,7 +57,7 @@ FIRST = report(
         "name": "statistics_pair",
         "gpu__time_duration.sum": 170000.0,
         "dram__bytes_read.sum": 2**29,
-        "dram__throughput.avg.pct_of_peak_sustained_elapsed": 91.4,
+        "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": 91.4,
     }]}),
     row("smoke", "jsd tiled shared bfloat16 50257", failed="AssertionError: loss is off by 1"),
 )  # fmt: skip
@@ -116,8 +116,8 @@ def test_the_page_holds_the_figures(folder) -> None:
     assert "| divergence_gradient | 22 | 6.10 ms |" in found["gpu_kernels"]
     assert "| rows 512 | 58.0 ms | 600 MiB | 512 |" in found["gpu_sweeps"]
     dash = "\N{EN DASH}"
-    counters = f"| statistics_pair | 170 µs | 512 MiB | {dash} | 91 % | {dash} | {dash} | {dash} |"
-    assert counters in found["gpu_counters"]
+    counters = f"| statistics_pair | 170 µs | 512 MiB | {dash} | 91 % | {f'{dash} | ' * 4}"
+    assert counters.rstrip() in found["gpu_counters"]
     assert "| **opsd_kernels** | **1.25** | **44 MiB** |" in found["gpu_losses"]
     assert "| **whole step** | **2.00 s** | **3.00 s** |" in found["gpu_step"]
     assert "| peak extra memory | 500 MiB | 2,000 MiB |" in found["gpu_step"]
