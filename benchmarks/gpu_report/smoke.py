@@ -24,17 +24,19 @@ LIMITS = {"bfloat16": (2e-3, 1e-2), "float32": (1e-4, 1e-3)}
 
 
 def shards(job: Job) -> list[list[str]]:
-    """Dtype and vocabulary change fastest: a process keeps to one of each, few to the largest."""
+    """Each dtype and vocabulary has processes of its own, so that few hold the largest head."""
     sizes = list(product(_SMALL_DTYPES, (SMALL.vocab,)) if job.small else product(_DTYPES, _VOCABS))
-    every = schedules(_case("jsd", *sizes[0], job), job.device)
-    found = [
+    workers = max(1, job.workers // len(sizes))
+    return [hand for size in sizes for hand in deal(_ids(*size, job), workers)]
+
+
+def _ids(dtype: str, vocab: int, job: Job) -> list[str]:
+    return [
         f"{operation} {schedule} {head} {dtype} {vocab}"
         for operation in OPERATIONS
-        for schedule in every
+        for schedule in schedules(_case(operation, dtype, vocab, job), job.device)
         for head in (("one",) if operation in ONE_HEAD else ("shared", "distinct"))
-        for dtype, vocab in sizes
     ]
-    return deal(found, job.workers)
 
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
