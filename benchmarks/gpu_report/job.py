@@ -22,7 +22,7 @@ Emit = Callable[[Row], None]
 _WORKERS = 12  # processes that compile or check at once
 # What Triton's interpreter gets through in a fraction of a second: one tile of the vocabulary.
 SMALL = Shape("small", 16, 40)
-SMALL_TOKENS = 8
+SMALL_TOKENS = 4
 
 
 @dataclass(frozen=True)
