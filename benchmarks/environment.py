@@ -21,6 +21,8 @@ _PACKAGES = (
     "trl",
     "liger-kernel",
     "cut-cross-entropy",
+    "unsloth_zoo",
+    "quack-kernels",
     "pytest-benchmark",
 )
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from benchmarks.losses.cases import Case
 from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.truth import BETA
 from opsd_kernels import (
+    Plan,
     fused_linear_advantage,
     fused_linear_cross_entropy,
     fused_linear_jsd,
@@ -25,6 +28,7 @@ from opsd_kernels import (
     plan,
     policy_gradient_loss,
 )
+from opsd_kernels.ops.common import backend_name
 from opsd_kernels.plan import SCHEDULES
 
 FLOOR = "bare GEMMs"
@@ -67,32 +71,44 @@ def contenders(case: Case, device: torch.device) -> list[Contender]:
 
 def _ours(case: Case, device: torch.device) -> list[Contender]:
     """What `schedule="auto"` gives, each other schedule, and the shared head where it applies."""
-    chosen = our_plan(case, device)
-    found = [Contender(OURS, "ours", lambda x: _call(x, "auto"))]
-    for schedule in SCHEDULES:
-        absent = schedule == "streaming" and chosen.backend != "triton"
-        if schedule not in ("auto", chosen.schedule) and not absent:
-            name = f"{OURS}, {schedule}"
-            found.append(Contender(name, "ours", lambda x, s=schedule: _call(x, s)))
+    found = [Contender(OURS, "ours", partial(our_call, schedule="auto"))]
+    for schedule in schedules(case, device):
+        if schedule != our_plan(case, device).schedule:
+            found.append(
+                Contender(f"{OURS}, {schedule}", "ours", partial(our_call, schedule=schedule))
+            )
     if case.operation in BETA and not case.trained:
-        shared = Contender(f"{OURS}, shared head", "ours", lambda x: _call(x, "auto", shared=True))
-        found.append(shared)
+        shared = partial(our_call, schedule="auto", shared=True)
+        found.append(Contender(f"{OURS}, shared head", "ours", shared))
     return found
 
 
-def our_plan(case: Case, device: torch.device) -> object:
-    """The plan of ours, as the operators make it."""
+def schedules(case: Case, device: torch.device) -> list[str]:
+    """Every schedule but "auto" that runs the case on this device."""
+    found = []
+    for schedule in SCHEDULES:
+        if schedule != "auto":
+            with suppress(ValueError):  # the plan says what a schedule needs
+                our_plan(case, device, schedule)
+                found.append(schedule)
+    return found
+
+
+def our_plan(case: Case, device: torch.device, schedule: str = "auto") -> Plan:
+    """The plan of ours, as the operators make it; ValueError where the schedule cannot run."""
     return plan(
         case.tokens, case.shape.hidden, case.shape.vocab,
         loss="divergence" if case.operation in BETA else "logprob",
         dtype=case.torch_dtype, device=device,
+        backend=backend_name(torch.empty(0, dtype=case.torch_dtype, device=device)),
         grad_input=case.differentiated, grad_weight=case.trained,
         reduced=case.operation in (*BETA, "cross_entropy"),
-        two_passes=case.operation == "jsd",
+        two_passes=case.operation == "jsd", schedule=schedule,
     )  # fmt: skip
 
 
-def _call(x: Inputs, schedule: str, shared: bool = False) -> Tensor:
+def our_call(x: Inputs, schedule: str, shared: bool = False) -> Tensor:
+    """Ours on x; `shared`: the teacher has the student's own head."""
     operation = x.case.operation
     teacher = x.teacher, x.head if shared else x.teacher_head
     if operation in BETA:
@@ -127,6 +143,7 @@ def _peers(case: Case) -> list[Contender]:
             Contender(
                 "Liger chunked_loss JSD", "peer", peers.liger_chunked_jsd, liger, compiles=True
             ),
+            Contender("unsloth_zoo fused_linear_jsd", "peer", peers.unsloth_jsd, "unsloth_zoo"),
         ]
     if operation == "cross_entropy":
         return [
@@ -139,6 +156,13 @@ def _peers(case: Case) -> list[Contender]:
             Contender(
                 "Cut Cross-Entropy", "peer", peers.cut_ce, "cut_cross_entropy", needs_gpu=True
             ),
+            Contender(
+                "quack chunked_linear_cross_entropy",
+                "peer",
+                peers.quack_ce,
+                "quack",
+                needs_gpu=True,
+            ),
         ]
     eager_name = "TRL selective_log_softmax" + ("_and_entropy" if operation == "logprob" else "")
     return [
@@ -149,21 +173,27 @@ def _peers(case: Case) -> list[Contender]:
 
 
 def floor(x: Inputs) -> Callable[[], None]:
-    """Logits of each model, then each gradient's product; returns the backward half."""
-    rows = max(1, _FLOOR_BYTES // (x.head.shape[0] * x.head.element_size()))
-    blocks = torch.arange(x.student.shape[0], device=x.student.device).split(rows)
+    """Logits of each model, then each gradient's product; returns the backward half.
+
+    Every block multiplies its own number of rows, so the products are `x.case.operations` floating
+    point operations whatever the blocks are. The first block's logits stand in for every dz.
+    """
+    tokens, vocab = x.student.shape[0], x.head.shape[0]
+    size = max(1, _FLOOR_BYTES // (vocab * x.head.element_size()))
+    blocks = [slice(first, min(first + size, tokens)) for first in range(0, tokens, size)]
     student, head = x.student.detach(), x.head.detach()
+    kept = None  # the first block is the largest
     for block in blocks:
-        part = slice(int(block[0]), int(block[-1]) + 1)
-        logits = student[part] @ head.T
+        logits = student[block] @ head.T
+        kept = logits if kept is None else kept
         if x.case.models == 2:
-            x.teacher[part] @ x.teacher_head.T
+            x.teacher[block] @ x.teacher_head.T
 
     def backward() -> None:
         for block in blocks:
-            part = slice(int(block[0]), int(block[-1]) + 1)
-            logits[: len(block)] @ head
+            dz = kept[: block.stop - block.start]
+            dz @ head
             if x.case.trained:
-                logits[: len(block)].T @ student[part]
+                dz.T @ student[block]
 
     return backward

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ def loss(x: Inputs) -> Tensor:
 
 
 def compiled(x: Inputs) -> Tensor:
-    return _compiled(x.case.operation, *_tensors(x))
+    return _compiled()(x.case.operation, *_tensors(x))
 
 
 def _tensors(x: Inputs) -> tuple[Tensor, ...]:
@@ -59,4 +61,7 @@ def divergence(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
     return beta * to_teacher + (1 - beta) * (log_s.exp() * (log_s - log_m)).sum(-1)
 
 
-_compiled = torch.compile(_loss, fullgraph=True, dynamic=False)
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    """Made when first called: torch.compile takes seconds to load, and most processes never do."""
+    return torch.compile(_loss, fullgraph=True, dynamic=False)

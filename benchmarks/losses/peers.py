@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +43,22 @@ def liger_chunked_jsd(x: Inputs) -> Tensor:
     beta = BETA[x.case.operation]
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta)
     return loss(x.student, x.head, x.teacher, x.teacher_head, x.labels)
+
+
+def unsloth_jsd(x: Inputs) -> Tensor:
+    heads = x.student, x.head, x.teacher, x.teacher_head
+    return _unsloth().fused_linear_jsd(*heads, beta=BETA[x.case.operation])
+
+
+@functools.cache
+def _unsloth() -> ModuleType:
+    """unsloth_zoo's module by its path: importing the package needs unsloth and patches torch."""
+    package = importlib.util.find_spec("unsloth_zoo")
+    path = Path(package.submodule_search_locations[0], "fused_losses", "fused_linear.py")
+    spec = importlib.util.spec_from_file_location("unsloth_zoo_fused_linear", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _trl_chunked(hidden: Tensor, head: Tensor, labels: Tensor, *outputs: str) -> Tensor:
@@ -92,3 +113,9 @@ def cut_ce(x: Inputs) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(x.student, x.head, x.labels)
+
+
+def quack_ce(x: Inputs) -> Tensor:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(x.student, x.head, x.labels)

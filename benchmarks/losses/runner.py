@@ -44,11 +44,15 @@ def measure(
     memory: Memory,
     *,
     budget: float = 3.0,
+    rounds: int | None = None,
     patience: float = 1.2,
     compiled: bool = True,
+    wanted: Callable[[Contender], bool] | None = None,
     drive: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
-    """One case as JSON; `budget` is the time for its rounds in seconds.
+    """One case as JSON; `budget` is the time in seconds of its rounds where `rounds` is None.
+
+    `wanted` chooses among the contenders.
 
     A peer whose warm call took more than `patience` seconds sits out the rounds: that call is its
     only sample.
@@ -58,7 +62,7 @@ def measure(
     # Or else the ninth shape runs into Dynamo's recompile limit, and peers that compile fall back.
     torch.compiler.reset()
     x = Inputs(case, device)
-    everyone = contenders(case, device)
+    everyone = [c for c in contenders(case, device) if wanted is None or wanted(c)]
     taking_part, absent = _present(case, everyone, device, compiled)
     check = Check(x)
     first = {c.name: _warm_up(c, x, check, absent) for c in taking_part}
@@ -68,7 +72,7 @@ def measure(
     for contender in taking_part:
         if contender not in quick:
             samples[contender.name].add(*first[contender.name])
-    rounds = _rounds(sum(sum(first[c.name]) for c in quick), budget)
+    rounds = rounds or _rounds(sum(sum(first[c.name]) for c in quick), budget)
     _run_rounds(quick, x, samples, rounds, drive or _plain)
     found: dict[str, dict[str, Any]] = {}
     for c in everyone:

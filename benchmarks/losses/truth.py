@@ -13,7 +13,9 @@ from opsd_kernels import reference
 BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
 # Logits of this many elements are folded in float64; more tokens are checked on a part of them.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 256 * 49152, 2**29
-_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+_BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+# Of a head, as many are in float64 at a time: a whole one is 5 GB, and several processes check.
+_HEAD_ELEMENTS = 2**26
 _WEIGHT_ROWS = 64
 
 
@@ -38,7 +40,7 @@ def checked_tokens(x: Inputs) -> Tensor:
 def truth(x: Inputs) -> Truth:
     """Mean loss over x's tokens and its gradients."""
     tokens, vocab = x.student.shape[0], x.head.shape[0]
-    head, teacher_head = (w.detach().double() for w in (x.head, x.teacher_head))
+    head, teacher_head = x.head.detach(), x.teacher_head
     labelled = x.labels.unique()[: _WEIGHT_ROWS // 2]
     spread = torch.linspace(0, vocab - 1, _WEIGHT_ROWS // 2, device=head.device).long()
     entries = torch.cat([labelled, spread]).unique()
@@ -48,14 +50,28 @@ def truth(x: Inputs) -> Truth:
     size = max(1, _BLOCK_ELEMENTS[head.device.type] // vocab)
     for rows in torch.arange(tokens, device=head.device).split(size):
         hidden = x.student.detach()[rows].double()
-        z = (hidden @ head.T).requires_grad_()
-        z_t = None if x.case.models == 1 else x.teacher[rows].double() @ teacher_head.T
+        z = _logits(hidden, head).requires_grad_()
+        z_t = None if x.case.models == 1 else _logits(x.teacher[rows].double(), teacher_head)
         value = _values(x, rows, z, z_t).sum() / tokens
         (grad,) = torch.autograd.grad(value, z)
         loss += value.item()
-        grad_hidden[rows] = grad @ head
+        grad_hidden[rows] = _to_hidden(grad, head)
         grad_weight += grad[:, entries].T @ hidden
     return Truth(loss, grad_hidden, grad_weight if x.case.trained else None, entries)
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    return torch.cat([hidden @ part.double().T for part in _parts(head)], dim=1)
+
+
+def _to_hidden(grad: Tensor, head: Tensor) -> Tensor:
+    parts = _parts(head)
+    slices = grad.split([len(part) for part in parts], dim=1)
+    return sum(dz @ part.double() for dz, part in zip(slices, parts, strict=True))
+
+
+def _parts(head: Tensor) -> tuple[Tensor, ...]:
+    return head.split(max(1, _HEAD_ELEMENTS // head.shape[1]))
 
 
 def _values(x: Inputs, rows: Tensor, z: Tensor, z_t: Tensor | None) -> Tensor:

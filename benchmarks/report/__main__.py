@@ -1,8 +1,8 @@
-"""Plots, a page and the README's tables from the benchmark's JSON alone; measures nothing.
+"""Plots, a page and the tables of README and docs from the benchmark's JSON; measures nothing.
 
 python -m benchmarks.report                        # from benchmarks/results/*.json
 python -m benchmarks.report runs/mine.json --out /tmp/report
-python -m benchmarks.report --check                # exit 1 if the README is not up to date
+python -m benchmarks.report --check                # exit 1 if a page is not up to date
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from benchmarks.report.tables import (
 )
 
 OUT = Path("runs/benchmarks/report")
+PAGES = [ROOT / "README.md", ROOT / "docs" / "gpu.md"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     try:
         devices = load(options.paths or [RESULTS])
-        changed = _readme(options.readme, devices, options.check)
+        changed = [page for page in options.pages if _rewrite(page, devices, options.check)]
         if options.check:
-            return _verdict(options.readme, changed)
-        if changed:
-            print(options.readme)
+            return _verdict(changed)
+        for page in changed:
+            print(page)
         for path in write_report(devices, options.out):
             print(path)
     except ReportError as error:
@@ -82,15 +83,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("paths", nargs="*", type=Path, help="JSON files or folders of them")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for PNGs and index.html")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument(
-        "--check", action="store_true", help="only compare the README; write nothing"
+        "--pages", type=Path, nargs="+", default=PAGES, help="Markdown files with marked tables"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only compare the pages; write nothing"
     )
     return parser.parse_args(arguments)
 
 
-def _readme(path: Path, devices: list[Device], check: bool) -> bool:
-    """Rewrites the README's marked parts; returns whether that changes it."""
+def _rewrite(path: Path, devices: list[Device], check: bool) -> bool:
+    """Rewrites a page's marked parts; returns whether that changes it."""
     try:
         old = path.read_text(encoding="utf-8")
         new = rewrite(old, devices, path.name)
@@ -101,10 +104,10 @@ def _readme(path: Path, devices: list[Device], check: bool) -> bool:
     return new != old
 
 
-def _verdict(readme: Path, changed: bool) -> int:
-    if changed:
-        print(f"{readme} does not say what the JSON says: run python -m benchmarks.report")
-    return int(changed)
+def _verdict(changed: list[Path]) -> int:
+    for page in changed:
+        print(f"{page} does not say what the JSON says: run python -m benchmarks.report")
+    return int(bool(changed))
 
 
 def write_report(devices: list[Device], folder: Path) -> list[Path]:

@@ -137,6 +137,26 @@ class Demo:
     source: Source
 
 
+@dataclass(frozen=True)
+class GpuReport:
+    """What a command of `benchmarks.gpu_report` found; rows in the order they came."""
+
+    command: str
+    stages: list[Json]
+    rows: list[Json]
+    failed: list[Json]
+    steps: list[TrainStep]
+    source: Source
+
+    def found(self, stage: str) -> dict[str, Json]:
+        """By id, what one of its stages found."""
+        return {r["id"]: r["found"] for r in self.rows_that("found") if r["stage"] == stage}
+
+    def rows_that(self, outcome: str) -> list[Json]:
+        """The rows that were "found" or "absent"."""
+        return [row for row in self.rows if outcome in row]
+
+
 @dataclass
 class Device:
     """All that was measured on one device; of a thing measured twice, the newest."""
@@ -147,7 +167,9 @@ class Device:
     skipped: dict[str, str] = field(default_factory=dict)
     steps: dict[str, TrainStep] = field(default_factory=dict)
     demos: dict[str, Demo] = field(default_factory=dict)
+    gpu_reports: dict[str, GpuReport] = field(default_factory=dict)  # by command
 
     def sources(self) -> list[Source]:
         found = [*self.cases.values(), *self.steps.values(), *self.demos.values()]
+        found += self.gpu_reports.values()
         return sorted({x.source.file: x.source for x in found}.values(), key=lambda s: s.file)

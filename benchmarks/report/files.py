@@ -13,6 +13,7 @@ from benchmarks.report.data import (
     Contender,
     Demo,
     Device,
+    GpuReport,
     Json,
     ReportError,
     Share,
@@ -20,6 +21,7 @@ from benchmarks.report.data import (
     Trainer,
     TrainStep,
 )
+from benchmarks.report.gpu import group_steps
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -122,7 +124,8 @@ def _train_step(device: Device, content: Json, source: Source) -> None:
 def _trainer(name: str, value: Json) -> Trainer:
     seconds, losses = value.get("seconds"), value.get("loss")
     rollouts = (value.get("phases") or {}).get("rollout") or []
-    training = [s - r for s, r in zip(seconds or [], rollouts, strict=True)]
+    # A step measured without its rollout is all training.
+    training = [s - r for s, r in zip(seconds or [], rollouts, strict=True)] if rollouts else []
     return Trainer(
         name=name,
         phases=_medians(value.get("phases")),
@@ -164,7 +167,37 @@ def _compile(device: Device, content: Json, source: Source) -> None:
     """Checked by `benchmarks.compile`; the README names the file, and no table shows it."""
 
 
-_READERS = {"losses": _losses, "train_step": _train_step, "demo": _demo, "compile": _compile}
+def _gpu_report(device: Device, content: Json, source: Source) -> None:
+    """Its cases are like those of kind losses; the rest is shown by report/gpu.py."""
+    if content["small"]:
+        raise ValueError("it is a rehearsal (--small) and measures nothing")
+    rows = content["rows"]
+    for row in rows:
+        if row["stage"] == "losses":
+            if "found" in row:
+                device.cases[row["id"]] = _case(row["found"], source)
+            else:
+                device.skipped[row["id"]] = str(row.get("absent") or row["failed"])
+    steps = []
+    for group in group_steps([row for row in rows if row["stage"] == "step"]).values():
+        settings = next((row["found"]["settings"] for row in group.values() if "found" in row), {})
+        trainers = [
+            _trainer(name, row.get("found") or {"why_not": row.get("absent") or row["failed"]})
+            for name, row in group.items()
+        ]
+        steps.append(TrainStep(settings, tuple(trainers), source))
+    command = content["command"]
+    what = content["stages"], rows, content["failed"], steps
+    device.gpu_reports[command] = GpuReport(command, *what, source)
+
+
+_READERS = {
+    "losses": _losses,
+    "train_step": _train_step,
+    "demo": _demo,
+    "compile": _compile,
+    "gpu_report": _gpu_report,
+}
 
 
 def _there(summary: Json, key: str) -> Json:

@@ -1,4 +1,4 @@
-"""The README's tables: Markdown from results, and the text between the README's markers.
+"""The tables of README and docs: Markdown from results, between the markers of a page.
 
 <!-- benchmark: losses -->
 anything here is replaced
@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable
+from functools import partial
 
+from benchmarks.report import gpu
 from benchmarks.report.data import Device, ReportError
 from benchmarks.report.tables import (
     Table,
@@ -31,7 +33,7 @@ _WIDTH = 110
 
 
 def rewrite(text: str, devices: list[Device], name: str = "README.md") -> str:
-    """The README with every marked part written again from the results."""
+    """A page with every marked part written again from the results."""
     lines, opened = [], None
     for number, line in enumerate(text.split("\n"), 1):
         marker = _MARKER.fullmatch(line.strip())
@@ -91,10 +93,23 @@ def demo(devices: list[Device]) -> str:
     return _joined(blocks, "demo")
 
 
+def gpu_losses(devices: list[Device]) -> str:
+    """As `losses`, of GPUs alone."""
+    measured = [device for device in devices if device.kind == "cuda" and device.cases]
+    return losses(measured) if measured else gpu.NOTHING
+
+
+def gpu_part(name: str, devices: list[Device]) -> str:
+    blocks = gpu.part(name, devices)
+    return "\n\n".join(_wrapped(b) if isinstance(b, str) else markdown(b) for b in blocks)
+
+
 PARTS: dict[str, Callable[[list[Device]], str]] = {
     "losses": losses,
     "train_step": train_step,
     "demo": demo,
+    "gpu_losses": gpu_losses,
+    **{name: partial(gpu_part, name) for name in gpu.STAGES},
 }
 
 

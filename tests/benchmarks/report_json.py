@@ -149,7 +149,7 @@ def change(folder: Path, name: str, edit: Callable[[dict], object]) -> None:
 
 
 def run(folder: Path, *more: str) -> int:
-    paths = ["--out", str(folder / "out"), "--readme", str(folder / "README.md")]
+    paths = ["--out", str(folder / "out"), "--pages", str(folder / "README.md")]
     return main([str(folder / "json"), *paths, *more])
 
 

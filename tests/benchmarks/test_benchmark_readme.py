@@ -83,7 +83,7 @@ def test_the_readme_needs_no_drawing_and_no_torch(folder):
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'matplotlib', 'jinja2']));"
         "from benchmarks.report.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["json", "--readme", "README.md", "--out", "out"]
+    arguments = ["json", "--pages", "README.md", "--out", "out"]
     command = [sys.executable, "-c", code, *arguments]
     process = {"cwd": folder, "env": {"PYTHONPATH": str(ROOT)}, "capture_output": True}
     written = subprocess.run(command, **process, text=True)

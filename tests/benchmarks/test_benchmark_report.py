@@ -238,10 +238,10 @@ def test_bad_paths_end_in_one_line(folder, capsys):
     for arguments, says in (
         ([folder / "nowhere.json"], "nowhere.json cannot be read: No such file"),
         ([folder / "empty"], "there is no .json file in"),
-        ([folder / "json", "--readme", folder / "NO.md"], "NO.md: No such file"),
-        ([folder / "json", "--readme", readme, "--out", readme], "README.md: File exists"),
+        ([folder / "json", "--pages", folder / "NO.md"], "NO.md: No such file"),
+        ([folder / "json", "--pages", readme, "--out", readme], "README.md: File exists"),
     ):
-        assert main(["--readme", str(readme), "--out", str(out), *map(str, arguments)]) == 2
+        assert main(["--pages", str(readme), "--out", str(out), *map(str, arguments)]) == 2
         error = capsys.readouterr().err
         assert says in error and error.count("\n") == 1
 

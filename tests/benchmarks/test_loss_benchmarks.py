@@ -1,16 +1,17 @@
 """The loss benchmarks themselves: what they would miss, and what they say of who is absent."""
 
 import dataclasses
-import json
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu_report
-from benchmarks.losses import cases, runner
+from benchmarks.losses import cases, peers, runner
+from benchmarks.losses import contenders as contenders_module
 from benchmarks.losses.cases import SMOLLM2, TINY, Case
-from benchmarks.losses.contenders import FLOOR, OURS, Contender, contenders
+from benchmarks.losses.contenders import OURS, Contender, contenders
 from benchmarks.losses.inputs import Inputs, MissingInputs
 from benchmarks.losses.memory import NoMemory, ProcessMemory
 from benchmarks.report.tables import suspicious
@@ -111,21 +112,74 @@ def test_a_slow_peer_is_timed_once(monkeypatch) -> None:
     assert len(found[OURS]["seconds"]["both"]) == runner.MIN_ROUNDS
 
 
-def test_the_floor_counts_the_products() -> None:
-    """Two heads, one or two gradients; cross-entropy one head less."""
-    for case, expected in ((CASE, 4), (dataclasses.replace(CASE, operation="cross_entropy"), 3)):
-        x, count = Inputs(case, CPU), []
-        floor = next(c for c in contenders(case, CPU) if c.name == FLOOR)
-        from torch.utils._python_dispatch import TorchDispatchMode
+def floating_point_operations(x: Inputs) -> int:
+    """Of the floor's products, forward and, where there is one, backward."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        backward = contenders(x.case, CPU)[0].call(x)
+        if x.case.differentiated:
+            backward()
+    return counter.get_total_flops()
 
-        class Count(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                count.append(function is torch.ops.aten.mm.default)  # noqa: B023
-                return function(*args, **(kwargs or {}))
 
-        with torch.no_grad(), Count():
-            floor.call(x)()
-        assert sum(count) == expected == case.gemms
+# All rows in one block of the floor's, two even blocks, two and three uneven ones.
+@pytest.mark.parametrize("rows", [48, 24, 30, 20])
+@pytest.mark.parametrize("head", cases.HEADS)
+@pytest.mark.parametrize("operation", ["jsd", "cross_entropy"])
+def test_the_floor_multiplies_the_same_whatever_its_blocks(
+    monkeypatch, operation: str, head: str, rows: int
+) -> None:
+    monkeypatch.setattr(contenders_module, "_FLOOR_BYTES", rows * TINY.vocab * 4)
+    case = dataclasses.replace(CASE, operation=operation, head=head)
+    products = {"frozen": 1, "trained": 2, "no_grad": 0}[head] + (1 if case.models == 1 else 2)
+    one = 2 * case.tokens * TINY.hidden * TINY.vocab
+    assert floating_point_operations(Inputs(case, CPU)) == products * one == case.operations
+
+
+@pytest.mark.parametrize("head", cases.HEADS)
+def test_the_floor_reads_nothing_back_from_the_device(head: str) -> None:
+    """Tensors without data, at the size of a GPU's case: three blocks of 3533, 3533, 1126 rows."""
+    case = Case("jsd", head, "bfloat16", cases.QWEN3_8B, 8192)
+    x = object.__new__(Inputs)
+    x.case = case
+    x.student, x.teacher = (torch.empty(8192, 4096, device="meta").bfloat16() for _ in range(2))
+    x.head, x.teacher_head = (torch.empty(151936, 4096, device="meta").bfloat16() for _ in "12")
+    assert floating_point_operations(x) == case.operations
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_the_unsloth_peer_is_called_by_its_file_alone(monkeypatch, tmp_path, beta: float) -> None:
+    """Its package refuses to be imported without unsloth; beta and the order of heads are ours."""
+    folder = tmp_path / "unsloth_zoo" / "fused_losses"
+    folder.mkdir(parents=True)
+    (tmp_path / "unsloth_zoo" / "__init__.py").write_text("raise ImportError('unsloth first')\n")
+    (folder / "fused_linear.py").write_text(
+        "from opsd_kernels import reference\n"
+        "def fused_linear_jsd(h, w, h_t, w_t, *, beta):\n"
+        "    z, z_t = h @ w.T, h_t @ w_t.T\n"
+        "    parts = z.log_softmax(-1), z_t.log_softmax(-1)\n"
+        "    return reference.divergence(*parts, beta).mean()\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    peers._unsloth.cache_clear()
+    operation = {0.0: "forward_kl", 0.5: "jsd", 1.0: "reverse_kl"}[beta]
+    case = dataclasses.replace(CASE, operation=operation)
+    peer = next(c for c in contenders(case, CPU) if c.package == "unsloth_zoo")
+    found = measured(monkeypatch, peer, case=case)[peer.name]
+    peers._unsloth.cache_clear()
+    assert "why_not" not in found and not suspicious(found["error"])
+    assert abs(found["error"]["loss"]) < 1e-5
+
+
+def test_every_peer_of_a_loss_is_listed_and_says_why_it_cannot_run() -> None:
+    names = {c.name: c for c in contenders(CASE, CPU)}
+    jsd = ("TRL generalized_jsd_loss", "TRL ChunkedDivergenceFunction", "Liger FusedLinearJSD")
+    assert {*jsd, "Liger chunked_loss JSD", "unsloth_zoo fused_linear_jsd"} <= set(names)
+    entropy = contenders(dataclasses.replace(CASE, operation="cross_entropy"), CPU)
+    names |= {c.name: c for c in entropy}
+    assert {"Cut Cross-Entropy", "quack chunked_linear_cross_entropy"} <= set(names)
+    for contender in names.values():
+        if contender.package and not importlib.util.find_spec(contender.package):
+            assert contender.why_not(CASE, CPU, 2**40) == f"{contender.package} is not installed"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
@@ -167,39 +221,14 @@ def test_real_inputs_that_are_not_there(monkeypatch, tmp_path) -> None:
         Inputs(Case("jsd", "frozen", "bfloat16", SMOLLM2, 256, "real"), CPU)
 
 
-def test_gpu_report_in_its_small_mode(tmp_path, capfd) -> None:
-    if not torch.cuda.is_available():
-        assert gpu_report.main(["--out", str(tmp_path)]) == 2
-        assert "--small" in capfd.readouterr().err
-    assert gpu_report.main(["--out", str(tmp_path), "--small", "--commit", "abc"]) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    losses = json.loads((tmp_path / "losses.json").read_text())
-    assert report["other_tests"]["tests"] > 10 and report["other_tests"]["failed"] == []
-    assert report["cases"] == len(losses["cases"]) == 6
-    stages = json.loads((tmp_path / "stages.json").read_text())
-    assert all(len(kernels) > 3 for case in stages.values() for kernels in case.values())
-    assert losses["kind"] == "losses" and losses["environment"]["commit"]
+@pytest.mark.parametrize("operation", list(cases.OPERATIONS))
+def test_the_truth_is_the_same_from_parts_of_a_head(monkeypatch, operation: str) -> None:
+    from benchmarks.losses import truth
 
-
-def test_gpu_report_reports_a_failing_test(tmp_path) -> None:
-    failing = tmp_path / "test_x.py"
-    failing.write_text("def test_x():\n    assert 1 == 2\n")
-    found = gpu_report.run_tests(tmp_path / "x.json", [str(failing), "-k", "test_x"], 1e12)
-    assert [f["test"].rpartition("::")[2] for f in found["failed"]] == ["test_x"]
-    assert "1 == 2" in found["failed"][0]["message"]
-    assert gpu_report.run_tests(tmp_path / "y.json", [], 0.0)["not_run"] == "no time was left"
-
-
-def test_gpu_report_measures_on_when_a_case_fails(monkeypatch, tmp_path) -> None:
-    def failing(case: Case, *_: object, **__: object) -> dict:
-        if case.operation == "jsd":
-            raise RuntimeError("no kernel image")
-        return {"id": case.id}
-
-    shown = []
-    monkeypatch.setattr(gpu_report, "measure", failing)
-    monkeypatch.setattr(gpu_report, "render", shown.append)
-    options = gpu_report._options(["--out", str(tmp_path), "--small"])
-    record = gpu_report.run_cases(tmp_path / "x.json", CPU, 1e12, options)
-    assert len(record.cases) == 5 and len(shown) == 1
-    assert [entry["why"] for entry in record.skipped] == ["failed: RuntimeError('no kernel image')"]
+    x = Inputs(dataclasses.replace(CASE, operation=operation), CPU)
+    whole = truth.truth(x)
+    monkeypatch.setattr(truth, "_HEAD_ELEMENTS", 40 * TINY.hidden)  # 131 entries: the last is short
+    parts = truth.truth(x)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
+    for name in ("grad_hidden", "grad_weight"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=0, atol=1e-14)

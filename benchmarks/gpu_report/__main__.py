@@ -1,0 +1,139 @@
+"""The command line: runs the stages of a command, writes its report, says what failed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import ROOT, default_device, environment
+from benchmarks.gpu_report import __doc__ as about
+from benchmarks.gpu_report import summary, sweeps
+from benchmarks.gpu_report.conductor import Stage, run_stage
+from benchmarks.gpu_report.job import Job, Row
+from benchmarks.gpu_report.work import message
+from benchmarks.losses.memory import CudaMemory
+
+WHEELS = ROOT / ".whl"
+# In order, each with its time limit in seconds; the last one has what is left of the command's.
+STAGES = {
+    "first": (
+        Stage("ceilings", 25),
+        Stage("smoke", 75, triton=True),
+        Stage("kernels", 30, triton=True),
+        Stage("compiling", 45, triton=True),
+        Stage("sweeps", 25, triton=True),
+        Stage("counters", 40),
+        Stage("losses", 40),
+    ),
+    "second": (
+        Stage("compiling", 40, triton=True),
+        Stage("losses", 195),
+        Stage("suite", 90),
+        Stage("sanitizer", 35),
+        Stage("step", 50),
+    ),
+}
+SECONDS = {"first": 280.0, "second": 410.0}
+_SHOWN = 40
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 when everything was done, 1 when something failed or did not run, 2 for wrong arguments."""
+    started = time.time()
+    options = _options(arguments)
+    if default_device().type != "cuda" and not options.small:
+        return _refuse("no GPU here; --small tries the same steps on the CPU")
+    winners = None
+    if options.command == "second":
+        try:
+            winners = json.loads(options.winners.read_text())["tiles"]
+        except (OSError, ValueError, KeyError) as error:
+            return _refuse(f"--winners {options.winners} is not what `first` writes: {error!r}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    job = Job(options.command, str(options.out.resolve()), options.small, winners)
+    for suffix in ("jsonl", "json", "log"):
+        job.file(suffix).unlink(missing_ok=True)
+    stages, deadline = STAGES[job.command], started + SECONDS[job.command]
+    with tempfile.TemporaryDirectory() as site:
+        wheels = install_wheels(Path(site), job)
+        where = environment()  # with the versions of what was just installed
+        where["commit"] = where["commit"] or options.commit
+        report = {"kind": "gpu_report", "command": job.command, "small": job.small}
+        report |= {"environment": where, "peer_wheels": wheels, "winners": winners}
+        report |= {"memory_method": CudaMemory.method, "stages": []}
+        failed = write_report(report, job, stages)
+        for number, stage in enumerate(stages, 1):
+            left = deadline - time.time()
+            limit = left if number == len(stages) else min(stage.limit, left)
+            report["stages"].append(run_stage(stage, job, limit))
+            failed = write_report(report, job, stages[number:])
+            if stage.name == "sweeps":
+                sweeps.write_winners(job.at("sweeps"), options.out, where)
+    print(*summary.lines(report, job.rows()), sep="\n")
+    for row in failed[:_SHOWN]:
+        print(f"FAILED {row['stage']}, {row['id']}: {row['failed'].splitlines()[0][:160]}")
+    print(f"{len(failed)} failed; {job.file('json')}")
+    return int(bool(failed))
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_report",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in STAGES:
+        command = commands.add_parser(name)
+        command.add_argument("--out", type=Path, required=True, help="folder for the results")
+        command.add_argument("--small", action="store_true", help="tiny sizes, any device")
+        command.add_argument(
+            "--commit", help="the tree's commit, where it came without its history"
+        )
+    command.add_argument("--winners", type=Path, required=True, help="winners.json of `first`")
+    return parser.parse_args(arguments)
+
+
+def _refuse(why: str) -> int:
+    print(f"error: {why}", file=sys.stderr)
+    return 2
+
+
+def write_report(report: dict[str, Any], job: Job, to_come: tuple[Stage, ...]) -> list[Row]:
+    """Write the report as of now; returns its failures, stages that have not begun among them."""
+    rows = job.rows()
+    failed = [{k: row[k] for k in ("stage", "id", "failed")} for row in rows if "failed" in row]
+    waiting = {"id": "the stage", "failed": "not started"}
+    failed += [{"stage": stage.name} | waiting for stage in to_come]
+    whole = report | {"failed": failed, "rows": rows}
+    partial = job.file("json").with_suffix(".partial")
+    partial.write_text(json.dumps(whole, indent=1) + "\n")
+    os.replace(partial, job.file("json"))
+    return failed
+
+
+def install_wheels(site: Path, job: Job) -> list[str]:
+    """Names of the wheels now importable in every process started from here."""
+    wheels = sorted(WHEELS.glob("*.whl"))
+    if wheels:
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+        command = [*pip, "--no-compile", "--target", str(site), *map(str, wheels)]
+        try:
+            subprocess.run(command, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            job.at("wheels").append({"id": str(WHEELS), "failed": message(error)})
+            return []
+        sys.path.insert(0, str(site))
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
+    return [wheel.name for wheel in wheels]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

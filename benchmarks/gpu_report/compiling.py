@@ -1,0 +1,48 @@
+"""Fills Triton's cache from many processes at once, so that those that time do not compile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.gpu_report import losses, sweeps
+from benchmarks.gpu_report.job import SMALL_TOKENS, Job, deal
+from benchmarks.gpu_report.work import one_by_one
+from benchmarks.losses.call import call
+from benchmarks.losses.cases import find
+from benchmarks.losses.contenders import contenders
+from benchmarks.losses.inputs import Inputs
+
+_TOKENS = 1024  # more than one block of rows: the first and later ones may differ
+_SMALL_CASES = 1  # of the second command's
+
+
+def shards(job: Job) -> list[list[str]]:
+    """The first command's tiles, the second's cases."""
+    if job.command == "first":
+        return deal(sweeps.tile_ids(job), job.workers)
+    # Cases that differ in tokens or inputs alone have the same kernels.
+    cases = {
+        (c.operation, c.head, c.dtype, c.shape): c.id for c in map(find, reversed(losses.ids(job)))
+    }
+    ids = list(cases.values())[::-1]
+    return deal(ids[: _SMALL_CASES if job.small else None], job.workers)
+
+
+def run(identifier: str, job: Job) -> dict[str, Any]:
+    if job.command == "first":
+        sweeps.compile_one(identifier, job)
+        return {}
+    case = find(identifier)
+    # The head's size decides the kernels, and no captured pair is needed for them.
+    case = replace(
+        case, tokens=min(case.tokens, SMALL_TOKENS if job.small else _TOKENS), inputs="random"
+    )
+    x = Inputs(case, job.device)
+    for contender in contenders(case, job.device):
+        if contender.role == "ours":
+            call(contender, x)
+    return {}
+
+
+work = one_by_one(run)

@@ -1,0 +1,94 @@
+"""Hardware counters of one block's kernels, by Nsight Compute: bytes, issue, occupancy."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from benchmarks.environment import ROOT
+from benchmarks.gpu_report.job import Job, deal
+from benchmarks.gpu_report.work import Absent, one_by_one
+from benchmarks.losses.cases import QWEN3_8B, Case
+from benchmarks.losses.contenders import our_call, our_plan
+from benchmarks.losses.inputs import Inputs
+
+_TIME = "gpu__time_duration.sum"
+METRICS = (
+    _TIME,
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "smsp__inst_executed.sum",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+)
+_KERNELS = 5  # the longest ones
+
+
+def shards(job: Job) -> list[list[str]]:
+    if job.device.type != "cuda":
+        raise Absent("there is no GPU here")
+    if shutil.which("ncu") is None:
+        raise Absent("ncu is not on the PATH")
+    return deal(["one block"], 1)
+
+
+def run(identifier: str, job: Job) -> dict[str, Any]:
+    """{"kernels": a dict of name and METRICS each}, longest first."""
+    command = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
+    command += ["--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
+    command += [sys.executable, "-m", "benchmarks.gpu_report.counters"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    print(done.stdout[-20000:], done.stderr[-20000:], sep="\n")
+    kernels = longest(done.stdout)
+    if done.returncode or len(kernels) < _KERNELS:
+        last = (done.stdout + done.stderr).strip().splitlines()[-1:]
+        raise RuntimeError(
+            f"ncu ended with {done.returncode} and {len(kernels)} kernels of {_KERNELS}: {last}"
+        )
+    return {"kernels": kernels}
+
+
+def longest(text: str) -> list[dict[str, Any]]:
+    """The longest kernels of ncu's CSV, which has a row of units below its header."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    rows = list(csv.DictReader(lines))[1:]
+    found = [
+        {"name": row["Kernel Name"][:120]} | {m: _number(row[m]) for m in METRICS if m in row}
+        for row in rows
+    ]
+    return sorted(found, key=lambda kernel: -kernel[_TIME])[:_KERNELS]
+
+
+def _number(text: str) -> float | None:
+    """None where ncu has no value of a kernel."""
+    text = text.replace(",", "")
+    return float(text) if text.replace(".", "", 1).isdigit() else None
+
+
+def one_block() -> None:
+    """What is profiled: the JSD of as many tokens as one block has, compiled before."""
+    device = torch.device("cuda")
+    case = Case("jsd", "frozen", "bfloat16", QWEN3_8B, 8192)
+    rows = our_plan(case, device, "blocked").rows_per_block
+    x = Inputs(Case("jsd", "frozen", "bfloat16", QWEN3_8B, rows), device)
+    our_call(x, "blocked").backward()
+    torch.cuda.synchronize()
+    x.clear()
+    torch.cuda.profiler.start()
+    our_call(x, "blocked").backward()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+work = one_by_one(run)
+
+if __name__ == "__main__":
+    one_block()

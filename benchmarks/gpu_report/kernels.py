@@ -1,0 +1,82 @@
+"""Milliseconds of every kernel and product inside a call, beside what the time model predicts."""
+
+from __future__ import annotations
+
+import statistics
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, Job, deal
+from benchmarks.gpu_report.timing import Timeline, median_ms
+from benchmarks.gpu_report.work import one_by_one
+from benchmarks.losses.cases import QWEN3_8B, Case
+from benchmarks.losses.contenders import our_call, our_plan, schedules
+from benchmarks.losses.inputs import Inputs
+from benchmarks.losses.truth import BETA
+from opsd_kernels import Plan
+
+_TOKENS = 8192
+_CALLS, _SMALL_CALLS = 3, 1
+_LONGEST = 14  # kernels listed for a call
+
+
+def shards(job: Job) -> list[list[str]]:
+    """The JSD on every schedule, with heads apart and shared; then what else trains."""
+    every = schedules(_case("jsd", "frozen", job), job.device)
+    ids = [f"jsd frozen {schedule} {head}" for schedule in every for head in ("distinct", "shared")]
+    others = () if job.small else ("jsd trained", "forward_kl frozen", "cross_entropy trained")
+    return deal(ids + [f"{what} blocked distinct" for what in others], 1)
+
+
+def run(identifier: str, job: Job) -> dict[str, Any]:
+    """The call's ms, its kernels' [name, calls, ms], longest first, and the plan."""
+    operation, trained, schedule, head = identifier.split()
+    case = _case(operation, trained, job)
+    x = Inputs(case, job.device)
+
+    def call() -> None:
+        x.clear()
+        our_call(x, schedule, shared=head == "shared").backward()
+
+    calls = _SMALL_CALLS if job.small else _CALLS
+    whole = median_ms(call, job.device, calls)
+    found: dict[str, list[tuple[int, float]]] = {}
+    for _ in range(calls):
+        timeline = Timeline(job.device)
+        with timeline.watching():
+            call()
+        for name, total in timeline.totals().items():
+            found.setdefault(name, []).append(total)
+    rows = [
+        [name, max(n for n, _ in totals), statistics.median(ms for _, ms in totals)]
+        for name, totals in found.items()
+    ]
+    chosen = our_plan(case, job.device, schedule)
+    rows.sort(key=lambda row: -row[2])
+    result = {"ms": whole, "kernels": rows[:_LONGEST], "plan": str(chosen)}
+    return result | _predicted(case, chosen, head == "shared", job.device)
+
+
+def _predicted(case: Case, chosen: Plan, shared: bool, device: torch.device) -> dict[str, Any]:
+    """{"predicted": phases' ms} of the time model, where it knows the device."""
+    if device.type != "cuda" or not find_spec("benchmarks.compile.model"):
+        return {}
+    from benchmarks.compile.model import predict
+
+    name = torch.cuda.get_device_name(device)
+    known = next((short for short in ("H100", "A100") if short in name), None)
+    if known is None:
+        return {}
+    kind = {"kind": case.operation.replace("_", " ")} if case.operation in BETA else {}
+    return {"predicted": predict(chosen, known, shared=shared, **kind)}
+
+
+def _case(operation: str, head: str, job: Job) -> Case:
+    shape, tokens = (SMALL, SMALL_TOKENS) if job.small else (QWEN3_8B, _TOKENS)
+    dtype = "float32" if job.device.type != "cuda" else "bfloat16"
+    return Case(operation, head, dtype, shape, tokens)
+
+
+work = one_by_one(run)

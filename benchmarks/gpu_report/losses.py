@@ -1,0 +1,61 @@
+"""Times, memory and errors of the losses: the JSD beside its peers first, later all cases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_report.job import Job, deal
+from benchmarks.gpu_report.work import Absent, one_by_one
+from benchmarks.losses.cases import COMPILED, check_cases, default_cases, find
+from benchmarks.losses.contenders import Contender
+from benchmarks.losses.inputs import MissingInputs
+from benchmarks.losses.memory import CudaMemory, NoMemory
+from benchmarks.losses.runner import measure
+
+_ROUNDS, _SMALL_ROUNDS = 5, 1
+_PATIENCE = 0.3  # seconds; a slower peer is timed once, as there are minutes for all cases
+_FIRST_PEERS = ("liger_kernel", "trl", "unsloth_zoo")
+
+
+def shards(job: Job) -> list[list[str]]:
+    return deal(ids(job), 1)
+
+
+def ids(job: Job) -> list[str]:
+    if job.small:  # one of each loss, in a dtype that Triton's interpreter computes rightly
+        cases = [case for case in check_cases() if case.dtype == "float32"][::3]
+    else:
+        cases = default_cases(job.device)
+    return [case.id for case in (cases[:1] if job.command == "first" else cases)]
+
+
+def run(identifier: str, job: Job) -> dict[str, Any]:
+    """The case as the loss benchmarks record it."""
+    compiled = job.command == "second" and not job.small and identifier in ids(job)[:COMPILED]
+    try:
+        return measure(
+            find(identifier), job.device, _memory(job),
+            rounds=_SMALL_ROUNDS if job.small else _ROUNDS, patience=_PATIENCE, compiled=compiled,
+            wanted=_quick if job.command == "first" else None,
+        )  # fmt: skip
+    except MissingInputs as error:
+        raise Absent(str(error)) from None
+    finally:
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _quick(contender: Contender) -> bool:
+    """Whether it takes part in the first command: no eager logits, nothing that compiles long."""
+    if contender.role != "peer":
+        return True
+    return contender.package in _FIRST_PEERS and not contender.compiles
+
+
+def _memory(job: Job) -> CudaMemory | NoMemory:
+    return CudaMemory() if job.device.type == "cuda" else NoMemory()
+
+
+work = one_by_one(run)

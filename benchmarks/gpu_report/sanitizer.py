@@ -1,0 +1,67 @@
+"""compute-sanitizer on the smallest cases: memory accesses, and races in shared memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from itertools import product
+from typing import Any
+
+import torch
+
+from benchmarks.environment import ROOT, default_device
+from benchmarks.gpu_report.job import Job, deal
+from benchmarks.gpu_report.work import Absent, one_by_one
+from benchmarks.losses.cases import Case, Shape
+from benchmarks.losses.contenders import our_call, schedules
+from benchmarks.losses.inputs import Inputs
+
+_PROGRAM = "compute-sanitizer"
+_TOOLS = ("memcheck", "racecheck")
+# Two blocks of rows of any kernel, and a vocabulary that ends inside a tile.
+_TOKENS, _SHAPE = 160, Shape("smallest", 64, 1111)
+_LOSSES = ("jsd", "forward_kl", "logprob")
+
+
+def shards(job: Job) -> list[list[str]]:
+    if job.device.type != "cuda":
+        raise Absent("there is no GPU here")
+    if shutil.which(_PROGRAM) is None:
+        raise Absent(f"{_PROGRAM} is not on the PATH")
+    case = Case("jsd", "trained", "float32", _SHAPE, _TOKENS)
+    ids = [" ".join(each) for each in product(_TOOLS, schedules(case, job.device))]
+    return deal(ids, job.workers)
+
+
+def run(identifier: str, job: Job) -> dict[str, Any]:
+    """{"summary"}: the tool's last words; raises when it found anything."""
+    tool, schedule = identifier.split()
+    command = [
+        _PROGRAM, "--tool", tool, "--error-exitcode", "9",
+        sys.executable, "-m", "benchmarks.gpu_report.sanitizer", schedule,
+    ]  # fmt: skip
+    # The caching allocator would hide an access beyond a tensor's end.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    print(done.stdout[-20000:], done.stderr[-20000:], sep="\n")
+    summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+    if done.returncode:
+        first = [line for line in done.stdout.splitlines() if line.startswith("=========")][1:4]
+        raise RuntimeError(f"{tool} ended with {done.returncode}: {' '.join([*first, *summary])}")
+    return {"summary": " ".join(summary)}
+
+
+def smallest(schedule: str) -> None:
+    """What is watched: forward and backward of a loss of each family, head trained."""
+    for operation, dtype in product(_LOSSES, ("bfloat16", "float32")):
+        x = Inputs(Case(operation, "trained", dtype, _SHAPE, _TOKENS), default_device())
+        our_call(x, schedule).backward()
+    torch.cuda.synchronize()
+
+
+work = one_by_one(run)
+
+if __name__ == "__main__":
+    smallest(sys.argv[1])

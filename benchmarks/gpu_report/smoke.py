@@ -1,0 +1,65 @@
+"""Every loss on every schedule at a real model's head, few tokens, beside float64 on the device."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, Job, deal
+from benchmarks.gpu_report.work import one_by_one
+from benchmarks.losses.cases import ONE_HEAD, OPERATIONS, Case, Shape
+from benchmarks.losses.check import rms
+from benchmarks.losses.contenders import our_call, schedules
+from benchmarks.losses.inputs import Inputs
+from benchmarks.losses.truth import truth
+
+# Two blocks of rows of the larger vocabulary, the second one uneven; the smaller one is odd.
+_TOKENS, _HIDDEN, _VOCABS = 640, 4096, (151936, 50257)
+_DTYPES = ("bfloat16", "float32")
+_SMALL_DTYPES = ("float32",)  # Triton's interpreter computes bf16 wrongly
+# Relative errors of the loss, and RMS of the gradient, that a right answer stays below.
+LIMITS = {"bfloat16": (2e-3, 1e-2), "float32": (1e-4, 1e-3)}
+
+
+def shards(job: Job) -> list[list[str]]:
+    """Each dtype and vocabulary has processes of its own, so that few hold the largest head."""
+    sizes = list(product(_SMALL_DTYPES, (SMALL.vocab,)) if job.small else product(_DTYPES, _VOCABS))
+    workers = max(1, job.workers // len(sizes))
+    return [hand for size in sizes for hand in deal(_ids(*size, job), workers)]
+
+
+def _ids(dtype: str, vocab: int, job: Job) -> list[str]:
+    return [
+        f"{operation} {schedule} {head} {dtype} {vocab}"
+        for operation in OPERATIONS
+        for schedule in schedules(_case(operation, dtype, vocab, job), job.device)
+        for head in (("one",) if operation in ONE_HEAD else ("shared", "distinct"))
+    ]
+
+
+def run(identifier: str, job: Job) -> dict[str, Any]:
+    """Signed relative error of the loss and RMS error of the gradient; raises beyond LIMITS."""
+    operation, schedule, head, dtype, vocab = identifier.split()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    x = Inputs(_case(operation, dtype, int(vocab), job), job.device)
+    loss = our_call(x, schedule, shared=head == "shared")
+    loss.backward()
+    true = truth(x)
+    found = {
+        "loss": loss.item() / true.loss - 1,
+        "grad_hidden": rms(x.student.grad, true.grad_hidden),
+    }
+    for error, limit, name in zip(found.values(), LIMITS[dtype], found, strict=True):
+        if not abs(error) <= limit:
+            raise AssertionError(f"{name} is off by {error:.3g}, allowed {limit:.3g}")
+    return found
+
+
+def _case(operation: str, dtype: str, vocab: int, job: Job) -> Case:
+    tokens, hidden = (SMALL_TOKENS, SMALL.hidden) if job.small else (_TOKENS, _HIDDEN)
+    return Case(operation, "frozen", dtype, Shape(f"smoke{vocab}", hidden, vocab), tokens)
+
+
+work = one_by_one(run)

@@ -1,0 +1,85 @@
+"""The kernel tests that need a GPU, dealt to many processes, the slow ones first."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.environment import ROOT
+from benchmarks.gpu_report.job import Emit, Job, deal
+from benchmarks.gpu_report.work import leave_if_lost
+
+_WHERE = "tests/kernels"
+_GPU = [_WHERE, "-m", "gpu"]
+# A handful that a CPU runs in no time.
+_SMALL = [f"{_WHERE}/test_plan.py", "-k", "budget or backend"]
+_COLLECTING = 60.0
+_MARK = "collected: "
+_OPTIONS = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+
+
+def shards(job: Job) -> list[list[str]]:
+    """The slow tests, which fill the memory, one after the other in the first process."""
+    selection = _SMALL if job.small else _GPU
+    command = [sys.executable, "-m", "benchmarks.gpu_report.suite", *selection]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_COLLECTING)
+    line = next((x for x in done.stdout.splitlines() if x.startswith(_MARK)), None)
+    if line is None:
+        print(done.stdout, done.stderr, sep="\n")
+        raise RuntimeError(f"pytest could not collect the tests: exit status {done.returncode}")
+    found = json.loads(line.removeprefix(_MARK))
+    slow, quick = ([i for i, is_slow in found if is_slow == wanted] for wanted in (True, False))
+    return [slow] * bool(slow) + deal(quick, max(1, job.workers - bool(slow)))
+
+
+def work(ids: list[str], job: Job, emit: Emit) -> None:
+    """Run these tests; one that passed is found, one that was skipped absent."""
+    code = pytest.main([*_OPTIONS, *ids], plugins=[_Reporter(emit)])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        sys.exit(int(code))
+
+
+class _Reporter:
+    """A row when a test's last phase is over."""
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit, self.outcome, self.seconds = emit, {}, 0.0
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds += report.duration
+        if report.failed:
+            self.outcome = {"failed": str(report.longrepr)[-2000:]}
+        elif report.skipped:
+            reason = (
+                report.longrepr[2] if isinstance(report.longrepr, tuple) else "expected to fail"
+            )
+            self.outcome = {"absent": str(reason)}
+        if report.when == "teardown":
+            row = {"id": report.nodeid, "seconds": round(self.seconds, 2)}
+            self.emit(row | (self.outcome or {"found": {}}))
+            failed, self.outcome, self.seconds = "failed" in self.outcome, {}, 0.0
+            if failed:
+                leave_if_lost()
+
+
+class _Collector:
+    """Prints every test and whether it is slow; a file that does not import counts as one."""
+
+    def __init__(self) -> None:
+        self.broken: list[str] = []
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.broken.append(report.nodeid)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        found = [[i.nodeid, i.get_closest_marker("slow") is not None] for i in session.items]
+        found += [[name, False] for name in self.broken]
+        print(f"\n{_MARK}{json.dumps(found)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["--collect-only", *_OPTIONS, *sys.argv[1:]], plugins=[_Collector()]))

@@ -1,0 +1,37 @@
+"""The report's figures in the terminal: what a reader wants before the files are fetched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.gpu_report.job import Row
+from benchmarks.losses.table import render
+
+_LONGEST = 6  # kernels shown of a call
+
+
+def lines(report: dict[str, Any], rows: list[Row]) -> list[str]:
+    """Ceilings, kernels, sweeps and steps a line each, then the losses' tables."""
+    shown, cases = [], []
+    for row in (row for row in rows if "found" in row):
+        stage, name, found = row["stage"], row["id"], row["found"]
+        if stage == "ceilings":
+            rate = f"{found['gb_per_s']:.0f} GB/s" if name == "copy" else f"{found['tflops']:.0f} T"
+            shown.append(f"{stage} {name}: {found['ms']:.3f} ms, {rate}")
+        elif stage == "kernels":
+            longest = [f"{kernel} {ms:.2f}" for kernel, _, ms in found["kernels"][:_LONGEST]]
+            shown.append(f"{stage} {name}: {found['ms']:.2f} ms; {'; '.join(longest)}")
+        elif stage == "sweeps":
+            shown.append(f"{stage} {name}: {found['ms']:.3f} ms")
+        elif stage == "step":
+            phases = [f"{phase} {min(values):.3f}" for phase, values in found["phases"].items()]
+            peak = f"peak {found['peak_mib']} MiB"
+            shown.append(
+                f"{stage} {name}: {min(found['seconds']):.3f} s; {'; '.join(phases)}; {peak}"
+            )
+        elif stage == "losses":
+            cases.append(found)
+    if cases:
+        record = {key: report[key] for key in ("environment", "memory_method")}
+        shown.append(render(record | {"cases": cases, "skipped": []}))
+    return shown

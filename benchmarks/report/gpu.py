@@ -1,0 +1,160 @@
+"""The parts of docs/gpu.md: what the two commands of `benchmarks.gpu_report` measured.
+
+Measured figures only. What the time model predicts stands on a page of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from benchmarks.report.data import Device, GpuReport, Json, TrainStep
+from benchmarks.report.tables import (
+    NONE,
+    TIMES,
+    Table,
+    environment_text,
+    files_text,
+    mib_text,
+    settings_text,
+    time_text,
+    train_step_table,
+)
+
+NOTHING = "Nothing has been measured on a GPU yet."
+_FAILED_SHOWN = 20
+# Columns of the counters' table: of a kernel's metric, its heading and how it is written.
+_COUNTERS = (
+    ("gpu__time_duration.sum", "time", lambda ns: time_text(ns / 1e9)),
+    ("dram__bytes_read.sum", "read", lambda count: mib_text(count / 2**20)),
+    ("dram__bytes_write.sum", "written", lambda count: mib_text(count / 2**20)),
+    (
+        "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+        "of memory's rate",
+        "{:.0f} %".format,
+    ),
+    ("sm__throughput.avg.pct_of_peak_sustained_elapsed", "of the SMs' rate", "{:.0f} %".format),
+    ("smsp__issue_active.avg.pct_of_peak_sustained_active", "issue slots used", "{:.0f} %".format),
+    ("sm__warps_active.avg.pct_of_peak_sustained_active", "warps active", "{:.0f} %".format),
+    ("launch__registers_per_thread", "registers", "{:.0f}".format),
+)
+
+# A line of text or a table of each report that has the stage; nothing where none has.
+Blocks = Iterator[str | Table]
+
+
+def checks(report: GpuReport) -> Blocks:
+    """Stages with their counts, and the names of what failed."""
+    header = ("stage", "done", "absent here", "failed or not run", "time")
+    rows = [
+        (s["name"], *(f"{s[k]:,}" for k in ("found", "absent", "failed")), time_text(s["seconds"]))
+        for s in report.stages
+    ]
+    yield f"`{report.command}`: {_where(report)}"
+    yield Table(header, tuple(rows))
+    absent = [f"{row['stage']}, {row['id']}: {row['absent']}" for row in report.rows_that("absent")]
+    names = [f"{row['stage']}, {row['id']}: {row['failed']}" for row in report.failed]
+    for what, found in (("Failed or not run", names), ("Absent", absent)):
+        if found:
+            more = f" and {len(found) - _FAILED_SHOWN} more" * (len(found) > _FAILED_SHOWN)
+            listed = "; ".join(" ".join(name.split())[:200] for name in found[:_FAILED_SHOWN])
+            yield f"{what}: {listed}{more}."
+
+
+def products(report: GpuReport) -> Blocks:
+    """The copy's rate, and the table of cuBLAS times."""
+    found = report.found("ceilings")
+    copy = found.pop("copy", None)
+    if not found and not copy:
+        return
+    rate = f" A copy moves {copy['gb_per_s']:,.0f} GB/s, read and written." if copy else ""
+    yield f"bf16 operands. {_where(report)}{rate}"
+    rows = [
+        (name, f" {TIMES} ".join(f"{n:,}" for n in x["shape"]), _ms(x["ms"]), f"{x['tflops']:,.0f}")
+        for name, x in found.items()
+    ]
+    yield Table(
+        ("product", f"rows {TIMES} depth {TIMES} columns", "time", "TFLOP/s"), tuple(rows), names=2
+    )
+
+
+def kernels(report: GpuReport) -> Blocks:
+    """A table for each call: its kernels and products, longest first."""
+    found = report.found("kernels")
+    if found:
+        yield _where(report)
+    for name, call in found.items():
+        yield f"{name}, {_ms(call['ms'])} in all: {call['plan']}."
+        rows = [(kernel, str(calls), _ms(ms)) for kernel, calls, ms in call["kernels"]]
+        yield Table(("kernel or operator", "calls", "time of all"), tuple(rows))
+
+
+def sweeps(report: GpuReport) -> Blocks:
+    found = report.found("sweeps")
+    if not found:
+        return
+    yield f"JSD, frozen head. {_where(report)}"
+    rows = [
+        (name, _ms(x["ms"]), mib_text(x.get("workspace_mib")), f"{x.get('rows_per_block', NONE)}")
+        for name, x in found.items()
+    ]
+    yield Table(("tiles or workspace", "time", "workspace", "rows per block"), tuple(rows))
+
+
+def counters(report: GpuReport) -> Blocks:
+    found = report.found("counters").get("one block")
+    if not found:
+        return
+    yield f"The longest kernels of one block, by Nsight Compute. {_where(report)}"
+    rows = [
+        (k["name"], *(NONE if k.get(m) is None else text(k[m]) for m, _, text in _COUNTERS))
+        for k in found["kernels"]
+    ]
+    yield Table(("kernel", *(heading for _, heading, _ in _COUNTERS)), tuple(rows))
+
+
+def steps(report: GpuReport) -> Blocks:
+    for step in report.steps:
+        yield f"Medians: {settings_text(step.settings)}. {_where(report)}"
+        yield train_step_table(step)
+        yield from _absent(step)
+
+
+def _absent(step: TrainStep) -> Iterator[str]:
+    missing = [f"{t.name}: {t.why_not}" for t in step.trainers if t.why_not]
+    if missing:
+        yield f"Not measured: {'; '.join(missing)}."
+
+
+def _where(report: GpuReport) -> str:
+    """Device, versions and commit, which stand beside every table."""
+    source = report.source
+    return f"{environment_text(source.environment)}. Figures: {files_text([source])}."
+
+
+def _ms(milliseconds: float) -> str:
+    return time_text(milliseconds / 1000)
+
+
+STAGES: dict[str, Callable[[GpuReport], Blocks]] = {
+    "gpu_checks": checks,
+    "gpu_products": products,
+    "gpu_kernels": kernels,
+    "gpu_sweeps": sweeps,
+    "gpu_counters": counters,
+    "gpu_step": steps,
+}
+
+
+def part(name: str, devices: list[Device]) -> list[str | Table]:
+    """The blocks of a part of the page, from every device's reports."""
+    reports = [report for device in devices for report in device.gpu_reports.values()]
+    return [block for report in reports for block in STAGES[name](report)] or [NOTHING]
+
+
+def group_steps(rows: list[Json]) -> dict[int, dict[str, Json]]:
+    """Rows of the stage `step` by sequences at once, then by contender."""
+    found: dict[int, dict[str, Json]] = {}
+    for row in rows:
+        name, _, at_once = row["id"].rpartition(", ")
+        found.setdefault(int(at_once.split()[0]), {})[name] = row
+    return found
