@@ -80,6 +80,7 @@ def counts(kernels: list[dict[str, Any]], triton: str) -> dict[str, Any]:
             "special": k["instructions"]["special"],
             "registers": k["registers"],
             "blocks_per_processor": k["blocks_per_processor"],
+            "product": k["product"],
         }
         for k in kernels
         if k["instructions"]
