@@ -2,7 +2,7 @@
 
     python -m benchmarks.compile                 # everything, into benchmarks/results/compile.json
     python -m benchmarks.compile --check --hot   # what training runs by default, against that file
-    python -m benchmarks.compile count   # instructions, into benchmarks/results/instructions.json
+    python -m benchmarks.compile count   # instructions, into benchmarks/compile/instructions.json
     python -m benchmarks.compile model   # times predicted from them, into docs/gpu-model.md
 
 With --check the exit status is 1 where a kernel spills more than the file says (or at all, when it

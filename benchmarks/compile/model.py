@@ -12,13 +12,13 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.compile.gpus import GPUS, LAUNCH, Gpu
-from benchmarks.environment import ROOT
 from opsd_kernels import Plan
 
-COUNTS = ROOT / "benchmarks" / "results" / "instructions.json"
+COUNTS = Path(__file__).with_name("instructions.json")
 TARGETS = {gpu.target for gpu in GPUS.values()}
 _BF16, _FP32 = 2, 4
 _BAND = 8  # row blocks of a fused kernel that find the head's tiles in L2 together
@@ -80,6 +80,7 @@ def counts(kernels: list[dict[str, Any]], triton: str) -> dict[str, Any]:
             "special": k["instructions"]["special"],
             "registers": k["registers"],
             "blocks_per_processor": k["blocks_per_processor"],
+            "product": k["product"],
         }
         for k in kernels
         if k["instructions"]

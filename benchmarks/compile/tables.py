@@ -27,6 +27,7 @@ RUNS = (
     ({"schedule": "streaming"}, (64,)),
 )
 PHASES = ("logits", "statistics", "sums", "gradient", "dh", "dw", "backward")
+_PRODUCT = ("wgmma in flight at a wait", "barriers a step")
 # (in words, trained, shared)
 _HEADS = (
     ("frozen, of both models", False, True),
@@ -94,7 +95,11 @@ def _counts() -> str:
     names = {gpu.target: gpu.name for gpu in GPUS.values()}
     for k in counted()["kernels"]:
         figures = k["all"], k["special"], k["registers"], k["blocks_per_processor"]
-        rows.append([names[k["target"]], k["kernel"], k["case"], *map(str, figures)])
+        product = ["", ""]
+        if k["product"]:
+            waits = ", ".join(map(str, k["product"]["waits"])) or "no wgmma"
+            product = [waits, str(k["product"]["barriers"])]
+        rows.append([names[k["target"]], k["kernel"], k["case"], *map(str, figures), *product])
     return _markdown(rows)
 
 
