@@ -56,9 +56,9 @@ class Gpu:
 
 
 GPUS = {
-    # 132 processors, 50 MB of L2, boost clock 1.755 GHz under load: NVIDIA H100 data sheet and
-    # white paper. 790 of 989 TFLOP/s and 3.0 of 3.35 TB/s were measured on an H100 SXM. L2 as the
-    # A100's 5120 bytes a clock, for want of a published figure.
+    # 132 processors and 50 MB of L2: NVIDIA H100 white paper. 1.755 GHz is what a loaded card is
+    # taken to hold, below its boost of 1.98 GHz. 790 of 989 TFLOP/s and 3.0 of 3.35 TB/s were
+    # measured on an H100 SXM. L2 as the A100's 5120 bytes a clock, for want of a published figure.
     "H100": Gpu("H100", 90, 132, 1.755e9, 790e12, 3.0e12, 5120 * 1.755e9, 50 * 10**6),
     # 108 processors, 40 MB of L2 that gives 5120 bytes a clock, boost clock 1.41 GHz: NVIDIA A100
     # white paper. 0.8 of the data sheet's 312 TFLOP/s, the share an H100 reaches; 1.8 of 2.04 TB/s,
