@@ -347,7 +347,7 @@ def _streaming(x: Work) -> Iterator[Layout]:
     tokens, _, vocab = x.shape
 
     def bytes_of_a_row(columns: int) -> int:
-        dz = x.gradients * columns * x.itemsizes[0] if x.differentiated else 0
+        dz = x.gradients * padded_columns(columns) * x.itemsizes[0] if x.differentiated else 0
         return _operand_bytes(x) + _dh_bytes(x, x.gradients) + dz
 
     columns, wanted = min(vocab, _STREAMING_COLUMNS), min(tokens, _STREAMING_ROWS)

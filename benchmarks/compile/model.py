@@ -17,13 +17,12 @@ from typing import Any
 
 from benchmarks.compile.gpus import GPUS, LAUNCH, Gpu
 from opsd_kernels import Plan
+from opsd_kernels.layouts import even_blocks
 
 COUNTS = Path(__file__).with_name("instructions.json")
 TARGETS = {gpu.target for gpu in GPUS.values()}
 _BF16, _FP32 = 2, 4
 _BAND = 8  # row blocks of a fused kernel that find the head's tiles in L2 together
-# Rows of a block come in whole tiles of a product.
-_ROW_TILE = 128
 _KINDS = {"forward kl", "reverse kl", "jsd"}
 _DIVERGENCE = {
     "statistics": "statistics_pair", "sums": "divergence_sums", "gradient": "divergence_gradient",
@@ -41,20 +40,11 @@ def predict(plan: Plan, gpu: str, *, kind: str = "jsd", shared: bool = True) -> 
     """
     call = _Call(plan, GPUS[gpu], kind, shared)
     seconds: Counter[str] = Counter()
-    for i, rows in enumerate(block_sizes(plan)):
+    for i, rows in enumerate(even_blocks(plan.num_tokens, plan.rows_per_block)):
         for phase, each in call.block(rows, i == 0):
             seconds[phase] += each
     seconds["backward"] += call.backward()
     return {phase: 1e3 * s for phase, s in seconds.items()}
-
-
-def block_sizes(plan: Plan) -> list[int]:
-    """Rows of each block, as even as whole tiles of rows allow."""
-    tile = _ROW_TILE if plan.rows_per_block % _ROW_TILE == 0 else 1
-    tiles, count = math.ceil(plan.num_tokens / tile), plan.num_blocks
-    sizes = [tile * (tiles // count + (i < tiles % count)) for i in range(count)]
-    sizes[-1] -= sum(sizes) - plan.num_tokens
-    return sizes
 
 
 def floor(plan: Plan, gpu: str) -> float:
@@ -103,8 +93,7 @@ class _Call:
             yield from self._streaming(rows, first)
         elif self.plan.schedule == "tiled":
             yield from self._tiled(rows, first)
-        # The plan of a version without differences has no precision.
-        elif getattr(self.plan, "precision", "fp32") == "difference":
+        elif self.plan.precision == "difference":
             yield from self._differences(rows, first)
         else:
             yield from self._blocked(rows, first)
@@ -127,10 +116,8 @@ class _Call:
         yield "statistics", self._rows(kernels["statistics"], rows * v, read) + LAUNCH  # a merge
         if self.sums:
             yield "sums", self._rows(kernels["sums"], rows * v, read)
-        for columns, times in self._slices():
-            pairs = rows * columns
-            yield "gradient", times * self._rows(kernels["gradient"], pairs, read + _BF16)
-            yield from self._products(rows, columns, times, first, adds=columns < v)
+        yield "gradient", self._rows(kernels["gradient"], rows * v, read + _BF16)
+        yield from self._products(rows, v, 1, first, adds=False)
 
     def _differences(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
         """fp32 logits of a slice stay in L2; two 16-bit numbers a pair are kept of them."""
@@ -140,7 +127,7 @@ class _Call:
             written = self._rows(_DIFFERENCE["statistics"], rows * columns, kept)
             yield "statistics", times * written
         yield "statistics", LAUNCH
-        if self.sums:
+        if self.sums or self.kind == "reverse kl":  # its value as rounded logits have it
             yield "sums", self._rows(_DIFFERENCE["sums"], rows * v, kept)
         yield "gradient", self._rows(_DIFFERENCE["gradient"], rows * v, kept + _BF16)
         yield from self._products(rows, v, 1, first, adds=False)

@@ -172,12 +172,12 @@ class _Run(Run):
     def _room_for_dz(self, tiles: _Tiles, width: int) -> list[Tensor]:
         """Where a slice's dz goes, and the entropy's own; over the logits where there are some."""
         size, dtype = tiles.hidden.shape[0], tiles.hidden.dtype
+        width = padded_columns(width)
         if isinstance(tiles, FusedTiles):
             dz = [self.room("dz 0", size, width, dtype)]
         elif isinstance(tiles, DifferenceTiles):
             dz = [tiles.dz(dtype)]
         else:
-            width = padded_columns(width)
             dz = [self.room("logits", size, width).view(dtype)[:, :width]]
         return dz + [self.room("dz 1", size, width, dtype)] * self.wanted.entropy
 

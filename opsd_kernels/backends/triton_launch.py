@@ -14,6 +14,7 @@ from opsd_kernels.backends import triton_gradients, triton_kernels
 from opsd_kernels.backends.passes import Layout, gathered
 from opsd_kernels.backends.precision import tf32_allowed
 from opsd_kernels.backends.triton_config import Blocks, Device, blocks, device_of, spans
+from opsd_kernels.layouts import padded_columns
 
 _GROUP = 8  # row blocks that walk the vocabulary side by side and find the head's tiles in L2
 _MERGED_ROWS = 128
@@ -127,7 +128,7 @@ class FusedTiles:
     ) -> None:
         triton_gradients.divergence_gradient[self._grid(columns)](
             *self.arguments, merged, totals, scale, out, self.rows, self.cols, merged.stride(0),
-            out.stride(0), self.inv_t, beta, 1.0 - beta, clip, columns.start, columns.stop,
+            out.stride(0), self.inv_t, beta, 1.0 - beta, clip, *_ends(columns),
             **self.options(), STEP=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
 
@@ -145,13 +146,19 @@ class FusedTiles:
         triton_gradients.logprob_gradient[self._grid(columns)](
             *self.arguments, label, merged, entropy, *scales, outs[0],
             outs[1] if len(outs) == 2 else None, self.rows, self.cols, offset, merged.stride(0),
-            outs[0].stride(0), self.inv_t, *shares, columns.start, columns.stop,
+            outs[0].stride(0), self.inv_t, *shares, *_ends(columns),
             **self.options(),
         )  # fmt: skip
 
     def _grid(self, columns: slice) -> tuple[int]:
-        tiles = -(-(columns.stop - columns.start) // self.blocks.cols)
+        start, stop = _ends(columns)
+        tiles = -(-(stop - start) // self.blocks.cols)
         return (-(-self.rows // self.blocks.rows) * tiles,)
+
+
+def _ends(columns: slice) -> tuple[int, int]:
+    """First and last column of a slice of dz, whose rows are padded: whole vectors to the end."""
+    return columns.start, columns.start + padded_columns(columns.stop - columns.start)
 
 
 def aligned(tensors: list[Tensor]) -> bool:

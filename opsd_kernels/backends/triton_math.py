@@ -30,6 +30,16 @@ def exp(x):
 
 
 @triton.jit
+def _ratio(a, b):
+    """a / b by one reciprocal, within 2 ulp."""
+    if _INTERPRETED:  # which knows no device functions
+        y = a / b
+    else:
+        y = libdevice.fast_dividef(a, b)
+    return y
+
+
+@triton.jit
 def log2(x):
     """log2(x) by lg2.approx, whose absolute error is 2^-22 between 0.5 and 2."""
     if _INTERPRETED:  # which knows no device functions
@@ -81,7 +91,8 @@ def log_mixture(d, beta, rest):
 
     Near 0 by its Taylor series, whose coefficients are the cumulants of a coin of probability beta
     over n!: it converges for abs(d) < pi at least, and on close pairs the rounding of log s and
-    log t cancels to first order. Beyond, by logarithm and exponential.
+    log t cancels to first order. Beyond, with x = beta expm1(d), by 2 artanh(x / (2 + x)) while
+    m / s is between 1/2 and 2, where lg2.approx has an absolute error only, else by lg2.approx.
     """
     v, skew = beta * rest, 1.0 - 2.0 * beta
     c2, c3, c4 = v / 2, v * skew / 6, v * (1 - 6 * v) / 24
@@ -90,7 +101,11 @@ def log_mixture(d, beta, rest):
     c7 = v * skew * (1 + v * (-60 + 360 * v)) / 5040
     c8 = v * (1 + v * (-126 + v * (1680 - 5040 * v))) / 40320
     near = d * (beta + d * (c2 + d * (c3 + d * (c4 + d * (c5 + d * (c6 + d * (c7 + d * c8)))))))
-    far = log2(rest + beta * exp(d)) * LN_2
+    x = beta * exp(d) - beta
+    y = _ratio(x, 2.0 + x)
+    yy = y * y
+    middle = 2 * y * (1 + yy * (1 / 3 + yy * (1 / 5 + yy * (1 / 7 + yy * (1 / 9 + yy / 11)))))
+    far = tl.where(tl.abs(x - 0.25) < 0.75, middle, log2(1.0 + x) * LN_2)
     return tl.where(tl.abs(d) < 0.35, near, far)
 
 

@@ -24,7 +24,8 @@ class StoredTiles:
         self.cols = heads[0].weight.shape[0]
         self.inv_t = 1.0 / temperature
         self.device = device_of(logits.device.index if logits.is_cuda else None)
-        self.blocks = row_blocks(self.padded, self.device)
+        # Of the rows' stride: the vocabulary's last slice runs what the others do.
+        self.blocks = row_blocks(logits.stride(1), self.device)
         self.sources = [*logits, *(a for head in heads for a in (head.bias, head.softcap))]
         self.flags = {
             "BLOCK_V": self.blocks.columns, "num_warps": self.blocks.warps, "num_stages": 1,

@@ -15,6 +15,8 @@ H100 = gpus.GPUS["H100"]
 
 def call(schedule: str = "blocked", mib: int = 512, tokens: int = 8192, **more: object):
     how = {"dtype": torch.bfloat16, "device": "cuda", "schedule": schedule, **more}
+    if schedule == "blocked":
+        how["precision"] = "fp32"
     return plan(tokens, 4096, 151936, workspace_bytes=mib * 2**20, **how)
 
 
@@ -104,18 +106,8 @@ def test_tiles_in_cache_cost_no_memory(monkeypatch: pytest.MonkeyPatch, every_ke
     assert found["statistics"] > 0 and "sums" not in found
 
 
-@pytest.mark.parametrize(
-    ("tokens", "rows", "count"), [(8192, 384, 22), (8191, 384, 22), (35, 9, 4)]
-)
-def test_blocks_are_even(tokens: int, rows: int, count: int) -> None:
-    made = SimpleNamespace(num_tokens=tokens, rows_per_block=rows, num_blocks=count)
-    sizes = model.block_sizes(made)
-    assert sum(sizes) == tokens and len(sizes) == count and max(sizes) == rows
-    assert min(sizes) >= (255 if rows == 384 else 8)
-
-
 @pytest.mark.parametrize("gpu", ["H100", "A100"])
-@pytest.mark.parametrize("schedule", ["blocked", "streaming"])
+@pytest.mark.parametrize("schedule", ["blocked", "tiled", "streaming"])
 def test_nothing_is_faster_than_the_bare_products(schedule: str, gpu: str) -> None:
     for trained in (False, True):
         for tokens in (1024, 8192):
