@@ -6,6 +6,7 @@ import csv
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,14 +38,14 @@ def shards(job: Job) -> list[list[str]]:
         raise Absent("there is no GPU here")
     if shutil.which("ncu") is None:
         raise Absent("ncu is not on the PATH")
-    return deal(["one block"], 1)
+    return deal(["blocked"], 1)
 
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
     """{"kernels": a dict of name and METRICS each}, longest first."""
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
     command += ["--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
-    command += [sys.executable, "-m", "benchmarks.gpu_report.counters"]
+    command += [sys.executable, "-m", "benchmarks.gpu_report.counters", *identifier.split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-20000:], done.stderr[-20000:], sep="\n")
     kernels = longest(done.stdout)
@@ -73,17 +74,17 @@ def _number(text: str) -> float | None:
     return float(text) if text.replace(".", "", 1).isdigit() else None
 
 
-def one_block() -> None:
+def one_block(schedule: str) -> None:
     """What is profiled: the JSD of as many tokens as one block has, compiled before."""
     device = torch.device("cuda")
     case = Case("jsd", "frozen", "bfloat16", QWEN3_8B, 8192)
-    rows = our_plan(case, device, "blocked").rows_per_block
-    x = Inputs(Case("jsd", "frozen", "bfloat16", QWEN3_8B, rows), device)
-    our_call(x, "blocked").backward()
+    rows = our_plan(case, device, schedule).rows_per_block
+    x = Inputs(replace(case, tokens=rows), device)
+    our_call(x, schedule).backward()
     torch.cuda.synchronize()
     x.clear()
     torch.cuda.profiler.start()
-    our_call(x, "blocked").backward()
+    our_call(x, schedule).backward()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 
@@ -91,4 +92,4 @@ def one_block() -> None:
 work = one_by_one(run)
 
 if __name__ == "__main__":
-    one_block()
+    one_block(*sys.argv[1:])

@@ -101,15 +101,13 @@ def sweeps(report: GpuReport) -> Blocks:
 
 
 def counters(report: GpuReport) -> Blocks:
-    found = report.found("counters").get("one block")
-    if not found:
-        return
-    yield f"The longest kernels of one block, by Nsight Compute. {_where(report)}"
-    rows = [
-        (k["name"], *(NONE if k.get(m) is None else text(k[m]) for m, _, text in _COUNTERS))
-        for k in found["kernels"]
-    ]
-    yield Table(("kernel", *(heading for _, heading, _ in _COUNTERS)), tuple(rows))
+    for name, found in report.found("counters").items():
+        yield f"The longest kernels of one block, {name}, by Nsight Compute. {_where(report)}"
+        rows = [
+            (k["name"], *(NONE if k.get(m) is None else text(k[m]) for m, _, text in _COUNTERS))
+            for k in found["kernels"]
+        ]
+        yield Table(("kernel", *(heading for _, heading, _ in _COUNTERS)), tuple(rows))
 
 
 def steps(report: GpuReport) -> Blocks:

@@ -53,7 +53,7 @@ FIRST = report(
     }),
     row("sweeps", "row 4096x8", found={"ms": 1.25}),
     row("sweeps", "rows 512", found={"ms": 58.0, "workspace_mib": 600.5, "rows_per_block": 512}),
-    row("counters", "one block", found={"kernels": [{
+    row("counters", "blocked", found={"kernels": [{
         "name": "statistics_pair",
         "gpu__time_duration.sum": 170000.0,
         "dram__bytes_read.sum": 2**29,
