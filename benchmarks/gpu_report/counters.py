@@ -15,7 +15,7 @@ from benchmarks.environment import ROOT
 from benchmarks.gpu_report.job import Job, deal
 from benchmarks.gpu_report.work import Absent, one_by_one
 from benchmarks.losses.cases import QWEN3_8B, Case
-from benchmarks.losses.contenders import our_call, our_plan
+from benchmarks.losses.contenders import our_call, our_plan, ways
 from benchmarks.losses.inputs import Inputs
 
 _TIME = "gpu__time_duration.sum"
@@ -38,7 +38,8 @@ def shards(job: Job) -> list[list[str]]:
         raise Absent("there is no GPU here")
     if shutil.which("ncu") is None:
         raise Absent("ncu is not on the PATH")
-    return deal(["blocked"], 1)
+    case = Case("jsd", "frozen", "bfloat16", QWEN3_8B, 8192)
+    return deal((f"{s} {p}" for s, p in ways(case, job.device) if s == "blocked"), 1)
 
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
@@ -74,17 +75,17 @@ def _number(text: str) -> float | None:
     return float(text) if text.replace(".", "", 1).isdigit() else None
 
 
-def one_block(schedule: str) -> None:
+def one_block(schedule: str, precision: str) -> None:
     """What is profiled: the JSD of as many tokens as one block has, compiled before."""
     device = torch.device("cuda")
     case = Case("jsd", "frozen", "bfloat16", QWEN3_8B, 8192)
-    rows = our_plan(case, device, schedule).rows_per_block
+    rows = our_plan(case, device, schedule, precision).rows_per_block
     x = Inputs(replace(case, tokens=rows), device)
-    our_call(x, schedule).backward()
+    our_call(x, schedule, precision).backward()
     torch.cuda.synchronize()
     x.clear()
     torch.cuda.profiler.start()
-    our_call(x, schedule).backward()
+    our_call(x, schedule, precision).backward()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 

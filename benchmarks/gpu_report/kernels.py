@@ -12,7 +12,7 @@ from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, Job, deal
 from benchmarks.gpu_report.timing import Timeline, median_ms
 from benchmarks.gpu_report.work import one_by_one
 from benchmarks.losses.cases import QWEN3_8B, Case
-from benchmarks.losses.contenders import our_call, our_plan, schedules
+from benchmarks.losses.contenders import our_call, our_plan, ways
 from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.truth import BETA
 from opsd_kernels import Plan
@@ -23,22 +23,22 @@ _LONGEST = 14  # kernels listed for a call
 
 
 def shards(job: Job) -> list[list[str]]:
-    """The JSD on every schedule, with heads apart and shared; then what else trains."""
-    every = schedules(_case("jsd", "frozen", job), job.device)
-    ids = [f"jsd frozen {schedule} {head}" for schedule in every for head in ("distinct", "shared")]
+    """The JSD in every way, with heads apart and shared; then what else trains."""
+    every = ways(_case("jsd", "frozen", job), job.device)
+    ids = [f"jsd frozen {s} {p} {head}" for s, p in every for head in ("distinct", "shared")]
     others = () if job.small else ("jsd trained", "forward_kl frozen", "cross_entropy trained")
-    return deal(ids + [f"{what} blocked distinct" for what in others], 1)
+    return deal(ids + [f"{what} blocked fp32 distinct" for what in others], 1)
 
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
     """The call's ms, its kernels' [name, calls, ms], longest first, and the plan."""
-    operation, trained, schedule, head = identifier.split()
+    operation, trained, schedule, precision, head = identifier.split()
     case = _case(operation, trained, job)
     x = Inputs(case, job.device)
 
     def call() -> None:
         x.clear()
-        our_call(x, schedule, shared=head == "shared").backward()
+        our_call(x, schedule, precision, shared=head == "shared").backward()
 
     calls = _SMALL_CALLS if job.small else _CALLS
     whole = median_ms(call, job.device, calls)
@@ -53,7 +53,7 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
         [name, max(n for n, _ in totals), statistics.median(ms for _, ms in totals)]
         for name, totals in found.items()
     ]
-    chosen = our_plan(case, job.device, schedule)
+    chosen = our_plan(case, job.device, schedule, precision)
     rows.sort(key=lambda row: -row[2])
     result = {"ms": whole, "kernels": rows[:_LONGEST], "plan": str(chosen)}
     return result | _predicted(case, chosen, head == "shared", job.device)

@@ -15,7 +15,7 @@ from benchmarks.environment import ROOT, default_device
 from benchmarks.gpu_report.job import Job, deal
 from benchmarks.gpu_report.work import Absent, one_by_one
 from benchmarks.losses.cases import Case, Shape
-from benchmarks.losses.contenders import our_call, schedules
+from benchmarks.losses.contenders import our_call, ways
 from benchmarks.losses.inputs import Inputs
 
 _PROGRAM = "compute-sanitizer"
@@ -30,17 +30,17 @@ def shards(job: Job) -> list[list[str]]:
         raise Absent("there is no GPU here")
     if shutil.which(_PROGRAM) is None:
         raise Absent(f"{_PROGRAM} is not on the PATH")
-    case = Case("jsd", "trained", "float32", _SHAPE, _TOKENS)
-    ids = [" ".join(each) for each in product(_TOOLS, schedules(case, job.device))]
+    case = Case("jsd", "trained", "bfloat16", _SHAPE, _TOKENS)
+    ids = [f"{tool} {s} {p}" for tool, (s, p) in product(_TOOLS, ways(case, job.device))]
     return deal(ids, job.workers)
 
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
     """{"summary"}: the tool's last words; raises when it found anything."""
-    tool, schedule = identifier.split()
+    tool, schedule, precision = identifier.split()
     command = [
         _PROGRAM, "--tool", tool, "--error-exitcode", "9",
-        sys.executable, "-m", "benchmarks.gpu_report.sanitizer", schedule,
+        sys.executable, "-m", "benchmarks.gpu_report.sanitizer", schedule, precision,
     ]  # fmt: skip
     # The caching allocator would hide an access beyond a tensor's end.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -53,15 +53,16 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
     return {"summary": " ".join(summary)}
 
 
-def smallest(schedule: str) -> None:
+def smallest(schedule: str, precision: str) -> None:
     """What is watched: forward and backward of a loss of each family, head trained."""
     for operation, dtype in product(_LOSSES, ("bfloat16", "float32")):
         x = Inputs(Case(operation, "trained", dtype, _SHAPE, _TOKENS), default_device())
-        our_call(x, schedule).backward()
+        if (schedule, precision) in ways(x.case, default_device()):
+            our_call(x, schedule, precision).backward()
     torch.cuda.synchronize()
 
 
 work = one_by_one(run)
 
 if __name__ == "__main__":
-    smallest(sys.argv[1])
+    smallest(*sys.argv[1:])

@@ -11,7 +11,7 @@ from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, Job, deal
 from benchmarks.gpu_report.work import one_by_one
 from benchmarks.losses.cases import ONE_HEAD, OPERATIONS, Case, Shape
 from benchmarks.losses.check import rms
-from benchmarks.losses.contenders import our_call, schedules
+from benchmarks.losses.contenders import our_call, ways
 from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.truth import truth
 
@@ -32,19 +32,19 @@ def shards(job: Job) -> list[list[str]]:
 
 def _ids(dtype: str, vocab: int, job: Job) -> list[str]:
     return [
-        f"{operation} {schedule} {head} {dtype} {vocab}"
+        f"{operation} {schedule} {precision} {head} {dtype} {vocab}"
         for operation in OPERATIONS
-        for schedule in schedules(_case(operation, dtype, vocab, job), job.device)
+        for schedule, precision in ways(_case(operation, dtype, vocab, job), job.device)
         for head in (("one",) if operation in ONE_HEAD else ("shared", "distinct"))
     ]
 
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
     """Signed relative error of the loss and RMS error of the gradient; raises beyond LIMITS."""
-    operation, schedule, head, dtype, vocab = identifier.split()
+    operation, schedule, precision, head, dtype, vocab = identifier.split()
     torch.backends.cuda.matmul.allow_tf32 = False
     x = Inputs(_case(operation, dtype, int(vocab), job), job.device)
-    loss = our_call(x, schedule, shared=head == "shared")
+    loss = our_call(x, schedule, precision, shared=head == "shared")
     loss.backward()
     true = truth(x)
     found = {

@@ -20,7 +20,7 @@ from benchmarks.gpu_report.timing import Timeline, median_ms
 from benchmarks.gpu_report.winners import tiles
 from benchmarks.gpu_report.work import Absent, one_by_one
 from benchmarks.losses.cases import QWEN3_8B, Case
-from benchmarks.losses.contenders import schedules
+from benchmarks.losses.contenders import ways
 from benchmarks.losses.inputs import Inputs
 from opsd_kernels import Plan, fused_linear_jsd, plan
 
@@ -28,7 +28,7 @@ _MIB = 2**20
 OWN = "own"  # the launcher's choice
 # Columns of a row kernel's tile, warps.
 _ROW = tuple(product((2048, 4096, 8192), (4, 8, 16)))
-_SMALL_ROW = ((32, 1),)
+_SMALL_ROW = ((128, 1),)
 # Rows, columns, inner size, warps, stages of a fused kernel's tile.
 _STREAMING = (
     (128, 128, 64, 8, 2), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 8, 3),
@@ -54,7 +54,7 @@ def tile_ids(job: Job) -> list[str]:
     """What has to be compiled: a name per configuration, and the launcher's own of each kind."""
     row, streaming = (_SMALL_ROW, _SMALL_STREAMING) if job.small else (_ROW, _STREAMING)
     ids = [f"row {OWN}"] + ["row " + "x".join(map(str, sizes)) for sizes in row]
-    if "streaming" in schedules(_case(job, 1), job.device):
+    if ("streaming", "fp32") in ways(_case(job, 1), job.device):
         ids += [f"streaming {OWN}"]
         ids += ["streaming " + "x".join(map(str, sizes)) for sizes in streaming]
     return ids
@@ -103,7 +103,7 @@ def blocks_of(identifier: str) -> dict[str, int]:
         return {}
     sizes = [int(n) for n in value.split("x")]
     if kind == "row":
-        return dict(zip(("cols", "warps"), sizes, strict=True))
+        return dict(zip(("columns", "warps"), sizes, strict=True))
     found = dict(zip(("rows", "cols", "inner", "warps", "stages"), sizes, strict=True))
     return found | {"parts": max(1, found["cols"] // 32)}
 
@@ -153,7 +153,8 @@ def _call(x: Inputs, schedule: str, workspace: int | None) -> None:
     x.clear()
     heads = x.student, x.head, x.teacher, x.teacher_head
     try:
-        fused_linear_jsd(*heads, schedule=schedule, workspace_bytes=workspace).backward()
+        how = {"schedule": schedule, "precision": "fp32", "workspace_bytes": workspace}
+        fused_linear_jsd(*heads, **how).backward()
     except Exception as error:
         if type(error).__name__ == "OutOfResources":  # Triton's: the tile is too large for the GPU
             raise Absent(str(error)) from None
@@ -168,7 +169,8 @@ def _bytes_for(case: Case, rows: int, device: torch.device) -> int:
 def _plan(case: Case, device: torch.device, workspace: int) -> Plan:
     sizes = case.tokens, case.shape.hidden, case.shape.vocab
     how = {"dtype": case.torch_dtype, "device": device, "backend": "triton"}
-    return plan(*sizes, schedule="blocked", workspace_bytes=workspace, **how)
+    how |= {"schedule": "blocked", "precision": "fp32"}
+    return plan(*sizes, workspace_bytes=workspace, **how)
 
 
 def _case(job: Job, tokens: int) -> Case:

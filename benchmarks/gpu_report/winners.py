@@ -1,12 +1,11 @@
 """Tiles other than the launcher's own, for the sweeps and for the second command.
 
-The one place that knows how the launcher chooses its blocks: `triton_launch.blocks`.
+The one place that knows how the launchers choose their blocks.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,27 +19,32 @@ Chosen = Mapping[str, Mapping[str, int]]
 def tiles(chosen: Chosen) -> Iterator[None]:
     """Launches take what `chosen` says under "row" and "streaming", their own where it is silent.
 
-    "row" has cols and warps of the row kernels; "streaming" has rows, cols, inner, warps, stages
+    "row" has columns and warps of the row kernels; "streaming" has rows, cols, inner, warps, stages
     and parts of the fused kernels of two heads in 16 bits, which it was measured with.
     """
-    if not (chosen.get("row") or chosen.get("streaming")) or not importlib.util.find_spec("triton"):
+    row, streaming = chosen.get("row"), chosen.get("streaming")
+    if not (row or streaming):
         yield
         return
-    from opsd_kernels.backends import triton_launch
+    from opsd_kernels.backends import triton_launch, triton_rows_launch
 
-    own = triton_launch.blocks
+    own, own_row = triton_launch.blocks, triton_rows_launch.row_blocks
 
     def blocks(**how: Any) -> Any:
-        found = own(**how)
-        if how["fused"]:
-            # Small heads and rows that do not start at whole 16 bytes keep tiles of their own.
-            fits = how["pair"] and how["itemsize"] == 2 and how["aligned"]
-            change = chosen.get("streaming") if fits else None
-        else:
-            change = chosen.get("row")
-            if change and change["cols"] > how["vocab_size"]:
-                change = None
-        return dataclasses.replace(found, **change) if change else found
+        # Small heads and rows that do not start at whole 16 bytes keep tiles of their own.
+        fits = streaming and how["pair"] and how["itemsize"] == 2 and how["aligned"]
+        return dataclasses.replace(own(**how), **streaming) if fits else own(**how)
 
-    with mock.patch.object(triton_launch, "blocks", blocks):
+    def row_blocks(columns: int, device: Any) -> Any:
+        found = own_row(columns, device)
+        if not row or row["columns"] > columns:
+            return found
+        # A lane is a thread, but has 8 columns at least: what 16 bytes hold of 16-bit logits.
+        lanes = min(32 * row["warps"], row["columns"] // 8)
+        return dataclasses.replace(found, **row, lanes=lanes)
+
+    with (
+        mock.patch.object(triton_launch, "blocks", blocks),
+        mock.patch.object(triton_rows_launch, "row_blocks", row_blocks),
+    ):
         yield

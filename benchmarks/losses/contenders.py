@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from opsd_kernels import (
     policy_gradient_loss,
 )
 from opsd_kernels.ops.common import backend_name
-from opsd_kernels.plan import SCHEDULES
+from opsd_kernels.plan import PRECISIONS, SCHEDULES
 
 FLOOR = "bare GEMMs"
 OURS = "opsd_kernels"
@@ -70,32 +71,40 @@ def contenders(case: Case, device: torch.device) -> list[Contender]:
 
 
 def _ours(case: Case, device: torch.device) -> list[Contender]:
-    """What `schedule="auto"` gives, each other schedule, and the shared head where it applies."""
-    found = [Contender(OURS, "ours", partial(our_call, schedule="auto"))]
-    for schedule in schedules(case, device):
-        if schedule != our_plan(case, device).schedule:
-            found.append(
-                Contender(f"{OURS}, {schedule}", "ours", partial(our_call, schedule=schedule))
+    """What `schedule="auto"` gives, each other way, and the shared head where it applies."""
+    chosen = our_plan(case, device)
+    found = [Contender(OURS, "ours", our_call)]
+    for schedule, precision in ways(case, device):
+        if (schedule, precision) != (chosen.schedule, chosen.precision):
+            name = (
+                f"{OURS}, {schedule}, {precision}"
+                if case.operation in BETA
+                else f"{OURS}, {schedule}"
             )
+            call = partial(our_call, schedule=schedule, precision=precision)
+            found.append(Contender(name, "ours", call))
     if case.operation in BETA and not case.trained:
-        shared = partial(our_call, schedule="auto", shared=True)
+        shared = partial(our_call, shared=True)
         found.append(Contender(f"{OURS}, shared head", "ours", shared))
     return found
 
 
-def schedules(case: Case, device: torch.device) -> list[str]:
-    """Every schedule but "auto" that runs the case on this device."""
+def ways(case: Case, device: torch.device) -> list[tuple[str, str]]:
+    """Every (schedule, precision) but "auto" that runs the case on this device."""
     found = []
-    for schedule in SCHEDULES:
-        if schedule != "auto":
-            with suppress(ValueError):  # the plan says what a schedule needs
-                our_plan(case, device, schedule)
-                found.append(schedule)
+    for schedule, precision in product(SCHEDULES, PRECISIONS):
+        if "auto" not in (schedule, precision):
+            with suppress(ValueError):  # the plan says what a schedule or a precision needs
+                chosen = our_plan(case, device, schedule, precision)
+                if (chosen.schedule, chosen.precision) == (schedule, precision):
+                    found.append((schedule, precision))
     return found
 
 
-def our_plan(case: Case, device: torch.device, schedule: str = "auto") -> Plan:
-    """The plan of ours, as the operators make it; ValueError where the schedule cannot run."""
+def our_plan(
+    case: Case, device: torch.device, schedule: str = "auto", precision: str = "auto"
+) -> Plan:
+    """The plan of ours, as the operators make it; ValueError where it cannot be had."""
     return plan(
         case.tokens, case.shape.hidden, case.shape.vocab,
         loss="divergence" if case.operation in BETA else "logprob",
@@ -103,18 +112,19 @@ def our_plan(case: Case, device: torch.device, schedule: str = "auto") -> Plan:
         backend=backend_name(torch.empty(0, dtype=case.torch_dtype, device=device)),
         grad_input=case.differentiated, grad_weight=case.trained,
         reduced=case.operation in (*BETA, "cross_entropy"),
-        two_passes=case.operation == "jsd", schedule=schedule,
+        two_passes=case.operation == "jsd", schedule=schedule, precision=precision,
     )  # fmt: skip
 
 
-def our_call(x: Inputs, schedule: str, shared: bool = False) -> Tensor:
-    """Ours on x; `shared`: the teacher has the student's own head."""
+def our_call(
+    x: Inputs, schedule: str = "auto", precision: str = "auto", shared: bool = False
+) -> Tensor:
+    """Ours on x; `shared`: the teacher has the student's own head. Of two models, `precision`."""
     operation = x.case.operation
     teacher = x.teacher, x.head if shared else x.teacher_head
     if operation in BETA:
-        return fused_linear_jsd(
-            x.student, x.head, *teacher, beta=BETA[operation], schedule=schedule
-        )
+        how = {"beta": BETA[operation], "schedule": schedule, "precision": precision}
+        return fused_linear_jsd(x.student, x.head, *teacher, **how)
     if operation == "cross_entropy":
         return fused_linear_cross_entropy(x.student, x.head, x.labels, schedule=schedule)
     if operation == "logprob":

@@ -18,6 +18,7 @@ from benchmarks.gpu_report.conductor import Stage, run_stage
 from benchmarks.gpu_report.job import Job
 from benchmarks.gpu_report.winners import tiles
 from benchmarks.losses import contenders
+from benchmarks.losses.truth import BETA
 from opsd_kernels.plan import SCHEDULES
 
 ON_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="the rehearsal on a CPU")
@@ -66,18 +67,18 @@ def check_first(report: dict) -> None:
     rows = {(row["stage"], row["id"]): row.get("found") for row in report["rows"]}
     assert rows["ceilings", "copy"]["gb_per_s"] > 0
     assert sum(stage == "ceilings" for stage, _ in rows) == 2 + 14 + 4 + 6
-    smoke = {tuple(i.split()[:3]) for stage, i in rows if stage == "smoke"}
+    smoke = {tuple(i.split()[:4]) for stage, i in rows if stage == "smoke"}
     every = [schedule for schedule in SCHEDULES if schedule != "auto"]
     assert smoke == {
-        (loss, schedule, head)
+        (loss, schedule, "fp32", head)
         for loss in ("jsd", "forward_kl", "reverse_kl", "advantage", "logprob", "cross_entropy")
         for schedule in every
         for head in (("one",) if loss in ("logprob", "cross_entropy") else ("shared", "distinct"))
     }
     for schedule in every:
-        found = rows["kernels", f"jsd frozen {schedule} distinct"]
+        found = rows["kernels", f"jsd frozen {schedule} fp32 distinct"]
         names = [name for name, _, _ in found["kernels"]]
-        assert found["ms"] > 0 and "statistics_pair" in names, names
+        assert found["ms"] > 0 and any("statistics_pair" in name for name in names), names
         assert any(name.startswith(("mm ", "addmm ")) for name in names), names
     assert {"row own", "streaming own", "rows 8"} <= {i for stage, i in rows if stage == "sweeps"}
     (losses,) = (found for (stage, _), found in rows.items() if stage == "losses")
@@ -158,9 +159,14 @@ def test_what_a_gpu_is_asked(as_on_a_gpu, name: str) -> None:
 def test_a_gpu_checks_every_loss_schedule_head_dtype_and_vocabulary(as_on_a_gpu) -> None:
     shards = smoke.shards(as_on_a_gpu)
     schedules = len(SCHEDULES) - 1
-    assert sum(map(len, shards)) == schedules * (4 * 2 + 2) * 4
+    fp32 = [i for shard in shards for i in shard if " fp32 " in i]
+    assert len(fp32) == schedules * (4 * 2 + 2) * 4
+    differences = {i for shard in shards for i in shard if " difference " in i}
+    losses = {tuple(i.split()[::3]) for i in differences}
+    assert losses == {(loss, head) for loss in BETA for head in ("shared", "distinct")}
+    assert all("bfloat16" in i for i in differences)
     for shard in shards:  # a process holds one head's size, and few hold the largest
-        assert len({tuple(i.split()[3:]) for i in shard}) == 1
+        assert len({tuple(i.split()[4:]) for i in shard}) == 1
     assert [i for i in sweeps.tile_ids(as_on_a_gpu) if not sweeps.blocks_of(i)] == [
         "row own",
         "streaming own",
@@ -340,27 +346,25 @@ def test_a_winner_beats_the_launchers_own_by_more_than_noise() -> None:
     rows += [row("row 4096x4", 9.0), {"id": "row 2048x8", "absent": "too large"}]
     rows += [row("streaming own", 30.0), row("streaming 64x128x64x4x3", 20.0), row("rows 384", 1.0)]
     tile = {"rows": 64, "cols": 128, "inner": 64, "warps": 4, "stages": 3, "parts": 4}
-    assert sweeps.winners(rows) == {"row": {"cols": 4096, "warps": 4}, "streaming": tile}
+    assert sweeps.winners(rows) == {"row": {"columns": 4096, "warps": 4}, "streaming": tile}
     assert sweeps.winners([row("row 4096x4", 9.0)]) == {}
 
 
-def test_winners_change_what_the_launcher_takes_and_only_that() -> None:
-    from opsd_kernels.backends import triton_config, triton_launch
+def test_winners_change_what_the_launchers_take_and_only_that() -> None:
+    from opsd_kernels.backends import triton_config, triton_launch, triton_rows_launch
 
-    how = {"depths": [4096], "itemsize": 2, "aligned": True, "vocab_size": 151936}
-    how["device"] = triton_config.Device((9, 0), 132)
-    row_kernel = how | {"fused": False, "pair": True}
-    fused = how | {"fused": True, "pair": True}
+    hopper = triton_config.Device((9, 0), 132)
+    fused = {"pair": True, "depths": [4096], "itemsize": 2, "aligned": True, "device": hopper}
     tile = {"rows": 64, "cols": 64, "inner": 32, "warps": 4, "stages": 2, "parts": 2}
-    own = triton_launch.blocks
-    with tiles({"row": {"cols": 8192, "warps": 16}, "streaming": tile}):
-        changed = triton_launch.blocks(**row_kernel)
-        assert (changed.cols, changed.warps, changed.rows) == (8192, 16, own(**row_kernel).rows)
-        assert triton_launch.blocks(**row_kernel | {"vocab_size": 5000}).cols < 8192
+    own, own_row = triton_launch.blocks, triton_rows_launch.row_blocks
+    with tiles({"row": {"columns": 8192, "warps": 16}, "streaming": tile}):
+        changed = triton_rows_launch.row_blocks(151936, hopper)
+        assert changed == triton_config.RowBlocks(8192, 16, 512) != own_row(151936, hopper)
+        assert triton_rows_launch.row_blocks(5000, hopper) == own_row(5000, hopper)
         assert triton_launch.blocks(**fused) == triton_config.Blocks(**tile)
         for other in ({"pair": False}, {"itemsize": 4}, {"aligned": False}):
             assert triton_launch.blocks(**fused | other) == own(**fused | other)
-    assert triton_launch.blocks is own
+    assert (triton_launch.blocks, triton_rows_launch.row_blocks) == (own, own_row)
 
 
 NCU = """\
