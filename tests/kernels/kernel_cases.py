@@ -207,5 +207,5 @@ def prepare(
     """The loss, its inputs, the names to differentiate and its options."""
     loss = LOSSES[name]
     names = SINGLE if loss.inputs is single else STUDENT
-    options = loss.options if reduction is None else {**loss.options, "reduction": reduction}
+    options = dict(loss.options) if reduction is None else {**loss.options, "reduction": reduction}
     return loss, loss.inputs(pair), names if trained else names[:1], options

@@ -32,7 +32,7 @@ def test_filled_buffers_give_the_same_bits(
     pair = move(make_pair(21, 16, 131, masked=3, dtype=torch.float32), device)
     loss, inputs, wrt, options = prepare(name, pair, trained, None)
     # Several blocks of rows, the last a smaller one.
-    options |= {"schedule": schedule, "workspace_bytes": 16_000}
+    options = {**options, "schedule": schedule, "workspace_bytes": 16_000}
     expected = run(loss.fn, inputs, wrt, **options)
     request.getfixturevalue("filled")
     same_bits(expected, run(loss.fn, inputs, wrt, **options))
