@@ -136,6 +136,11 @@ def plan(
             "precision: 'difference' needs a divergence of 16-bit inputs without a clip on a CUDA "
             f"device, got {loss} of {dtype} on {device}; use 'fp32' or 'auto'"
         )
+    if precision == "difference" and schedule not in ("auto", "blocked"):
+        raise ValueError(
+            f"precision: 'difference' is a way of 'blocked', got schedule {schedule!r}; use "
+            "schedule 'auto' or precision 'fp32'"
+        )
     if backend == "torch":
         layout = torch_layout(work)
     elif backend == "cpp":

@@ -139,7 +139,7 @@ class _Run(Run):
         self.grad_hidden[rows] = grad.to(self.grad_hidden.dtype)
         return sums
 
-    def gradients(self, block: slice, tiles: FusedTiles | StoredTiles, gradient: Gradient) -> None:
+    def gradients(self, block: slice, tiles: _Tiles, gradient: Gradient) -> None:
         weight, h = self.head.weight, tiles.hidden
         size, (vocab, depth) = len(h), weight.shape
         width = vocab if self.plan.schedule == "blocked" else self.plan.slice_columns

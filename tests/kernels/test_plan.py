@@ -138,6 +138,7 @@ def test_the_workspace_decides_the_schedule() -> None:
     assert chosen.workspace_bytes <= 512 << 20
     little = on_gpu(workspace_bytes=64 << 20)
     assert little.schedule == "tiled" and little.gemms == 6
+    assert little.workspace_bytes <= 64 << 20
     assert on_gpu(workspace_bytes=64 << 20, two_passes=False).gemms == 5
     assert "64 MiB holds" in str(little)
     assert on_gpu(workspace_bytes=2 << 20).schedule == "streaming"

@@ -111,3 +111,37 @@ def test_what_changes_from_call_to_call_does_not_compile_again(
 
 def test_distinct_heads_are_launched_beside_a_shared_one(keys: dict[str, object]) -> None:
     assert keys["shared"] == [True, True]
+
+
+# Loads of global memory, barriers and stores in the order of the code, up to the first store.
+ORDER = """
+import importlib, json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from benchmarks.compile import launches as m
+
+found = {}
+for launch in m.launches(90, m.Kind(), hot=True, runs=m.RUNS[:3:2]):
+    if not re.fullmatch("row_.*_gradient|row_jsd_shares", launch.kernel):
+        continue
+    attrs = {path: [["tt.divisibility", 16]] for path in launch.aligned}
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    source = ASTSource(kernel, dict(launch.signature), dict(launch.constants), attrs)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(launch.options))
+    steps = re.findall(r"ld\\.global|bar\\.sync|barrier\\.sync|st\\.global", made.asm["ptx"])
+    found[f"{launch.kernel} {launch.constants}"] = steps[: steps.index("st.global")]
+print(json.dumps(found))
+"""
+
+
+def test_a_gradient_in_place_waits_for_the_rows_readers() -> None:
+    """A narrower gradient overwrites logits that other threads load: between the last load of a
+    step and its store stands a barrier, which no run without a GPU would miss."""
+    done = python("-c", ORDER)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    kernels = {name.split()[0] for name in found}
+    assert kernels == {"row_divergence_gradient", "row_logprob_gradient", "row_jsd_shares"}
+    for name, steps in found.items():
+        assert steps[-1] != "ld.global" and "ld.global" in steps, (name, steps)

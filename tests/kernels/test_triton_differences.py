@@ -182,6 +182,9 @@ def test_who_may_ask_for_differences() -> None:
         with pytest.raises(ValueError, match="precision: 'difference' needs"):
             plan(*large, **wrong, precision="difference")
         assert plan(*large, **wrong).precision == "fp32"
+    for schedule in ("tiled", "streaming"):
+        with pytest.raises(ValueError, match="precision: 'difference' is a way of 'blocked'"):
+            plan(*large, **half, schedule=schedule, precision="difference")
 
 
 # --------------------------------------------------------------- the arithmetic in PyTorch, at size
