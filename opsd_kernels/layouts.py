@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -203,6 +204,7 @@ def cpp_layout(x: Work) -> Layout:
 # ------------------------------------------------------------------------------------------- a GPU
 
 
+@functools.lru_cache(maxsize=4096)
 def triton_layout(x: Work, schedule: str, precision: str) -> Layout:
     """The layout of that schedule and precision, or the one predicted to take the least time."""
     refused = x.too_small(_bytes_of_a_row(x, _LEAST_COLUMNS, 0))
@@ -304,20 +306,27 @@ def _differences(x: Work) -> Iterator[Layout]:
     """
     vocab = x.shape[2]
     tiles = -(-vocab // DIFFERENCE_TILE)
+    found = []
     for count in range(2, 17):
         columns = count * DIFFERENCE_TILE
         slice_or_dh = max(x.heads * 4 * columns, _dh_bytes(x, x.gradients))
         used = _operand_bytes(x) + slice_or_dh + 4 * padded_columns(vocab)
         used += _DIFFERENCE_STATISTICS * tiles
         budget = _trained_budget(x, used)
-        limit = _limit(x, used, budget)
-        if not limit or not cost.in_cache(x.heads * 4 * x.rows(limit) * columns):
-            continue
-        yield _fitted(
-            x, "blocked", limit, columns, used, precision="difference", budget=budget,
-            passes=_passes(x, 2, 2 * x.heads, _DIFFERENCES), slices=-(-tiles // count),
-            efficiency=cost.waves(x.heads * x.rows(limit), columns, x.processors),
-        )  # fmt: skip
+        most = _limit(x, used, budget)
+        # Fewer rows may fill the processors' waves of tiles better.
+        for limit in (most, most - _ROW_TILE, most - 2 * _ROW_TILE, most - 3 * _ROW_TILE):
+            if limit > 0 and cost.in_cache(x.heads * 4 * x.rows(limit) * columns):
+                efficiency = cost.waves(x.heads * x.rows(limit), columns, x.processors)
+                found.append((efficiency, limit, columns, used, budget))
+    best = max(found, default=(0.0,))[0]
+    for efficiency, limit, columns, used, budget in sorted(found, reverse=True):
+        if efficiency > 0.95 * best:
+            yield _fitted(
+                x, "blocked", limit, columns, used, precision="difference", budget=budget,
+                passes=_passes(x, 2, 2 * x.heads, _DIFFERENCES), slices=-(-vocab // columns),
+                efficiency=efficiency,
+            )  # fmt: skip
 
 
 def _tiled(x: Work) -> Iterator[Layout]:
