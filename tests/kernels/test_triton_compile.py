@@ -29,7 +29,14 @@ def check(*arguments: str, path: Path | None = None) -> None:
 
 def test_what_training_runs_keeps_below_the_ceilings() -> None:
     """No spills, instructions a pair and width of accesses as ceilings.toml says, wgmma."""
-    check("--hot")
+    check("--hot", "--target", "90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["80", "100"])
+def test_the_same_for_other_gpus(target: str) -> None:
+    """No spills, and shared memory that the device has; the fast tests have sm_90."""
+    check("--hot", "--target", target)
 
 
 def test_the_same_with_triton_36() -> None:

@@ -1,6 +1,7 @@
 """What must hold for every method alike: cuts, idle ranks, memory, rounding."""
 
 import copy
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -28,12 +29,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_kernels.backends import blocked_torch, cpp_backend
-from opsd_kernels.ops import common
 from opsd_kernels.testing import assert_close
 from opsd_train.batches import even_groups, micro_batches
 from opsd_train.methods import METHODS
 from opsd_train.methods import common as losses
 from opsd_train.world import World
+
+planning = importlib.import_module("opsd_kernels.plan")  # the package's `plan` is the function
 
 EVERY = pytest.mark.parametrize("name", CASES)
 LORA = pytest.mark.parametrize("lora", [True, False], ids=["lora", "all weights"])
@@ -122,7 +124,7 @@ def largest(monkeypatch) -> Iterator[Largest]:
                     return whole(*args)
 
             monkeypatch.setattr(module, name, watched)
-    monkeypatch.setattr(common, "default_workspace", lambda device: WORKSPACE)
+    monkeypatch.setattr(planning, "default_workspace", lambda device: WORKSPACE)
     monkeypatch.setattr(losses, "workspace_bytes", lambda device, trained: None)
     return seen
 
@@ -148,7 +150,7 @@ def test_no_tensor_has_the_size_of_the_logits(name: str, lora: bool, largest: La
 
 
 def test_a_block_of_logits_inside_an_operator_would_be_seen(largest: Largest, monkeypatch) -> None:
-    monkeypatch.setattr(common, "default_workspace", lambda device: 1 << 30)
+    monkeypatch.setattr(planning, "default_workspace", lambda device: 1 << 30)
     method = make_method(settings(*CASES["opsd JSD"]), make_policy(vocab_size=VOCAB))
     samples = long_samples(method)
     with largest:
