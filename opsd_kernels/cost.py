@@ -19,7 +19,7 @@ _INSTRUCTION = 1 / (PROCESSORS * 4 * 32 * 1.755e9)
 FUSED = 0.6
 # Host time of a slice's launches: no slice is faster.
 _SLICE = 40e-6
-_CACHE = 36 * 2**20  # bytes of L2 that a buffer may take
+CACHE = 36 * 2**20  # bytes of L2 that a buffer may take
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,4 @@ def waves(rows: int, columns: int, processors: int) -> float:
 
 def in_cache(nbytes: int) -> bool:
     """Whether a buffer of that size is still in L2 when the next kernel reads it."""
-    return nbytes <= _CACHE
+    return nbytes <= CACHE

@@ -309,14 +309,14 @@ def _differences(x: Work) -> Iterator[Layout]:
     found = []
     for count in range(2, 17):
         columns = count * DIFFERENCE_TILE
-        slice_or_dh = max(x.heads * 4 * columns, _dh_bytes(x, x.gradients))
-        used = _operand_bytes(x) + slice_or_dh + 4 * padded_columns(vocab)
-        used += _DIFFERENCE_STATISTICS * tiles
+        logits, dh = x.heads * 4 * columns, _dh_bytes(x, x.gradients)
+        used = _operand_bytes(x) + logits + (dh if dh > logits else 0)
+        used += 4 * padded_columns(vocab) + _DIFFERENCE_STATISTICS * tiles
         budget = _trained_budget(x, used)
-        most = _limit(x, used, budget)
+        most = min(_limit(x, used, budget), _limit(x, logits, cost.CACHE))
         # Fewer rows may fill the processors' waves of tiles better.
         for limit in (most, most - _ROW_TILE, most - 2 * _ROW_TILE, most - 3 * _ROW_TILE):
-            if limit > 0 and cost.in_cache(x.heads * 4 * x.rows(limit) * columns):
+            if limit > 0:
                 efficiency = cost.waves(x.heads * x.rows(limit), columns, x.processors)
                 found.append((efficiency, limit, columns, used, budget))
     best = max(found, default=(0.0,))[0]

@@ -173,6 +173,14 @@ def test_who_may_ask_for_differences() -> None:
     assert plan(*large, **half).precision == "difference"
     assert "16-bit differences" in str(plan(*large, **half))
     assert plan(*large, **half, precision="fp32").precision == "fp32"
+    # Whatever the workspace, a slice's fp32 logits stay in L2, and dh finds room in them or beside.
+    for mib in (64, 512, 2048, 65536):
+        for hidden in (64, 4096, 16384):
+            p = plan(
+                65536, hidden, 151936, **half, precision="difference", workspace_bytes=mib << 20
+            )
+            assert 2 * 4 * p.rows_per_block * p.slice_columns <= 36 << 20
+            assert p.workspace_bytes <= mib << 20 and p.slice_columns % 512 == 0
     # Where all rows fit there is nothing to gain.
     assert plan(256, *large[1:], **half).precision == "fp32"
     for wrong in (
