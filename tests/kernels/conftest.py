@@ -1,5 +1,6 @@
 """Lets the tests run straight from the tree, whether or not the package is installed."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -64,4 +65,9 @@ def _only(backend: str) -> Iterator[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Kernels are interpreted or not from their import on: before any test imports them otherwise.
+    if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            importlib.import_module("opsd_kernels.backends.triton_backend")
     config.addinivalue_line("markers", "slow: minutes rather than seconds")
