@@ -8,8 +8,10 @@ import errno
 import os
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from opsd_train.config import (
     Config,
@@ -23,6 +25,8 @@ from opsd_train.config import (
 from opsd_train.errors import UserError
 
 DEFAULT_RECIPE = "demo/opsd"
+PROGRAM = "python -m opsd_train"
+TRAINING = "RECIPE"  # the command without a word of its own
 EVAL_USAGE = "python -m opsd_train eval MODEL_OR_RUN --set SET,SET"
 STUDY_USAGE = "python -m opsd_train study [--quick] [--only EXPERIMENT,...] [output_dir=FOLDER]"
 KINDS: dict[Kind, str] = {
@@ -56,7 +60,7 @@ python -m opsd_train export RUN_DIR [OUT] --merged
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> None:
-        raise UserError(f"{message} (python -m opsd_train --help)")
+        raise UserError(f"{message} ({PROGRAM} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,48 +91,60 @@ def _fail(reason: UserError | str) -> int:
 
 
 def _dispatch(argv: Sequence[str]) -> int:
-    parser = _Parser(prog="opsd_train", add_help=False, allow_abbrev=False)
-    parser.add_argument("words", nargs="*")
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--shard", choices=("full", "none"), default="full")
-    parser.add_argument("--merged", action="store_true")
-    parser.add_argument("--set")
-    parser.add_argument("--recipe", default="paper/eval")
-    parser.add_argument("--against")
-    parser.add_argument("--regrade", action="store_true")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--only")
-    parser.add_argument("--jobs", type=int)
-    parser.add_argument("-h", "--help", action="store_true")
-    options = parser.parse_intermixed_args(argv)
-    words = options.words
+    arguments = list(argv)
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if name in COMMANDS:
+        arguments.remove(name)
+    else:  # a recipe, a change of one, or the value of an option
+        name = TRAINING
+    _refuse_others_options(name, arguments)
+    options = _parser(name).parse_intermixed_args(arguments)
     if options.help:
         print(_help())
-    elif words[:1] == ["recipes"]:
-        _expect_words(words, "recipes", 0)
-        print(_recipe_list())
-    elif words[:1] == ["report"]:
-        _expect_words(words, "report RUN_DIR", 1)
-        from opsd_train.report import write_report
+        return 0
+    return COMMANDS[name].run(options) or 0
 
-        print(write_report(words[1]))
-    elif words[:1] == ["export"]:
-        print(_export(words, options.merged))
-    elif words[:1] == ["eval"]:
-        _eval(words, options)
-    elif words[:1] == ["study"]:
-        return _study(words, options)
-    else:
-        config = _config(words)
-        if not options.dry_run:
-            from opsd_train.run import train
 
-            return train(config, resume=options.resume, shard=options.shard)
-        from opsd_train.dry_run import dry_run
+def _parser(name: str) -> _Parser:
+    parser = _Parser(prog=f"{PROGRAM} {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("-h", "--help", action="store_true")
+    for option, settings in COMMANDS[name].options.items():
+        parser.add_argument(option, **settings)
+    return parser
 
-        print(dry_run(config, options.shard))
+
+def _refuse_others_options(name: str, arguments: Sequence[str]) -> None:
+    """An option of another command: say whose it is."""
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        owners = [other for other, command in COMMANDS.items() if option in command.options]
+        if owners and name not in owners:
+            raise UserError(f"{option} is an option of {PROGRAM} {owners[0]}, not of {name}")
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _config(options.words)
+    if not options.dry_run:
+        from opsd_train.run import train
+
+        return train(config, resume=options.resume, shard=options.shard)
+    from opsd_train.dry_run import dry_run
+
+    print(dry_run(config, options.shard))
     return 0
+
+
+def _recipes(options: argparse.Namespace) -> None:
+    _expect_words(options.words, "recipes", 0)
+    print(_recipe_list())
+
+
+def _report(options: argparse.Namespace) -> None:
+    _expect_words(options.words, "report RUN_DIR", 1)
+    from opsd_train.report import write_report
+
+    print(write_report(options.words[0]))
 
 
 def _config(words: list[str]) -> Config:
@@ -137,24 +153,27 @@ def _config(words: list[str]) -> Config:
     return config_from(recipe, words[1:] if named else words)
 
 
-def _export(words: list[str], merged: bool) -> Path:
-    if not 2 <= len(words) <= 3:
+def _export(options: argparse.Namespace) -> None:
+    words = options.words
+    if not 1 <= len(words) <= 2:
         raise UserError("usage: python -m opsd_train export RUN_DIR [OUT] [--merged]")
     from opsd_train.export import export
 
-    return export(Path(words[1]), Path(words[2]) if len(words) > 2 else None, merged=merged)
+    out = Path(words[1]) if len(words) > 1 else None
+    print(export(Path(words[0]), out, merged=options.merged))
 
 
-def _eval(words: list[str], options: argparse.Namespace) -> None:
-    if len(words) < 2 or "=" in words[1] or not (options.set or options.regrade):
+def _eval(options: argparse.Namespace) -> None:
+    words = options.words
+    if not words or "=" in words[0] or not (options.set or options.regrade):
         raise UserError(f"usage: {EVAL_USAGE} [KEY=VALUE ...]")
     from opsd_train.evaluation.settings import EvalConfig, default_folder
 
-    source, sets = words[1], options.set.split(",") if options.set else []
+    source, sets = words[0], options.set.split(",") if options.set else []
     recipe = load_recipe(options.recipe, "eval")
     if recipe["output_dir"] is None:
         recipe["output_dir"] = default_folder(source, options.recipe, sets)
-    config = config_from(recipe, words[2:], EvalConfig)
+    config = config_from(recipe, words[1:], EvalConfig)
     from opsd_train.evaluation.evaluate import evaluate, print_difference, regrade
 
     if options.regrade:
@@ -166,9 +185,10 @@ def _eval(words: list[str], options: argparse.Namespace) -> None:
         print_difference(folder, options.against)
 
 
-def _study(words: list[str], options: argparse.Namespace) -> int:
-    folder = words[1].removeprefix("output_dir=") if len(words) == 2 else None
-    if len(words) > 2 or (folder is not None and folder == words[1]):
+def _study(options: argparse.Namespace) -> int:
+    words = options.words
+    folder = words[0].removeprefix("output_dir=") if len(words) == 1 else None
+    if len(words) > 1 or (folder is not None and folder == words[0]):
         raise UserError(f"usage: {STUDY_USAGE}")
     if options.jobs is not None and options.jobs < 1:
         raise UserError(f"--jobs {options.jobs}: at least one")
@@ -178,8 +198,37 @@ def _study(words: list[str], options: argparse.Namespace) -> int:
     return study(quick=options.quick, only=only, jobs=options.jobs, output_dir=folder)
 
 
+@dataclass(frozen=True)
+class Command:
+    """What runs it, and the options that it alone takes (as argparse takes them)."""
+
+    run: Callable[[argparse.Namespace], int | None]
+    options: dict[str, dict[str, Any]]
+
+
+_FLAG = {"action": "store_true"}
+COMMANDS = {
+    TRAINING: Command(
+        _train,
+        {
+            "--dry-run": _FLAG,
+            "--resume": _FLAG,
+            "--shard": {"choices": ("full", "none"), "default": "full"},
+        },
+    ),
+    "eval": Command(
+        _eval,
+        {"--set": {}, "--recipe": {"default": "paper/eval"}, "--against": {}, "--regrade": _FLAG},
+    ),
+    "study": Command(_study, {"--quick": _FLAG, "--only": {}, "--jobs": {"type": int}}),
+    "recipes": Command(_recipes, {}),
+    "report": Command(_report, {}),
+    "export": Command(_export, {"--merged": _FLAG}),
+}
+
+
 def _expect_words(words: list[str], usage: str, count: int) -> None:
-    if len(words) != count + 1:
+    if len(words) != count:
         raise UserError(f"usage: python -m opsd_train {usage}")
 
 

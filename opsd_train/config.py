@@ -4,8 +4,10 @@ import dataclasses
 import difflib
 import json
 import re
+import types
 import typing
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -35,6 +37,35 @@ from opsd_train.sections import (
 
 RECIPES = Path(__file__).parent / "recipes"
 
+# What transformers, TRL and peft call a key; for suggestions only.
+ELSEWHERE = {
+    "adam_weight_decay": "optim.weight_decay",
+    "attn_implementation": "model.attention",
+    "bf16": "model.dtype",
+    "dataset": "data.path",
+    "dataset_name": "data.path",
+    "eval_steps": "evaluation.every",
+    "learning_rate": "optim.lr",
+    "logging_steps": "report.sample_every",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_r": "lora.rank",
+    "lora_target_modules": "lora.target_modules",
+    "lr_scheduler_type": "optim.schedule",
+    "max_completion_length": "rollout.max_new_tokens",
+    "max_grad_norm": "optim.grad_clip",
+    "max_prompt_length": "prompts.max_prompt_tokens",
+    "max_steps": "steps",
+    "model_name_or_path": "model.name_or_path",
+    "num_generations": "rollout.samples_per_prompt",
+    "per_device_train_batch_size": "problems_per_step",
+    "r": "lora.rank",
+    "report_to": "report.trackers",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep",
+    "torch_dtype": "model.dtype",
+    "warmup_ratio": "optim.warmup_steps",
+}
 
 METHODS = ("opsd", "sft", "grpo", "distill", "star", "context_distill")
 
@@ -194,9 +225,9 @@ def config_from(
     recipe: dict[str, Any], overrides: Sequence[str] = (), cls: type[Recipe] = Config
 ) -> Recipe:
     """Applies overrides ("optim.lr=3e-4") to a recipe and checks the result."""
-    merged = json.loads(_as_json(recipe))
+    merged, text_keys = json.loads(_as_json(recipe)), _text_keys(cls)
     for override in overrides:
-        _apply(merged, override)
+        _apply(merged, override, text_keys)
     try:
         # As JSON, because strict types and nested sections do not go together otherwise.
         return TypeAdapter(cls).validate_json(_as_json(merged), strict=True)
@@ -231,8 +262,11 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 def suggest(word: str, known: list[str]) -> str:
     """A tail for an error message: the known word nearest to a wrong one, or nothing."""
     tails = {name.rpartition(".")[2]: name for name in known}
+    elsewhere = ELSEWHERE.get(word.rpartition(".")[2])
     near = (
-        [tails[word]]
+        [elsewhere]
+        if elsewhere in known
+        else [tails[word]]
         if word in tails  # the right key without its section
         else difflib.get_close_matches(word, known, n=1)
         or [tails[tail] for tail in difflib.get_close_matches(word, tails, n=1)]
@@ -255,14 +289,11 @@ def _recipe_path(name: str, kind: Kind) -> Path:
     raise UserError(f"unknown recipe {name!r}{suggest(name, recipe_names(kind))}")
 
 
-def _apply(recipe: dict[str, Any], override: str) -> None:
+def _apply(recipe: dict[str, Any], override: str, text_keys: dict[str, bool]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"expected key=value, got {override!r}")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{key}: cannot read {text!r}: {_yaml_reason(error)}; quote it") from None
+    value = _text_value(text, text_keys[key]) if key in text_keys else _yaml_value(key, text)
     *parents, last = key.split(".")
     node = recipe
     for parent in parents:
@@ -270,6 +301,37 @@ def _apply(recipe: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"{key}: {parent} is a value, not a section")
     node[last] = value
+
+
+def _text_value(text: str, nullable: bool) -> str | None:
+    """What a key of type text gets: the text as it stands, or what a quoted one says."""
+    if nullable and text in ("", "null"):
+        return None
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        with suppress(yaml.YAMLError):
+            return str(yaml.load(text, _Loader))
+    return text
+
+
+def _yaml_value(key: str, text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}: cannot read {text!r}: {_yaml_reason(error)}; quote it") from None
+
+
+def _text_keys(cls: type, prefix: str = "") -> dict[str, bool]:
+    """The keys whose value is text, and whether null is one of their values."""
+    keys = {}
+    for name, field in cls.__pydantic_fields__.items():
+        union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
+        kinds = typing.get_args(field.annotation) if union else (field.annotation,)
+        for kind in kinds:
+            if dataclasses.is_dataclass(kind):
+                keys |= _text_keys(kind, f"{prefix}{name}.")
+        if str in kinds:
+            keys[prefix + name] = type(None) in kinds
+    return keys
 
 
 def _as_json(value: Any) -> str:

@@ -106,9 +106,11 @@ def test_overrides_with_and_without_a_recipe(trainer):
 def test_how_a_run_is_started(trainer, capsys):
     main([])
     main(["demo/opsd", "--resume", "--shard", "none"])
+    main(["--shard", "none", "demo/opsd"])
     assert trainer.options == [
         {"resume": False, "shard": "full"},
         {"resume": True, "shard": "none"},
+        {"resume": False, "shard": "none"},
     ]
     assert main(["--shard", "half"]) == 2
     assert "--shard" in capsys.readouterr().err
@@ -184,6 +186,15 @@ def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
         (["demo/opsd", "fast"], "expected key=value, got 'fast'"),
         (["demo/opsd", "steps=many"], "steps: should be a valid integer, got 'many'"),
         (["--dryrun"], "unrecognized arguments: --dryrun"),
+        (["study", "--dry-run"], "--dry-run is an option of python -m opsd_train RECIPE, not of s"),
+        (["demo/opsd", "--quick", "--set", "x"], "--quick is an option of python -m opsd_train st"),
+        (["demo/opsd", "--set=x"], "--set is an option of python -m opsd_train eval, not of RECI"),
+        (["eval", "m", "--set", "aime24", "--merged"], "--merged is an option of python -m opsd_t"),
+        (["export", "run", "--resume"], "--resume is an option of python -m opsd_train RECIPE"),
+        (["report", "run", "--jobs", "2"], "--jobs is an option of python -m opsd_train study"),
+        (["recipes", "--regrade"], "--regrade is an option of python -m opsd_train eval, not of"),
+        (["--shard", "none", "--against", "x"], "--against is an option of python -m opsd_train"),
+        (["train"], "unknown recipe 'train'"),
         (["report"], "usage: python -m opsd_train report RUN_DIR"),
         (["report", "a", "b"], "usage: python -m opsd_train report RUN_DIR"),
         (["recipes", "demo"], "usage: python -m opsd_train recipes"),

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from opsd_train.config import (
+    ELSEWHERE,
     RECIPES,
     config_from,
     known_keys,
@@ -77,6 +78,36 @@ def test_overrides(override, section, key, value):
         assert got == value
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{{ problem.question }}: think # aloud", "{{ problem.question }}: think # aloud"),
+        ("{% if x %}a: [b{% endif %}", "{% if x %}a: [b{% endif %}"),
+        ("'{{ problem.question }} ='", "{{ problem.question }} ="),
+        (r'"two\nlines"', "two\nlines"),
+        ('"a" or "b"', '"a" or "b"'),
+        ("it's", "it's"),
+        ("7", "7"),
+        ("true", "true"),
+        ("null", "null"),
+        ("", ""),
+    ],
+)
+def test_text_needs_no_quotes(text, value):
+    assert config_from(RECIPE, [f"prompts.student={text}"]).prompts.student == value
+
+
+def test_text_may_be_null_where_that_means_something():
+    assert config_from(RECIPE, ["prompts.system=null"]).prompts.system is None
+    assert config_from(RECIPE, ["prompts.system='null'"]).prompts.system == "null"
+    assert config_from(RECIPE, ["model.name_or_path=2025"]).model.name_or_path == "2025"
+    assert config_from(RECIPE, ["data.columns.answer=1"]).data.columns.answer == "1"
+
+
+def test_names_of_other_trainers_are_suggested_for_keys_that_exist():
+    assert set(ELSEWHERE.values()) <= set(known_keys())
+
+
 def test_an_override_may_reach_into_a_free_form_value_and_the_last_one_wins():
     overrides = ["data.task_config.max_terms=3", "steps=5", "steps=6"]
     config = config_from(RECIPE, overrides)
@@ -97,7 +128,6 @@ def test_an_override_may_reach_into_a_free_form_value_and_the_last_one_wins():
         ("steps=3.5", ["steps", "valid integer", "3.5"]),
         ("steps=true", ["steps", "valid integer", "True"]),
         ("steps=", ["steps", "valid integer", "None"]),
-        ("model.name_or_path=7", ["model.name_or_path", "valid string", "7"]),
         ("model.dtype=float16", ["model.dtype", "'bfloat16' or 'float32'", "'float16'"]),
         ("optim=3", ["optim", "section", "3"]),
         ("steps.more=3", ["steps.more", "steps is a value"]),
@@ -117,7 +147,10 @@ def test_an_override_may_reach_into_a_free_form_value_and_the_last_one_wins():
         ("optim.warmup_steps=5", ["optim.warmup_steps=5", "steps=4"]),
         ("steps", ["key=value", "'steps'"]),
         ("=3", ["key=value"]),
-        ("prompts.student={{ x }}", ["prompts.student", "quote it"]),
+        ("learning_rate=1", ["unknown key learning_rate", "did you mean optim.lr?"]),
+        ("optim.warmup_ratio=1", ["unknown key optim.warmup_ratio", "optim.warmup_steps"]),
+        ("num_generations=8", ["unknown key num_gen", "did you mean rollout.samples_per_prompt?"]),
+        ("lora.r=8", ["unknown key lora.r", "did you mean lora.rank?"]),
         ("optim.lr=[1", ["optim.lr", "quote it"]),
     ],
 )
