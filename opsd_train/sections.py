@@ -229,9 +229,9 @@ class OptimConfig:
     weight_decay: NonNegativeReal = 0.0
     """AdamW's decoupled weight decay."""
     warmup_steps: Count = 0
-    """Steps over which the rate rises from 0."""
+    """Steps over which the rate rises: step n takes n / warmup_steps of it."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The rate after the warm-up: kept, or brought down to 0 at the last step."""
+    """After the warm-up: kept, or brought down; the step after the last would have rate 0."""
     grad_clip: PositiveReal = 1.0
     """Largest gradient norm."""
 

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import get_scheduler
 
 from opsd_train.batches import Sample, even_groups
 from opsd_train.clock import Clock, peak_memory_mib
@@ -21,6 +20,7 @@ from opsd_train.config import Config
 from opsd_train.data import load_problems
 from opsd_train.errors import UserError
 from opsd_train.evaluation.heldout import HeldOut
+from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
 from opsd_train.model import check_context, load_policy, load_tokenizer
 from opsd_train.parallel import set_last_backward, whole
@@ -35,7 +35,6 @@ from opsd_train.watch import Watch
 from opsd_train.world import World
 
 STEP_PHASES = ("rollout", "teacher", "student", "optimizer")
-_SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
 class Trainer:
@@ -70,11 +69,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay
         )
-        self.schedule = get_scheduler(
-            _SCHEDULES[config.optim.schedule],
-            self.optimizer,
-            num_warmup_steps=config.optim.warmup_steps * self.method.updates,
-            num_training_steps=config.steps * self.method.updates,
+        self.schedule = make_schedule(
+            self.optimizer, config.optim, config.steps, self.method.updates
         )
         self.sampler = make_sampler(config, self.problems)
         self.watch = Watch(config.watch)
