@@ -26,6 +26,16 @@ from opsd_train.errors import UserError
 
 DEFAULT_RECIPE = "demo/opsd"
 PROGRAM = "python -m opsd_train"
+# A path that nothing can be written to, as opposed to a fault of ours.
+WRONG_PLACE = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 TRAINING = "RECIPE"  # the command without a word of its own
 EVAL_USAGE = "python -m opsd_train eval MODEL_OR_RUN --set SET,SET"
 STUDY_USAGE = "python -m opsd_train study [--quick] [--only EXPERIMENT,...] [output_dir=FOLDER]"
@@ -70,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(error)
     except OSError as error:
+        if error.errno in WRONG_PLACE and error.filename:
+            return _fail(
+                f"cannot write {error.filename}: {error.strerror}; choose another output_dir"
+            )
         if error.errno != errno.ENOSPC:
             raise
         # A checkpoint that did not fit says more than the report that did not fit after it.

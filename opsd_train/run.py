@@ -18,7 +18,7 @@ from opsd_train.data import majority_answer
 from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.metrics import RunLogger
 from opsd_train.report import write_report
-from opsd_train.run_folder import RunFolder, unused
+from opsd_train.run_folder import RunFolder, claim, release
 from opsd_train.stopping import StopRequest, stop_requests
 from opsd_train.trackers import Tracker, open_trackers
 from opsd_train.trainer import Trainer
@@ -36,14 +36,20 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
     transformers_logging.disable_progress_bar()
     clock = Clock()
     world = start(config.model.device)
-    wanted = Path(config.output_dir)
-    folder = RunFolder(world.broadcast(wanted if resume else unused(wanted)), world)
-    with clock.phase("load"):
-        names = config.report.trackers if world.leads else []
-        trackers = open_trackers(names, folder.path, dataclasses.asdict(config))
-        run = Run(Trainer(config, world, folder, clock, shard))
-        if resume:
-            run.resume()
+    path = Path(config.output_dir)
+    claimed = world.leads and not resume
+    folder = RunFolder(world.broadcast(claim(path) if claimed else path), world)
+    try:
+        with clock.phase("load"):
+            names = config.report.trackers if world.leads else []
+            trackers = open_trackers(names, folder.path, dataclasses.asdict(config))
+            run = Run(Trainer(config, world, folder, clock, shard))
+            if resume:
+                run.resume()
+    except BaseException:
+        if claimed:
+            release(folder.path)
+        raise
     code = run.go(trackers)
     world.leave()
     return code

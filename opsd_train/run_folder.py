@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +44,24 @@ class RunFolder:
         return path
 
 
-def unused(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, ... that holds no run: none is overwritten."""
+def claim(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... that holds no run, now taken.
+
+    Creating config.yaml takes it: of two runs that start together only one can.
+    """
     folder, count = wanted, 1
-    while (folder / "config.yaml").exists():
-        count += 1
-        folder = wanted.with_name(f"{wanted.name}-{count}")
-    return folder
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            (folder / "config.yaml").touch(exist_ok=False)
+            return folder
+        except FileExistsError:
+            count += 1
+            folder = wanted.with_name(f"{wanted.name}-{count}")
+
+
+def release(folder: Path) -> None:
+    """Give back a folder whose run failed before its first step; what else is in it stays."""
+    (folder / "config.yaml").unlink(missing_ok=True)
+    with suppress(OSError):  # not empty
+        folder.rmdir()

@@ -91,9 +91,19 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
+        there = device.type != "meta"
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError):
+        there = False
+    if not there:
         hint = "; start no more processes than there are GPUs" if local_rank else ""
-        raise UserError(f"model.device={name} is not there: {reason}{hint}") from None
+        raise UserError(f"model.device={name} is not there; PyTorch has {_devices()}{hint}")
     return device
+
+
+def _devices() -> str:
+    """The devices of this machine that PyTorch can use, in words."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return "only cpu here"
+    return f"cpu and {torch.accelerator.device_count()} x {accelerator.type} here"

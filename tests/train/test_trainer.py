@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,10 @@ from opsd_train.errors import UserError
 from opsd_train.methods.opsd import Opsd
 from opsd_train.model import check_vocabulary
 from opsd_train.run import train
-from opsd_train.run_folder import RunFolder, unused
+from opsd_train.run_folder import RunFolder, claim, release
 from opsd_train.seeds import stable_seed
 from opsd_train.trainer import Trainer
-from opsd_train.world import World
+from opsd_train.world import World, resolve_device
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,10 +93,60 @@ def test_two_runs_are_bit_identical(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_run_overwrites_nothing(tiny_folder: Path, tmp_path: Path) -> None:
-    assert unused(tmp_path / "run") == tmp_path / "run"
     for _ in range(2):
         train(config(tiny_folder, tmp_path / "run", "steps=1", "evaluation.problems=0"))
     assert len(rows(tmp_path / "run")) == len(rows(tmp_path / "run-2")) == 1
+
+
+def test_runs_that_start_together_take_different_folders(tmp_path: Path) -> None:
+    wanted = tmp_path / "runs" / "sweep"
+    with ThreadPoolExecutor(8) as pool:
+        taken = list(pool.map(claim, [wanted] * 8))
+    names = {"sweep", *(f"sweep-{n}" for n in range(2, 9))}
+    assert {folder.name for folder in taken} == names
+    assert {folder.name for folder in wanted.parent.iterdir()} == names
+
+
+def test_a_folder_of_something_else_is_taken_and_given_back(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert claim(tmp_path / "run") == tmp_path / "run"
+    release(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    settings = config(tiny_folder, tmp_path / "run", "rollout.max_new_tokens=100000")
+    with pytest.raises(UserError):
+        train(settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "export"])
+def test_a_folder_that_cannot_be_made(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, command: str
+) -> None:
+    (tmp_path / "file").touch()
+    inside, recipe_file = tmp_path / "file" / "run", tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(recipe(tiny_folder, inside)))
+    asked = {
+        "train": [str(recipe_file)],
+        "eval": ["eval", str(tiny_folder), "--set", "chain_sum", "--recipe", "demo/eval"],
+        "export": ["export", str(inside), str(inside)],
+    }[command]
+    if command == "eval":
+        asked += [f"output_dir={inside}", "problems=1", "sampling.max_new_tokens=2"]
+    assert cli.main(asked) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert len(line) < 200 and str(tmp_path / "file") in line and line.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["mps", "cuda:7", "banana", "meta", "xpu"])
+def test_a_device_that_is_not_there(name: str) -> None:
+    if (name == "xpu" and torch.xpu.is_available()) or (name == "mps" and torch.mps.is_available()):
+        pytest.skip("this machine has one")
+    with pytest.raises(UserError, match=rf"model.device={name} is not there; PyTorch has .* here"):
+        resolve_device(name)
 
 
 def test_interrupted_between_steps(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
