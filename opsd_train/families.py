@@ -56,7 +56,7 @@ FAMILIES = {
     "xlstm": Family(softcap="output_logit_soft_cap"),
 }
 
-# Layers that read other tokens through attention alone, which the positions keep apart.
+# Layers that read other tokens through attention alone.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention", "dense", "sparse"}
 
 _TOKENS, _PREFIX = 8, 5  # of the proof: a sequence, and the part of it that is a shorter one
@@ -100,26 +100,12 @@ def completion_hidden(core: nn.Module, batch: Batch) -> Tensor:
     return output.last_hidden_state[batch.rows, batch.columns]
 
 
-def packs(core: nn.Module) -> bool:
-    """Whether one row can hold several sequences, parted by their positions.
-
-    FlashAttention goes by the positions; the state of a recurrent or convolutional layer does not.
-    """
-    if not core.config._attn_implementation.startswith("flash_attention"):
-        return False
-    config, decoder = core.config.get_text_config(), backbone(core)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    convolves = any(isinstance(module, nn.Conv1d) for module in decoder.modules())
-    return not core._is_stateful and kinds <= _ATTENTION and not convolves
-
-
 @torch.no_grad()
 def prove(core: nn.Module, name: str, pad_id: int) -> None:
     """Compare the model's own logits with what the losses make of its hidden states and head.
 
     `core`: a causal LM with whole weights, before adapters; `name`: for the error. Two forward
-    passes over a few tokens, drawn alike each time and without torch's global generator. Raises
-    UserError where they differ by more than rounding.
+    passes over a few tokens. Raises UserError where they differ by more than rounding.
     """
     training = core.training
     core.eval()
@@ -139,10 +125,7 @@ def prove(core: nn.Module, name: str, pad_id: int) -> None:
 def _fault(core: nn.Module, pad_id: int) -> str | None:
     """What the losses would get wrong."""
     decoder, head = backbone(core), lm_head(core)
-    rows, device = head.weight.shape[0], head.weight.device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(rows, (_TOKENS,), generator=generator)
-    ids[ids == pad_id] = (pad_id + 1) % rows
+    tokens, device = proof_tokens(head, pad_id), head.weight.device
     # Small ones show a bias, large ones a softcap; powers of two, so that nothing is rounded.
     amplitude = 2.0 ** torch.arange(-4, 2 * _TOKENS - 4, 2, device=device)[:, None]
     own: list[Tensor] = []
@@ -153,9 +136,10 @@ def _fault(core: nn.Module, pad_id: int) -> str | None:
         return output
 
     with decoder.register_forward_hook(amplify):
-        theirs = core(input_ids=ids[None].to(device), use_cache=False).logits.float()
+        output = core(input_ids=torch.tensor([tokens], device=device), use_cache=False)
     if not own:
         return f"its logits do not come from {type(decoder).__name__}"
+    theirs = output.logits.float()
     ours = _logits(own[0] * amplitude.to(own[0].dtype), head)
     if ours.shape != theirs.shape:
         return f"its logits are {theirs.shape[-1]} wide, its head {ours.shape[-1]}"
@@ -163,23 +147,60 @@ def _fault(core: nn.Module, pad_id: int) -> str | None:
     gap = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
     if not gap <= (1e-5 if exact else 0.03):
         return f"its logits are not a scaled and capped product with its head (gap {gap:.1g})"
-    tokens = ids.tolist()
-    # The hidden states before tokens 1.. of both sequences, the shorter one padded.
-    texts = [tokens[:_PREFIX], tokens]
-    for packed in [False, True] if packs(core) else [False]:
-        batch = make_batch(
-            [text[:1] for text in texts], [text[1:] for text in texts], pad_id, device, packed
-        )
-        wanted = torch.cat([own[0][0, : len(text) - 1] for text in texts]).float()
-        found = completion_hidden(core, batch).float()
-        gaps = ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).split(
-            [len(t) - 1 for t in texts]
-        )
-        gap = max(part.median().item() for part in gaps)
-        if not gap <= (1e-3 if exact else 0.1):
-            how = "packed beside" if packed else "in a batch with"
-            return f"a sequence {how} another has other hidden states (gap {gap:.1g})"
+    wanted = torch.cat([own[0][0, : _PREFIX - 1], own[0][0, :-1]])
+    gap = _gap(completion_hidden(core, _pair(tokens, pad_id, device, packed=False)), wanted)
+    if not gap <= tolerance(head):
+        return f"a sequence beside a longer one has other hidden states (gap {gap:.1g})"
     return None
+
+
+@torch.no_grad()
+def packs(core: nn.Module, pad_id: int) -> bool:
+    """Whether one row can hold several sequences of a proved model, told apart by positions.
+
+    FlashAttention goes by the positions where the model hands them on, which is tried here; the
+    state of a recurrent or convolutional layer never does.
+    """
+    if not core.config._attn_implementation.startswith("flash_attention") or _carries_state(core):
+        return False
+    head = lm_head(core)
+    tokens = proof_tokens(head, pad_id)
+    batches = [_pair(tokens, pad_id, head.weight.device, packed) for packed in (True, False)]
+    return _gap(*(completion_hidden(core, batch) for batch in batches)) <= tolerance(head)
+
+
+def proof_tokens(head: LmHead, pad_id: int) -> list[int]:
+    """Random tokens, alike each time, without torch's global generator and without padding."""
+    rows = head.weight.shape[0]
+    ids = torch.randint(rows, (_TOKENS,), generator=torch.Generator().manual_seed(0))
+    ids[ids == pad_id] = (pad_id + 1) % rows
+    return ids.tolist()
+
+
+def tolerance(head: LmHead) -> float:
+    """Relative gap that rounding alone makes where the same tokens stand in another batch."""
+    return 1e-3 if head.weight.dtype == torch.float32 else 0.1
+
+
+def _carries_state(core: nn.Module) -> bool:
+    """Whether a layer reads earlier tokens in another way than by attention."""
+    kinds = set(getattr(core.config.get_text_config(), "layer_types", None) or ())
+    convolves = any(isinstance(module, nn.Conv1d) for module in backbone(core).modules())
+    return core._is_stateful or convolves or not kinds <= _ATTENTION
+
+
+def _pair(tokens: list[int], pad_id: int, device: torch.device, packed: bool) -> Batch:
+    """A sequence and its beginning; all but the first token of each are predicted."""
+    texts = tokens[:_PREFIX], tokens
+    prompts, completions = [text[:1] for text in texts], [text[1:] for text in texts]
+    return make_batch(prompts, completions, pad_id, device, packed)
+
+
+def _gap(found: Tensor, wanted: Tensor) -> float:
+    """Of (N, D) hidden states of `_pair`, relative; the larger of its sequences' medians."""
+    wanted = wanted.float()
+    gaps = (found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    return max(part.median().item() for part in gaps.split([_PREFIX - 1, _TOKENS - 1]))
 
 
 def _logits(hidden: Tensor, head: LmHead) -> Tensor:

@@ -42,14 +42,16 @@ WithHead = Callable[[Tensor, LmHead, Tensor], Any]  # of hidden (N, D), the head
 class Policy:
     """A causal LM as the losses see it: hidden states at completion tokens, and the head."""
 
-    def __init__(self, model: nn.Module, pad_id: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, pad_id: int, dtype: torch.dtype, packed: bool = False
+    ) -> None:
         self.model, self.pad_id, self.dtype = model, pad_id, dtype
         self.core = model.get_base_model() if isinstance(model, PeftModel) else model
         self.core.with_head = MethodType(_with_head, self.core)
         if self.sharded:  # so that FSDP gathers the head, and reduces its gradient
             register_fsdp_forward_method(self.core, "with_head")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.packed = packs(self.core)
+        self.packed = packed  # several sequences to a row
         self._adapters = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self._adapters:
             layer.cast_input_dtype_enabled = False  # fp32 adapters compute in `dtype` too
@@ -113,6 +115,7 @@ def load_policy(
     core = model
     swiglu.save_memory(core)
     prove(core, config.name_or_path, tokenizer.pad_token_id)
+    packed = packs(core, tokenizer.pad_token_id)
     if lora is not None:
         model = add_adapters(model, lora)
         for line in left_out(model, lora) if world.leads else []:
@@ -121,7 +124,7 @@ def load_policy(
         _checkpoint_activations(core)
     if world.size > 1:
         shard(core, world, shard_mode, dtype)
-    return Policy(model, tokenizer.pad_token_id, dtype)
+    return Policy(model, tokenizer.pad_token_id, dtype, packed)
 
 
 def load_teacher(config: Config, tokenizer: Any, world: World, shard_mode: str) -> Policy:
@@ -138,9 +141,10 @@ def load_teacher(config: Config, tokenizer: Any, world: World, shard_mode: str) 
     model = load_model(model_config, tokenizer, dtype).to(world.device)
     model.eval().requires_grad_(False)
     prove(model, settings.teacher, tokenizer.pad_token_id)
+    packed = packs(model, tokenizer.pad_token_id)
     if world.size > 1 and shard_mode == "full":
         shard_layers(model, world)
-    return Policy(model, tokenizer.pad_token_id, dtype)
+    return Policy(model, tokenizer.pad_token_id, dtype, packed)
 
 
 def load_tokenizer(config: sections.ModelConfig) -> Any:
