@@ -16,7 +16,8 @@ from benchmarks.losses.inputs import REAL_PAIR
 from opsd_train.batches import make_batch
 from opsd_train.config import config_from, load_recipe
 from opsd_train.data import load_problems
-from opsd_train.model import Policy, completion_hidden, lm_head, load_model, load_tokenizer
+from opsd_train.families import completion_hidden, lm_head
+from opsd_train.model import Policy, load_model, load_tokenizer
 from opsd_train.prompts import PromptBuilder
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine

@@ -23,8 +23,8 @@ const Rows& rows();
 // `logits` (heads, rows, cols) receives the finished logits, unless it is empty.
 void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& weight,
                 const std::vector<MaybeTensor>& bias, const std::vector<double>& softcap,
-                double temperature, const MaybeTensor& label, int64_t offset, bool entropy,
-                bool smoothed, int64_t kind, Tensor& logits, Tensor& out);
+                const std::vector<double>& temperature, const MaybeTensor& label, int64_t offset,
+                bool entropy, bool smoothed, int64_t kind, Tensor& logits, Tensor& out);
 
 // Statistics (K, count, rows) of `count` spans of the vocabulary, in order, into (K, rows).
 void merge(const Tensor& parts, int64_t heads, bool entropy, bool smoothed, bool label,

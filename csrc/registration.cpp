@@ -7,7 +7,7 @@
 TORCH_LIBRARY(opsd_cpu, m) {
   m.def(
       "statistics(Tensor[] hidden, Tensor[] weight, Tensor?[] bias, float[] softcap, "
-      "float temperature, Tensor? label, int offset, bool entropy, bool smoothed, int kind, "
+      "float[] temperature, Tensor? label, int offset, bool entropy, bool smoothed, int kind, "
       "Tensor(a!) logits, Tensor(b!) out) -> ()");
   m.def(
       "merge(Tensor parts, int heads, bool entropy, bool smoothed, bool label, int kind, "
@@ -32,10 +32,10 @@ using at::Tensor;
 
 void statistics(at::TensorList hidden, at::TensorList weight,
                 const c10::List<MaybeTensor>& bias, at::ArrayRef<double> softcap,
-                double temperature, const MaybeTensor& label, int64_t offset, bool entropy,
-                bool smoothed, int64_t kind, Tensor& logits, Tensor& out) {
+                at::ArrayRef<double> temperature, const MaybeTensor& label, int64_t offset,
+                bool entropy, bool smoothed, int64_t kind, Tensor& logits, Tensor& out) {
   opsd::statistics(hidden.vec(), weight.vec(), {bias.begin(), bias.end()}, softcap.vec(),
-                   temperature, label, offset, entropy, smoothed, kind, logits, out);
+                   temperature.vec(), label, offset, entropy, smoothed, kind, logits, out);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ enum Kind : int64_t { FORWARD_KL = 0, REVERSE_KL = 1, JSD = 2 };
 constexpr int64_t TILE_COLS = 128;
 constexpr int64_t TILE_ROWS = 64;
 
-// z = softcap(raw + bias) / temperature.
+// z = softcap(raw + bias) / temperature, of one head.
 struct Finish {
   const float* bias;  // (V,) or null
   float softcap;      // 0: none
@@ -68,7 +68,7 @@ struct PairRow {
   float beta, rest;    // rest = 1 - beta
   bool clipped;
   float clip;
-  float height;        // temperature / softcap of the student, 0: no softcap
+  float height;        // the student's temperature / softcap, 0: no softcap
   float total;         // sum of shares
   float factor;        // d loss / d value / temperature
 };

@@ -135,8 +135,8 @@ void merge_into(const Tensor& parts, const Layout& layout, Tensor& out) {
 
 void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& weight,
                 const std::vector<MaybeTensor>& bias, const std::vector<double>& softcap,
-                double temperature, const MaybeTensor& label, int64_t offset, bool entropy,
-                bool smoothed, int64_t kind, Tensor& logits, Tensor& out) {
+                const std::vector<double>& temperature, const MaybeTensor& label, int64_t offset,
+                bool entropy, bool smoothed, int64_t kind, Tensor& logits, Tensor& out) {
   Pass pass{};
   const int64_t heads = hidden.size();
   pass.layout = {heads, entropy, smoothed, label.has_value(), kind};
@@ -148,7 +148,7 @@ void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& we
     pass.hidden.emplace_back(hidden[i]);
     if (bias[i]) kept.push_back(bias[i]->to(at::kFloat).contiguous());
     pass.finish[i] = {bias[i] ? kept.back().const_data_ptr<float>() : nullptr,
-                      static_cast<float>(softcap[i]), static_cast<float>(temperature)};
+                      static_cast<float>(softcap[i]), static_cast<float>(temperature[i])};
     pass.z[i] = logits.numel() ? logits[i].data_ptr<float>() : nullptr;
   }
   for (const Tensor& w : weight) pass.weight.emplace_back(w);

@@ -35,6 +35,8 @@ def divergence_problem(
     token_clip: float | None,
     student_softcap: float | None,
     teacher_softcap: float | None,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
     vocab_size: int | None,
     with_stats: bool,
     execution: Execution,
@@ -48,11 +50,16 @@ def divergence_problem(
     )
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
-    _positive("temperature", temperature)
     if token_clip is not None:
         _positive("token_clip", token_clip)
-    student = _head("student_", student_input, student_weight, student_bias, student_softcap)
-    teacher = _head("teacher_", teacher_input, teacher_weight, teacher_bias, teacher_softcap)
+    student = _head(
+        "student_", student_input, student_weight, student_bias,
+        student_softcap, student_logit_scale, temperature,
+    )  # fmt: skip
+    teacher = _head(
+        "teacher_", teacher_input, teacher_weight, teacher_bias,
+        teacher_softcap, teacher_logit_scale, temperature,
+    )  # fmt: skip
     _same_place("teacher_input", teacher_input, "student_input", student_input.device)
     same_tokens(student_input, teacher_input)
     if teacher_weight is student_weight:
@@ -73,7 +80,6 @@ def divergence_problem(
         labels=flat_labels,
         keep=keep,
         beta=float(beta),
-        temperature=float(temperature),
         clip=None if token_clip is None else float(token_clip),
         with_stats=with_stats,
         execution=execution,
@@ -88,6 +94,7 @@ def logprob_problem(
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
+    logit_scale: float,
     ignore_index: int,
     vocab_size: int | None,
     with_entropy: bool,
@@ -100,15 +107,13 @@ def logprob_problem(
     outside_capture(input, target=target)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    _positive("temperature", temperature)
-    head = _head(prefix, input, weight, bias, softcap)
+    head = _head(prefix, input, weight, bias, softcap, logit_scale, temperature)
     _cut([head], vocab_size, execution)
     target = labels("target", target, input.shape[:-1], input.device)
     return LogprobProblem(
         head=head,
         target=target,
         keep=_weighted(target != ignore_index, token_weight, f"{prefix}input", input),
-        temperature=float(temperature),
         label_smoothing=float(label_smoothing),
         with_entropy=with_entropy,
         execution=execution,
@@ -240,9 +245,17 @@ def labels_in_vocabulary(name: str, labels: Tensor, keep: Tensor | None, vocab_s
 
 
 def _head(
-    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None
+    prefix: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
 ) -> Head:
     names = [f"{prefix}{name}" for name in ("input", "weight", "bias", "softcap")]
+    _positive("temperature", temperature)
+    _positive(f"{prefix}logit_scale", logit_scale)
     _tensor(names[0], hidden)
     _tensor(names[1], weight)
     if hidden.ndim < 1 or weight.ndim != 2:
@@ -276,8 +289,11 @@ def _head(
         _same_place(names[2], bias, names[0], hidden.device)
     if softcap is not None:
         _positive(names[3], softcap)
-        softcap = float(softcap)
-    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, softcap)
+        # softcap_c(k x) / T = softcap_(c / k)(x) / (T / k): no backend needs to know of the scale.
+        softcap = float(softcap) / logit_scale
+    return Head(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, softcap, temperature / logit_scale
+    )
 
 
 def _cut(heads: list[Head], vocab_size: int | None, execution: Execution) -> None:

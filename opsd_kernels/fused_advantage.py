@@ -23,6 +23,8 @@ def fused_linear_advantage(
     temperature: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
     schedule: str = "auto",
@@ -50,11 +52,13 @@ def fused_linear_advantage(
     }
     student = checks.logprob_problem(
         student_input, student_weight, target,
-        bias=student_bias, softcap=student_softcap, prefix="student_", **options,
+        bias=student_bias, softcap=student_softcap, logit_scale=student_logit_scale,
+        prefix="student_", **options,
     )  # fmt: skip
     teacher = checks.logprob_problem(
         teacher_input, teacher_weight, target,
-        bias=teacher_bias, softcap=teacher_softcap, prefix="teacher_", **options,
+        bias=teacher_bias, softcap=teacher_softcap, logit_scale=teacher_logit_scale,
+        prefix="teacher_", **options,
     )  # fmt: skip
     with torch.no_grad():
         teacher_logprob = logprob(teacher)[0].reshape(target.shape)

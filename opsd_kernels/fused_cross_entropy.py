@@ -19,6 +19,7 @@ def fused_linear_cross_entropy(
     bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,  # (...)
     label_smoothing: float = 0.0,
@@ -32,7 +33,7 @@ def fused_linear_cross_entropy(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy without the [tokens, vocabulary] logits. Equal to::
 
-        z = softcap(input @ weight.T + bias) / temperature
+        z = softcap(logit_scale * (input @ weight.T + bias)) / temperature
         torch.nn.functional.cross_entropy(z.float(), target, label_smoothing=label_smoothing)
 
     except that a batch whose tokens are all ignored gives 0 rather than NaN.
@@ -52,9 +53,9 @@ def fused_linear_cross_entropy(
     """
     problem = checks.logprob_problem(
         input, weight, target,
-        bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
-        vocab_size=vocab_size, with_entropy=return_stats, token_weight=token_weight,
-        label_smoothing=label_smoothing,
+        bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+        ignore_index=ignore_index, vocab_size=vocab_size, with_entropy=return_stats,
+        token_weight=token_weight, label_smoothing=label_smoothing,
         execution=checks.execution(schedule, workspace_bytes, process_group),
     )  # fmt: skip
     checks.reduction_arguments(reduction, num_tokens, problem.head.hidden.device)

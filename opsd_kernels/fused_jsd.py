@@ -30,6 +30,8 @@ def fused_linear_jsd(
     token_clip: float | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     vocab_size: int | None = None,
     reduction: str = "mean",
     num_tokens: float | Tensor | None = None,
@@ -41,7 +43,7 @@ def fused_linear_jsd(
 ) -> Tensor | tuple[Tensor, Stats]:
     """Divergence of two LM heads per token, without the [tokens, vocabulary] logits.
 
-    With z = softcap(h @ W.T + b) / temperature and s, t = softmax(z_s), softmax(z_t)::
+    With z = softcap(k (h @ W.T + b)) / temperature and s, t = softmax(z_s), softmax(z_t)::
 
         beta = 0        sum t (log t - log s)                      forward KL
         beta = 1        sum s (log s - log t)                      reverse KL
@@ -60,7 +62,8 @@ def fused_linear_jsd(
         token_weight: multiplies each token's value; a constant. Rows of weight 0 are dropped.
         token_clip: each vocabulary entry contributes min(entry, token_clip); the entry of the
             JSD is beta t log(t/m) + (1 - beta) s log(s/m). Values can become negative.
-        student_softcap, teacher_softcap: c of c tanh(z / c).
+        student_softcap, teacher_softcap: c of softcap(x) = c tanh(x / c).
+        student_logit_scale, teacher_logit_scale: k, what a model multiplies its logits by.
         vocab_size: real vocabulary shared by two heads that are padded differently.
         reduction: "mean" divides the weighted sum by `num_tokens`, by default the number of
             tokens not ignored (all ignored gives 0); "sum"; "none".
@@ -89,8 +92,9 @@ def fused_linear_jsd(
         student_input, student_weight, teacher_input, teacher_weight, shift_labels,
         student_bias=student_bias, teacher_bias=teacher_bias, beta=beta, temperature=temperature,
         ignore_index=ignore_index, token_weight=token_weight, token_clip=token_clip,
-        student_softcap=student_softcap, teacher_softcap=teacher_softcap, vocab_size=vocab_size,
-        with_stats=return_stats,
+        student_softcap=student_softcap, teacher_softcap=teacher_softcap,
+        student_logit_scale=student_logit_scale, teacher_logit_scale=teacher_logit_scale,
+        vocab_size=vocab_size, with_stats=return_stats,
         execution=checks.execution(schedule, workspace_bytes, process_group, precision),
     )  # fmt: skip
     checks.reduction_arguments(reduction, num_tokens, problem.student.hidden.device)
@@ -127,6 +131,8 @@ class FusedLinearJSD(nn.Module):
         token_clip: float | None = None,
         student_softcap: float | None = None,
         teacher_softcap: float | None = None,
+        student_logit_scale: float = 1.0,
+        teacher_logit_scale: float = 1.0,
         vocab_size: int | None = None,
         reduction: str = "mean",
         schedule: str = "auto",
@@ -143,6 +149,8 @@ class FusedLinearJSD(nn.Module):
             "token_clip": token_clip,
             "student_softcap": student_softcap,
             "teacher_softcap": teacher_softcap,
+            "student_logit_scale": student_logit_scale,
+            "teacher_logit_scale": teacher_logit_scale,
             "vocab_size": vocab_size,
             "reduction": reduction,
             "schedule": schedule,

@@ -18,6 +18,7 @@ def fused_linear_logprob(
     bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
     return_entropy: bool = False,
@@ -28,7 +29,7 @@ def fused_linear_logprob(
 ) -> Tensor | tuple:
     """log p(target) per token, without the [tokens, vocabulary] logits. Equal to::
 
-        z = softcap(input @ weight.T + bias) / temperature
+        z = softcap(logit_scale * (input @ weight.T + bias)) / temperature
         torch.log_softmax(z.float(), -1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
 
     Args:
@@ -46,8 +47,9 @@ def fused_linear_logprob(
     """
     problem = checks.logprob_problem(
         input, weight, target,
-        bias=bias, temperature=temperature, softcap=softcap, ignore_index=ignore_index,
-        vocab_size=vocab_size, with_entropy=return_entropy or return_stats,
+        bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
+        ignore_index=ignore_index, vocab_size=vocab_size,
+        with_entropy=return_entropy or return_stats,
         execution=checks.execution(schedule, workspace_bytes, process_group),
     )  # fmt: skip
     value, entropy, stats = logprob(problem, entropy_grad=return_entropy)

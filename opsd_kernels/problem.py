@@ -13,12 +13,16 @@ from torch import Tensor
 
 @dataclass
 class Head:
-    """One model's last layer: logits z = softcap(hidden @ weight.T + bias) / temperature."""
+    """One model's last layer: logits z = softcap(hidden @ weight.T + bias) / temperature.
+
+    A logit scale is part of softcap and temperature, so the two heads of a pair may differ in both.
+    """
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,)
     softcap: float | None
+    temperature: float
 
     def __post_init__(self) -> None:
         self.bias = _contiguous(self.bias)
@@ -43,7 +47,6 @@ class DivergenceProblem:
     labels: Tensor | None  # (N,) int64, only read for the label statistics
     keep: Tensor | None  # (N,) bool, rows to compute; None keeps all
     beta: float
-    temperature: float
     clip: float | None
     with_stats: bool
     execution: Execution
@@ -59,7 +62,6 @@ class LogprobProblem:
     head: Head
     target: Tensor  # (N,) int64
     keep: Tensor | None  # (N,) bool
-    temperature: float
     label_smoothing: float
     with_entropy: bool
     execution: Execution

@@ -25,11 +25,13 @@ def logits(
     bias: Tensor | None = None,  # (V,)
     *,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
 ) -> Tensor:  # (..., V)
     z = hidden @ weight.T
     if bias is not None:
         z = z + bias
+    z = logit_scale * z
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return z / temperature
@@ -41,13 +43,15 @@ def log_probs(
     bias: Tensor | None = None,
     *,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     temperature: float = 1.0,
     vocab_size: int | None = None,
 ) -> Tensor:  # (..., V)
     """log_softmax of the logits over the first `vocab_size` rows of the head."""
     weight = weight[:vocab_size]
     bias = None if bias is None else bias[:vocab_size]
-    return logits(hidden, weight, bias, softcap=softcap, temperature=temperature).log_softmax(-1)
+    head = {"softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
+    return logits(hidden, weight, bias, **head).log_softmax(-1)
 
 
 # -------------------------------------------------------------------------------------- divergences
@@ -273,6 +277,8 @@ def linear_jsd(
     token_clip: float | None = None,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     vocab_size: int | None = None,
     reduction: str = "mean",
     num_tokens: float | Tensor | None = None,
@@ -283,10 +289,20 @@ def linear_jsd(
     )
     shared = {"temperature": temperature, "vocab_size": vocab_size}
     ls = log_probs(
-        student_input[keep], student_weight, student_bias, softcap=student_softcap, **shared
+        student_input[keep],
+        student_weight,
+        student_bias,
+        softcap=student_softcap,
+        logit_scale=student_logit_scale,
+        **shared,
     )
     lt = log_probs(
-        teacher_input[keep], teacher_weight, teacher_bias, softcap=teacher_softcap, **shared
+        teacher_input[keep],
+        teacher_weight,
+        teacher_bias,
+        softcap=teacher_softcap,
+        logit_scale=teacher_logit_scale,
+        **shared,
     ).detach()
     loss = reduce_tokens(
         spread(divergence(ls, lt, beta, token_clip), keep),
@@ -320,13 +336,20 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     keep = target != ignore_index
     ls = log_probs(
-        input[keep], weight, bias, softcap=softcap, temperature=temperature, vocab_size=vocab_size
+        input[keep],
+        weight,
+        bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        vocab_size=vocab_size,
     )
     chosen = spread(logprob(ls, target[keep]), keep)
     return (chosen, spread(entropy(ls), keep)) if return_entropy else chosen
@@ -340,6 +363,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    logit_scale: float = 1.0,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
@@ -349,7 +373,13 @@ def linear_cross_entropy(
 ) -> Tensor:
     keep = kept_rows(input.shape[:-1], target, ignore_index, token_weight, input.device)
     ls = log_probs(
-        input[keep], weight, bias, softcap=softcap, temperature=temperature, vocab_size=vocab_size
+        input[keep],
+        weight,
+        bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        vocab_size=vocab_size,
     )
     return reduce_tokens(
         spread(cross_entropy(ls, target[keep], label_smoothing), keep),
@@ -373,14 +403,28 @@ def linear_advantage(
     temperature: float = 1.0,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
     ignore_index: int = -100,
     vocab_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     shared = {"temperature": temperature, "ignore_index": ignore_index, "vocab_size": vocab_size}
     mine = linear_logprob(
-        student_input, student_weight, target, bias=student_bias, softcap=student_softcap, **shared
+        student_input,
+        student_weight,
+        target,
+        bias=student_bias,
+        softcap=student_softcap,
+        logit_scale=student_logit_scale,
+        **shared,
     )
     theirs = linear_logprob(
-        teacher_input, teacher_weight, target, bias=teacher_bias, softcap=teacher_softcap, **shared
+        teacher_input,
+        teacher_weight,
+        target,
+        bias=teacher_bias,
+        softcap=teacher_softcap,
+        logit_scale=teacher_logit_scale,
+        **shared,
     )
     return (theirs - mine).detach(), mine

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opsd_kernels import plan
+from opsd_train.adapters import add_adapters
 from opsd_train.batches import Sample, micro_batches
 from opsd_train.config import Config, to_yaml
 from opsd_train.data import Problem, load_problems
@@ -19,7 +20,6 @@ from opsd_train.memory import Generation, Phase, Setup, Sizes, Work, predict, si
 from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
 from opsd_train.model import (
-    add_adapters,
     attention,
     check_context,
     load_model_config,
@@ -199,7 +199,7 @@ def _heads(config: Config) -> int:
 def _sizes(model: ModelConfig, lora: LoraConfig | None) -> Sizes:
     text: Any = load_model_config(model).get_text_config()
     with torch.device("meta"):
-        core = AutoModelForCausalLM.from_config(text)
+        core = AutoModelForCausalLM.from_config(text, attn_implementation=attention(model))
         adapted = core if lora is None else add_adapters(core, lora)
     rank = lora.rank if lora else 0
-    return sizes_of(adapted, text, rank, eager=attention(model.attention) == "eager")
+    return sizes_of(adapted, text, rank, eager=core.config._attn_implementation == "eager")

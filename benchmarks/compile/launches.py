@@ -142,7 +142,7 @@ class Kind:
     def head(self, softcap: float | None = None, times: int = 1) -> Head:
         hidden = times * self.hidden
         weight = self._rows(self.vocab, times)[:, :hidden]
-        return Head(self._rows(self.tokens, times)[:, :hidden], weight, None, softcap)
+        return Head(self._rows(self.tokens, times)[:, :hidden], weight, None, softcap, 1.0)
 
     def pair(self, shared: bool, softcap: float | None = None) -> tuple[Head, Head]:
         """Student and teacher, of one weight or of one each."""
@@ -223,7 +223,7 @@ def _divergence(
     stats: bool = False,
 ) -> None:
     labels = kind.vector(torch.int64)
-    p = DivergenceProblem(*heads, labels, None, beta, 1.0, clip, stats, _execution(run))
+    p = DivergenceProblem(*heads, labels, None, beta, clip, stats, _execution(run))
     scale = kind.vector(torch.float32) if scaled else None
     triton_backend.divergence(
         p, _plan("divergence", heads[0], run, beta, clip), scale, Wanted(hidden=True)
@@ -234,7 +234,7 @@ def _logprob(
     kind: Kind, smoothing: float, entropy: bool, run: dict[str, object], hot: bool
 ) -> None:
     head, target, scale = kind.head(), kind.vector(torch.int64), kind.vector(torch.float32)
-    p = LogprobProblem(head, target, None, 1.0, smoothing, entropy, _execution(run))
+    p = LogprobProblem(head, target, None, smoothing, entropy, _execution(run))
     chosen = _plan("logprob", head, run)
     if not hot:
         scales = scale, scale if entropy else None

@@ -64,8 +64,8 @@ def _divergence_tile(
 ) -> None:
     log_s, log_t, s, t, work = (tile[: rows.shape[0]] for tile in tiles)
     slope = run.slope(rows.shape[0])
-    row_math.to_logits_(log_s.copy_(z_s), p.student.bias, p.student.softcap, p.temperature, slope)
-    row_math.to_logits_(log_t.copy_(z_t), p.teacher.bias, p.teacher.softcap, p.temperature, None)
+    row_math.to_logits_(log_s.copy_(z_s), p.student, slope)
+    row_math.to_logits_(log_t.copy_(z_t), p.teacher, None)
     row_math.log_softmax_(log_s, s, run.group)
     row_math.log_softmax_(log_t, t, run.group)
     columns: list[Tensor | None] = []
@@ -93,7 +93,7 @@ def _divergence_tile(
             if column is not None:
                 row[rows] = column.squeeze(-1)
     if run.wanted.any:
-        run.store_gradient(z_s, log_s, slope, run.factor(run.row_scale, rows, p.temperature))
+        run.store_gradient(z_s, log_s, slope, run.factor(run.row_scale, rows))
 
 
 def logprob(
@@ -130,7 +130,7 @@ def _logprob_tile(
 ) -> None:
     log_p, prob, work = (tile[: rows.shape[0]] for tile in tiles)
     slope = run.slope(rows.shape[0])
-    row_math.to_logits_(log_p.copy_(blocks[0]), p.head.bias, p.head.softcap, p.temperature, slope)
+    row_math.to_logits_(log_p.copy_(blocks[0]), p.head, slope)
     lse = row_math.log_softmax_(log_p, prob, run.group)
     target = p.target[rows, None]
     logprob = row_math.pick(log_p, target, run.offset, run.group)
@@ -144,13 +144,13 @@ def _logprob_tile(
     if not run.wanted.any:
         return
     grad = row_math.logprob_grad_(prob, target, p.label_smoothing, run.vocab_size, run.offset)
-    factor = run.factor(run.row_scale, rows, p.temperature)
+    factor = run.factor(run.row_scale, rows)
     if run.entropy_scale is not None:  # both upstreams are known: one product serves both
-        work.mul_(run.factor(run.entropy_scale, rows, p.temperature))
+        work.mul_(run.factor(run.entropy_scale, rows))
         grad.mul_(factor).add_(work)
         factor = 1.0
     elif run.wanted.entropy:
-        run.store_gradient(blocks[1], work, slope, 1.0 / p.temperature)
+        run.store_gradient(blocks[1], work, slope, 1.0 / p.head.temperature)
     run.store_gradient(blocks[0], grad, slope, factor)
 
 
@@ -183,9 +183,10 @@ class _Run(Call):
             kept = torch.arange(self.num_kept, device=self.head.hidden.device)
         return iter(kept.split(even_blocks(self.num_kept, self.plan.rows_per_block)))
 
-    def factor(self, row_scale: Tensor | None, rows: Tensor, temperature: float) -> Tensor | float:
+    def factor(self, row_scale: Tensor | None, rows: Tensor) -> Tensor | float:
         """What a tile's gradient is multiplied by, as a column or a number."""
-        return 1.0 / temperature if row_scale is None else row_scale[rows, None] / temperature
+        unit = 1.0 if row_scale is None else row_scale[rows, None]
+        return unit / self.head.temperature
 
     def store_gradient(
         self, logits: Tensor, grad: Tensor, slope: Tensor | None, factor: Tensor | float

@@ -22,15 +22,13 @@ _AMX_COLUMNS = 32
 class _Run(Run):
     """Blocks of logits, and the products with what takes their place."""
 
-    def tiles(
-        self, heads: list[Head], block: slice, temperature: float, shared: bool, again: bool
-    ) -> _Tiles:
+    def tiles(self, heads: list[Head], block: slice, shared: bool, again: bool) -> _Tiles:
         hidden = [self.part(head.hidden, block) for head in heads]
         rows, vocab = hidden[0].shape[0], heads[0].weight.shape[0]
         logits = hidden[0].new_empty(0, dtype=torch.float32)
         if again:
             logits = self.room("logits", len(heads) * rows, vocab).view(len(heads), rows, vocab)
-        return _Tiles(heads, hidden, logits, temperature, shared, self.wanted.any)
+        return _Tiles(heads, hidden, logits, shared, self.wanted.any)
 
     def gradients(self, block: slice, tiles: _Tiles, gradient: Gradient) -> None:
         vocab, h = tiles.logits.shape[-1], tiles.hidden[0]
@@ -51,14 +49,13 @@ class _Tiles:
         heads: list[Head],
         hidden: list[Tensor],
         logits: Tensor,
-        temperature: float,
         shared: bool,
         differentiated: bool,
     ) -> None:
         self.heads, self.hidden, self.logits = heads, hidden, logits
-        self.temperature, self.shared = temperature, shared
-        self.differentiated = differentiated
+        self.shared, self.differentiated = shared, differentiated
         self.softcaps = [head.softcap or 0.0 for head in heads]
+        self.temperatures = [head.temperature for head in heads]
 
     def dz(self) -> Tensor:
         """Where the gradient of the student's logits takes their place: (rows, V)."""
@@ -84,7 +81,7 @@ class _Tiles:
         heads = self.heads
         torch.ops.opsd_cpu.statistics(
             self.hidden, [x.weight for x in heads[:1] if self.shared] or [x.weight for x in heads],
-            [x.bias for x in heads], self.softcaps, self.temperature,
+            [x.bias for x in heads], self.softcaps, self.temperatures,
             label if layout.label else None, offset, layout.entropy, layout.smoothed, layout.kind,
             self.logits, out,
         )  # fmt: skip
@@ -103,8 +100,8 @@ class _Tiles:
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         total = torch.ops.opsd_cpu.divergence_sums(
-            self.logits, merged, len(layout.names), self.softcaps[0], self.temperature, beta, clip,
-            layout.kind, self.differentiated,
+            self.logits, merged, len(layout.names), self.softcaps[0], self.temperatures[0], beta,
+            clip, layout.kind, self.differentiated,
         )  # fmt: skip
         if group is not None:
             dist.all_reduce(total, group=group)
@@ -124,7 +121,7 @@ class _Tiles:
         kept = layout.kind == JSD or clip is not None
         torch.ops.opsd_cpu.divergence_gradient(
             self.logits, merged, len(layout.names), totals, scale, self.softcaps[0],
-            self.temperature, beta, layout.kind, kept, out.dtype == torch.bfloat16,
+            self.temperatures[0], beta, layout.kind, kept, out.dtype == torch.bfloat16,
         )  # fmt: skip
 
     def logprob_gradient(
@@ -140,7 +137,8 @@ class _Tiles:
     ) -> None:
         torch.ops.opsd_cpu.logprob_gradient(
             self.logits, merged, label, offset, entropy, *scales, *shares, self.softcaps[0],
-            self.temperature, outs[0].dtype == torch.bfloat16, outs[1] if len(outs) == 2 else None,
+            self.temperatures[0], outs[0].dtype == torch.bfloat16,
+            outs[1] if len(outs) == 2 else None,
         )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def _divergence_block(
     """Fill the block's statistics and sums, and add its gradients."""
     heads, layout = [p.student, p.teacher], passes.layout
     again = sums is not None or run.wanted.any
-    tiles = run.tiles(heads, block, p.temperature, same_head(*heads), again)
+    tiles = run.tiles(heads, block, same_head(*heads), again)
     labels = run.part(p.labels, block) if layout.label else None
     tiles.statistics(passes.first, labels, run.offset, merged, run.group)
     scale = run.part(run.row_scale, block)
@@ -180,7 +180,7 @@ def logprob(
     layout = Layout(1, p.with_entropy, smoothing != 0.0, True, JSD)
     merged = run.statistics(layout.count)
     for block in run.blocks():
-        tiles = run.tiles([p.head], block, p.temperature, False, run.wanted.any)
+        tiles = run.tiles([p.head], block, False, run.wanted.any)
         here, target = merged[:, block], run.part(p.target, block)
         tiles.statistics(layout, target, run.offset, here, run.group)
         if not run.wanted.any:
@@ -240,9 +240,7 @@ class Run(Call, ABC):
         return None
 
     @abstractmethod
-    def tiles(
-        self, heads: list[Head], block: slice, temperature: float, shared: bool, again: bool
-    ) -> Tiles:
+    def tiles(self, heads: list[Head], block: slice, shared: bool, again: bool) -> Tiles:
         """The block's tiles of one or two heads; `again` where a later pass looks at them."""
 
     @abstractmethod

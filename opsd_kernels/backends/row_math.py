@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opsd_kernels.problem import Head
+
 Group = dist.ProcessGroup | None
 
 # A finite stand-in for log 0: exp gives exactly 0, and differences of two of them do not overflow.
@@ -27,21 +29,20 @@ def reduce_columns(column: Tensor, op: str, group: Group) -> Tensor:
 
 def to_logits_(
     z: Tensor,  # (r, V) raw products, overwritten
-    bias: Tensor | None,  # (V,)
-    softcap: float | None,
-    temperature: float,
+    head: Head,
     slope: Tensor | None,  # (r, V) receives d softcap / d raw
 ) -> None:
-    """z <- softcap(z + bias) / temperature."""
-    if bias is not None:
-        z.add_(bias)
+    """z <- softcap(z + bias) / temperature of the head."""
+    softcap = head.softcap
+    if head.bias is not None:
+        z.add_(head.bias)
     if softcap is not None:
         z.div_(softcap).tanh_()
         if slope is not None:
             torch.mul(z, z, out=slope).neg_().add_(1)
         z.mul_(softcap)
-    if temperature != 1.0:
-        z.div_(temperature)
+    if head.temperature != 1.0:
+        z.div_(head.temperature)
 
 
 def log_softmax_(z: Tensor, prob: Tensor, group: Group) -> Tensor:

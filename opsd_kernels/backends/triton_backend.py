@@ -31,18 +31,16 @@ _Tiles = FusedTiles | StoredTiles | ColumnTiles | DifferenceTiles
 class _Run(Run):
     """Where the tiles come from, and the products that turn dz into gradients."""
 
-    def tiles(
-        self, heads: list[Head], block: slice, temperature: float, shared: bool, again: bool
-    ) -> _Tiles:
+    def tiles(self, heads: list[Head], block: slice, shared: bool, again: bool) -> _Tiles:
         vocab, streaming = heads[0].weight.shape[0], self.plan.schedule == "streaming"
         hidden = self.operands(heads, block, stacked=shared and not streaming)
         if streaming:
             sources = [
-                Source(h, head.weight, head.bias, head.softcap)
+                Source(h, head.weight, head.bias, head.softcap, head.temperature)
                 for h, head in zip(hidden, heads, strict=True)
             ]
-            return FusedTiles(sources, temperature, shared)
-        multiplied = functools.partial(self.logits, heads, hidden, temperature, shared)
+            return FusedTiles(sources, shared)
+        multiplied = functools.partial(self.logits, heads, hidden, shared)
         width = self.plan.slice_columns
         slices = [slice(i, min(i + width, vocab)) for i in range(0, vocab, width)]
         if self.plan.schedule == "tiled":
@@ -52,15 +50,13 @@ class _Run(Run):
         size = len(hidden[0])
         codes = self.room("differences", 2 * size, padded_columns(vocab), torch.float16)
         return DifferenceTiles(
-            multiplied, slices, codes.unflatten(0, (2, size)), hidden[0], heads[0].softcap,
-            temperature,
+            multiplied, slices, codes.unflatten(0, (2, size)), hidden[0], heads[0],
         )  # fmt: skip
 
     def logits(
         self,
         heads: list[Head],
         hidden: list[Tensor],
-        temperature: float,
         shared: bool,
         columns: slice,
     ) -> StoredTiles:
@@ -83,7 +79,7 @@ class _Run(Run):
             for out, h, head in zip(z.split(size), hidden, parts, strict=True):
                 multiply(out[:, :count], h, head.weight.t())
         z[:, count:] = -torch.inf
-        return StoredTiles(z.unflatten(0, (len(heads), size)), parts, hidden[0], temperature)
+        return StoredTiles(z.unflatten(0, (len(heads), size)), parts, hidden[0])
 
     def operands(self, heads: list[Head], block: slice, stacked: bool = False) -> list[Tensor]:
         """Each head's hidden states of the block; stacked: one after the other in "hidden"."""
@@ -133,7 +129,7 @@ class _Run(Run):
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
         share, chance = dh.split(size)
-        factor = (1.0 - p.beta) / p.temperature * (1.0 if scale is None else scale[:, None])
+        factor = (1.0 - p.beta) / p.student.temperature * (1.0 if scale is None else scale[:, None])
         grad = chance.mul_(sums[1, :, None]).sub_(share).mul_(factor)
         rows = block if self.kept is None else self.kept[block]
         self.grad_hidden[rows] = grad.to(self.grad_hidden.dtype)

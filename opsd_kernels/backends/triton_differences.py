@@ -42,8 +42,8 @@ HOW = {
 
 @triton.jit(**HOW)
 def difference_statistics(
-    z_s, z_t, bias_s, cap_s, bias_t, cap_t, label, parts, larger, gap, rows, cols, padded, stride,
-    code_stride, first, inv_t, tile, tiles,
+    z_s, z_t, bias_s, cap_s, inv_temp_s, bias_t, cap_t, inv_temp_t, label, parts, larger, gap, rows,
+    cols, padded, stride, code_stride, first, tile, tiles,
     BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one tile of a row, as `row_statistics_pair` has them, and its differences.
@@ -55,8 +55,8 @@ def difference_statistics(
     z_t += row.to(tl.int64) * stride
     begin = local * BLOCK_V
     c = begin + tl.arange(0, BLOCK_V)
-    x_s, _ = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_t)
-    x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_t)
+    x_s, _ = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_temp_s)
+    x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_temp_t)
     top_s, top_t = tl.maximum(tl.max(x_s, 0), LOG_ZERO), tl.maximum(tl.max(x_t, 0), LOG_ZERO)
     u_s, u_t = x_s - top_s, x_t - top_t
     d = (x_t - x_s) - (top_t - top_s)
@@ -71,11 +71,11 @@ def difference_statistics(
         y = (tl.load(label + row) - first).to(tl.int32)
     jump = tiles.to(tl.int64) * rows
     at = parts + (tile + local).to(tl.int64) * rows + row
-    label_s = label_logit(z_s, y, begin, end, cols, bias_s, cap_s, inv_t)
+    label_s = label_logit(z_s, y, begin, end, cols, bias_s, cap_s, inv_temp_s)
     at = store_head(
         at, jump, top_s, tl.sum(s, 0), tl.sum(s * u_s, 0), label_s, label, ENTROPY
     )  # fmt: skip
-    label_t = label_logit(z_t, y, begin, end, cols, bias_t, cap_t, inv_t)
+    label_t = label_logit(z_t, y, begin, end, cols, bias_t, cap_t, inv_temp_t)
     at = store_head(
         at, jump, top_t, tl.sum(t, 0), tl.sum(t * u_t, 0), label_t, label, ENTROPY
     )  # fmt: skip
@@ -141,8 +141,8 @@ def difference_sums(
 
 @triton.jit(**HOW)
 def difference_gradient(
-    larger, gap, parts, cap_s, merged, totals, scale, dz, rows, padded, code_stride, width, inv_t,
-    beta, rest, span, tiles,
+    larger, gap, parts, cap_s, inv_temp_s, merged, totals, scale, dz, rows, padded, code_stride,
+    width, beta, rest, span, tiles,
     BLOCK_V: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """d value / d raw logits of the student, times the row's scale, in place of `larger`."""
@@ -150,9 +150,9 @@ def difference_gradient(
     at = row.to(tl.int64) * code_stride
     top_s, log2_s, top_t, log2_t = row_constants(merged, row, width, STEP)
     total = tl.load(totals + row)
-    factor = inv_t
+    factor = inv_temp_s
     if scale is not None:
-        factor = tl.load(scale + row) * inv_t
+        factor = tl.load(scale + row) * inv_temp_s
     if KIND != FORWARD_KL:
         # Of an infinite reverse KL inf - inf has no direction; the value reports it.
         factor = tl.where(total == float("inf"), 0.0, factor)
@@ -165,6 +165,6 @@ def difference_gradient(
         )  # fmt: skip
         grad = divergence_slope(s, t, d, total, None, beta, rest, KIND) * factor
         if cap_s is not None:
-            height = z * (1.0 / (inv_t * cap_s))
+            height = z * (1.0 / (inv_temp_s * cap_s))
             grad *= tl.where(s > 0, 1.0 - height * height, 0.0)
         tl.store(dz + at + c, grad.to(dz.dtype.element_ty), mask=c < padded)

@@ -14,6 +14,7 @@ from opsd_kernels.backends.triton_config import device_of, spans
 from opsd_kernels.backends.triton_launch import merge, summed
 from opsd_kernels.backends.triton_rows_launch import StoredTiles
 from opsd_kernels.layouts import DIFFERENCE_TILE
+from opsd_kernels.problem import Head
 
 _WARPS = 1  # 16 columns a thread
 
@@ -31,11 +32,10 @@ class DifferenceTiles:
         slices: list[slice],
         differences: Tensor,
         hidden: Tensor,
-        softcap: float | None,
-        temperature: float,
+        student: Head,
     ) -> None:
-        self.multiplied, self.slices, self.softcap = multiplied, slices, softcap
-        self.differences, self.hidden, self.inv_t = differences, hidden, 1.0 / temperature
+        self.multiplied, self.slices, self.student = multiplied, slices, student
+        self.differences, self.hidden = differences, hidden
         self.rows, self.padded = differences.shape[1:]
         self.tiles = -(-self.padded // DIFFERENCE_TILE)
         index = differences.device.index if differences.is_cuda else None
@@ -65,7 +65,7 @@ class DifferenceTiles:
             triton_differences.difference_statistics[(self.rows * count,)](
                 *logits.sources, label if layout.label else None, self.parts, *self.differences,
                 self.rows, logits.cols, logits.padded, logits.logits.stride(1),
-                self.differences.stride(1), offset + columns.start, self.inv_t, tile, self.tiles,
+                self.differences.stride(1), offset + columns.start, tile, self.tiles,
                 **self.flags, ENTROPY=layout.entropy, KIND=layout.kind,
             )  # fmt: skip
         merge(self.parts, out, layout, group)
@@ -105,8 +105,8 @@ class DifferenceTiles:
         out: Tensor,  # (rows, padded), `dz` of these differences
     ) -> None:
         triton_differences.difference_gradient[(self.rows * self.splits,)](
-            *self.differences, self.parts, self.softcap, merged, totals, scale, out, self.rows,
-            self.padded, self.differences.stride(1), merged.stride(0), self.inv_t, beta,
-            1.0 - beta, self.span, self.tiles, **self.flags, STEP=len(layout.names),
-            KIND=layout.kind,
+            *self.differences, self.parts, self.student.softcap, 1.0 / self.student.temperature,
+            merged, totals, scale, out, self.rows, self.padded, self.differences.stride(1),
+            merged.stride(0), beta, 1.0 - beta, self.span, self.tiles, **self.flags,
+            STEP=len(layout.names), KIND=layout.kind,
         )  # fmt: skip

@@ -25,9 +25,9 @@ from opsd_kernels.backends.triton_tiles import finished, part_of, product
 
 @triton.jit(**HOW)
 def divergence_gradient(
-    x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
-    x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-    merged, totals, scale, grad, rows, cols, width, grad_row, inv_t, beta, rest, clip,
+    x_s, w_s, bias_s, cap_s, inv_temp_s, depth_s, s_row, s_k, ws_row, ws_k,
+    x_t, w_t, bias_t, cap_t, inv_temp_t, depth_t, t_row, t_k, wt_row, wt_k,
+    merged, totals, scale, grad, rows, cols, width, grad_row, beta, rest, clip,
     start, stop,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -40,9 +40,9 @@ def divergence_gradient(
     at = tl.minimum(r, rows - 1)
     top_s, log2_s, top_t, log2_t = constants(merged, r, rows, width, STEP)
     total = tl.load(totals + at)[:, None]
-    factor = inv_t
+    factor = inv_temp_s
     if scale is not None:
-        factor = (tl.load(scale + at) * inv_t)[:, None]
+        factor = (tl.load(scale + at) * inv_temp_s)[:, None]
     if KIND != FORWARD_KL and clip is None:
         # Of an infinite reverse KL inf - inf has no direction; the value reports it.
         factor = tl.where(total == float("inf"), 0.0, factor)
@@ -57,8 +57,8 @@ def divergence_gradient(
         c = col + part * PART
         part_s = part_of(raw_s, part, PARTS, R, C)
         part_t = part_of(raw_t, part, PARTS, R, C)
-        z_s, slope = finished(part_s, c, cols, bias_s, cap_s, inv_t, PART)
-        z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_t, PART)
+        z_s, slope = finished(part_s, c, cols, bias_s, cap_s, inv_temp_s, PART)
+        z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_temp_t, PART)
         s, t = probability(z_s, top_s, log2_s), probability(z_t, top_t, log2_t)
         d = log_ratio(z_s, z_t, top_s, log2_s, top_t, log2_t)
         dz = divergence_slope(s, t, d, total, clip, beta, rest, KIND) * slope * factor
@@ -75,9 +75,9 @@ def _store_gradient(grad, dz, row, col, rows, cols, grad_row, R: tl.constexpr, C
 
 @triton.jit(**HOW)
 def logprob_gradient(
-    x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
+    x, w, bias, softcap, inv_temp, depth, x_row, x_k, w_row, w_k,
     label, merged, entropy, scale, entropy_scale, grad, grad_entropy, rows, cols, offset, width,
-    grad_row, inv_t, sharp, uniform, start, stop,
+    grad_row, sharp, uniform, start, stop,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,8 @@ def logprob_gradient(
     )  # fmt: skip
     for part in tl.static_range(PARTS):
         c = col + part * PART
-        z, slope = finished(part_of(raw, part, PARTS, R, C), c, cols, bias, softcap, inv_t, PART)
+        piece = part_of(raw, part, PARTS, R, C)
+        z, slope = finished(piece, c, cols, bias, softcap, inv_temp, PART)
         top = tl.load(merged + at)[:, None]
         log2_total = log2(tl.load(merged + width + at))[:, None]
         p = probability(z, top, log2_total)
@@ -112,8 +113,8 @@ def logprob_gradient(
                 dz += rise * tl.load(entropy_scale + at)[:, None]
             if grad_entropy is not None:
                 _store_gradient(
-                    grad_entropy, rise * slope * inv_t, row, c - start, rows, stop - start,
+                    grad_entropy, rise * slope * inv_temp, row, c - start, rows, stop - start,
                     grad_row, R, PART,
                 )  # fmt: skip
-        dz = dz * slope * inv_t
+        dz = dz * slope * inv_temp
         _store_gradient(grad, dz, row, c - start, rows, stop - start, grad_row, R, PART)

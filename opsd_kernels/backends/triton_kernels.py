@@ -100,8 +100,8 @@ def _picked(z, y, col, C: tl.constexpr):
 
 @triton.jit(**HOW)
 def statistics(
-    x, w, bias, softcap, depth, x_row, x_k, w_row, w_k,
-    label, out, rows, cols, first, width, inv_t, span, splits,
+    x, w, bias, softcap, inv_temp, depth, x_row, x_k, w_row, w_k,
+    label, out, rows, cols, first, width, span, splits,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr,
@@ -127,7 +127,8 @@ def statistics(
         )  # fmt: skip
         for part in tl.static_range(PARTS):
             c = col + part * PART
-            z, _ = finished(part_of(raw, part, PARTS, R, C), c, cols, bias, softcap, inv_t, PART)
+            piece = part_of(raw, part, PARTS, R, C)
+            z, _ = finished(piece, c, cols, bias, softcap, inv_temp, PART)
             top, shift = risen(z, top)
             u = z - top[:, None]
             p = exp(u)
@@ -158,9 +159,9 @@ def statistics(
 
 @triton.jit(**HOW)
 def statistics_pair(
-    x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
-    x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-    label, out, rows, cols, first, width, inv_t, span, splits,
+    x_s, w_s, bias_s, cap_s, inv_temp_s, depth_s, s_row, s_k, ws_row, ws_k,
+    x_t, w_t, bias_t, cap_t, inv_temp_t, depth_t, t_row, t_k, wt_row, wt_k,
+    label, out, rows, cols, first, width, span, splits,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     ENTROPY: tl.constexpr, KIND: tl.constexpr,
@@ -194,8 +195,8 @@ def statistics_pair(
             c = col + part * PART
             part_s = part_of(raw_s, part, PARTS, R, C)
             part_t = part_of(raw_t, part, PARTS, R, C)
-            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, inv_t, PART)
-            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_t, PART)
+            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, inv_temp_s, PART)
+            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_temp_t, PART)
             if label is not None:
                 picked_s += _picked(z_s, y, c, PART)
                 picked_t += _picked(z_t, y, c, PART)
@@ -335,9 +336,9 @@ def constants(merged, r, rows, width, STEP: tl.constexpr):
 
 @triton.jit(**HOW)
 def divergence_sums(
-    x_s, w_s, bias_s, cap_s, depth_s, s_row, s_k, ws_row, ws_k,
-    x_t, w_t, bias_t, cap_t, depth_t, t_row, t_k, wt_row, wt_k,
-    merged, out, rows, cols, width, out_width, inv_t, beta, rest, clip, span, splits,
+    x_s, w_s, bias_s, cap_s, inv_temp_s, depth_s, s_row, s_k, ws_row, ws_k,
+    x_t, w_t, bias_t, cap_t, inv_temp_t, depth_t, t_row, t_k, wt_row, wt_k,
+    merged, out, rows, cols, width, out_width, beta, rest, clip, span, splits,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
     STEP: tl.constexpr, KIND: tl.constexpr,
@@ -362,8 +363,8 @@ def divergence_sums(
             c = col + part * PART
             part_s = part_of(raw_s, part, PARTS, R, C)
             part_t = part_of(raw_t, part, PARTS, R, C)
-            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, inv_t, PART)
-            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_t, PART)
+            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, inv_temp_s, PART)
+            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_temp_t, PART)
             s, t = probability(z_s, top_s, log2_s), probability(z_t, top_t, log2_t)
             d = log_ratio(z_s, z_t, top_s, log2_s, top_t, log2_t)
             entry, share = entries(s, t, d, beta, rest, KIND)

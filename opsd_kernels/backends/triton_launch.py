@@ -28,6 +28,7 @@ class Source:
     w: Tensor  # (V, D)
     bias: Tensor | None
     softcap: float | None
+    temperature: float
 
     def arguments(self, b: Blocks, described: bool) -> list[object]:
         x, w = self.x, self.w
@@ -35,16 +36,16 @@ class Source:
             x = TensorDescriptor.from_tensor(x, [b.rows, b.inner])
             w = TensorDescriptor.from_tensor(w, [b.cols, b.inner])
         sizes = [self.x.shape[1], *self.x.stride(), *self.w.stride()]
-        return [x, w, self.bias, self.softcap, *sizes]
+        return [x, w, self.bias, self.softcap, 1.0 / self.temperature, *sizes]
 
 
 class FusedTiles:
     """One block of rows, what its tiles are multiplied from, and how its kernels are launched."""
 
-    def __init__(self, sources: list[Source], temperature: float, shared: bool) -> None:
+    def __init__(self, sources: list[Source], shared: bool) -> None:
         x = self.hidden = sources[0].x
         self.sources, self.rows, self.cols = sources, x.shape[0], sources[0].w.shape[0]
-        self.inv_t, self.shared = 1.0 / temperature, shared
+        self.shared = shared
         self.device = device_of(x.device.index if x.is_cuda else None)
         operands = [t for s in sources for t in (s.x, s.w)]
         depths = [s.x.shape[1] for s in sources]
@@ -86,7 +87,7 @@ class FusedTiles:
         """Fill `out` (K, rows), a view of any row stride, with the statistics of this block."""
         span, splits, grid, parts = self._spans(layout.count)
         label = label if layout.label else None
-        numbers = (self.rows, self.cols, offset, self.rows, self.inv_t, span, splits)
+        numbers = (self.rows, self.cols, offset, self.rows, span, splits)
         flags = {"ENTROPY": layout.entropy, **self.options()}
         if layout.heads == 2:
             triton_kernels.statistics_pair[grid](
@@ -110,7 +111,7 @@ class FusedTiles:
         span, splits, grid, parts = self._spans(2 if clip is None else 3)
         triton_kernels.divergence_sums[grid](
             *self.arguments, merged, parts, self.rows, self.cols, merged.stride(0), self.rows,
-            self.inv_t, beta, 1.0 - beta, clip, span, splits, **self.options(),
+            beta, 1.0 - beta, clip, span, splits, **self.options(),
             STEP=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
         return summed(parts, group)
@@ -128,7 +129,7 @@ class FusedTiles:
     ) -> None:
         triton_gradients.divergence_gradient[self._grid(columns)](
             *self.arguments, merged, totals, scale, out, self.rows, self.cols, merged.stride(0),
-            out.stride(0), self.inv_t, beta, 1.0 - beta, clip, *_ends(columns),
+            out.stride(0), beta, 1.0 - beta, clip, *_ends(columns),
             **self.options(), STEP=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
 
@@ -146,7 +147,7 @@ class FusedTiles:
         triton_gradients.logprob_gradient[self._grid(columns)](
             *self.arguments, label, merged, entropy, *scales, outs[0],
             outs[1] if len(outs) == 2 else None, self.rows, self.cols, offset, merged.stride(0),
-            outs[0].stride(0), self.inv_t, *shares, *_ends(columns),
+            outs[0].stride(0), *shares, *_ends(columns),
             **self.options(),
         )  # fmt: skip
 

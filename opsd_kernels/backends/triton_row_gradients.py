@@ -31,8 +31,8 @@ from opsd_kernels.backends.triton_rows import (
 
 @triton.jit(**ROW_NUMBERS)
 def row_divergence_gradient(
-    z_s, z_t, bias_s, cap_s, bias_t, cap_t, merged, totals, scale, dz, cols, padded, stride,
-    dz_stride, width, inv_t, beta, rest, clip,
+    z_s, z_t, bias_s, cap_s, inv_temp_s, bias_t, cap_t, inv_temp_t, merged, totals, scale, dz, cols,
+    padded, stride, dz_stride, width, beta, rest, clip,
     BLOCK_V: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """d value / d raw logits of the student, times the row's scale, over z_s."""
@@ -42,17 +42,17 @@ def row_divergence_gradient(
     dz += row.to(tl.int64) * dz_stride
     top_s, log2_s, top_t, log2_t = row_constants(merged, row, width, STEP)
     total = tl.load(totals + row)
-    factor = inv_t
+    factor = inv_temp_s
     if scale is not None:
-        factor = tl.load(scale + row) * inv_t
+        factor = tl.load(scale + row) * inv_temp_s
     if KIND != FORWARD_KL and clip is None:
         # Of an infinite reverse KL inf - inf has no direction; the value reports it.
         factor = tl.where(total == float("inf"), 0.0, factor)
         total = tl.where(total == float("inf"), 0.0, total)
     for col in range(0, padded, BLOCK_V):
         c = col + tl.arange(0, BLOCK_V)
-        x_s, slope = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_t)
-        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_t)
+        x_s, slope = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_temp_s)
+        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_temp_t)
         s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
         d = log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t)
         grad = divergence_slope(s, t, d, total, clip, beta, rest, KIND) * slope * factor
@@ -62,8 +62,8 @@ def row_divergence_gradient(
 
 @triton.jit(**ROW_NUMBERS)
 def row_jsd_shares(
-    z_s, z_t, bias_s, cap_s, bias_t, cap_t, merged, center, out, share, chance, rows, cols, padded,
-    stride, dz_stride, width, inv_t, beta, rest,
+    z_s, z_t, bias_s, cap_s, inv_temp_s, bias_t, cap_t, inv_temp_t, merged, center, out, share,
+    chance, rows, cols, padded, stride, dz_stride, width, beta, rest,
     BLOCK_V: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Value of the JSD and sum of s (q - center), q = log(m/s); both factors over the logits.
@@ -81,8 +81,8 @@ def row_jsd_shares(
     shares = tl.zeros((LANES,), tl.float32)
     for col in range(0, padded, BLOCK_V):
         c = col + tl.arange(0, BLOCK_V)
-        x_s, slope = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_t)
-        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_t)
+        x_s, slope = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_temp_s)
+        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_temp_t)
         s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
         d, q = jsd_terms(log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t), beta, rest)
         centered = s * (q - middle)
@@ -98,8 +98,8 @@ def row_jsd_shares(
 
 @triton.jit(**ROW_NUMBERS)
 def row_logprob_gradient(
-    z, bias, softcap, label, merged, entropy, scale, entropy_scale, dz, dz_entropy, cols, padded,
-    stride, dz_stride, entropy_stride, width, first, inv_t, sharp, uniform,
+    z, bias, softcap, inv_temp, label, merged, entropy, scale, entropy_scale, dz, dz_entropy, cols,
+    padded, stride, dz_stride, entropy_stride, width, first, sharp, uniform,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """d (sharp log p(y) + uniform sum log p) / d raw logits, over z.
@@ -111,17 +111,17 @@ def row_logprob_gradient(
     dz += row.to(tl.int64) * dz_stride
     top, log2_total = tl.load(merged + row), log2(tl.load(merged + width + row))
     y = (tl.load(label + row) - first).to(tl.int32)
-    factor = inv_t
+    factor = inv_temp
     if scale is not None:
-        factor = tl.load(scale + row) * inv_t
+        factor = tl.load(scale + row) * inv_temp
     for col in range(0, padded, BLOCK_V):
         c = col + tl.arange(0, BLOCK_V)
-        x, slope = row_logits(z, c, cols, padded, bias, softcap, inv_t)
+        x, slope = row_logits(z, c, cols, padded, bias, softcap, inv_temp)
         p = probability(x, top, log2_total)
         grad = (tl.where(c == y, sharp, 0.0) + uniform - p) * factor
         if entropy is not None:
             log_p = tl.maximum((x - top) - log2_total * LN_2, LOG_ZERO)
-            rise = -p * (log_p + tl.load(entropy + row)) * inv_t
+            rise = -p * (log_p + tl.load(entropy + row)) * inv_temp
             if entropy_scale is not None:
                 grad += rise * tl.load(entropy_scale + row)
             if dz_entropy is not None:

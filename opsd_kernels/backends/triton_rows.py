@@ -41,7 +41,7 @@ ROW_NUMBERS = {
 
 
 @triton.jit
-def row_logits(z, c, cols, padded, bias, softcap, inv_t):
+def row_logits(z, c, cols, padded, bias, softcap, inv_temp):
     """(z, slope) of one row's columns c: softcap(z + bias) / temperature, d softcap / d raw."""
     raw = tl.load(z + c, mask=c < padded, other=float("-inf"))
     slope = 1.0
@@ -50,15 +50,15 @@ def row_logits(z, c, cols, padded, bias, softcap, inv_t):
     if softcap is not None:
         raw, slope = capped(raw, softcap)
         raw = tl.where(c < cols, raw, float("-inf"))
-    return raw * inv_t, slope
+    return raw * inv_temp, slope
 
 
 @triton.jit
-def label_logit(z, y, begin, end, cols, bias, softcap, inv_t):
+def label_logit(z, y, begin, end, cols, bias, softcap, inv_temp):
     """The logit of column y if it lies in [begin, end) and the vocabulary, else 0."""
     inside = (y >= begin) & (y < tl.minimum(end, cols))
     at = tl.where(inside, y, begin)
-    found, _ = row_logits(z, at, cols, cols, bias, softcap, inv_t)
+    found, _ = row_logits(z, at, cols, cols, bias, softcap, inv_temp)
     return tl.where(inside, found, 0.0)
 
 
@@ -102,7 +102,7 @@ def _span(rows, span, splits, padded, BLOCK_V: tl.constexpr):
 
 @triton.jit(**ROW_NUMBERS)
 def row_statistics(
-    z, bias, softcap, label, out, rows, cols, padded, stride, first, inv_t, span, splits,
+    z, bias, softcap, inv_temp, label, out, rows, cols, padded, stride, first, span, splits,
     BLOCK_V: tl.constexpr, LANES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one head over this program's span of a row."""
@@ -115,7 +115,7 @@ def row_statistics(
     number = tl.zeros((LANES,), tl.float32)
     for col in range(begin, end, BLOCK_V):
         c = col + tl.arange(0, BLOCK_V)
-        x, _ = row_logits(z, c, cols, padded, bias, softcap, inv_t)
+        x, _ = row_logits(z, c, cols, padded, bias, softcap, inv_temp)
         x = by_lane(x, LANES)
         now = tl.maximum(top, lane_max(x))
         shift = top - now
@@ -147,13 +147,13 @@ def row_statistics(
         at += 2 * stride
     if label is not None:
         y = tl.load(label + row) - first
-        tl.store(at, label_logit(z, y, begin, end, cols, bias, softcap, inv_t))
+        tl.store(at, label_logit(z, y, begin, end, cols, bias, softcap, inv_temp))
 
 
 @triton.jit(**ROW_NUMBERS)
 def row_statistics_pair(
-    z_s, z_t, bias_s, cap_s, bias_t, cap_t, label, out, rows, cols, padded, stride, first, inv_t,
-    span, splits,
+    z_s, z_t, bias_s, cap_s, inv_temp_s, bias_t, cap_t, inv_temp_t, label, out, rows, cols, padded,
+    stride, first, span, splits,
     BLOCK_V: tl.constexpr, LANES: tl.constexpr, ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Statistics of both heads; for a KL also sum p (u_p - u_q), which makes its value."""
@@ -170,8 +170,8 @@ def row_statistics_pair(
     largest = tl.full((LANES,), LOG_ZERO, tl.float32)
     for col in range(begin, end, BLOCK_V):
         c = col + tl.arange(0, BLOCK_V)
-        x_s, _ = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_t)
-        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_t)
+        x_s, _ = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_temp_s)
+        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_temp_t)
         x_s, x_t = by_lane(x_s, LANES), by_lane(x_t, LANES)
         now_s, now_t = tl.maximum(top_s, lane_max(x_s)), tl.maximum(top_t, lane_max(x_t))
         shift_s, shift_t = top_s - now_s, top_t - now_t
@@ -203,9 +203,9 @@ def row_statistics_pair(
         y = (tl.load(label + row) - first).to(tl.int32)
     jump = splits.to(tl.int64) * rows
     at = out + split.to(tl.int64) * rows + row
-    label_s = label_logit(z_s, y, begin, end, cols, bias_s, cap_s, inv_t)
+    label_s = label_logit(z_s, y, begin, end, cols, bias_s, cap_s, inv_temp_s)
     at = store_head(at, jump, row_top_s, row_total_s, row_weighted_s, label_s, label, ENTROPY)
-    label_t = label_logit(z_t, y, begin, end, cols, bias_t, cap_t, inv_t)
+    label_t = label_logit(z_t, y, begin, end, cols, bias_t, cap_t, inv_temp_t)
     at = store_head(at, jump, row_top_t, row_total_t, row_weighted_t, label_t, label, ENTROPY)
     if KIND != JSD:
         ahead = (top_s - row_top_s) - (top_t - row_top_t)
@@ -245,8 +245,8 @@ def row_constants(merged, row, rows, STEP: tl.constexpr):
 
 @triton.jit(**ROW_NUMBERS)
 def row_divergence_sums(
-    z_s, z_t, bias_s, cap_s, bias_t, cap_t, merged, out, rows, cols, padded, stride, width,
-    inv_t, beta, rest, clip, span, splits,
+    z_s, z_t, bias_s, cap_s, inv_temp_s, bias_t, cap_t, inv_temp_t, merged, out, rows, cols, padded,
+    stride, width, beta, rest, clip, span, splits,
     BLOCK_V: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Value, sum of shares and, with a clip, value without it, over a span of a row."""
@@ -259,8 +259,8 @@ def row_divergence_sums(
     unclipped = tl.zeros((LANES,), tl.float32)
     for col in range(begin, end, BLOCK_V):
         c = col + tl.arange(0, BLOCK_V)
-        x_s, _ = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_t)
-        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_t)
+        x_s, _ = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_temp_s)
+        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_temp_t)
         s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
         d = log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t)
         entry, share = entries(s, t, d, beta, rest, KIND)

@@ -16,17 +16,15 @@ from opsd_kernels.problem import Head
 class StoredTiles:
     """A block's logits (heads, rows, padded) in fp32, -inf beyond the vocabulary."""
 
-    def __init__(
-        self, logits: Tensor, heads: list[Head], hidden: Tensor, temperature: float
-    ) -> None:
+    def __init__(self, logits: Tensor, heads: list[Head], hidden: Tensor) -> None:
         self.logits, self.hidden = logits, hidden
         self.rows, self.padded = logits.shape[1:]
         self.cols = heads[0].weight.shape[0]
-        self.inv_t = 1.0 / temperature
         self.device = device_of(logits.device.index if logits.is_cuda else None)
         # Of the rows' stride: the vocabulary's last slice runs what the others do.
         self.blocks = row_blocks(logits.stride(1), self.device)
-        self.sources = [*logits, *(a for head in heads for a in (head.bias, head.softcap))]
+        finish = [(head.bias, head.softcap, 1.0 / head.temperature) for head in heads]
+        self.sources = [*logits, *(a for each in finish for a in each)]
         self.flags = {
             "BLOCK_V": self.blocks.columns, "num_warps": self.blocks.warps, "num_stages": 1,
             "enable_fp_fusion": True,
@@ -62,7 +60,7 @@ class StoredTiles:
         span, splits, grid, parts = self._spans(layout.count)
         arguments = (
             *self.sources, label if layout.label else None, parts, self.rows, self.cols,
-            self.padded, self.logits.stride(1), offset, self.inv_t, span, splits,
+            self.padded, self.logits.stride(1), offset, span, splits,
         )  # fmt: skip
         flags = {**self.flags, "LANES": self.blocks.lanes, "ENTROPY": layout.entropy}
         if layout.heads == 2:
@@ -89,7 +87,7 @@ class StoredTiles:
         span, splits, grid, parts = self._spans(2 if clip is None else 3)
         triton_rows.row_divergence_sums[grid](
             *self.sources, merged, parts, self.rows, self.cols, self.padded,
-            self.logits.stride(1), merged.stride(0), self.inv_t, beta, 1.0 - beta, clip, span,
+            self.logits.stride(1), merged.stride(0), beta, 1.0 - beta, clip, span,
             splits, **self.flags, LANES=self.blocks.lanes, STEP=len(layout.names),
             KIND=layout.kind,
         )  # fmt: skip
@@ -105,7 +103,7 @@ class StoredTiles:
         outs = [self.dz(self.hidden.dtype, head) for head in range(2)]
         triton_row_gradients.row_jsd_shares[(self.rows,)](
             *self.sources, merged, center, sums, *outs, self.rows, self.cols, self.padded,
-            self.logits.stride(1), outs[0].stride(0), merged.stride(0), self.inv_t, beta,
+            self.logits.stride(1), outs[0].stride(0), merged.stride(0), beta,
             1.0 - beta, **self.flags, LANES=self.blocks.lanes, STEP=len(layout.names),
         )  # fmt: skip
         return sums
@@ -123,7 +121,7 @@ class StoredTiles:
     ) -> None:
         triton_row_gradients.row_divergence_gradient[(self.rows,)](
             *self.sources, merged, totals, scale, out, self.cols, self.padded,
-            self.logits.stride(1), out.stride(0), merged.stride(0), self.inv_t, beta, 1.0 - beta,
+            self.logits.stride(1), out.stride(0), merged.stride(0), beta, 1.0 - beta,
             clip, **self.flags, STEP=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
 
@@ -142,5 +140,5 @@ class StoredTiles:
         triton_row_gradients.row_logprob_gradient[(self.rows,)](
             *self.sources, label, merged, entropy, *scales, outs[0], own, self.cols, self.padded,
             self.logits.stride(1), outs[0].stride(0), outs[0].stride(0) if own is None else
-            own.stride(0), merged.stride(0), offset, self.inv_t, *shares, **self.flags,
+            own.stride(0), merged.stride(0), offset, *shares, **self.flags,
         )  # fmt: skip

@@ -91,7 +91,7 @@ def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, C: t
 
 
 @triton.jit
-def finished(raw, col, cols, bias, softcap, inv_t, C: tl.constexpr):
+def finished(raw, col, cols, bias, softcap, inv_temp, C: tl.constexpr):
     """(z, slope): z = softcap(raw + bias) / temperature, and d softcap / d raw.
 
     Columns past the end and banned entries become LOG_ZERO.
@@ -103,7 +103,7 @@ def finished(raw, col, cols, bias, softcap, inv_t, C: tl.constexpr):
     if softcap is not None:
         raw, slope = capped(raw, softcap)
     # A comparison lets NaN through, where a maximum would hide it.
-    z = raw * inv_t
+    z = raw * inv_temp
     z = tl.where(z < LOG_ZERO, LOG_ZERO, z)
     return tl.where((c < cols)[None, :], z, LOG_ZERO), slope
 

@@ -52,7 +52,7 @@ def divergence(
     needed = wanted(p.student)
     s, t, e = p.student, p.teacher, p.execution
     tensors = (s.hidden, s.weight, s.bias, t.hidden, t.weight, t.bias, p.labels, p.keep)
-    numbers = (p.beta, p.temperature, p.clip, s.softcap, t.softcap)
+    numbers = (p.beta, p.clip, s.softcap, t.softcap, s.temperature, t.temperature)
     run = (p.with_stats, e.schedule, e.workspace_bytes, e.group_name, e.precision)
     flags = (needed.hidden, needed.weight, needed.bias)
     if reduced and (needed.weight or needed.bias):
@@ -74,10 +74,11 @@ def divergence_tokens(
     labels: Tensor | None,
     keep: Tensor | None,
     beta: float,
-    temperature: float,
     clip: float | None,
     student_softcap: float | None,
     teacher_softcap: float | None,
+    student_temperature: float,
+    teacher_temperature: float,
     with_stats: bool,
     schedule: str,
     workspace_bytes: int | None,
@@ -89,9 +90,9 @@ def divergence_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(value (N,), stats (S, N), d value / d hidden (N, D) or empty)."""
     p = DivergenceProblem(
-        Head(student_input, student_weight, student_bias, student_softcap),
-        Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap),
-        labels, keep, beta, temperature, clip, with_stats,
+        Head(student_input, student_weight, student_bias, student_softcap, student_temperature),
+        Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_temperature),
+        labels, keep, beta, clip, with_stats,
         Execution(schedule, workspace_bytes, group_name, precision),
     )  # fmt: skip
     now = grad_hidden and not (grad_weight or grad_bias)
@@ -110,10 +111,11 @@ def divergence_sum(
     labels: Tensor | None,
     keep: Tensor | None,
     beta: float,
-    temperature: float,
     clip: float | None,
     student_softcap: float | None,
     teacher_softcap: float | None,
+    student_temperature: float,
+    teacher_temperature: float,
     with_stats: bool,
     schedule: str,
     workspace_bytes: int | None,
@@ -126,9 +128,9 @@ def divergence_sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum(row_scale * value), value, stats, dh, dW, db, scale); gradients times scale."""
     p = DivergenceProblem(
-        Head(student_input, student_weight, student_bias, student_softcap),
-        Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap),
-        labels, keep, beta, temperature, clip, with_stats,
+        Head(student_input, student_weight, student_bias, student_softcap, student_temperature),
+        Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_temperature),
+        labels, keep, beta, clip, with_stats,
         Execution(schedule, workspace_bytes, group_name, precision),
     )  # fmt: skip
     result = _run_divergence(p, row_scale, Wanted(grad_hidden, grad_weight, grad_bias))

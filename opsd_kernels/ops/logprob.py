@@ -52,7 +52,7 @@ def logprob(
     needed = wanted(p.head)
     h, e = p.head, p.execution
     tensors = (h.hidden, h.weight, h.bias, p.target, p.keep)
-    numbers = (p.temperature, h.softcap, p.label_smoothing)
+    numbers = (h.softcap, h.temperature, p.label_smoothing)
     run = (p.with_entropy, e.schedule, e.workspace_bytes, e.group_name)
     flags = (needed.hidden, needed.weight, needed.bias)
     if row_scale is not None and (needed.weight or needed.bias):
@@ -69,8 +69,8 @@ def logprob_tokens(
     bias: Tensor | None,
     target: Tensor,
     keep: Tensor | None,
-    temperature: float,
     softcap: float | None,
+    temperature: float,
     label_smoothing: float,
     with_entropy: bool,
     schedule: str,
@@ -83,7 +83,7 @@ def logprob_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(value (N,), entropy (N,), stats (S, N), d value / dh, d entropy / dh)."""
     p = LogprobProblem(
-        Head(input, weight, bias, softcap), target, keep, temperature, label_smoothing,
+        Head(input, weight, bias, softcap, temperature), target, keep, label_smoothing,
         with_entropy, Execution(schedule, workspace_bytes, group_name),
     )  # fmt: skip
     now = grad_hidden and not (grad_weight or grad_bias)
@@ -104,8 +104,8 @@ def logprob_sum(
     bias: Tensor | None,
     target: Tensor,
     keep: Tensor | None,
-    temperature: float,
     softcap: float | None,
+    temperature: float,
     label_smoothing: float,
     with_entropy: bool,
     schedule: str,
@@ -119,7 +119,7 @@ def logprob_sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As divergence_sum, of sum(row_scale * value + entropy_scale * entropy) in the gradients."""
     p = LogprobProblem(
-        Head(input, weight, bias, softcap), target, keep, temperature, label_smoothing,
+        Head(input, weight, bias, softcap, temperature), target, keep, label_smoothing,
         with_entropy, Execution(schedule, workspace_bytes, group_name),
     )  # fmt: skip
     needed = Wanted(grad_hidden, grad_weight, grad_bias)

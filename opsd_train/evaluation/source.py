@@ -112,7 +112,9 @@ def open_engine(
             tokenizer.pad_token_id,
             getattr(torch, source.model.dtype),
         )
-        yield TransformersEngine(policy, tokenizer, config.sampling.for_engine())
+        engine = TransformersEngine(policy, tokenizer, config.sampling.for_engine())
+        engine.prove(source.model.name_or_path)
+        yield engine
         return
     import_vllm()  # before weights are written out for it
     engine = _vllm(config, source, tokenizer, world, scratch.resolve(), longest)

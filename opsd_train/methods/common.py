@@ -15,8 +15,9 @@ from opsd_kernels import (
     policy_gradient_loss,
 )
 from opsd_train.batches import Sample
+from opsd_train.families import LmHead
 from opsd_train.methods.base import Stats
-from opsd_train.model import LmHead, Policy, WithHead
+from opsd_train.model import Policy, WithHead
 from opsd_train.sections import LossConfig
 
 
@@ -114,6 +115,7 @@ def head_options(head: LmHead) -> dict[str, Any]:
     return {
         "bias": head.bias,
         "softcap": head.softcap,
+        "logit_scale": head.logit_scale,
         "workspace_bytes": workspace_bytes(head.weight.device, trained),
     }
 
@@ -128,6 +130,8 @@ def _pair_options(student: LmHead, teacher: LmHead, temperature: float) -> dict[
         "teacher_bias": teacher.bias,
         "student_softcap": student.softcap,
         "teacher_softcap": teacher.softcap,
+        "student_logit_scale": student.logit_scale,
+        "teacher_logit_scale": teacher.logit_scale,
         "vocab_size": min(sizes) if len(sizes) > 1 else None,
         "workspace_bytes": workspace_bytes(student.weight.device, trained),
     }

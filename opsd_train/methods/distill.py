@@ -9,9 +9,10 @@ from torch import Tensor
 from opsd_train.batches import Sample
 from opsd_train.config import Config
 from opsd_train.errors import UserError
+from opsd_train.families import lm_head
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import distillation, teacher_hidden
-from opsd_train.model import Policy, lm_head
+from opsd_train.model import Policy
 
 
 class Distill(Method):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from opsd_train.model import LmHead, Policy
+from opsd_train.families import LmHead
+from opsd_train.model import Policy
 from opsd_train.parallel import Snapshot
 
 
@@ -50,4 +52,4 @@ class ReferencePolicy:
             return None
         dtype = self._policy.dtype
         bias = None if head.bias is None else head.bias.to(dtype, copy=True)
-        return LmHead(head.weight.to(dtype, copy=True), bias, head.softcap)
+        return replace(head, weight=head.weight.to(dtype, copy=True), bias=bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opsd_train.config import Config
+from opsd_train.methods import METHODS
 from opsd_train.model import Policy
 from opsd_train.rollout import Engine
 from opsd_train.rollout.transformers_engine import TransformersEngine
@@ -25,4 +26,7 @@ def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolde
             max_model_len=config.prompts.max_prompt_tokens + longest,
             seed=config.seed,
         )
-    return TransformersEngine(policy, tokenizer, config.rollout)
+    engine = TransformersEngine(policy, tokenizer, config.rollout)
+    if METHODS[config.method].source(config) != "reference" or config.evaluation.problems:
+        engine.prove(config.model.name_or_path)
+    return engine

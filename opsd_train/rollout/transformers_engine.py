@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from opsd_train.errors import UserError
+from opsd_train.families import lm_head, proof_tokens, tolerance
 from opsd_train.model import Policy
 from opsd_train.rollout.kv_cache import drop_rows, make_room
 from opsd_train.rollout.request import Completion, Request, Sampling
@@ -35,6 +37,51 @@ class TransformersEngine:
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in their order; each is the same alone or in a batch."""
         completions: dict[int, Completion] = {}
+        with self._ready():
+            for batch in list(self._batches(requests, sampling.max_new_tokens)):
+                made = self._decode([requests[index] for index in batch], sampling)
+                completions.update(zip(batch, made, strict=True))
+        return [completions[index] for index in range(len(requests))]
+
+    @torch.no_grad()
+    def prove(self, name: str) -> None:
+        """Compare logits as `generate` makes them, padded and cached, with those of plain forwards.
+
+        `name`: the model's, for the error. Every rank must call it. Raises UserError where they
+        differ by more than rounding: the model wants another cache, or other positions.
+        """
+        with self._ready():
+            head = lm_head(self.core)
+            try:
+                gap = self._gap(proof_tokens(head, self.pad_id), head.weight.device)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a model with another cache trips over
+                gap, reason = float("inf"), " ".join(f"{type(error).__name__}: {error}".split())
+            else:
+                reason = f"logits change with its cache (gap {gap:.1g})"
+            if not gap <= tolerance(head):
+                raise UserError(
+                    f"rollout.engine=transformers cannot sample from {name} "
+                    f"({type(self.core).__name__}): {reason[:70]}; try vllm"
+                )
+
+    def _gap(self, tokens: list[int], device: torch.device) -> float:
+        """Of the logits after two beginnings of `tokens`, and after one more token; relative."""
+        lengths = [len(tokens) // 2, len(tokens) - 1]
+        requests = [Request(tokens[:length], 0) for length in lengths]
+        logits, mask, cache = self._prefill(requests, 1)
+        following = torch.tensor([[tokens[length]] for length in lengths], device=device)
+        position = torch.tensor([[length] for length in lengths], device=device)
+        found = torch.cat([logits, self._forward(following, mask, position, cache)])
+        whole = self.core(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits
+        wanted = whole[0, [length - 1 for length in lengths] + lengths].float()
+        centred = wanted - wanted.mean(-1, keepdim=True)
+        return ((found - wanted).norm(dim=-1) / centred.norm(dim=-1)).max().item()
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """The model as it generates; its training state comes back, also after an error."""
         training = self.model.training
         self.model.eval()
         # On a CPU a product with the last position as a view copies the head once per sequence
@@ -43,12 +90,9 @@ class TransformersEngine:
         hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         try:
             with hook, self.policy.generating():
-                for batch in list(self._batches(requests, sampling.max_new_tokens)):
-                    made = self._decode([requests[index] for index in batch], sampling)
-                    completions.update(zip(batch, made, strict=True))
+                yield
         finally:
             self.model.train(training)
-        return [completions[index] for index in range(len(requests))]
 
     def _batches(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[list[int]]:
         """Indices of similar length, samples of one prompt side by side."""

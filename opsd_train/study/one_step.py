@@ -28,9 +28,10 @@ from opsd_train.batches import Sample
 from opsd_train.config import Config, config_from
 from opsd_train.data import load_problems
 from opsd_train.errors import UserError
+from opsd_train.families import LmHead
 from opsd_train.methods import make_method
 from opsd_train.methods.base import Method
-from opsd_train.model import LmHead, Policy, load_policy, load_tokenizer
+from opsd_train.model import Policy, load_policy, load_tokenizer
 from opsd_train.prompts import PromptBuilder
 from opsd_train.world import World, resolve_device
 
@@ -70,7 +71,9 @@ def plain_loss(policy: Policy, sample: Sample, beta: float) -> Tensor:
 
 
 def _logits(hidden: Tensor, head: LmHead, target: Tensor) -> Tensor:
-    return reference.logits(hidden, head.weight, head.bias, softcap=head.softcap)
+    return reference.logits(
+        hidden, head.weight, head.bias, softcap=head.softcap, logit_scale=head.logit_scale
+    )
 
 
 def generalized_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from opsd_kernels import fused_linear_cross_entropy
 from opsd_train.errors import UserError
-from opsd_train.model import LmHead, lm_head
+from opsd_train.families import LmHead, lm_head
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.trainer import Trainer
 from opsd_train.world import World

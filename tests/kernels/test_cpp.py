@@ -64,7 +64,7 @@ def test_agrees_with_the_pytorch_backend_on_any_number_of_threads(
 def test_no_logits_are_left_where_a_product_may_read(vocab: int, dtype: torch.dtype) -> None:
     """A 16-bit dz leaves half of each row; a processor with AMX reads on to a whole tile."""
     hidden, logits = torch.zeros(3, 4, dtype=dtype), torch.full((2, 3, vocab), torch.nan)
-    tiles = cpp_backend._Tiles([], [hidden], logits, 1.0, False, True)
+    tiles = cpp_backend._Tiles([], [hidden], logits, False, True)
     tiles.dz().fill_(1.0)
     tiles.clear_beyond()
     rows = logits[0].view(dtype)
@@ -206,7 +206,7 @@ def test_operators_match_their_schema() -> None:
     logits, out = torch.zeros(2, 5, 30), torch.zeros(6, 5)
     ops = torch.ops.opsd_cpu
     checks = ("test_schema",)
-    arguments = (hidden, weight, [None, None], [0.0, 0.0], 1.0, None, 0, False, False, 0)
+    arguments = (hidden, weight, [None, None], [0.0, 0.0], [1.0, 1.0], None, 0, False, False, 0)
     torch.library.opcheck(ops.statistics, (*arguments, logits, out), test_utils=checks)
     ops.statistics(*arguments, logits, out)
     numbers = (2, 30.0, 1.0, 0.5, None, 2, True)
@@ -219,6 +219,6 @@ def test_wrong_operands_are_refused() -> None:
     with pytest.raises(RuntimeError, match="layout"):
         h: Tensor = torch.zeros(5, 4)
         ops.statistics(
-            [h], [torch.zeros(9, 4)], [None], [0.0], 1.0, None, 0, False, False, 2,
+            [h], [torch.zeros(9, 4)], [None], [0.0], [1.0], None, 0, False, False, 2,
             torch.zeros(0), torch.zeros(9, 5),
         )  # fmt: skip

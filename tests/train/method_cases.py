@@ -11,12 +11,13 @@ import torch
 from tiny import config, make_model
 from torch import Tensor, nn
 
+from opsd_train.adapters import add_adapters
 from opsd_train.batches import Sample, micro_batches
 from opsd_train.config import Config
 from opsd_train.data import Problem
 from opsd_train.methods import METHODS
 from opsd_train.methods.base import Method, Stats
-from opsd_train.model import Policy, add_adapters
+from opsd_train.model import Policy
 from opsd_train.sections import GrpoConfig, LoraConfig, LossConfig
 
 PAD, VOCAB, TEACHER_VOCAB = 0, 261, 288
