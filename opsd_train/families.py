@@ -140,7 +140,7 @@ def _fault(core: nn.Module, pad_id: int) -> str | None:
     if not own:
         return f"its logits do not come from {type(decoder).__name__}"
     theirs = output.logits.float()
-    ours = _logits(own[0] * amplitude.to(own[0].dtype), head)
+    ours = head_logits(own[0] * amplitude.to(own[0].dtype), head)
     if ours.shape != theirs.shape:
         return f"its logits are {theirs.shape[-1]} wide, its head {ours.shape[-1]}"
     exact = head.weight.dtype == torch.float32
@@ -203,7 +203,7 @@ def _gap(found: Tensor, wanted: Tensor) -> float:
     return max(part.median().item() for part in gaps.split([_PREFIX - 1, _TOKENS - 1]))
 
 
-def _logits(hidden: Tensor, head: LmHead) -> Tensor:
+def head_logits(hidden: Tensor, head: LmHead) -> Tensor:
     """(..., V) float32, the product in the weights' type as the model makes it."""
     logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias).float()
     logits = logits * head.logit_scale

@@ -12,6 +12,7 @@ from opsd_train.methods.base import Method
 from opsd_train.prompts import PromptBuilder
 from opsd_train.rewards import is_correct
 from opsd_train.rollout import Completion, Engine, Request, Sampling
+from opsd_train.rollout.agreement import check_agreement
 from opsd_train.seeds import stable_seed
 
 Job = tuple[int, Problem, int]  # position in the step, problem, which of its samples
@@ -30,7 +31,8 @@ class Trajectories:
     ) -> None:
         self._config, self._source, self._prompts = config, method.source(config), prompts
         self.engine, self._tokenizer = engine, tokenizer
-        self._teacher_prompt = method.teacher_prompt
+        self._teacher_prompt, self._policy = method.teacher_prompt, method.policy
+        self._agrees = False  # sampler and trainer: not known before the first rollout
         rollout = config.rollout
         # Log-probabilities compare where sampler and trainer mean the same distribution.
         self._comparable = (
@@ -60,6 +62,10 @@ class Trajectories:
         ]
         self.engine.sync()
         completions = self.engine.generate(requests, self._sampling)
+        if not self._agrees:
+            engine = self._config.rollout.engine
+            check_agreement(self._policy, requests, completions, self._sampling, engine)
+            self._agrees = True
         return [
             self._sample(problem, completion)
             for (_, problem, _), completion in zip(jobs, completions, strict=True)

@@ -18,6 +18,7 @@ _SURE = "the student commits to few answers: lower optim.lr, or stop at an earli
 _UNSURE = "the student is losing its language: lower optim.lr, or go back to a checkpoint"
 _APART = "the student moves away from its teacher: lower optim.lr, or set loss.token_clip"
 _CLIPPED = "more and more of the loss is clipped away: lower optim.lr, or raise loss.token_clip"
+_ELSEWHERE = "the sampler drifts away from the trainer: is its adapter the newest one?"
 
 # Advice by side. A divergence that falls is what training is for: no warning below.
 WATCHED = {
@@ -26,6 +27,8 @@ WATCHED = {
     "entropy": {"below": _SURE, "above": _UNSURE},
     "divergence": {"above": _APART},
     "clipped_mass": {"above": _CLIPPED},
+    "sampler_mismatch": {"above": _ELSEWHERE},
+    "importance": {"below": _ELSEWHERE, "above": _ELSEWHERE},
 }
 
 

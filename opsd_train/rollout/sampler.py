@@ -29,12 +29,22 @@ def sampler(sampling: Sampling) -> Callable[[Tensor, Tensor], tuple[Tensor, Tens
     """(B, V) float32 logits and (B,) uniforms in, tokens and their log-probabilities out."""
     if sampling.temperature == 0:
         return lambda logits, _: greedy(logits)
+    warp = _warp(sampling)
+    return lambda logits, uniform: draw(warp(None, logits), uniform)
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
+    """(B,) log-probabilities of `tokens` (B,) under what `sampling` makes of (B, V) logits."""
+    return _logprobs(_warp(sampling)(None, logits).softmax(-1), tokens)
+
+
+def _warp(sampling: Sampling) -> LogitsProcessorList:
     warp = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_k:
         warp.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
         warp.append(TopPLogitsWarper(sampling.top_p))
-    return lambda logits, uniform: draw(warp(None, logits), uniform)
+    return warp
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:  # (B, V) float32

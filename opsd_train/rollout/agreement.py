@@ -1,0 +1,53 @@
+"""Whether what samples the completions and what trains on them are the same distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opsd_train.errors import UserError
+from opsd_train.families import LmHead, head_logits
+from opsd_train.model import Policy
+from opsd_train.rollout.request import Completion, Request, Sampling
+from opsd_train.rollout.sampler import logprobs_of
+
+TOKENS = 64  # compared at most: their logits are the only full ones of a run
+# Mean gap, in nats a token, that rounding makes: logits of 20 are off by 0.06 in bfloat16.
+ROUNDING = {torch.float32: 0.01, torch.bfloat16: 0.1}
+_MOST = 1.0  # of one token: at the edge of top-p, rounding decides between a value and -inf
+
+
+def check_agreement(
+    policy: Policy,
+    requests: Sequence[Request],
+    completions: Sequence[Completion],
+    sampling: Sampling,
+    engine: str,
+) -> None:
+    """Compare the sampler's log-probabilities with the trainer's on the longest completion.
+
+    Losses, importance weights and evaluations mean something only where both agree. Raises
+    UserError if the mean difference over its first tokens is more than rounding. Every rank calls
+    it once, since the forward pass gathers sharded weights.
+    """
+    index = max(range(len(completions)), key=lambda i: len(completions[i].tokens))
+    tokens = completions[index].tokens[:TOKENS]
+
+    def own_logprobs(hidden: Tensor, head: LmHead, target: Tensor) -> Tensor:
+        return logprobs_of(head_logits(hidden, head), target, sampling)
+
+    training = policy.model.training
+    policy.model.eval()
+    with torch.no_grad():
+        own = policy.run([requests[index].prompt], [tokens], own_logprobs)
+    policy.model.train(training)
+    sampled = torch.tensor(completions[index].logprobs[:TOKENS]).to(own)
+    gap = (own - sampled).abs().clamp(max=_MOST).mean().item()
+    if not gap <= ROUNDING[policy.dtype]:
+        raise UserError(
+            f"rollout.engine={engine} samples from another distribution than the trainer computes: "
+            f"{gap:.2g} nats a token apart; do not train {type(policy.core).__name__} with it, "
+            "and please report it"
+        )
