@@ -15,6 +15,7 @@ from opsd_train.checkpoint import Checkpoints, Loaded, restore_training, trainin
 from opsd_train.clock import Clock, peak_memory_mib
 from opsd_train.config import Config, to_yaml
 from opsd_train.data import majority_answer
+from opsd_train.data_fingerprint import refuse_other_data
 from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.metrics import RunLogger
 from opsd_train.report import write_report
@@ -70,6 +71,9 @@ class Run:
         if loaded is None:
             self._say(f"{self.folder} has no checkpoint yet: starting from the beginning")
             return
+        note = refuse_other_data(loaded.facts.get("data"), trainer.data, loaded.path)
+        if note is not None:
+            self._say(f"warning: {note}")
         tensors = training_tensors(trainer.policy, trainer.optimizer, trainer.method.state())
         loaded.fill(tensors)
         restore_training(trainer.policy, trainer.optimizer, tensors)
@@ -147,6 +151,7 @@ class Run:
     def _save(self) -> None:
         trainer = self.trainer
         facts = {
+            "data": trainer.data,
             "schedule": trainer.schedule.state_dict(),
             "sampler": trainer.sampler.state_dict(),
             "watch": trainer.watch.state_dict(),

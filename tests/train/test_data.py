@@ -219,8 +219,8 @@ def test_parquet_that_does_not_fit(tmp_path):
     for name, reason in (("bad.parquet", "Parquet"), ("no.parquet", "No such file")):
         with pytest.raises(UserError, match=rf"cannot read data.path .*{name}: .*{reason}"):
             load_problems(of_columns("file", str(tmp_path / name)))
-    with pytest.raises(UserError, match=r"expected a \.jsonl or \.parquet file"):
-        load_problems(of_columns("file", str(tmp_path / "p.csv")))
+    with pytest.raises(UserError, match=r"expected a \.jsonl, \.json, \.csv or \.parquet file"):
+        load_problems(of_columns("file", str(tmp_path / "p.xlsx")))
 
 
 class FakeSet(list):

@@ -139,4 +139,5 @@ def test_solutions_as_completions(tokenizer):
     assert tokens == [*tokenizer("ab", add_special_tokens=False)["input_ids"], end]
     short, longer = Problem("p-4", "q", "5", "ab"), Problem("p-5", "q", "5", "abc")
     assert builder.filter([short, longer], ["student", "solution"]) == [short]
-    assert builder.longest([short, longer], ["solution"]) == (4, "solution of p-5")
+    builder = PromptBuilder(tokenizer, prompts())
+    assert builder.measure([short, longer], ["solution"]).longest("solution") == (4, longer)

@@ -1,0 +1,60 @@
+"""What a run's problems and their split are, and what has changed when it is resumed."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from opsd_train.data import Problem
+from opsd_train.errors import UserError
+
+_BYTES = 8  # of a problem's hash
+Fingerprint = dict[str, str]  # by part, train and heldout: the problems' hashes in order, as base64
+
+
+def fingerprint(train: Sequence[Problem], heldout: Sequence[Problem]) -> Fingerprint:
+    """Tells problems, their split and their order; JSON."""
+    return {"train": _hashes(train), "heldout": _hashes(heldout)}
+
+
+def refuse_other_data(old: Fingerprint | None, new: Fingerprint, place: Path) -> str | None:
+    """Raises UserError if the data of `place` was other than now; returns what to say, if anything.
+
+    `old` None: it was written before fingerprints were.
+    """
+    if old is None:
+        return (
+            f"{place.name} does not say what data it was made with; make sure it is still the same"
+        )
+    if old == new:
+        return None
+    before, after = ({part: _split(text) for part, text in of.items()} for of in (old, new))
+    raise UserError(
+        f"the data is not that of {place.name}, {_sizes(before)}: it is {_sizes(after)}, "
+        f"{_changes(before, after)}; restore it, or start anew with another output_dir"
+    )
+
+
+def _changes(before: dict[str, list[bytes]], after: dict[str, list[bytes]]) -> str:
+    was, is_now = (set(of["train"]) | set(of["heldout"]) for of in (before, after))
+    moved = len(set(before["train"]) & set(after["heldout"]))
+    counts = {"new": len(is_now - was), "gone": len(was - is_now), "now held out": moved}
+    found = [f"{count} {what}" for what, count in counts.items() if count]
+    return ", ".join(found) or "in another order"
+
+
+def _sizes(of: dict[str, list[bytes]]) -> str:
+    return f"{len(of['train'])} + {len(of['heldout'])} held out"
+
+
+def _hashes(problems: Sequence[Problem]) -> str:
+    texts = ("\0".join((p.question, p.answer, p.solution)) for p in problems)
+    hashes = (blake2b(text.encode(), digest_size=_BYTES).digest() for text in texts)
+    return base64.b64encode(b"".join(hashes)).decode()
+
+
+def _split(text: str) -> list[bytes]:
+    data = base64.b64decode(text)
+    return [data[first : first + _BYTES] for first in range(0, len(data), _BYTES)]
