@@ -88,7 +88,8 @@ def turn_end(tokenizer: Any) -> list[int]:
     control = set(tokenizer.convert_tokens_to_ids(sorted(control_tokens(tokenizer))))
     turns = [("user", _QUESTION), ("assistant", _ANSWER), ("user", _QUESTION)]
     last, between = (_after_answer(tokenizer, turns[:count], control) for count in (2, 3))
-    both = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], zip(last, between))]
+    pairs = zip(last, between, strict=False)
+    both = [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
     return both or last or [tokenizer.eos_token_id]
 
 

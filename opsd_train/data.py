@@ -11,7 +11,7 @@ from typing import Any
 from opsd_train.config import suggest
 from opsd_train.data_files import shown
 from opsd_train.data_rows import texts_from_rows
-from opsd_train.distinct import Distinct
+from opsd_train.distinct import Distinct, normal_form
 from opsd_train.errors import UserError
 from opsd_train.sections import DataConfig
 
@@ -29,8 +29,8 @@ class Problem:
 def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
     """Training and held-out problems, shuffled by data.seed.
 
-    All questions differ, also without white space, case and Unicode form, so no held-out one is
-    trained on. Rows that repeat a question are left out and counted on stderr.
+    All questions differ, those of rows also without white space, case and Unicode form, so no
+    held-out one is trained on. Rows that repeat a question are left out and counted on stderr.
     """
     incomplete: Counter[str] = Counter()
     made = config.source == "reasoning_gym"
@@ -43,9 +43,11 @@ def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
     strata: dict[str | None, list[Problem]] = {a: [] for a in config.balance_over or [None]}
     held = config.heldout_size // len(strata)
     wanted = None if config.train_size is None else config.train_size // len(strata) + held
-    # A task has no end; of a file the sample is drawn from all rows.
-    distinct = _fill(strata, problems, wanted if made else None)
-    if not made:  # tasks repeat themselves by design
+    if made:  # a task has no end, repeats itself by design, and may ask about letters as they are
+        _fill(strata, problems, wanted, Distinct(str))
+    else:
+        distinct = Distinct(normal_form)
+        _fill(strata, problems, None, distinct)
         for line in distinct.lines(source):
             print(line, file=sys.stderr)
     for fault, count in incomplete.items():
@@ -71,10 +73,12 @@ def majority_answer(problems: list[Problem]) -> tuple[str, float]:
 
 
 def _fill(
-    strata: dict[str | None, list[Problem]], problems: Iterable[Problem], size: int | None
-) -> Distinct:
+    strata: dict[str | None, list[Problem]],
+    problems: Iterable[Problem],
+    size: int | None,
+    distinct: Distinct,
+) -> None:
     """Puts each new question into its answer's list until every list has `size`; None: all."""
-    distinct = Distinct()
     short = set(strata)
     for problem in problems:
         key = None if None in strata else problem.answer
@@ -84,8 +88,7 @@ def _fill(
         if len(strata[key]) == size:
             short.remove(key)
             if not short:
-                break
-    return distinct
+                return
 
 
 def _check_size(source: str, answer: str | None, size: int, held: int, wanted: int | None) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
 from opsd_train.data import Problem
-from opsd_train.errors import UserError
+from opsd_train.data_files import shown
 
 _BYTES = 8  # of a problem's hash
 Fingerprint = dict[str, str]  # by part, train and heldout: the problems' hashes in order, as base64
@@ -19,21 +20,19 @@ def fingerprint(train: Sequence[Problem], heldout: Sequence[Problem]) -> Fingerp
     return {"train": _hashes(train), "heldout": _hashes(heldout)}
 
 
-def refuse_other_data(old: Fingerprint | None, new: Fingerprint, place: Path) -> str | None:
-    """Raises UserError if the data of `place` was other than now; returns what to say, if anything.
+def recorded(checkpoint: Path) -> Fingerprint | None:
+    """The fingerprint in a checkpoint; None if it was written before there were any."""
+    return json.loads((checkpoint / "facts.json").read_text(encoding="utf-8")).get("data")
 
-    `old` None: it was written before fingerprints were.
-    """
-    if old is None:
-        return (
-            f"{place.name} does not say what data it was made with; make sure it is still the same"
-        )
+
+def difference(old: Fingerprint, new: Fingerprint, checkpoint: Path) -> str | None:
+    """What of the data has changed since `checkpoint`, the start of a line; None: nothing."""
     if old == new:
         return None
     before, after = ({part: _split(text) for part, text in of.items()} for of in (old, new))
-    raise UserError(
-        f"the data is not that of {place.name}, {_sizes(before)}: it is {_sizes(after)}, "
-        f"{_changes(before, after)}; restore it, or start anew with another output_dir"
+    return (
+        f"the data is not that of {shown(checkpoint)}, {_sizes(before)}: it is {_sizes(after)}, "
+        f"{_changes(before, after)}"
     )
 
 

@@ -1,16 +1,17 @@
 """Which questions are the same, and what the rows that repeat one answer."""
 
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
 from opsd_train.data_files import short
 
 
 class Distinct:
-    """Counts questions that were there before; the first of each is kept."""
+    """Counts questions whose `form` was there before; the first of each is kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: Callable[[str], str]) -> None:
+        self._form = form
         self.rows = 0
         self.repeats = 0
         self.contradictions = 0
@@ -21,7 +22,7 @@ class Distinct:
         """Whether this question is new."""
         self.rows += 1
         own = (name, answer)
-        first = self._first.setdefault(_key(question), own)
+        first = self._first.setdefault(self._key(question), own)
         if first is own:
             return True
         self.repeats += 1
@@ -30,6 +31,10 @@ class Distinct:
             pair = " and ".join(f"{short(given, 24)} in {row}" for row, given in (first, own))
             self._example = self._example or pair
         return False
+
+    def _key(self, question: str) -> bytes:
+        """16 bytes in place of the text: there may be millions."""
+        return blake2b(self._form(question).encode(), digest_size=16).digest()
 
     def lines(self, source: str) -> Iterator[str]:
         """What to tell the user about `source`."""
@@ -56,8 +61,3 @@ def normal_form(text: str) -> str:
 def _with_position(character: str) -> str:
     kind = unicodedata.decomposition(character).partition(" ")[0]
     return {"<super>": "^", "<sub>": "_"}.get(kind, "") + character
-
-
-def _key(question: str) -> bytes:
-    """16 bytes in place of the text: there may be millions."""
-    return blake2b(normal_form(question).encode(), digest_size=16).digest()
