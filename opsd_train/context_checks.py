@@ -40,9 +40,9 @@ def check_context(
     found = [*_training(config, train), *_evaluation(config, heldout)]
     for reader, model_config in readers.items():
         limit = context_of(model_config)
-        for longest in found:
-            if limit is not None and longest.tokens + longest.new > limit:
-                raise UserError(_excess(longest, reader, limit))
+        worst = max(found, key=lambda longest: longest.tokens + longest.new)
+        if limit is not None and worst.tokens + worst.new > limit:
+            raise UserError(_excess(worst, reader, limit))
 
 
 def context_of(model_config: Any) -> int | None:

@@ -12,12 +12,14 @@ from opsd_train.data import Problem
 from opsd_train.data_files import shown
 
 _BYTES = 8  # of a problem's hash
-Fingerprint = dict[str, str]  # by part, train and heldout: the problems' hashes in order, as base64
+_PARTS = ("train", "heldout")
+Fingerprint = dict[str, str]  # of each part its problems' hashes in order, base64; a digest of ids
 
 
 def fingerprint(train: Sequence[Problem], heldout: Sequence[Problem]) -> Fingerprint:
-    """Tells problems, their split and their order; JSON."""
-    return {"train": _hashes(train), "heldout": _hashes(heldout)}
+    """Tells problems, their split, their order and their ids; JSON."""
+    ids = blake2b("\0".join(p.id for p in (*train, *heldout)).encode(), digest_size=16)
+    return {"train": _hashes(train), "heldout": _hashes(heldout), "ids": ids.hexdigest()}
 
 
 def recorded(checkpoint: Path) -> Fingerprint | None:
@@ -29,7 +31,7 @@ def difference(old: Fingerprint, new: Fingerprint, checkpoint: Path) -> str | No
     """What of the data has changed since `checkpoint`, the start of a line; None: nothing."""
     if old == new:
         return None
-    before, after = ({part: _split(text) for part, text in of.items()} for of in (old, new))
+    before, after = ({part: _split(of[part]) for part in _PARTS} for of in (old, new))
     return (
         f"the data is not that of {shown(checkpoint)}, {_sizes(before)}: it is {_sizes(after)}, "
         f"{_changes(before, after)}"
@@ -41,7 +43,7 @@ def _changes(before: dict[str, list[bytes]], after: dict[str, list[bytes]]) -> s
     moved = len(set(before["train"]) & set(after["heldout"]))
     counts = {"new": len(is_now - was), "gone": len(was - is_now), "now held out": moved}
     found = [f"{count} {what}" for what, count in counts.items() if count]
-    return ", ".join(found) or "in another order"
+    return ", ".join(found) or "from other rows or in another order"
 
 
 def _sizes(of: dict[str, list[bytes]]) -> str:

@@ -76,7 +76,7 @@ def _of_chat(row: Row, columns: dict[str, str], cells: dict[str, Any]) -> Texts 
         return Fault("its chat has a system turn; prompts.system sets one for all", "a system turn")
     if roles != ["user", "assistant"]:
         return Fault(
-            f"its chat is {short(roles)}, not one user turn and its answer",
+            f"its chat is {short(roles, 30)}, not one user turn and its answer",
             "a chat that is not one user turn and its answer",
         )
     question, solution = (turn.get("content") for turn in turns)
