@@ -23,8 +23,11 @@ def fingerprint(train: Sequence[Problem], heldout: Sequence[Problem]) -> Fingerp
 
 
 def recorded(checkpoint: Path) -> Fingerprint | None:
-    """The fingerprint in a checkpoint; None if it was written before there were any."""
-    return json.loads((checkpoint / "facts.json").read_text(encoding="utf-8")).get("data")
+    """The fingerprint in a checkpoint; None if it has none or is damaged."""
+    try:
+        return json.loads((checkpoint / "facts.json").read_text(encoding="utf-8")).get("data")
+    except (OSError, ValueError):
+        return None
 
 
 def difference(old: Fingerprint, new: Fingerprint, checkpoint: Path) -> str | None:

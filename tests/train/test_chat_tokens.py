@@ -265,3 +265,13 @@ def test_a_teacher_that_ends_turns_otherwise_is_said(capsys) -> None:
         "warning: distill.teacher=big ends a turn with '<eos>', the student with"
     )
     assert "'<|end|>'" in said and said.count("\n") == 1
+
+
+def test_a_tokenizer_that_cannot_is_refused_for_such_rows_alone() -> None:
+    """Whole words are its tokens, so it has none for the parts of a control token."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    builder = PromptBuilder(wrapped(tokenizer), CONFIG)
+    assert len(builder.solution(Problem("p", "a", "a", "a a"))) == 3
+    with pytest.raises(UserError, match="cannot read the control token at '<.end.> a' as text"):
+        builder.solution(Problem("p", "a", "a", "a <|end|> a"))
