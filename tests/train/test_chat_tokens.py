@@ -273,5 +273,5 @@ def test_a_tokenizer_that_cannot_is_refused_for_such_rows_alone() -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     builder = PromptBuilder(wrapped(tokenizer), CONFIG)
     assert len(builder.solution(Problem("p", "a", "a", "a a"))) == 3
-    with pytest.raises(UserError, match="cannot read the control token at '<.end.> a' as text"):
+    with pytest.raises(UserError, match=r"cannot read the control token at '<.end.> a' as text"):
         builder.solution(Problem("p", "a", "a", "a <|end|> a"))
