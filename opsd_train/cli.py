@@ -55,7 +55,7 @@ torchrun --nproc_per_node N -m opsd_train RECIPE ... [--shard full|none]
 python -m opsd_train eval MODEL_OR_RUN --set SET,SET [--recipe RECIPE] KEY=VALUE ...
                                               answers, checks and scores; goes on where it was left
     SET: aime24 aime25 hmmt25 amo-bench math-500, heldout (of the run) or a run's folder, a task of
-    reasoning_gym, a .jsonl or .parquet file; RECIPE: paper/eval, demo/eval or a .yaml file
+    reasoning_gym, a file (.jsonl .json .csv .parquet); RECIPE: paper/eval, demo/eval or a .yaml
 python -m opsd_train eval ... --against FOLDER        and the difference to another evaluation
 python -m opsd_train eval ... --regrade               check what is kept again, without a model
 python -m opsd_train study [--quick] [--only EXPERIMENT,...] [--jobs N] [output_dir=FOLDER]

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsd_train.config import suggest
-from opsd_train.data_files import Row, column_names, read_rows
+from opsd_train.data_files import shown
+from opsd_train.data_rows import texts_from_rows
+from opsd_train.distinct import Distinct, normal_form
 from opsd_train.errors import UserError
 from opsd_train.sections import DataConfig
 
@@ -25,20 +27,31 @@ class Problem:
 
 
 def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems. All questions differ, so no held-out one is trained on."""
+    """Training and held-out problems, shuffled by data.seed.
+
+    All questions differ, those of rows also without white space, case and Unicode form, so no
+    held-out one is trained on. Rows that repeat a question are left out and counted on stderr.
+    """
     incomplete: Counter[str] = Counter()
-    if config.source == "reasoning_gym":
+    made = config.source == "reasoning_gym"
+    if made:
         source = f"data.task {config.task}"
         problems = _generate(config, config.train_size + config.heldout_size)
     else:
-        source = f"data.path {config.path}"
+        source = f"data.path {shown(config.path)}"
         problems = problems_from_rows(config, incomplete)
     strata: dict[str | None, list[Problem]] = {a: [] for a in config.balance_over or [None]}
     held = config.heldout_size // len(strata)
     wanted = None if config.train_size is None else config.train_size // len(strata) + held
-    _fill(strata, problems, wanted)
-    for column, count in incomplete.items():
-        print(f"skipped: rows of {source} with an empty {column!r}: {count}", file=sys.stderr)
+    if made:  # a task has no end, repeats itself by design, and may ask about letters as they are
+        _fill(strata, problems, wanted, Distinct(str))
+    else:
+        distinct = Distinct(normal_form)
+        _fill(strata, problems, None, distinct)
+        for line in distinct.lines(source):
+            print(line, file=sys.stderr)
+    for fault, count in incomplete.items():
+        print(f"skipped: rows of {source} with {fault}: {count}", file=sys.stderr)
 
     rng = random.Random(config.seed)
     train, heldout = [], []
@@ -47,7 +60,7 @@ def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
         # Easy questions repeat more often and so come up early; shuffled, both parts get alike.
         rng.shuffle(stratum)
         heldout += stratum[:held]
-        train += stratum[held:]
+        train += stratum[held:wanted]
     rng.shuffle(train)
     rng.shuffle(heldout)
     return train, heldout
@@ -60,16 +73,17 @@ def majority_answer(problems: list[Problem]) -> tuple[str, float]:
 
 
 def _fill(
-    strata: dict[str | None, list[Problem]], problems: Iterable[Problem], size: int | None
+    strata: dict[str | None, list[Problem]],
+    problems: Iterable[Problem],
+    size: int | None,
+    distinct: Distinct,
 ) -> None:
     """Puts each new question into its answer's list until every list has `size`; None: all."""
-    seen = set()
     short = set(strata)
     for problem in problems:
         key = None if None in strata else problem.answer
-        if key not in short or problem.question in seen:
+        if key not in short or not distinct.add(problem.id, problem.question, problem.answer):
             continue
-        seen.add(problem.question)
         strata[key].append(problem)
         if len(strata[key]) == size:
             short.remove(key)
@@ -140,30 +154,6 @@ def _solution(metadata: dict[str, Any], answer: str) -> str:
 
 
 def problems_from_rows(config: DataConfig, incomplete: Counter[str]) -> Iterator[Problem]:
-    """Problems of the complete rows; the others are an error, or counted by their empty column."""
-    columns = column_names(config.columns)
-    row = None
-    for row in read_rows(config):
-        empty = next((column for column in columns.values() if _is_empty(row.cells[column])), None)
-        if empty is None:
-            yield Problem(row.id, **{role: _text(row, column) for role, column in columns.items()})
-        elif config.incomplete == "error":
-            raise UserError(
-                f"{row.place}: column {empty!r} is empty; fill it, or leave such rows out: "
-                "data.incomplete=skip"
-            )
-        else:
-            incomplete[empty] += 1
-    if row is None:
-        raise UserError(f"data.path {config.path} is empty")
-
-
-def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.cells[column]
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise UserError(f"{row.place}: column {column!r} should be text or a number, got {value!r}")
-    return str(value)
+    """Problems of the complete rows; the others are an error, or counted by what is wrong."""
+    for name, texts in texts_from_rows(config, incomplete):
+        yield Problem(name, **texts)

@@ -14,6 +14,7 @@ from opsd_kernels import plan
 from opsd_train.adapters import add_adapters
 from opsd_train.batches import Sample, micro_batches
 from opsd_train.config import Config, to_yaml
+from opsd_train.context_checks import check_context, heldout_sides
 from opsd_train.data import Problem, load_problems
 from opsd_train.errors import UserError
 from opsd_train.memory import Generation, Phase, Setup, Sizes, Work, predict, sizes_of
@@ -21,11 +22,10 @@ from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
 from opsd_train.model import (
     attention,
-    check_context,
     load_model_config,
     load_tokenizer,
 )
-from opsd_train.prompts import PromptBuilder
+from opsd_train.prompts import Measured, PromptBuilder
 from opsd_train.sections import GrpoConfig, LoraConfig, ModelConfig, OpsdConfig
 from opsd_train.world import resolve_device
 
@@ -86,19 +86,17 @@ def _processes() -> int:
 
 
 def _work(config: Config) -> tuple[Work, int, int]:
-    """The largest step that can come, the number of problems, the longest prompt."""
+    """The largest step that can come, the number of problems, the longest prompt's tokens."""
     kind, (train, heldout) = METHODS[config.method], load_problems(config.data)
     builder = PromptBuilder(load_tokenizer(config.model), config.prompts)
-    sides = kind.sides(config)
-    problems = builder.filter(train, sides)
-    longest = builder.longest(problems, sides)
-    check_context(config, load_model_config(config.model), longest)
+    measured = builder.measure(train, kind.sides(config))
+    asked = builder.measure(heldout[: config.evaluation.problems], heldout_sides(config))
+    check_context(config, _model_configs(config), measured, asked)
     source, rollout = kind.source(config), config.rollout
-    samples = [_largest(builder, problem, config) for problem in problems]
-    samples.sort(key=lambda sample: sample.longest)
     each = 1 if source == "reference" else rollout.samples_per_prompt
     count = -(-config.problems_per_step // _processes())
-    step = [sample for sample in samples[-count:] for _ in range(each)]
+    largest = [_sample(builder, problem, config) for problem in _longest(config, measured, count)]
+    step = [sample for sample in largest for _ in range(each)]
     groups = list(micro_batches(step, config.micro_batch_tokens))
     ours = rollout.engine == "transformers"
     generates = ours and source != "reference"
@@ -113,9 +111,29 @@ def _work(config: Config) -> tuple[Work, int, int]:
         loss_tokens=max(sum(len(s.completion) for s in group) for group in groups),
         all_loss_tokens=sum(len(s.completion) for s in step),
         rollout=_batch(lengths, rollout.max_new_tokens, config) if generates else None,
-        evaluation=_evaluation(config, builder, heldout) if ours else None,
+        evaluation=_evaluation(config, asked) if ours else None,
     )
-    return work, len(problems), longest[0]
+    prompts = [side for side in measured.tokens if side != "solution"]
+    return work, len(measured.problems), max(max(measured.tokens[side]) for side in prompts)
+
+
+def _model_configs(config: Config) -> dict[str, Any]:
+    """Of the models that read the completions."""
+    found = {"model": load_model_config(config.model)}
+    if config.distill is not None:
+        teacher = replace(config.model, name_or_path=config.distill.teacher)
+        found["teacher"] = load_model_config(teacher)
+    return found
+
+
+def _longest(config: Config, measured: Measured, count: int) -> list[Problem]:
+    """The `count` problems with the longest sequences, the longest last."""
+    prompts = [tokens for side, tokens in measured.tokens.items() if side != "solution"]
+    longest = list(map(max, zip(*prompts, prompts[0], strict=True)))
+    if "solution" in measured.tokens:
+        longest = list(map(sum, zip(longest, measured.tokens["solution"], strict=True)))
+    order = sorted(range(len(longest)), key=longest.__getitem__)
+    return [measured.problems[index] for index in order[-count:]]
 
 
 def _batch(prompts: list[int], new: int, config: Config) -> Generation:
@@ -130,19 +148,15 @@ def _batch(prompts: list[int], new: int, config: Config) -> Generation:
     return Generation(rows, longest, new)
 
 
-def _evaluation(
-    config: Config, builder: PromptBuilder, heldout: Sequence[Problem]
-) -> Generation | None:
-    if config.evaluation.problems == 0:
+def _evaluation(config: Config, asked: Measured) -> Generation | None:
+    if not asked.problems:
         return None
-    sides = ("student", "teacher") if config.evaluation.teacher else ("student",)
-    problems = builder.filter(heldout[: config.evaluation.problems], sides)
-    lengths = [len(getattr(builder, side)(p)) for side in sides[-1:] for p in problems]
-    share = -(-len(lengths) // _processes())
-    return _batch(sorted(lengths)[-share:], config.evaluation.max_new_tokens, config)
+    side = "teacher" if config.evaluation.teacher else "student"
+    share = -(-len(asked.problems) // _processes())
+    return _batch(sorted(asked.tokens[side])[-share:], config.evaluation.max_new_tokens, config)
 
 
-def _largest(builder: PromptBuilder, problem: Problem, config: Config) -> Sample:
+def _sample(builder: PromptBuilder, problem: Problem, config: Config) -> Sample:
     kind = METHODS[config.method]
     reference = kind.source(config) == "reference"
     teacher = builder.teacher(problem) if kind.teacher_prompt else None

@@ -24,6 +24,7 @@ from transformers.utils import is_flash_attn_2_available
 from opsd_train import sections, swiglu
 from opsd_train.adapters import add_adapters, left_out
 from opsd_train.batches import Batch, make_batch
+from opsd_train.chat_tokens import warn_of_other_turn_end
 from opsd_train.config import Config
 from opsd_train.errors import UserError
 from opsd_train.families import LmHead, completion_hidden, lm_head, packs, prove
@@ -137,6 +138,8 @@ def load_teacher(config: Config, tokenizer: Any, world: World, shard_mode: str) 
             f"distill.teacher={settings.teacher} has another tokenizer than model.name_or_path="
             f"{config.model.name_or_path}: their token ids do not mean the same"
         )
+    if world.leads:
+        warn_of_other_turn_end(tokenizer, own, settings.teacher)
     dtype = getattr(torch, settings.dtype)
     model = load_model(model_config, tokenizer, dtype).to(world.device)
     model.eval().requires_grad_(False)
@@ -219,19 +222,6 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
         raise UserError(
             f"the model's vocabulary ({rows} entries) is smaller than the tokenizer's "
             f"({len(tokenizer)}); they do not belong together"
-        )
-
-
-def check_context(config: Config, model_config: Any, longest: tuple[int, str]) -> None:
-    """`longest`: tokens of the longest prompt or solution, and whose it is."""
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    length, name = longest
-    needed = length + config.rollout.max_new_tokens
-    if limit is not None and needed > limit:
-        raise UserError(
-            f"the {name} has {length} tokens, with rollout.max_new_tokens={needed - length} more "
-            f"than the model's context of {limit}; lower it, or prompts.max_prompt_tokens with "
-            "prompts.overlong=skip"
         )
 
 

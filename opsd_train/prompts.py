@@ -2,18 +2,37 @@
 
 import math
 import sys
+from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
+from opsd_train.chat_tokens import THINKING, ControlTokens, turn_end
 from opsd_train.data import Problem
 from opsd_train.errors import UserError
 from opsd_train.sections import PromptsConfig
 
 _NAMES = {"student": "student prompt", "teacher": "teacher prompt", "solution": "solution"}
 PROBE = Problem(id="probe", question="1 + 1 =", answer="2", solution="1 + 1 = 2")
+_BATCH = 1000  # texts tokenised at a time
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Problems with the number of tokens of each of their texts, by side."""
+
+    problems: list[Problem]
+    tokens: dict[str, array]
+
+    def longest(self, *sides: str) -> tuple[int, Problem]:
+        """Most tokens of these sides' texts together, and the problem that has them."""
+        sums = list(map(sum, zip(*(self.tokens[side] for side in sides), strict=True)))
+        index = max(range(len(sums)), key=sums.__getitem__)
+        return sums[index], self.problems[index]
 
 
 class PromptBuilder:
@@ -25,12 +44,16 @@ class PromptBuilder:
     def __init__(self, tokenizer: Any, config: PromptsConfig):
         self.tokenizer = tokenizer
         self.config = config
-        self._known_lengths: dict[tuple[str, Problem], int] = {}
+        self._control = ControlTokens(tokenizer)
+        # A solution may think, and then the tokens that enclose thinking are its own.
+        self._control_in_solutions = ControlTokens(tokenizer, but=THINKING)
         environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
         self._templates = {
             side: _compile(environment, side, getattr(config, side))
             for side in ("student", "teacher")
         }
+        # Token ids that end a completion that is trained on: as a turn of the chat ends.
+        self.end = turn_end(tokenizer) if config.student_chat_template else [tokenizer.eos_token_id]
         starts = {side: _thinking(self._text(side, PROBE)) for side in self._templates}
         if starts["student"] != starts["teacher"]:
             print(
@@ -41,33 +64,38 @@ class PromptBuilder:
 
     def student(self, problem: Problem) -> list[int]:
         """Token ids of the student's prompt."""
-        return self._encode("student", problem)
+        return self._encode("student", [problem])[0]
 
     def teacher(self, problem: Problem) -> list[int]:
         """Token ids of the teacher's prompt, which holds the privileged solution."""
-        return self._encode("teacher", problem)
+        return self._encode("teacher", [problem])[0]
 
     def solution(self, problem: Problem) -> list[int]:
-        """The reference solution as a completion: its token ids and the end token."""
-        ids = self.tokenizer(problem.solution, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id]
+        """The reference solution as a completion: its token ids and those that end it."""
+        return self._encode("solution", [problem])[0]
 
     def filter(self, problems: list[Problem], sides: Sequence[str]) -> list[Problem]:
-        """The problems whose `sides` ("student", "teacher", "solution") keep to their limits; see
-        `overlong` for the rest."""
+        """The problems whose `sides` keep to their limits; see `measure`."""
+        return self.measure(problems, sides).problems
+
+    def measure(self, problems: list[Problem], sides: Sequence[str]) -> Measured:
+        """The problems whose `sides` ("student", "teacher", "solution") keep to their limits, with
+        their lengths; see prompts.overlong for the rest."""
         kept, worst, where = [], 0, ""
         lengths = {side: self._lengths(problems, side) for side in sides}
         for index, problem in enumerate(problems):
-            excess = {side: lengths[side][index] - self._limit(side) for side in sides}
-            side = max(excess, key=excess.get)
-            if excess[side] <= 0:
-                kept.append(problem)
-            elif excess[side] > worst:
-                worst = excess[side]
+            excess, side = max(
+                ((lengths[side][index] - self._limit(side), side) for side in sides),
+                key=itemgetter(0),
+            )
+            if excess <= 0:
+                kept.append(index)
+            elif excess > worst:
+                worst = excess
                 where = f"{_NAMES[side]} of {problem.id}, {lengths[side][index]} tokens"
         dropped = len(problems) - len(kept)
         if dropped == 0:
-            return kept
+            return Measured(problems, lengths)
         limits = " or ".join(dict.fromkeys(self._limit_text(side) for side in sides))
         line = (
             f"{dropped} of {len(problems)} problems are longer than {limits} (the worst: {where})"
@@ -77,28 +105,15 @@ class PromptBuilder:
         if not kept:
             raise UserError(f"{line}; none is left")
         print(f"skipped: {line}", file=sys.stderr)
-        return kept
+        tokens = {side: array("i", map(lengths[side].__getitem__, kept)) for side in sides}
+        return Measured([problems[index] for index in kept], tokens)
 
-    def longest(self, problems: Sequence[Problem], sides: Sequence[str]) -> tuple[int, str]:
-        """Tokens of the longest of these texts, and whose it is."""
-        return max(
-            (length, f"{_NAMES[side]} of {problem.id}")
-            for side in sides
-            for problem, length in zip(problems, self._lengths(problems, side), strict=True)
-        )
-
-    def _lengths(self, problems: Sequence[Problem], side: str) -> list[int]:
-        """Tokens of each problem's text; all at once, so that the tokenizer uses all cores."""
-        known = self._known_lengths
-        new = [p for p in dict.fromkeys(problems) if (side, p) not in known]
-        if new:
-            solution = side == "solution"
-            texts = [p.solution if solution else self._text(side, p) for p in new]
-            special = not solution and self._special(side)
-            encoded = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
-            # A solution as a completion has the end token too.
-            known |= {(side, p): len(ids) + solution for p, ids in zip(new, encoded, strict=True)}
-        return [known[side, problem] for problem in problems]
+    def _lengths(self, problems: Sequence[Problem], side: str) -> array:
+        """Tokens of each problem's text."""
+        lengths = array("i")
+        for first in range(0, len(problems), _BATCH):
+            lengths.extend(map(len, self._encode(side, problems[first : first + _BATCH])))
+        return lengths
 
     def _special(self, side: str) -> bool:
         # A chat template writes its own special tokens; plain text gets the tokenizer's.
@@ -113,9 +128,14 @@ class PromptBuilder:
         key = "max_solution_tokens" if side == "solution" else "max_prompt_tokens"
         return f"prompts.{key}={getattr(self.config, key)}"
 
-    def _encode(self, side: str, problem: Problem) -> list[int]:
-        text = self._text(side, problem)
-        return self.tokenizer(text, add_special_tokens=self._special(side))["input_ids"]
+    def _encode(self, side: str, problems: Sequence[Problem]) -> list[list[int]]:
+        """Token ids of each problem's text; all at once, so that the tokenizer uses all cores."""
+        if side == "solution":
+            control = self._control_in_solutions
+            texts = [control.marked(problem).solution for problem in problems]
+            return [[*ids, *self.end] for ids in control.encode(texts, add_special_tokens=False)]
+        texts = [self._text(side, self._control.marked(problem)) for problem in problems]
+        return self._control.encode(texts, self._special(side))
 
     def _text(self, side: str, problem: Problem) -> str:
         try:
@@ -155,8 +175,8 @@ def _compile(environment: jinja2.Environment, side: str, source: str) -> jinja2.
 def _thinking(prompt: str) -> str:
     """How a prompt leaves the think block, worded for the warning."""
     end = prompt.rstrip()
-    if end.endswith("<think>"):
+    if end.endswith(THINKING[0]):
         return "opens a think block"
-    if end.endswith("</think>"):
+    if end.endswith(THINKING[1]):
         return "closes the think block"
     return "leaves the think block alone"

@@ -15,6 +15,8 @@ from opsd_train.checkpoint import Checkpoints, Loaded, restore_training, trainin
 from opsd_train.clock import Clock, peak_memory_mib
 from opsd_train.config import Config, to_yaml
 from opsd_train.data import majority_answer
+from opsd_train.data_fingerprint import difference
+from opsd_train.errors import UserError
 from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.metrics import RunLogger
 from opsd_train.report import write_report
@@ -76,6 +78,7 @@ class Run:
         if loaded is None:
             self._say(f"{self.folder} has no checkpoint yet: starting from the beginning")
             return
+        self._refuse_other_data(loaded)
         tensors = training_tensors(trainer.policy, trainer.optimizer, trainer.method.state())
         loaded.fill(tensors)
         restore_training(trainer.policy, trainer.optimizer, tensors)
@@ -90,6 +93,14 @@ class Run:
         if loaded.rank_facts is not None:
             _set_random_state(loaded.rank_facts["random"])
         self._say(f"resuming after step {loaded.step} from {loaded.path}")
+
+    def _refuse_other_data(self, loaded: Loaded) -> None:
+        old = loaded.facts.get("data")
+        if old is None:
+            name = loaded.path.name
+            self._say(f"warning: {name} does not say what data it is of; make sure it is the same")
+        elif changed := difference(old, self.trainer.data, loaded.path):
+            raise UserError(f"{changed}; restore it, or start anew with another output_dir")
 
     def go(self, trackers: list[Tracker]) -> int:
         """Train to the end, or until a signal; leave a folder that tells which."""
@@ -153,6 +164,7 @@ class Run:
     def _save(self) -> None:
         trainer = self.trainer
         facts = {
+            "data": trainer.data,
             "schedule": trainer.schedule.state_dict(),
             "sampler": trainer.sampler.state_dict(),
             "watch": trainer.watch.state_dict(),

@@ -105,7 +105,8 @@ class CurriculumConfig:
 @section
 class ColumnsConfig:
     question: str = "question"
-    """Column that holds the problem's text."""
+    """Column that holds the problem's text; where there is none, a column `messages` gives it and
+    the solution: one user turn and the assistant's."""
     answer: str = "answer"
     """Column that holds the answer the check compares with."""
     solution: str | None = "solution"
@@ -115,7 +116,7 @@ class ColumnsConfig:
 @section
 class DataConfig:
     source: Literal["reasoning_gym", "file", "hub"]
-    """A reasoning_gym task, a .jsonl or .parquet file, or a data set of the Hugging Face hub."""
+    """A reasoning_gym task, a file, or a data set of the Hugging Face hub."""
     task: str | None = None
     """Name of the reasoning_gym task."""
     task_config: dict[str, Any] = Field(default_factory=dict)
@@ -123,7 +124,7 @@ class DataConfig:
     balance_over: Annotated[list[str], Field(min_length=1)] | None = None
     """Keep only problems with one of these answers, the same number of each."""
     path: str | None = None
-    """The JSON Lines or Parquet file, or the name of the data set on the hub."""
+    """The .jsonl, .json, .csv or .parquet file, or the name of the data set on the hub."""
     subset: str | None = None
     """Configuration of the hub's data set; null: its default."""
     split: str = "train"
@@ -131,9 +132,11 @@ class DataConfig:
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
     """Which column is what."""
     incomplete: Literal["error", "skip"] = "error"
-    """What to do with rows that have an empty cell: stop, or leave them out and say how many."""
+    """What to do with rows that have an empty cell (or NaN), or a chat of other turns than one
+    question and its answer: stop, or leave them out and say how many."""
     train_size: Positive | None
-    """Number of distinct problems to train on; null: all there are (file, hub)."""
+    """Number of distinct problems to train on, drawn at random from all rows (data.seed); null: all
+    there are (file, hub)."""
     heldout_size: Count
     """Number of distinct problems kept for evaluation; none of them is trained on."""
     seed: int = 0

@@ -17,12 +17,14 @@ import torch
 from opsd_train.batches import Sample, even_groups
 from opsd_train.clock import Clock, peak_memory_mib
 from opsd_train.config import Config
+from opsd_train.context_checks import check_context, heldout_sides
 from opsd_train.data import load_problems
+from opsd_train.data_fingerprint import fingerprint
 from opsd_train.errors import UserError
 from opsd_train.evaluation.heldout import HeldOut
 from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
-from opsd_train.model import check_context, load_policy, load_tokenizer
+from opsd_train.model import load_policy, load_tokenizer
 from opsd_train.parallel import set_last_backward, whole
 from opsd_train.prompts import PromptBuilder
 from opsd_train.rollout.engines import make_engine
@@ -45,18 +47,21 @@ class Trainer:
     ) -> None:
         self.config, self.world, self.folder, self.clock = config, world, folder, clock
         kind = METHODS[config.method]
-        train_problems, heldout = load_problems(config.data)
+        train, heldout = load_problems(config.data)
+        self.data = fingerprint(train, heldout)
         self.tokenizer = load_tokenizer(config.model)
         self.prompts = PromptBuilder(self.tokenizer, config.prompts)
-        sides = kind.sides(config)
-        self.problems = self.prompts.filter(train_problems, sides)
-        heldout = heldout[: config.evaluation.problems]
-        both = ("student", "teacher") if config.evaluation.teacher else ("student",)
-        heldout = self.prompts.filter(heldout, both) if heldout else []
+        measured = self.prompts.measure(train, kind.sides(config))
+        asked = self.prompts.measure(heldout[: config.evaluation.problems], heldout_sides(config))
+        self.problems = measured.problems
         torch.manual_seed(config.seed)  # adapters start alike on every rank
         self.policy = load_policy(config.model, config.lora, self.tokenizer, world, shard_mode)
-        check_context(config, self.policy.core.config, self.prompts.longest(self.problems, sides))
         self.method = make_method(config, self.policy, self.tokenizer, world, shard_mode)
+        readers = {"model": self.policy} | (
+            {"teacher": self.method.teacher} if config.distill else {}
+        )
+        configs = {name: policy.core.config for name, policy in readers.items()}
+        check_context(config, configs, measured, asked)
         engine = make_engine(config, self.policy, self.tokenizer, folder)
         self.trajectories = Trajectories(config, self.method, self.prompts, engine, self.tokenizer)
         made = len(self.trajectories.jobs(self.problems[:1])) * config.problems_per_step
@@ -65,7 +70,9 @@ class Trainer:
                 f"problems_per_step={config.problems_per_step} gives {made} samples, fewer than "
                 f"the {world.size} processes; raise it"
             )
-        self.heldout = HeldOut(config, heldout, self.prompts, self.trajectories, self.method, world)
+        self.heldout = HeldOut(
+            config, asked.problems, self.prompts, self.trajectories, self.method, world
+        )
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay
         )

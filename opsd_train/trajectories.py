@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from opsd_train.batches import Sample
@@ -31,7 +32,8 @@ class Trajectories:
     ) -> None:
         self._config, self._source, self._prompts = config, method.source(config), prompts
         self.engine, self._tokenizer = engine, tokenizer
-        self._teacher_prompt, self._policy = method.teacher_prompt, method.policy
+        self._teacher_prompt, self._imitates = method.teacher_prompt, method.imitates
+        self._policy = method.policy
         self._agrees = False  # sampler and trainer: not known before the first rollout
         rollout = config.rollout
         # Log-probabilities compare where sampler and trainer mean the same distribution.
@@ -66,10 +68,11 @@ class Trajectories:
             engine = self._config.rollout.engine
             check_agreement(self._policy, requests, completions, self._sampling, engine)
             self._agrees = True
-        return [
+        samples = [
             self._sample(problem, completion)
             for (_, problem, _), completion in zip(jobs, completions, strict=True)
         ]
+        return [self._as_target(sample) for sample in samples] if self._imitates else samples
 
     def greedy(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Completion]:
         """Greedy completions for evaluation."""
@@ -87,6 +90,14 @@ class Trajectories:
             finished=completion.finished,
             correct=is_correct(problem, text),
         )
+
+    def _as_target(self, sample: Sample) -> Sample:
+        """Ended as a turn of the chat ends, where another special token ended it."""
+        last, end = sample.completion[-1], self._prompts.end
+        if not sample.finished or last == end[-1] or last not in self._tokenizer.all_special_ids:
+            return sample
+        # The sampler drew another token, so its log-probabilities are not these tokens'.
+        return replace(sample, completion=[*sample.completion[:-1], *end], logprobs=None)
 
     def _reference(self, problem: Problem) -> Sample:
         return Sample(problem, *self._both_prompts(problem), self._prompts.solution(problem))

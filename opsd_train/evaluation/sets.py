@@ -16,6 +16,8 @@ from opsd_train.data import (
     task_entries,
     task_registry,
 )
+from opsd_train.data_files import is_data_file
+from opsd_train.data_fingerprint import difference, fingerprint, recorded
 from opsd_train.errors import UserError
 from opsd_train.evaluation.settings import EvalConfig, FileColumnsConfig
 from opsd_train.sections import ColumnsConfig, DataConfig
@@ -71,8 +73,10 @@ def load_set(name: str, config: EvalConfig, run: Config | None) -> list[EvalProb
     if name in HUB:
         problems = _hub(name, HUB[name])
     elif is_heldout(name):
-        return list(islice(_heldout(recipe_of(name, run)), config.problems))
-    elif Path(name).suffix in (".jsonl", ".parquet"):
+        recipe = recipe_of(name, run)
+        folder = Path(recipe.output_dir if name == HELDOUT else name)
+        return list(islice(_heldout(recipe, folder), config.problems))
+    elif is_data_file(name):
         problems = _file(name, config.columns)
     elif name in task_registry():
         problems = _task(name, config.tasks.get(name, {}), config.problems or config.task_problems)
@@ -80,7 +84,7 @@ def load_set(name: str, config: EvalConfig, run: Config | None) -> list[EvalProb
         near = suggest(name, [HELDOUT, *HUB, *task_registry()])
         raise UserError(
             f"unknown --set {name!r}{near}; there are {', '.join([*HUB, HELDOUT])}, a run's "
-            "folder, reasoning_gym tasks, and .jsonl or .parquet files"
+            "folder, reasoning_gym tasks, and .jsonl, .json, .csv or .parquet files"
         )
     return list(islice(problems, config.problems))
 
@@ -140,9 +144,13 @@ def _task(task: str, settings: dict[str, Any], count: int) -> list[EvalProblem]:
     )
 
 
-def _heldout(config: Config) -> Iterator[EvalProblem]:
-    """Those that training evaluates; all, where it evaluates none."""
-    problems = load_problems(config.data)[1]
+def _heldout(config: Config, folder: Path) -> Iterator[EvalProblem]:
+    """Those that training evaluates; all, where it evaluates none. `folder` is the run's."""
+    train, problems = load_problems(config.data)
+    for checkpoint in sorted((folder / "checkpoints").glob("step_*[0-9]"))[-1:]:
+        old = recorded(checkpoint)
+        if old and (changed := difference(old, fingerprint(train, problems), checkpoint)):
+            raise UserError(f"--set heldout: {changed}; restore it")
     if not problems:
         raise UserError("--set heldout: the run held no problems out (data.heldout_size=0)")
     problems = problems[: config.evaluation.problems or None]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from opsd_train.data_files import is_data_file
 from opsd_train.sections import (
     Count,
     ModelConfig,
@@ -138,4 +139,4 @@ def default_folder(source: str, recipe: str, sets: Sequence[str]) -> str:
 
 
 def _stem(name: str) -> str:
-    return Path(name).stem if Path(name).suffix in (".jsonl", ".parquet") else Path(name).name
+    return Path(name).stem if is_data_file(name) else Path(name).name

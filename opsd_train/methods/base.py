@@ -28,6 +28,8 @@ class Method(ABC):
     """Whether anything is read under the teacher's prompt."""
     divergence: bool = False
     """Whether the statistics hold a divergence from a teacher."""
+    imitates: bool = False
+    """Whether its samples are targets of a cross-entropy, which end as a turn of the chat ends."""
     updates: int = 1
     """Optimizer steps on one rollout."""
     temperature: float = 1.0

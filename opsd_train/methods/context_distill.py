@@ -16,6 +16,7 @@ class ContextDistill(Method):
     """Mean cross-entropy, under the student's prompt, of samples drawn under the teacher's."""
 
     teacher_prompt = True
+    imitates = True
 
     @classmethod
     def source(cls, config: Config) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opsd_train.config import Config
+from opsd_train.context_checks import context_of
 from opsd_train.methods import METHODS
 from opsd_train.model import Policy
 from opsd_train.rollout import Engine
@@ -17,13 +18,16 @@ def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolde
     """rollout.engine, ready to generate."""
     if config.rollout.engine == "vllm":
         longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
+        longest += config.prompts.max_prompt_tokens
+        # Prompts have been checked to fit, and vLLM starts with no more than the model's context.
+        context = context_of(policy.core.config) or longest
         return VllmEngine(
             policy.model,
             tokenizer,
             config.rollout,
             model_config=config.model,
             scratch=folder.scratch,
-            max_model_len=config.prompts.max_prompt_tokens + longest,
+            max_model_len=min(longest, context),
             seed=config.seed,
         )
     engine = TransformersEngine(policy, tokenizer, config.rollout)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from opsd_train.chat_tokens import turn_end
 from opsd_train.errors import UserError
 from opsd_train.sections import RolloutConfig
 
 
 def stop_ids(tokenizer: Any, generation_config: Any, config: RolloutConfig) -> list[int]:
-    """Sorted ids: the tokenizer's end token, the model's own, and those of the recipe."""
+    """Sorted ids: the tokenizer's end token, the model's own, the chat template's end of a turn,
+    and those of the recipe."""
     own = getattr(generation_config, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
+    ids.add(turn_end(tokenizer)[-1])
     return sorted(ids | {_single_id(tokenizer, text) for text in config.stop_tokens})
 
 

@@ -211,6 +211,91 @@ def test_rows_with_an_empty_cell(tmp_path, capsys):
         load_problems(of_columns("file", path, heldout_size=2, incomplete="skip"))
 
 
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("column", ["question", "answer", "solution"])
+def test_nan_is_an_empty_cell(tmp_path, column, capsys):
+    """pandas writes what is missing as NaN, into JSON too."""
+    lines = [
+        *rows(3),
+        rows(1)[0] | {column: NAN},
+        {**rows(1)[0], "question": "nan", "answer": "nan"},
+    ]
+    with pytest.raises(UserError, match=rf"p\.jsonl, line 4: column '{column}' is empty"):
+        load_problems(jsonl(tmp_path / "p.jsonl", lines))
+    config = jsonl(tmp_path / "p.jsonl", lines, None, 1, incomplete="skip")
+    train, heldout = load_problems(config)
+    assert sorted(p.question for p in train + heldout) == ["nan", "q0", "q1", "q2"]  # text stays
+    assert f"an empty '{column}': 1\n" in capsys.readouterr().err
+
+
+def test_nan_and_null_in_a_column_of_numbers(tmp_path, capsys):
+    cells = [
+        {"problem": f"p{i}", "solution": f"s{i}", "Answer": x}
+        for i, x in enumerate([1.5, NAN, None])
+    ]
+    path = parquet(tmp_path / "math.parquet", cells)
+    train, _ = load_problems(of_columns("file", path, heldout_size=0, incomplete="skip"))
+    assert [p.answer for p in train] == ["1.5"]
+    assert "an empty 'Answer': 2\n" in capsys.readouterr().err
+
+
+def test_repeated_questions_are_counted_and_contradictions_named(tmp_path, capsys):
+    lines = [{"question": f"q{i % 10}", "answer": i % 20, "solution": "s"} for i in range(30)]
+    train, _ = load_problems(jsonl(tmp_path / "p.jsonl", lines, None, 0))
+    assert {(p.question, p.answer) for p in train} == {(f"q{i}", str(i)) for i in range(10)}
+    first, second = capsys.readouterr().err.splitlines()
+    assert "skipped: 20 of 30 rows of data.path" in first and "p.jsonl repeat a question" in first
+    assert "10 of these rows contradict" in second and "'0' in p-1 and '10' in p-11" in second
+    load_problems(jsonl(tmp_path / "p.jsonl", rows(9), None, 3))
+    assert capsys.readouterr().err == ""
+
+
+SAME = {
+    "a space at the end": "What is {} + 1? ",
+    "other white space": " What\tis\n{}  +\u00a01?",
+    "other case": "WHAT IS {} + 1?",
+    "full width": "What is {} \uff0b 1\uff1f",
+}
+
+
+@pytest.mark.parametrize("other", SAME.values(), ids=SAME)
+def test_the_same_question_is_not_on_both_sides(tmp_path, other):
+    questions = [form.format(i) for i in range(40) for form in ("What is {} + 1?", other)]
+    lines = [{"question": q, "answer": n // 2, "solution": "s"} for n, q in enumerate(questions)]
+    train, heldout = load_problems(jsonl(tmp_path / "p.jsonl", lines, None, 10))
+    assert len(heldout) == 10 and len(train) == 30
+    answers = [{p.answer for p in part} for part in (train, heldout)]
+    assert not answers[0] & answers[1]
+    assert all(p.question.startswith("What is ") for p in train + heldout)  # the first is kept
+
+
+def test_composed_letters_are_the_same_and_powers_are_not(tmp_path):
+    questions = ["caf\u00e9", "cafe\u0301", "What is 5\u00b2?", "What is 52?", "H\u2082O", "H2O"]
+    lines = [{"question": q, "answer": n, "solution": "s"} for n, q in enumerate(questions)]
+    train, _ = load_problems(jsonl(tmp_path / "p.jsonl", lines, None, 0))
+    assert {p.answer for p in train} == {"0", "2", "3", "4", "5"}
+
+
+def test_a_task_may_ask_about_capital_letters():
+    config = {"min_words": 1, "max_words": 1}
+    train, _ = load_problems(made("letter_counting", 300, 0, task_config=config))
+    assert len({p.question.casefold() for p in train}) < len({p.question for p in train}) == 300
+
+
+def test_a_part_of_a_file_is_drawn_from_all_rows(tmp_path):
+    path = tmp_path / "p.jsonl"
+    part, heldout = load_problems(jsonl(path, rows(1000), 100, 50, seed=1))
+    everything, same = load_problems(jsonl(path, rows(1000), None, 50, seed=1))
+    assert (len(part), len(heldout), len(everything)) == (100, 50, 950)
+    assert set(heldout) == set(same) and set(part) <= set(everything)
+    numbers = sorted(int(p.answer) for p in part)
+    # Uniform on 0 to 999: the mean of 100 is within 5 standard errors (145) of 499.5.
+    assert abs(sum(numbers) / 100 - 499.5) < 145 and numbers[-1] > 900
+    assert load_problems(jsonl(path, rows(1000), 100, 50, seed=2))[0] != part
+
+
 def test_parquet_that_does_not_fit(tmp_path):
     path = parquet(tmp_path / "math.parquet", [{"problem": "p", "answer": "a"}])
     with pytest.raises(UserError, match=r"no column 'Answer', only 'problem', 'answer'; set data"):
@@ -219,8 +304,8 @@ def test_parquet_that_does_not_fit(tmp_path):
     for name, reason in (("bad.parquet", "Parquet"), ("no.parquet", "No such file")):
         with pytest.raises(UserError, match=rf"cannot read data.path .*{name}: .*{reason}"):
             load_problems(of_columns("file", str(tmp_path / name)))
-    with pytest.raises(UserError, match=r"expected a \.jsonl or \.parquet file"):
-        load_problems(of_columns("file", str(tmp_path / "p.csv")))
+    with pytest.raises(UserError, match=r"expected a \.jsonl, \.json, \.csv or \.parquet file"):
+        load_problems(of_columns("file", str(tmp_path / "p.xlsx")))
 
 
 class FakeSet(list):

@@ -1,5 +1,7 @@
 """Prompts as token ids, with a small tokenizer made here."""
 
+import tracemalloc
+
 import pytest
 from tiny import CHAT, make_tokenizer
 
@@ -139,4 +141,18 @@ def test_solutions_as_completions(tokenizer):
     assert tokens == [*tokenizer("ab", add_special_tokens=False)["input_ids"], end]
     short, longer = Problem("p-4", "q", "5", "ab"), Problem("p-5", "q", "5", "abc")
     assert builder.filter([short, longer], ["student", "solution"]) == [short]
-    assert builder.longest([short, longer], ["solution"]) == (4, "solution of p-5")
+    builder = PromptBuilder(tokenizer, prompts())
+    assert builder.measure([short, longer], ["solution"]).longest("solution") == (4, longer)
+
+
+def test_measuring_takes_memory_for_a_batch_not_for_all_rows(tokenizer):
+    plain = {"student_chat_template": False, "teacher_chat_template": False}
+    builder = PromptBuilder(tokenizer, prompts(**plain))
+    problems = [Problem(f"p-{i}", f"{i} + 1 =", str(i + 1), f"{i} + 1") for i in range(4000)]
+    tracemalloc.start()
+    try:
+        builder.filter(problems, BOTH)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak / len(problems) < 800  # bytes; all at once it was 1,800

@@ -1,0 +1,64 @@
+"""What a run's problems and their split are, and what has changed when it is resumed."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+from opsd_train.data import Problem
+from opsd_train.data_files import shown
+
+_BYTES = 8  # of a problem's hash
+_PARTS = ("train", "heldout")
+Fingerprint = dict[str, str]  # of each part its problems' hashes in order, base64; a digest of ids
+
+
+def fingerprint(train: Sequence[Problem], heldout: Sequence[Problem]) -> Fingerprint:
+    """Tells problems, their split, their order and their ids; JSON."""
+    ids = blake2b("\0".join(p.id for p in (*train, *heldout)).encode(), digest_size=16)
+    return {"train": _hashes(train), "heldout": _hashes(heldout), "ids": ids.hexdigest()}
+
+
+def recorded(checkpoint: Path) -> Fingerprint | None:
+    """The fingerprint in a checkpoint; None if it has none or is damaged."""
+    try:
+        return json.loads((checkpoint / "facts.json").read_text(encoding="utf-8")).get("data")
+    except (OSError, ValueError):
+        return None
+
+
+def difference(old: Fingerprint, new: Fingerprint, checkpoint: Path) -> str | None:
+    """What of the data has changed since `checkpoint`, the start of a line; None: nothing."""
+    if old == new:
+        return None
+    before, after = ({part: _split(of[part]) for part in _PARTS} for of in (old, new))
+    return (
+        f"the data is not that of {shown(checkpoint)}, {_sizes(before)}: it is {_sizes(after)}, "
+        f"{_changes(before, after)}"
+    )
+
+
+def _changes(before: dict[str, list[bytes]], after: dict[str, list[bytes]]) -> str:
+    was, is_now = (set(of["train"]) | set(of["heldout"]) for of in (before, after))
+    moved = len(set(before["train"]) & set(after["heldout"]))
+    counts = {"new": len(is_now - was), "gone": len(was - is_now), "now held out": moved}
+    found = [f"{count} {what}" for what, count in counts.items() if count]
+    return ", ".join(found) or "from other rows or in another order"
+
+
+def _sizes(of: dict[str, list[bytes]]) -> str:
+    return f"{len(of['train'])} + {len(of['heldout'])} held out"
+
+
+def _hashes(problems: Sequence[Problem]) -> str:
+    texts = ("\0".join((p.question, p.answer, p.solution)) for p in problems)
+    hashes = (blake2b(text.encode(), digest_size=_BYTES).digest() for text in texts)
+    return base64.b64encode(b"".join(hashes)).decode()
+
+
+def _split(text: str) -> list[bytes]:
+    data = base64.b64decode(text)
+    return [data[first : first + _BYTES] for first in range(0, len(data), _BYTES)]
