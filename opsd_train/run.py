@@ -18,6 +18,7 @@ from opsd_train.data import majority_answer
 from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.metrics import RunLogger
 from opsd_train.report import write_report
+from opsd_train.rewards import failures
 from opsd_train.run_folder import RunFolder, unused
 from opsd_train.stopping import StopRequest, stop_requests
 from opsd_train.trackers import Tracker, open_trackers
@@ -44,7 +45,10 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
         run = Run(Trainer(config, world, folder, clock, shard))
         if resume:
             run.resume()
-    code = run.go(trackers)
+    try:
+        code = run.go(trackers)
+    finally:
+        run.trainer.close()
     world.leave()
     return code
 
@@ -200,6 +204,8 @@ class Run:
         results |= over_checkpoints(self.evaluations)
         if self.logger:
             self.logger.evaluation(row)
+        for line in failures(made.reasons):
+            self._say(f"warning: step {self.done}, held-out problems: {line}")
         self._say(f"step {self.done}, held-out accuracy: {row['accuracy']:.1%}")
 
     def _summary(self) -> dict[str, Any]:

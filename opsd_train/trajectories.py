@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from opsd_train.batches import Sample
 from opsd_train.config import Config
 from opsd_train.data import Problem
 from opsd_train.methods.base import Method
 from opsd_train.prompts import PromptBuilder
-from opsd_train.rewards import is_correct
 from opsd_train.rollout import Completion, Engine, Request, Sampling
 from opsd_train.seeds import stable_seed
 
@@ -26,10 +24,9 @@ class Trajectories:
         method: Method,
         prompts: PromptBuilder,
         engine: Engine,
-        tokenizer: Any,
     ) -> None:
         self._config, self._source, self._prompts = config, method.source(config), prompts
-        self.engine, self._tokenizer = engine, tokenizer
+        self.engine = engine
         self._teacher_prompt = method.teacher_prompt
         rollout = config.rollout
         # Log-probabilities compare where sampler and trainer mean the same distribution.
@@ -50,7 +47,7 @@ class Trajectories:
         return [(n, problem, i) for n, problem in enumerate(problems) for i in range(count)]
 
     def make(self, step: int, jobs: Sequence[Job]) -> list[Sample]:
-        """A sample for each job."""
+        """A sample for each job, its answer not checked yet."""
         if self._source == "reference":
             return [self._reference(problem) for _, problem, _ in jobs]
         prompt = getattr(self._prompts, self._source)
@@ -72,14 +69,12 @@ class Trajectories:
         return self.engine.generate(requests, Sampling(max_new_tokens))
 
     def _sample(self, problem: Problem, completion: Completion) -> Sample:
-        text = self._tokenizer.decode(completion.tokens, skip_special_tokens=True)
         return Sample(
             problem,
             *self._both_prompts(problem),
             completion.tokens,
             logprobs=completion.logprobs if self._comparable else None,
             finished=completion.finished,
-            correct=is_correct(problem, text),
         )
 
     def _reference(self, problem: Problem) -> Sample:

@@ -28,6 +28,8 @@ class Method(ABC):
     """Whether anything is read under the teacher's prompt."""
     divergence: bool = False
     """Whether the statistics hold a divergence from a teacher."""
+    needs_rewards: bool = False
+    """Whether `weigh` asks which samples are right; else that is known at the end of the step."""
     updates: int = 1
     """Optimizer steps on one rollout."""
     temperature: float = 1.0

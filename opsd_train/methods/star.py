@@ -15,6 +15,8 @@ from opsd_train.methods.common import cross_entropy
 class Star(Method):
     """Mean cross-entropy over the tokens of correct trajectories."""
 
+    needs_rewards = True
+
     def weigh(self, samples: list[Sample]) -> list[Sample]:
         return [replace(sample, weight=float(sample.correct)) for sample in samples]
 

@@ -133,9 +133,8 @@ def openthoughts(tmp_path: Path) -> Path:
 def stand_ins(monkeypatch) -> None:
     """Random weights are never right, and GRPO and STaR would have nothing to learn from; the
     report takes longer than all the rest."""
-    monkeypatch.setattr(
-        trajectories, "is_correct", lambda problem, text: sum(map(ord, text)) % 2 == 1
-    )
+    odd = Verdicts(lambda answer: sum(map(ord, answer.text)) % 2 == 1)
+    monkeypatch.setattr(trainer, "Grader", lambda **_: odd)
     monkeypatch.setattr(run, "write_report", lambda folder: None)
 
 
