@@ -55,7 +55,7 @@ def with_grades(samples: Sequence[Sample], grades: Sequence[Grade]) -> list[Samp
 
 
 def failures(reasons: Sequence[str | None]) -> list[str]:
-    """One line about the checks that failed, if any did; `reasons` of all, None where it did not."""
+    """A line about the checks that failed, if any did; of each answer the reason, or None."""
     failed = Counter(reason for reason in reasons if reason is not None)
     if not failed:
         return []

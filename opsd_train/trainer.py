@@ -26,8 +26,8 @@ from opsd_train.methods import METHODS, make_method
 from opsd_train.model import check_context, load_policy, load_tokenizer
 from opsd_train.parallel import set_last_backward, whole
 from opsd_train.prompts import PromptBuilder
-from opsd_train.rollout.engines import make_engine
 from opsd_train.rewards import Rewards, failures, grading_processes, with_grades
+from opsd_train.rollout.engines import make_engine
 from opsd_train.run_folder import RunFolder
 from opsd_train.sampler import make_sampler
 from opsd_train.seeds import stable_seed

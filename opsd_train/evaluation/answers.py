@@ -80,9 +80,9 @@ def check_by_task(
 ) -> Verdict:
     """By the reasoning_gym task's own scorer, with the settings that the entry was made with.
 
-    Right is the score 1: what is well formed but wrong scores up to 0.99. The scorer reads an
-    answer equal to the expected number (-3, −3, 3.0, 1,234), or to its lines but for white space
-    at their ends, as the task writes it.
+    Right is the score 1: what is well formed but wrong scores up to 0.99. An answer that is the
+    expected number written otherwise (3.0, 1,234, a typographic minus), or its lines with other
+    white space at their ends, reaches the scorer as the task writes it.
     """
     answer = _task_answer(answer_part(text), expected)
     if answer is None:

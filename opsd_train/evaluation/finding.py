@@ -31,31 +31,30 @@ _NUMBER = re.compile(
 )
 _SIGN = re.compile(r"(?P<before>(?:\S ?)?)(?P<sign>[-+]) ?$")
 # What makes a number an operand, an index, a time of day ... and not the answer by itself.
-_WITHIN = re.compile(r"(?:[\w.\\{^_/*×·÷√:]|\d, ?|[+*/×·÷^√] +|\d +)$")
+_WITHIN = re.compile(r"(?:[\w.\\{^_/*√:]|\d, ?|[+*/^√] +|\d +)$")
 _GOES_ON = re.compile(
-    r" *[-+*/×·÷^] *(?:[\d(\\√.]|[A-Za-z](?![A-Za-z]))"  # 3 + x
+    r" *[-+*/^] *(?:[\d(\\√.]|[A-Za-z](?![A-Za-z]))"  # 3 + x
     r"|[\^_{}!(²³½¼¾⅓⅔√\\]|[:,.]\d|[A-Za-z]*[\d^(]|[xyzn](?![A-Za-z])| +\d"
 )
+_DIGIT_GAP = re.compile(r"(?<=\d)(?:\\[,;:! ]|~|\{,\}|['\u2019\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
 _TIDIER = [
     (re.compile(r"(?<=\d)!(?=\s|$)"), "."),  # "It is 5!"; a factorial is followed by $ or more
-    (
-        re.compile(
-            r"(?<=\d)(?:\\[,;:! ]|~|\{,\}|['\u2019\u00a0\u2009\u202f])(?=\d{3}(?!\d))"
-        ),
-        "",
-    ),
+    (_DIGIT_GAP, ""),
     (re.compile("[\u2212\u2013\ufe63\uff0d]"), "-"),
     (re.compile("[\u00a0\u2007\u2009\u202f]"), " "),
     (re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}"), r"\1"),
     (re.compile(r"\\[dtc]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}"), r" \1/\2"),
     (re.compile(r"\\[dtc]?frac\s*(\d)\s*(\d)"), r" \1/\2"),
-    (re.compile(r"\\times|\\cdot"), "×"),
-    (re.compile(r"(?<=\d)\s*[×x*·]\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))"), r"e\1\2"),
     (re.compile(r"(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree)(?![a-z])"), "°"),
     (re.compile(r"\\(?=[%$])|\\left(?![a-z])|\\right(?![a-z])|\\[()\[\]!]"), ""),
     (re.compile(r"\\[,;: ]|~|\\quad"), " "),
-    # Emphasis, quotes and currencies; an asterisk between two operands is a product.
-    (re.compile(r"(?<![\w)*])\*+|\*+(?![\w(*])|[$€£`\"\u201c\u201d]"), ""),
+    (re.compile('[$\u20ac\u00a3`"\u201c\u201d]'), ""),
+    # Asterisks of emphasis and lists; one with a space on both sides, or none, is a product.
+    (re.compile(r"(?m)^ *\*+ |(?<![\w)*])\*+(?=[^\s*])|(?<=[^\s*])\*+(?![\w(*])"), ""),
+    (re.compile(r"(?<![\w}])_+(?=[-+\d])|(?<=\d)_+(?![\w{])"), ""),
+    (re.compile(r"\\times|\\cdot|[\u00d7\u00b7]"), "*"),
+    (re.compile("\u00f7"), "/"),
+    (re.compile(r"(?<=\d)\s*[x*]\s*10\s*\^\s*(?:\{\s*([-+]?\d+)\s*\}|([-+]?\d+))"), r"e\1\2"),
     (_THOUSANDS, lambda match: match[0].replace(",", "")),
 ]
 
@@ -124,7 +123,7 @@ def final_number(part: str) -> Number | None:
 
 
 def plain_number(text: str) -> Fraction | None:
-    r"""The exact value of a text that is one number: 1,234, −3, 2/3, \frac{2}{3}, 1 1/2, 1e3.
+    r"""The exact value of a text that is one number: 1,234, -3, 2/3, \frac{2}{3}, 1 1/2, 1e3.
 
     None for anything else: 2 + 3, \sqrt{4}, 5 %, 007, and for more than 100 characters.
     """

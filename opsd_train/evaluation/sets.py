@@ -10,7 +10,6 @@ from typing import Any
 
 from opsd_train.config import Config, config_from, load_recipe, suggest
 from opsd_train.data import (
-    Problem,
     load_problems,
     problems_from_rows,
     task_entries,
@@ -35,7 +34,7 @@ class EvalProblem:
     answer: str
     task: str | None = None
     entry: dict[str, Any] | None = field(default=None, hash=False)
-    task_config: dict[str, Any] | None = field(default=None, hash=False)
+    task_config: dict[str, Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import math
 import multiprocessing
 import os
 import resource
-import signal
 import subprocess
 import sys
 import threading

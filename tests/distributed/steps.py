@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from tiny import config
 from torch import Tensor
-from verdicts import Verdicts
+from verdicts import made_up
 
 from opsd_train.clock import Clock
 from opsd_train.evaluation.grading import Answer
@@ -56,7 +55,7 @@ class Outcome:
 def make_trainer(world: World, course: Course) -> Trainer:
     folder = Path(tempfile.mkdtemp())
     made = config(course.models / course.model, folder, *BASE, *course.overrides)
-    with mock.patch("opsd_train.trainer.Grader", lambda **_: Verdicts(lambda _: False)):
+    with made_up():
         return Trainer(made, world, RunFolder(folder, world), Clock(), course.shard)
 
 

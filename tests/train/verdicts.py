@@ -23,6 +23,11 @@ class Verdicts:
         """There is nothing to end."""
 
 
+def made_up(right: Callable[[Answer], bool] = lambda _: False) -> Any:
+    """While entered, trainers are made with such verdicts."""
+    return mock.patch("opsd_train.trainer.Grader", lambda **_: Verdicts(right))
+
+
 @contextmanager
 def one_grader() -> Iterator[None]:
     """All trainers share a real grader: starting its process takes longer than most test runs."""
