@@ -171,8 +171,8 @@ TASKS = [  # (task, settings, expected, completion, right)
     ("chain_sum", {}, "1234", r"\boxed{1,234.0}", True),
     ("fraction_simplification", {}, "2/3", r"\boxed{4/6}", False),
     ("spell_backward", {}, "ainomma", "ammonia", False),
-    ("puzzle24", {}, "6 * 4", "4 * 6", True),
-    ("puzzle24", {"max_value": 5}, "6 * 4", "4 * 6", False),  # scored by the run's own settings
+    ("puzzle24", {}, "6*4*1*1", "1*1*4*6", True),
+    ("puzzle24", {"max_value": 5}, "6*4*1*1", "1*1*4*6", False),  # scored by the run's own settings
 ]
 
 
@@ -319,9 +319,8 @@ def test_failed_checks_are_told(tiny_folder, tmp_path, monkeypatch, capsys) -> N
     monkeypatch.setattr(run, "write_report", lambda folder: None)
     assert run.train(config(tiny_folder, tmp_path / "run", "steps=1")) == 0
     said = capsys.readouterr().out
-    assert (
-        "warning: step 1: 1 of 4 answers could not be checked and count as wrong: timeout" in said
-    )
+    told = "could not be checked and count as wrong: timeout"
+    assert f"warning: step 1: 1 of 4 answers {told}" in said
     assert f"step 0, held-out problems: 1 of 6 answers {told}" in said
     (row,) = rows(tmp_path / "run")
     assert row["failed_checks"] == 1 and row["accuracy"] == 0.75 and len(row["warnings"]) == 1
