@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from opsd_train.evaluation.workers import Crew, Failure, run_each
+from tests.train.verdicts import children, wait_until_gone
 
 
 def behave(what: object) -> object:
@@ -135,7 +136,7 @@ def test_what_is_pending_at_the_end_fails(crew: Crew) -> None:
 def test_an_idle_process_that_is_killed_is_replaced(crew: Crew) -> None:
     (process,) = (future.result() for future in crew.submit(["process"]))
     os.kill(process, signal.SIGKILL)
-    while process in _children():
+    while process in children(os.getpid()):
         time.sleep(0.01)
     (other,) = (future.result() for future in crew.submit(["process"]))
     assert other != process
@@ -179,7 +180,7 @@ def test_the_main_program_is_not_run_again(tmp_path: Path) -> None:
     assert running.stdout.readline() == "main runs\n"
     process = int(running.stdout.readline())
     assert running.stdout.read() == "" and running.wait() == 0
-    _wait_until_gone(process)
+    wait_until_gone(process)
 
 
 def test_a_killed_program_leaves_no_process(tmp_path: Path) -> None:
@@ -189,30 +190,4 @@ def test_a_killed_program_leaves_no_process(tmp_path: Path) -> None:
     process = int(running.stdout.readline())
     running.kill()
     running.wait()
-    _wait_until_gone(process)
-
-
-def _wait_until_gone(process: int) -> None:
-    end = time.monotonic() + 60
-    while _alive(process):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
-def _alive(process: int) -> bool:
-    try:
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"  # in a container nobody may wait for orphans
-
-
-def _children() -> set[int]:
-    return {int(c) for t in Path("/proc/self/task").iterdir() for c in _of(t)}
-
-
-def _of(task: Path) -> list[str]:
-    try:
-        return (task / "children").read_text().split()
-    except FileNotFoundError:  # the thread has ended
-        return []
+    wait_until_gone(process)

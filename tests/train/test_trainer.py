@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from tiny import config, make_model, make_tokenizer, recipe
+from verdicts import children, wait_until_gone
 
 from opsd_train import cli
 from opsd_train.clock import Clock
@@ -133,6 +134,7 @@ def test_interrupted_by_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
         while not ((run / "metrics.jsonl").exists() and rows(run)):
             assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
             time.sleep(0.1)
+        grading = children(process.pid)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
@@ -140,6 +142,8 @@ def test_interrupted_by_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
     assert process.returncode == 130 and "Traceback" not in errors
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     assert (run / "report.html").stat().st_size > 0
+    assert len(grading) == 1
+    wait_until_gone(*grading)
 
 
 @pytest.mark.parametrize("place", ["loss", "gradient"])

@@ -1,7 +1,9 @@
 """Grading in tests: no processes where verdicts are made up, and the same ones for every run."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -38,3 +40,27 @@ def one_grader() -> Iterator[None]:
     ):
         yield
     shared.close()
+
+
+def children(process: int) -> set[int]:
+    """The processes that this one, with any of its threads, has started and not waited for."""
+    found: set[int] = set()
+    for thread in Path(f"/proc/{process}/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            found.update(map(int, (thread / "children").read_text().split()))
+    return found
+
+
+def wait_until_gone(process: int) -> None:
+    end = time.monotonic() + 60
+    while _alive(process):
+        assert time.monotonic() < end, f"process {process} is still there"
+        time.sleep(0.05)
+
+
+def _alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # in a container nobody may wait for orphans
