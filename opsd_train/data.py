@@ -5,7 +5,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from opsd_train.config import suggest
@@ -18,12 +18,18 @@ from opsd_train.sections import DataConfig
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem; `solution` is what only the teacher sees (the answer where there is no more)."""
+    """One problem; `solution` is what only the teacher sees (the answer where there is no more).
+
+    One that a reasoning_gym `task` made keeps the `entry` and settings that its scorer asks for.
+    """
 
     id: str
     question: str
     answer: str
     solution: str
+    task: str | None = None
+    entry: dict[str, Any] | None = field(default=None, hash=False, repr=False)
+    task_config: dict[str, Any] | None = field(default=None, hash=False, repr=False)
 
 
 def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
@@ -133,7 +139,9 @@ def _generate(config: DataConfig, wanted: int) -> Iterator[Problem]:
         raise UserError(f"unknown data.task {task!r}{suggest(task, list(registry))}")
     for name, entry in task_entries(task, config.task_config, config.seed, wanted):
         answer = entry["answer"]
-        yield Problem(name, entry["question"], str(answer), _solution(entry["metadata"], answer))
+        solution = _solution(entry["metadata"], answer)
+        made_by = (task, entry, config.task_config)
+        yield Problem(name, entry["question"], str(answer), solution, *made_by)
 
 
 def task_registry() -> dict[str, Any]:

@@ -19,7 +19,7 @@ RESULTS = (
     ("after", "Student after"),
     ("teacher", "Teacher's prompt (shows the solution), before"),
 )
-PHASES = ("rollout", "teacher", "student", "optimizer")
+PHASES = ("rollout", "grading", "teacher", "student", "optimizer")
 MOST_TOKENS = 10
 # What keeps the page of a long run small; samples.jsonl has everything.
 MOST_SAMPLE_STEPS = 12

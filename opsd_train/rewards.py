@@ -1,67 +1,72 @@
-"""The answer check: what a completion answers, and whether that is right."""
+"""The verdicts of a run's completions, graded in the background while the run goes on."""
 
-import re
-from fractions import Fraction
+from __future__ import annotations
 
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from opsd_train.batches import Sample
 from opsd_train.data import Problem
+from opsd_train.evaluation.grading import Answer, Grade, Grader, Pending, grade_one
+from opsd_train.world import World
 
-BOXED = r"\boxed{"
-THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
-NUMBER = re.compile(r"[+-]?(?:\d+/\d+|\d+\.?\d*|\.\d+)")
-# A sign belongs to the number unless it stands between two: "= -4" ends in -4, "7 - 3" in 3.
-LAST_NUMBER = re.compile(r"(?:(?<![\w)])(?<![\w)] )[+-] ?)?(?:\d+/\d+|\d+(?:\.\d+)?|\.\d+)")
+_MOST_PROCESSES = 4  # a check takes milliseconds, and each process 120 MiB
 
 
-def extract_answer(text: str, expected: str) -> str | None:
-    """What a completion answers: its last \\boxed{…}; else, where a number is expected, its last
-    number; else its last line that is not empty."""
-    start = text.rfind(BOXED)
-    if start >= 0:
-        boxed = _until_closing_brace(text[start + len(BOXED) :])
-        if boxed is not None:
-            return boxed.strip()
-    if _number(normalise(expected)) is not None:
-        numbers = LAST_NUMBER.findall(_without_thousands(text))
-        return numbers[-1] if numbers else None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else None
+class Rewards:
+    """Every rank grades its own completions; every rank knows all the grades."""
+
+    def __init__(self, grader: Grader, tokenizer: Any, world: World) -> None:
+        self._grader, self._tokenizer, self._world = grader, tokenizer, world
+
+    def submit(self, problems: Sequence[Problem], completions: Sequence[list[int]]) -> Pending:
+        """Begins to grade this rank's completions (token ids), one for each problem."""
+        texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return self._grader.submit(list(map(answer_of, problems, texts)))
+
+    def collect(self, pending: Pending) -> list[Grade]:
+        """The grades of all ranks, which took turns: number i is of rank i % size."""
+        parts = self._world.all_gather(pending.result())
+        grades: list[Grade] = [None] * sum(map(len, parts))
+        for rank, part in enumerate(parts):
+            grades[rank :: self._world.size] = part
+        return grades
 
 
 def is_correct(problem: Problem, text: str) -> bool:
-    """Whether a completion answers the problem: equal as numbers, or as normalised text."""
-    answer = extract_answer(text, problem.answer)
-    if answer is None:
-        return False
-    given, expected = normalise(answer), normalise(problem.answer)
-    numbers = _number(given), _number(expected)
-    return numbers[0] == numbers[1] if None not in numbers else given == expected
+    """Whether one completion is right, checked here and now, without a time limit."""
+    return grade_one(answer_of(problem, text)).correct
 
 
-def normalise(answer: str) -> str:
-    """Removes what does not change an answer: case, spaces, $, quotes, emphasis, a final stop."""
-    text = _without_thousands(answer.lower())
-    text = re.sub(r"\s+|\$|\\[,;! ]", "", text)
-    return text.strip("*`'\"").rstrip(".").strip("*`'\"")
+def answer_of(problem: Problem, text: str) -> Answer:
+    """A completion of a problem, for its check."""
+    return Answer(text, problem.answer, problem.task, problem.entry, problem.task_config)
 
 
-def _without_thousands(text: str) -> str:
-    return THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+def with_grades(samples: Sequence[Sample], grades: Sequence[Grade]) -> list[Sample]:
+    """The samples with their verdicts."""
+    return [
+        replace(sample, correct=grade.correct, answer=grade.answer, check_failed=grade.reason)
+        for sample, grade in zip(samples, grades, strict=True)
+    ]
 
 
-def _until_closing_brace(text: str) -> str | None:
-    depth = 1
-    for index, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
-        if depth == 0:
-            return text[:index]
-    return None
+def failures(reasons: Sequence[str | None]) -> list[str]:
+    """A line about the checks that failed, if any did; of each answer the reason, or None."""
+    failed = Counter(reason for reason in reasons if reason is not None)
+    if not failed:
+        return []
+    reason, _ = failed.most_common(1)[0]
+    return [
+        f"{failed.total()} of {len(reasons)} answers could not be checked and count as wrong: "
+        f"{reason[:80]}"
+    ]
 
 
-def _number(text: str) -> Fraction | None:
-    # Fraction is exact, so 0.1 equals 1/10; the length bound keeps absurd numbers cheap.
-    if len(text) > 100 or not NUMBER.fullmatch(text):
-        return None
-    try:
-        return Fraction(text)
-    except ZeroDivisionError:
-        return None
+def grading_processes() -> int:
+    """How many processes grade for this one: half of its share of the cores, at most four."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(_MOST_PROCESSES, max(1, (os.cpu_count() or 1) // ranks // 2))

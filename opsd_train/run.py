@@ -20,6 +20,7 @@ from opsd_train.errors import UserError
 from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.metrics import RunLogger
 from opsd_train.report import write_report
+from opsd_train.rewards import failures
 from opsd_train.run_folder import RunFolder, claim, release
 from opsd_train.stopping import StopRequest, stop_requests
 from opsd_train.trackers import Tracker, open_trackers
@@ -52,7 +53,10 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
         if claimed:
             release(folder.path)
         raise
-    code = run.go(trackers)
+    try:
+        code = run.go(trackers)
+    finally:
+        run.trainer.close()
     world.leave()
     return code
 
@@ -218,6 +222,8 @@ class Run:
         results |= over_checkpoints(self.evaluations)
         if self.logger:
             self.logger.evaluation(row)
+        for line in failures(made.reasons):
+            self._say(f"warning: step {self.done}, held-out problems: {line}")
         self._say(f"step {self.done}, held-out accuracy: {row['accuracy']:.1%}")
 
     def _summary(self) -> dict[str, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opsd_train.batches import Sample
-from opsd_train.rewards import extract_answer
 from opsd_train.sample_table import token_pieces
 
 # Columns of the methods whose means are logged, and the names they are logged under.
@@ -52,6 +52,15 @@ class StepStats:
     def add_unscored(self, samples: Sequence[Sample]) -> None:
         """Samples that went through no forward pass; they are only shown."""
         self._unscored += samples
+
+    def judge(self, samples: Sequence[Sample]) -> None:
+        """Takes over the verdicts of these samples, which came after they were added."""
+        known = {_identity(sample): sample for sample in samples}
+        for added in (self._samples, self._unscored):
+            for index, sample in enumerate(added):
+                judged = known[_identity(sample)]
+                verdict = {n: getattr(judged, n) for n in ("correct", "answer", "check_failed")}
+                added[index] = replace(sample, **verdict)
 
     def merge(self, others: Sequence[StepStats]) -> None:
         """Take in the statistics of other ranks; means are over all tokens of all ranks."""
@@ -149,13 +158,12 @@ class StepStats:
         self, tokenizer: Any, sample: Sample, values: list[float] | None
     ) -> dict[str, Any]:
         text = tokenizer.decode(sample.completion, skip_special_tokens=True)
-        answered = sample.correct is not None
         row = {
             "problem": sample.problem.id,
             "question": sample.problem.question,
             "answer": sample.problem.answer,
             "completion": text,
-            "extracted": extract_answer(text, sample.problem.answer) if answered else None,
+            "extracted": sample.answer,
             "correct": sample.correct,
             "trained": sample.weight > 0,
         }

@@ -21,12 +21,14 @@ from opsd_train.context_checks import check_context, heldout_sides
 from opsd_train.data import load_problems
 from opsd_train.data_fingerprint import fingerprint
 from opsd_train.errors import UserError
+from opsd_train.evaluation.grading import Grader, Pending
 from opsd_train.evaluation.heldout import HeldOut
 from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
 from opsd_train.model import load_policy, load_tokenizer
 from opsd_train.parallel import set_last_backward, whole
 from opsd_train.prompts import PromptBuilder
+from opsd_train.rewards import Rewards, failures, grading_processes, with_grades
 from opsd_train.rollout.engines import make_engine
 from opsd_train.run_folder import RunFolder
 from opsd_train.sampler import make_sampler
@@ -36,7 +38,7 @@ from opsd_train.trajectories import Trajectories
 from opsd_train.watch import Watch
 from opsd_train.world import World
 
-STEP_PHASES = ("rollout", "teacher", "student", "optimizer")
+STEP_PHASES = ("rollout", "grading", "teacher", "student", "optimizer")
 
 
 class Trainer:
@@ -70,8 +72,16 @@ class Trainer:
                 f"problems_per_step={config.problems_per_step} gives {made} samples, fewer than "
                 f"the {world.size} processes; raise it"
             )
+        self.grader = Grader(workers=grading_processes())
+        self.rewards = Rewards(self.grader, self.tokenizer, world)
         self.heldout = HeldOut(
-            config, asked.problems, self.prompts, self.trajectories, self.method, world
+            config,
+            asked.problems,
+            self.prompts,
+            self.trajectories,
+            self.method,
+            self.rewards,
+            world,
         )
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay
@@ -88,7 +98,10 @@ class Trainer:
         """One step; on rank 0 its metrics row and the statistics of all ranks."""
         marks, started = dict(self.clock.seconds), time.perf_counter()
         with self.clock.phase("rollout"):
-            samples = self._samples(step)
+            samples, pending = self._samples(step)
+        if pending and self.method.needs_rewards:
+            samples, pending = self._judged(samples, pending), None
+        samples = self.method.weigh(samples)
         active = sorted((s for s in samples if s.weight > 0), key=lambda sample: sample.longest)
         num_tokens = sum(len(sample.completion) for sample in active)
         active = active[self.world.rank :: self.world.size]  # alike in length on every rank
@@ -106,22 +119,39 @@ class Trainer:
                 changes = self._update(step, stats, active)
         if self.world.leads:
             stats.add_unscored([sample for sample in samples if sample.weight == 0])
+        if pending:  # the check went on beside the passes
+            samples = self._judged(samples, pending)
+            stats.judge(samples)
         everything = self.world.gather(stats)
         took = {name: self.clock.seconds[name] - marks.get(name, 0.0) for name in STEP_PHASES}
         changes |= {"seconds": time.perf_counter() - started, "loss_tokens": num_tokens}
         changes |= {f"seconds_{name}": seconds for name, seconds in took.items()}
         return self._row(step, samples, everything, changes), stats
 
-    def _samples(self, step: int) -> list[Sample]:
-        """The step's samples, weighed: those of all ranks, in the same order on every rank."""
+    def close(self) -> None:
+        """End the processes beside this one."""
+        self.grader.close()
+
+    def _samples(self, step: int) -> tuple[list[Sample], Pending | None]:
+        """The step's samples, those of all ranks in the same order on every rank; the grades that
+        this rank's will get, where they were generated."""
         jobs = self.trajectories.jobs(self.sampler.draw(step))
         made = self.trajectories.make(step, jobs[self.world.rank :: self.world.size])
+        pending = None
+        if self.method.source(self.config) != "reference":
+            answers = [sample.problem for sample in made], [sample.completion for sample in made]
+            pending = self.rewards.submit(*answers)
         samples: list[Sample] = [None] * len(jobs)
         for rank, part in enumerate(self.world.all_gather(made)):
             samples[rank :: self.world.size] = part
-        checked = [sample for sample in samples if sample.correct is not None]
-        self.sampler.observe([(sample.problem.id, sample.correct) for sample in checked])
-        return self.method.weigh(samples)
+        return samples, pending
+
+    def _judged(self, samples: list[Sample], pending: Pending) -> list[Sample]:
+        """The samples with their verdicts, as soon as all ranks have them."""
+        with self.clock.phase("grading"):
+            judged = with_grades(samples, self.rewards.collect(pending))
+        self.sampler.observe([(sample.problem.id, sample.correct) for sample in judged])
+        return judged
 
     def _accumulate(
         self, groups: Sequence[list[Sample]], prepared: list, num_tokens: int, stats: StepStats
@@ -169,6 +199,7 @@ class Trainer:
             self.tokens += generated
             row |= {
                 "accuracy": sum(checked) / len(checked),
+                "failed_checks": sum(sample.check_failed is not None for sample in samples),
                 "truncated": sum(not sample.finished for sample in samples) / len(samples),
                 "tokens_per_second": generated / changes["seconds_rollout"],
             }
@@ -180,4 +211,6 @@ class Trainer:
             **self.method.facts(samples),
             **changes,
         }
-        return row | {"warnings": self.watch.observe(step, row)}
+        failed = failures([sample.check_failed for sample in samples])
+        warnings = [f"step {step}: {line}" for line in failed]
+        return row | {"warnings": [*warnings, *self.watch.observe(step, row)]}

@@ -11,7 +11,6 @@ from opsd_train.config import Config
 from opsd_train.data import Problem
 from opsd_train.methods.base import Method
 from opsd_train.prompts import PromptBuilder
-from opsd_train.rewards import is_correct
 from opsd_train.rollout import Completion, Engine, Request, Sampling
 from opsd_train.rollout.agreement import check_agreement
 from opsd_train.seeds import stable_seed
@@ -54,7 +53,7 @@ class Trajectories:
         return [(n, problem, i) for n, problem in enumerate(problems) for i in range(count)]
 
     def make(self, step: int, jobs: Sequence[Job]) -> list[Sample]:
-        """A sample for each job."""
+        """A sample for each job, its answer not checked yet."""
         if self._source == "reference":
             return [self._reference(problem) for _, problem, _ in jobs]
         prompt = getattr(self._prompts, self._source)
@@ -81,14 +80,12 @@ class Trajectories:
         return self.engine.generate(requests, Sampling(max_new_tokens))
 
     def _sample(self, problem: Problem, completion: Completion) -> Sample:
-        text = self._tokenizer.decode(completion.tokens, skip_special_tokens=True)
         return Sample(
             problem,
             *self._both_prompts(problem),
             completion.tokens,
             logprobs=completion.logprobs if self._comparable else None,
             finished=completion.finished,
-            correct=is_correct(problem, text),
         )
 
     def _as_target(self, sample: Sample) -> Sample:

@@ -15,6 +15,8 @@ class Evaluation:
 
     completions: list[list[int]]
     correct: list[bool]
+    reasons: list[str | None]
+    """Why a check failed, which counts as wrong; None where it did not."""
 
     def summary(self) -> dict[str, object]:
         """Accuracy with its 95 % interval."""
@@ -35,6 +37,7 @@ class Evaluation:
             "interval": summary["interval"],
             "correct": "".join(str(int(right)) for right in self.correct),
             "problems": len(self.correct),
+            "failed_checks": sum(reason is not None for reason in self.reasons),
             "length": sum(map(len, self.completions)) / len(self.completions),
         }
 

@@ -1,7 +1,8 @@
-"""Where a completion's answer is, and whether it is right: what one grading process runs."""
+"""Whether a completion is right: the one check, which runs in a process of its own."""
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -9,51 +10,62 @@ from functools import lru_cache
 from typing import Any
 
 from math_verify import parse, verify
-from math_verify.parser import LatexExtractionConfig
+from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 
-from opsd_train.rewards import extract_answer
+from opsd_train.evaluation.finding import (
+    LONGEST,
+    answer_part,
+    final_number,
+    last_box,
+    last_lines,
+    normalise,
+    plain_number,
+    same_lines,
+    unadorned,
+)
 
-# What is looked at by math-verify; its parser takes seconds for more, and no answer needs it.
-LONGEST = 10_000
+Verdict = tuple[bool, str | None, bool]
+"""Right or not; the answer as it was found; whether it has the form asked for."""
+
+NONSENSE = "?"
 BOXED_ONLY = (LatexExtractionConfig(boxed_match_priority=0),)
-# Escaped braces are no braces; some models write \\boxed as if it were inside a Python string.
-TOKENS = re.compile(r"(?P<box>\\{1,2}boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
+LATEX_ONLY = (LatexExtractionConfig(),)
+LATEX_OR_PLAIN = (LatexExtractionConfig(), ExprExtractionConfig())
 MIXED = re.compile(r"(-?\d+)\s+(\d+)/(\d+)")
 DIGIT_SPACE = re.compile(r"(?<=\d)(?:\\[,;:! ]|~|\{,\})(?=\d{3}(?!\d))")
 TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
 WORDS = re.compile(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*")
+# To math-verify 2 3 is a product or a sum, 3:45 a ratio, and 0x1F 0 times x.
+VERBATIM = re.compile(
+    r"[-+]?\d[\d.]*(?:\s+[-+]?\d[\d.]*)+|\d+(?::\d\d)+|[^\W\d_](?:\s+[^\W\d_])+|0[xb][\da-fA-F]+"
+)
 
 # The time limit comes from outside, so math-verify's warnings about it are beside the point.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
-def answer_part(text: str) -> str:
-    """What follows the last </think>; all of a text without it, or with nothing after it."""
-    after = text.rpartition("</think>")[2]
-    return after if after.strip() else text
-
-
-def last_box(text: str) -> str | None:
-    r"""The content of the last \boxed{...} whose braces close (the inner one of two nested)."""
-    opened: list[int | None] = []  # where the content starts, for a box
-    best: tuple[int, int] | None = None
-    for token in TOKENS.finditer(text):
-        if token["box"] or token["open"]:
-            opened.append(token.end() if token["box"] else None)
-        elif token["close"] and opened:
-            start = opened.pop()
-            if start is not None and (best is None or start > best[0]):
-                best = start, token.start()
-    return None if best is None else text[best[0] : best[1]].strip()
-
-
-def check(text: str, expected: str) -> tuple[bool, str | None, bool]:
-    """(right, the answer, whether it was in a closed box) by math-verify."""
+def check(text: str, expected: str) -> Verdict:
+    """By math-verify. An answer without a box is also right as the last lines, word for word."""
     part = answer_part(text)
     box = last_box(part)
     if box is not None:
         return bool(box) and equal(box, expected), box or None, True
-    found = parse(part[-LONGEST:], parsing_timeout=None)
+    lines = last_lines(part, expected)
+    if lines is None:
+        return False, None, False
+    if normalise(lines) == normalise(expected):
+        return True, unadorned(lines, expected), False
+    if _only_verbatim(expected):
+        return False, lines, False
+    is_number = plain_number(expected) is not None
+    if is_number:
+        number = final_number(part)
+        if number is not None:
+            written = number.text + r"\%" * number.percent
+            return equal(written, expected), number.text, False
+    # Of plain 2x + 1 or 3:45 math-verify would take the 2 or the 3 for a number.
+    places = LATEX_ONLY if is_number else LATEX_OR_PLAIN
+    found = parse(_plain_minus(part[-LONGEST:]), places, parsing_timeout=None)
     if not found:
         return False, None, False
     right = verify(_parsed(expected), found, allow_set_relation_comp=True, timeout_seconds=None)
@@ -61,21 +73,39 @@ def check(text: str, expected: str) -> tuple[bool, str | None, bool]:
 
 
 def check_by_task(
-    text: str, expected: str, task: str, entry: dict[str, Any] | None
-) -> tuple[bool, str | None, bool]:
-    """(right, the answer, whether there is one) by the reasoning_gym task's own scorer."""
-    answer = extract_answer(answer_part(text), expected)
+    text: str,
+    expected: str,
+    task: str,
+    entry: dict[str, Any] | None,
+    task_config: dict[str, Any] | None = None,
+) -> Verdict:
+    """By the reasoning_gym task's own scorer, with the settings that the entry was made with.
+
+    Right is the score 1: what is well formed but wrong scores up to 0.99. An answer that is the
+    expected number written otherwise (3.0, 1,234, a typographic minus), or its lines with other
+    white space at their ends, reaches the scorer as the task writes it.
+    """
+    answer = _task_answer(answer_part(text), expected)
     if answer is None:
         return False, None, False
-    return _scorer(task)(answer, entry) == 1.0, answer, True
+    scorer = _scorer(task, json.dumps(task_config or {}, sort_keys=True))
+    right = _scores_one(scorer, answer, entry)
+    if right and answer != expected and _scores_one(scorer, NONSENSE, entry):
+        right = equal(answer, expected)  # game_of_life_halting takes any text at all
+    return right, answer, True
 
 
 @lru_cache(maxsize=10_000)  # samples of one problem often agree
 def equal(given: str, expected: str) -> bool:
-    """Whether a boxed answer is the expected one: the same text, or equal to math-verify."""
-    given, expected = _clean(given), _clean(expected)
-    if given == expected:
+    """Whether an answer is the expected one: the same text or number, or equal to math-verify."""
+    if normalise(given) == normalise(expected):
         return True
+    if _only_verbatim(expected):
+        return False
+    number = plain_number(expected)
+    if number is not None and number == plain_number(given):
+        return True
+    given, expected = _clean(given), _clean(expected)
     words = _words(expected)
     if words is not None:
         return _words(given) == words
@@ -84,6 +114,44 @@ def equal(given: str, expected: str) -> bool:
     return verify(
         _parsed(expected), _parsed(given), allow_set_relation_comp=True, timeout_seconds=None
     )
+
+
+def _task_answer(part: str, expected: str) -> str | None:
+    """The one text that the scorer is asked about."""
+    number, box = plain_number(expected), last_box(part)
+    if box is None and number is not None:
+        found = final_number(part)
+        if found is None:
+            return None
+        return _as_expected(found.text, expected)
+    answer = box if box is not None else last_lines(part, expected)
+    if not answer or same_lines(answer, expected):
+        return expected if answer else None
+    answer = unadorned(answer, expected)
+    return answer if number is None else _as_expected(answer, expected)
+
+
+def _scores_one(
+    scorer: Callable[[str, dict[str, Any]], float], answer: str, entry: dict[str, Any] | None
+) -> bool:
+    try:
+        return scorer(answer, entry) == 1.0
+    except ValueError:  # prime_factorization reads numbers without asking whether they are some
+        return False
+
+
+def _as_expected(given: str, expected: str) -> str:
+    """The task's own spelling of a number; a fraction stays: some tasks want it in lowest terms."""
+    same = "/" not in expected and plain_number(given) == plain_number(expected)
+    return expected if same else given
+
+
+def _only_verbatim(expected: str) -> bool:
+    """Whether an answer is several numbers, letters or lines, which are no mathematics."""
+    if MIXED.fullmatch(expected.strip()):
+        return False
+    lines = expected.strip().splitlines()
+    return bool(VERBATIM.fullmatch(expected.strip())) or (len(lines) > 1 and "\\" not in expected)
 
 
 def _words(answer: str) -> str | None:
@@ -110,8 +178,13 @@ def _clean(answer: str) -> str:
     return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}" if mixed else text
 
 
+def _plain_minus(text: str) -> str:
+    """Outside of LaTeX, math-verify knows the hyphen alone as a minus."""
+    return text.replace("\u2212", "-")
+
+
 @lru_cache(maxsize=100)
-def _scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
+def _scorer(task: str, settings: str) -> Callable[[str, dict[str, Any]], float]:
     import reasoning_gym
 
-    return reasoning_gym.get_score_answer_fn(task)
+    return reasoning_gym.create_dataset(task, **json.loads(settings)).score_answer

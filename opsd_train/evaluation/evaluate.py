@@ -72,7 +72,7 @@ def score(store: Store, grading: GradingConfig) -> Scores:
         raise UserError(f"{store.folder} has no generations to grade")
     asked = [problems[row["set"], row["problem"]] for row in made]
     answers = [
-        Answer(row["text"], problem.answer, problem.task, problem.entry)
+        Answer(row["text"], problem.answer, problem.task, problem.entry, problem.task_config)
         for row, problem in zip(made, asked, strict=True)
     ]
     grades = grade(answers, seconds=grading.seconds, workers=grading.workers)

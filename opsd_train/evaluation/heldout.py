@@ -12,7 +12,7 @@ from opsd_train.data import Problem
 from opsd_train.evaluation.accuracy import Evaluation
 from opsd_train.methods.base import Method
 from opsd_train.prompts import PromptBuilder
-from opsd_train.rewards import is_correct
+from opsd_train.rewards import Rewards
 from opsd_train.step_stats import StepStats
 from opsd_train.trajectories import Trajectories
 from opsd_train.world import World
@@ -28,23 +28,26 @@ class HeldOut:
         prompts: PromptBuilder,
         trajectories: Trajectories,
         method: Method,
+        rewards: Rewards,
         world: World,
     ) -> None:
         self._config, self.problems, self._prompts = config, list(problems), prompts
-        self._trajectories, self._method, self._world = trajectories, method, world
+        self._trajectories, self._method = trajectories, method
+        self._rewards, self._world = rewards, world
 
     def evaluate(self, side: str) -> Evaluation:
         """Solve each problem once, greedily, under the prompt of `side`."""
         mine = self.problems[self._world.rank :: self._world.size]
         prompts = [getattr(self._prompts, side)(problem) for problem in mine]
         made = self._trajectories.greedy(prompts, self._config.evaluation.max_new_tokens)
-        parts = self._world.all_gather([completion.tokens for completion in made])
+        tokens = [completion.tokens for completion in made]
+        grades = self._rewards.collect(self._rewards.submit(mine, tokens))
+        parts = self._world.all_gather(tokens)
         completions: list[list[int]] = [[] for _ in self.problems]
         for rank, part in enumerate(parts):
             completions[rank :: self._world.size] = part
-        texts = self._prompts.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        pairs = zip(self.problems, texts, strict=True)
-        return Evaluation(completions, [is_correct(problem, text) for problem, text in pairs])
+        reasons = [grade.reason for grade in grades]
+        return Evaluation(completions, [grade.correct for grade in grades], reasons)
 
     @torch.no_grad()
     def divergence(self, evaluation: Evaluation) -> float:

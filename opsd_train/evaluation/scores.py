@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 import numpy as np
 
 from opsd_train.errors import UserError
+from opsd_train.evaluation.finding import normalise
 from opsd_train.evaluation.intervals import bootstrap
-from opsd_train.rewards import normalise
 
 
 class GradedSample(TypedDict):
@@ -137,7 +137,7 @@ def pass_at(samples: int, right: int, k: int) -> float:
 def majority_at(problem: Sequence[GradedSample], k: int) -> float:
     """Chance that the most frequent answer of k of the samples is right, over all subsets: exact.
 
-    Answers are one if `rewards.normalise` makes them the same text, and right if one of them was
+    Answers are one if `finding.normalise` makes them the same text, and right if one of them was
     graded so (the same text is graded otherwise only where grading failed). Answers that tie
     share the vote equally; a sample without an answer has none.
     """

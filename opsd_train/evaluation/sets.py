@@ -10,7 +10,6 @@ from typing import Any
 
 from opsd_train.config import Config, config_from, load_recipe, suggest
 from opsd_train.data import (
-    Problem,
     load_problems,
     problems_from_rows,
     task_entries,
@@ -28,7 +27,8 @@ HELDOUT = "heldout"
 
 @dataclass(frozen=True)
 class EvalProblem:
-    """One problem; `entry` is that of its reasoning_gym `task`, whose own scorer grades it."""
+    """One problem; `entry` is that of its reasoning_gym `task`, whose own scorer grades it with
+    the settings `task_config`."""
 
     set: str
     problem: str  # its id
@@ -36,6 +36,7 @@ class EvalProblem:
     answer: str
     task: str | None = None
     entry: dict[str, Any] | None = field(default=None, hash=False)
+    task_config: dict[str, Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _task(task: str, settings: dict[str, Any], count: int) -> list[EvalProblem]:
     made: dict[str, EvalProblem] = {}  # by question
     for name, entry in task_entries(task, settings, seed, count, f"tasks.{task}"):
         question = entry["question"]
-        made.setdefault(question, _of_entry(task, task, name, entry))
+        made.setdefault(question, _of_entry(task, task, name, entry, settings))
         if len(made) == 1:
             _check_scorer(task, made[question])
         if len(made) == count:
@@ -153,40 +154,29 @@ def _heldout(config: Config, folder: Path) -> Iterator[EvalProblem]:
             raise UserError(f"--set heldout: {changed}; restore it")
     if not problems:
         raise UserError("--set heldout: the run held no problems out (data.heldout_size=0)")
-    problems = problems[: config.evaluation.problems or None]
-    entries = _entries(config.data, problems) if config.data.source == "reasoning_gym" else {}
-    for problem in problems:
-        if problem.id in entries:
-            yield _of_entry(HELDOUT, config.data.task, problem.id, entries[problem.id])
+    for problem in problems[: config.evaluation.problems or None]:
+        if problem.task is not None:
+            made_by = (problem.task, problem.id, problem.entry, problem.task_config)
+            yield _of_entry(HELDOUT, *made_by)
         else:
             yield EvalProblem(HELDOUT, problem.id, problem.question, problem.answer)
 
 
-def _entries(data: DataConfig, problems: list[Problem]) -> dict[str, dict[str, Any]]:
-    """The entries that load_problems made these problems of, by id."""
-    missing = {problem.id for problem in problems}
-    found = {}
-    wanted = data.train_size + data.heldout_size
-    for name, entry in task_entries(data.task, data.task_config, data.seed, wanted):
-        if name in missing:
-            found[name] = entry
-        if len(found) == len(missing):
-            break
-    return found
-
-
-def _of_entry(label: str, task: str, name: str, entry: dict[str, Any]) -> EvalProblem:
+def _of_entry(
+    label: str, task: str, name: str, entry: dict[str, Any], settings: dict[str, Any]
+) -> EvalProblem:
     kept = {key: value for key, value in entry["metadata"].items() if _is_json(value)}
     entry = {"question": entry["question"], "answer": entry["answer"], "metadata": kept}
-    return EvalProblem(label, name, entry["question"], str(entry["answer"]), task, entry)
+    answer = str(entry["answer"])
+    return EvalProblem(label, name, entry["question"], answer, task, entry, settings)
 
 
 def _check_scorer(task: str, problem: EvalProblem) -> None:
     """A few scorers (arc_agi, rearc) want the tuples that JSON has made lists of."""
-    from reasoning_gym import get_score_answer_fn
+    from opsd_train.evaluation.answers import check_by_task
 
     entry = json.loads(json.dumps(problem.entry))
-    if get_score_answer_fn(task)(problem.answer, entry) != 1.0:
+    if not check_by_task(problem.answer, problem.answer, task, entry, problem.task_config)[0]:
         raise UserError(
             f"--set {task}: the task's scorer does not take the task's own answer once its problem "
             "has been kept as JSON, so it cannot be evaluated here"

@@ -30,6 +30,8 @@ class Method(ABC):
     """Whether the statistics hold a divergence from a teacher."""
     imitates: bool = False
     """Whether its samples are targets of a cross-entropy, which end as a turn of the chat ends."""
+    needs_rewards: bool = False
+    """Whether `weigh` asks which samples are right; else that is known at the end of the step."""
     updates: int = 1
     """Optimizer steps on one rollout."""
     temperature: float = 1.0

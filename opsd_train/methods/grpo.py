@@ -32,6 +32,8 @@ class Grpo(Method):
     """Per token -w min(r A, clip(r) A) + kl_weight k3, with r the policy's ratio to its old self,
     w the truncated importance weight of the old policy against the sampler."""
 
+    needs_rewards = True
+
     def __init__(self, config: Config, policy: Policy) -> None:
         super().__init__(config, policy)
         self.settings = config.grpo or GrpoConfig()

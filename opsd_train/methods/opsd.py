@@ -33,6 +33,7 @@ class Opsd(Method):
         super().__init__(config, policy)
         self.temperature = config.loss.temperature
         self.settings = config.opsd or OpsdConfig()
+        self.needs_rewards = self.settings.verify_weight is not None
         self.teacher = ReferencePolicy(policy, self.settings.teacher, self.settings.ema_decay)
 
     def weigh(self, samples: list[Sample]) -> list[Sample]:

@@ -16,6 +16,7 @@ class Star(Method):
     """Mean cross-entropy over the tokens of correct trajectories."""
 
     imitates = True
+    needs_rewards = True
 
     def weigh(self, samples: list[Sample]) -> list[Sample]:
         return [replace(sample, weight=float(sample.correct)) for sample in samples]

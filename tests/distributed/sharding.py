@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from opsd_kernels import fused_linear_cross_entropy
 from opsd_train.errors import UserError
+from opsd_train.evaluation.grading import Answer
 from opsd_train.families import LmHead, lm_head
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.trainer import Trainer
@@ -74,8 +75,8 @@ def evaluated(world: World, course: Course) -> dict[str, Any]:
     for step in (1, 2):
         trainer.step(step)
     # Any answer counts whose last token is even, so that not all are wrong.
-    with mock.patch("opsd_train.evaluation.heldout.is_correct", _even):
-        student, teacher = (trainer.heldout.evaluate(side) for side in ("student", "teacher"))
+    trainer.grader.right = _even
+    student, teacher = (trainer.heldout.evaluate(side) for side in ("student", "teacher"))
     return {
         "student": student.completions,
         "teacher": teacher.completions,
@@ -170,5 +171,5 @@ def _equal(one: Tensor, two: Tensor) -> bool:
     return torch.equal(one, two)
 
 
-def _even(problem: object, text: str) -> bool:
-    return sum(text.encode()) % 2 == 0
+def _even(answer: Answer) -> bool:
+    return sum(answer.text.encode()) % 2 == 0

@@ -11,6 +11,7 @@ from course import timeless
 from pair import Pair, alone
 from tiny import config
 from torch import Tensor
+from verdicts import made_up
 
 from opsd_train.checkpoint import Checkpoints
 from opsd_train.clock import Clock
@@ -30,7 +31,8 @@ Tensors = dict[str, Tensor]
 
 def make_run(world: World, model: Path, folder: Path, overrides: list[str], shard: str) -> Run:
     made = config(model, folder, "evaluation.problems=0", "steps=9", *overrides)
-    return Run(Trainer(made, world, RunFolder(folder, world), Clock(), shard))
+    with made_up():
+        return Run(Trainer(made, world, RunFolder(folder, world), Clock(), shard))
 
 
 def state(run: Run) -> Tensors:

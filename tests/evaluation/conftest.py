@@ -1,5 +1,6 @@
 """The tiny model and one short run of it, with LoRA and with all weights."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,13 @@ import pytest
 from opsd_train.config import config_from
 from opsd_train.run import train
 from tests.train.tiny import recipe, save_model
+from tests.train.verdicts import one_grader
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_grader() -> Iterator[None]:
+    with one_grader():
+        yield
 
 
 @pytest.fixture(scope="session")

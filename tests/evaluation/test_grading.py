@@ -7,7 +7,7 @@ import time
 import pytest
 
 from opsd_train.errors import UserError
-from opsd_train.evaluation.answers import answer_part, last_box
+from opsd_train.evaluation.finding import answer_part, last_box
 from opsd_train.evaluation.grading import Answer, Grade, grade
 
 BIG = "1234567890123456789012345678901234567890"
@@ -34,6 +34,8 @@ RIGHT = [  # (expected, what the box holds)
     ("2^{200}", "4^{100}"),
     ("10^{40}", "1" + "0" * 40),
     ("5!", "120"),
+    ("100", "1e2"),
+    ("1500", r"1.5 \times 10^{3}"),
     (r"\binom{5}{2}", "10"),
     ("1/2", r"\frac{1}{2}"),
     ("1/2", r"\frac12"),
@@ -106,6 +108,7 @@ WRONG = [
     (r"\frac{1}{2}", r"\frac{2}{1}"),
     ("1 1/2", "11/2"),
     ("1", "1 1/2"),
+    ("1", "1e2"),
     ("1/3", "0.33"),
     ("1/3", "0.3333"),
     ("1", "0.99999"),
@@ -153,7 +156,6 @@ KNOWN_LIMITS = [
     ("(3,4)", "3, 4", True),
     ("12_8", "12", True),  # the base of a numeral is dropped
     ("7", "--7", True),
-    ("100", "1e2", False),  # e is Euler's number
     (r"\frac{1}{3}", r"0.\overline{3}", False),
     ("5", "five", False),
     (r"\begin{cases}x=1\\y=2\end{cases}", "x=1, y=2", False),
@@ -165,7 +167,7 @@ WHOLE = [  # (completion, expected, correct, answer, boxed)
     (" \n", "5", False, None, False),
     ("I do not know.", "5", False, None, False),
     ("The answer is 5.", "5", True, "5", False),
-    (r"so $x=\frac{1}{2}$", "0.5", True, r"x=\frac{1}{2}", False),
+    (r"so $x=\frac{1}{2}$", "0.5", True, "1/2", False),
     ("$$5$$ but really $$6$$", "6", True, "6", False),
     (r"It is \boxed{5", "5", False, None, False),
     (r"\boxed{}", "5", False, None, True),
@@ -181,7 +183,7 @@ WHOLE = [  # (completion, expected, correct, answer, boxed)
     (r"<think>\boxed{4}</think> \boxed{5}", "5", True, "5", True),
     (r"<think>\boxed{5}</think> It is 4", "5", False, "4", False),
     (r"<think>\boxed{5}</think> I am done.", "5", False, None, False),
-    (r"<think>\boxed{5}</think>" + "\n", "5", True, "5", True),
+    (r"<think>\boxed{5}</think>" + "\n", "5", False, None, False),
     (r"<think>so \boxed{5}, or", "5", True, "5", True),
 ]
 
@@ -250,8 +252,8 @@ def test_one_answer_hangs_and_the_others_are_graded() -> None:
     for place in (0, 13, 29):
         answers[place] = Answer(boxed("10^{10^{10}}"), "5", None)
     start = time.monotonic()
-    result = grade(answers, seconds=1.0, workers=1)
-    assert time.monotonic() - start < 25
+    result = grade(answers, seconds=2.0, workers=1)
+    assert time.monotonic() - start < 100  # 3 x 2 s, and 4 starts on a busy machine
     assert [each.reason for each in result].count("timeout") == 3
     assert result[13] == Grade(False, "10^{10^{10}}", True, "timeout")
     assert [place for place, each in enumerate(result) if each.correct] == [5]
@@ -294,7 +296,8 @@ def test_box_and_thought() -> None:
     assert last_box(r"\boxed{\{1\}\}}") == r"\{1\}\}"
     assert last_box(r"\begin{array}\\\boxed{5}") == "5"
     assert answer_part("a</think>b</think>c") == "c"
-    assert answer_part("a</think> ") == "a</think> "
+    assert answer_part("a</think> ") == " "
+    assert answer_part("<think>a") == "<think>a"
 
 
 def test_grading_is_free_of_torch() -> None:

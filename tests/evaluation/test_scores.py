@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from opsd_train.errors import UserError
+from opsd_train.evaluation.finding import normalise
 from opsd_train.evaluation.intervals import bootstrap
 from opsd_train.evaluation.scores import GradedSample, compare, majority_at, rows, summarise
-from opsd_train.rewards import normalise
 
 
 def problem(name: str, answers: list[str | None], right: str = "5") -> list[GradedSample]:

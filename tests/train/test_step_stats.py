@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def sample(name: str, text: str, **fields) -> Sample:
 
 SAMPLES = [
     sample("b", "ab", logprobs=[-1.0, -2.0], correct=False, weight=0.0),
-    sample("a", "abc7", logprobs=[-0.5, -0.25, -1.5, -3.0], correct=True),
+    sample("a", "abc7", logprobs=[-0.5, -0.25, -1.5, -3.0], correct=True, answer="7"),
     sample("a", "b"),
 ]
 DIVERGENCE = [0.5, -0.25, 1.0, 2.0, 0.125, 0.0, 4.0]
@@ -143,6 +144,18 @@ def test_sample_rows(made):
     assert rows[1]["trained"] is False and rows[1]["extracted"] is None
     assert rows[2]["correct"] is None
     assert len(stats.sample_rows(TOKENIZER, 1)) == 1
+
+
+def test_verdicts_that_come_after_the_passes():
+    stats = stats_of([SAMPLES[2]], divergence=[4.0])
+    stats.add_unscored([SAMPLES[0]])
+    verdicts = [(SAMPLES[2], False, "b"), (SAMPLES[1], True, "7"), (SAMPLES[0], True, "a")]
+    stats.judge([replace(s, correct=right, answer=answer) for s, right, answer in verdicts])
+    rows = {row["completion"]: row for row in stats.sample_rows(TOKENIZER, 2)}
+    assert {name: (r["correct"], r["extracted"]) for name, r in rows.items()} == {
+        "ab": (True, "a"),
+        "b": (False, "b"),
+    }
 
 
 def test_pieces_are_whole_characters():

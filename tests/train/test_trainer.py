@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from tiny import config, make_model, make_tokenizer, recipe
+from verdicts import children, wait_until_gone
 
 from opsd_train import cli
 from opsd_train.clock import Clock
@@ -184,6 +185,7 @@ def test_interrupted_by_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
         while not ((run / "metrics.jsonl").exists() and rows(run)):
             assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()
             time.sleep(0.1)
+        grading = children(process.pid)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     finally:
@@ -191,6 +193,8 @@ def test_interrupted_by_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
     assert process.returncode == 130 and "Traceback" not in errors
     assert json.loads((run / "summary.json").read_text())["status"] == "interrupted"
     assert (run / "report.html").stat().st_size > 0
+    assert len(grading) == 1
+    wait_until_gone(*grading)
 
 
 @pytest.mark.parametrize("place", ["loss", "gradient"])
