@@ -30,7 +30,7 @@ def add_adapters(model: nn.Module, lora: sections.LoraConfig) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
+        with warnings.catch_warnings(action="ignore"):
             # fp32 adapters beside bf16 weights
             adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except (ValueError, RuntimeError) as error:

@@ -200,7 +200,7 @@ def _checkpoint_activations(core: nn.Module) -> None:
 def attention(config: sections.ModelConfig) -> str | None:
     """Name in transformers of what model.attention asks for; None: sdpa, or eager without it."""
     name, there = config.attention, is_flash_attn_2_available()
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_model_config(config)))
+    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_model_config(config)), None)
     flash, sdpa = (getattr(kind, f"_supports_{x}", False) for x in ("flash_attn", "sdpa"))
     if name == "flash_attention_2" and not there:
         raise UserError("model.attention=flash_attention_2 needs a GPU and: pip install flash-attn")
