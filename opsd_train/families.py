@@ -82,10 +82,8 @@ def backbone(core: nn.Module) -> nn.Module:
     """The causal LM without its head: gives last_hidden_state."""
     decoder = core.get_decoder()
     if decoder is core or not isinstance(decoder, PreTrainedModel):
-        name = type(core).__name__
         raise UserError(
-            f"{name} is not supported: its get_decoder() gives {type(decoder).__name__}, not the "
-            "layers below the head"
+            f"get_decoder() gives {type(decoder).__name__}, not the layers below the head"
         )
     return decoder
 
@@ -113,6 +111,8 @@ def prove(core: nn.Module, name: str, pad_id: int) -> None:
         fault = _fault(core, pad_id)
     except torch.OutOfMemoryError:
         raise
+    except UserError as error:
+        fault = str(error)
     except Exception as error:  # whatever a model of another shape trips over
         fault = " ".join(f"{type(error).__name__}: {error}".split())[:70]
     finally:

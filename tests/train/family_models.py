@@ -76,7 +76,13 @@ FAMILIES: dict[str, dict] = {
         **MAMBA,
     },
     "hyperclovax": {"logits_scaling": 0.4, **HEAD},
-    "inkling_text": {"logits_mup_width_multiplier": 3.0, "head_dim": 8, **EXPERTS},
+    "inkling_text": {
+        "logits_mup_width_multiplier": 3.0,
+        "d_rel": 8,
+        "rel_extent": 16,
+        **HEAD,
+        **EXPERTS,
+    },
     "jamba": {
         **{"attn_layer_offset": 1, "attn_layer_period": 2, "mamba_d_state": 8},
         **EXPERTS,

@@ -199,8 +199,16 @@ SMALL = SIZES | {"head_dim": 8, "intermediate_size_mlp": 48}
 @pytest.mark.parametrize(
     ("family", "settings", "reason"),
     [
-        ("llama4_text", {"num_local_experts": 2, "num_hidden_layers": 1}, "Llama4ForCausalLM"),
-        ("modernbert-decoder", {"global_attn_every_n_layers": 2}, "get_decoder() gives Linear"),
+        (
+            "llama4_text",
+            {"num_local_experts": 2, "num_hidden_layers": 1},
+            "gives Llama4ForCausalLM",
+        ),
+        (
+            "modernbert-decoder",
+            {"global_attn_every_n_layers": 2},
+            "gives Linear, not",
+        ),
         ("bert", {"is_decoder": True}, "not a scaled and capped product"),  # a layer before it
         ("bert-generation", {}, "a sequence beside a longer one"),  # reads both ways
         ("electra", {"is_decoder": True, "embedding_size": 32}, "product with its head"),
