@@ -124,8 +124,8 @@ class Layout:
     products: Products
     reason: str
     precision: str = "fp32"
-    widened_rows: int = 0
     seconds: float = 0.0  # predicted, on a GPU
+    widened_rows: int = 0  # of a 16-bit head, converted at a time
 
 
 def padded_columns(vocab_size: int) -> int:
