@@ -78,8 +78,7 @@ FAMILIES: dict[str, dict] = {
     "hyperclovax": {"logits_scaling": 0.4, **HEAD},
     "inkling_text": {
         "logits_mup_width_multiplier": 3.0,
-        "d_rel": 8,
-        "rel_extent": 16,
+        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
         **HEAD,
         **EXPERTS,
     },

@@ -1,5 +1,6 @@
 """Families of models: what the trainer makes of a model is what the model itself says."""
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,19 @@ import torch
 import torch.nn.functional as F
 import transformers
 from family_models import FAMILIES, SIZES, make_family
+from method_cases import (
+    CASES,
+    LORA,
+    VOCAB,
+    assert_same,
+    change,
+    double,
+    make_method,
+    make_samples,
+    run,
+    settings,
+    truth,
+)
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -284,3 +298,39 @@ def test_attention_that_never_sees_the_positions_does_not_pack(
 ) -> None:
     monkeypatch.setitem(FAMILIES, "gpt_bigcode", FAMILIES["gpt2"])
     assert not packs(with_flash("gpt_bigcode", monkeypatch), 0)
+
+
+# ------------------------------------------------------------------------------- scales in methods
+
+
+def scaled(family: str, **settings: float) -> nn.Module:
+    """With the vocabulary of the methods' samples."""
+    torch.manual_seed(1)
+    sizes = SIZES | {"vocab_size": VOCAB} | settings
+    config = transformers.AutoConfig.for_model(family, **sizes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_scales_both_heads(name: str) -> None:
+    config, samples = settings(*CASES[name]), make_samples()
+    student = add_adapters(scaled("granite", logits_scaling=0.3), LORA)
+    policy = Policy(student, 0, torch.float32)
+    change(policy, seed=1, std=0.3, only="lora_B")
+    others = {}
+    if config.method == "distill":
+        others["teacher"] = scaled("cohere", logit_scale=2.0).requires_grad_(False)
+    method = make_method(config, policy, *[Policy(t, 0, torch.float32) for t in others.values()])
+    samples = method.weigh(samples)
+    found = run(method, samples)
+    its = {name: copy.deepcopy(model).double() for name, model in others.items()}
+    assert_same(found, truth(config, double(policy), samples, **its), rel=1e-3)
+
+
+def test_the_initial_teacher_of_a_fully_trained_model_scales_its_head() -> None:
+    """Its head is a copy. Under one prompt teacher and student begin alike."""
+    policy = Policy(scaled("cohere", logit_scale=4.0), 0, torch.float32)
+    method = make_method(settings("loss.beta=0.0"), policy)
+    assert run(method, make_samples(same_prompt=True)).loss < 1e-6
+    change(policy, seed=3, std=0.05)
+    assert run(method, make_samples(same_prompt=True)).loss > 1e-2
