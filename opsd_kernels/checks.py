@@ -290,10 +290,9 @@ def _head(
     if softcap is not None:
         _positive(names[3], softcap)
         # softcap_c(k x) / T = softcap_(c / k)(x) / (T / k): no backend needs to know of the scale.
-        softcap = float(softcap) / logit_scale
-    return Head(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, softcap, temperature / logit_scale
-    )
+        softcap = float(softcap) / float(logit_scale)
+    temperature = float(temperature) / float(logit_scale)
+    return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, softcap, temperature)
 
 
 def _cut(heads: list[Head], vocab_size: int | None, execution: Execution) -> None:

@@ -15,6 +15,8 @@ _TILE_ELEMENTS = 2**18
 _TILE_BUFFERS = 6
 # Tiles may take a quarter of a small workspace; the logits need the rest.
 _TILE_SHARE = 4
+# So much of a 16-bit head in fp32 keeps a GEMM busy; of a small workspace no more than its share.
+_WIDENED_BYTES, _WIDENED_SHARE = 4 * MIB, 16
 # Beyond 256 rows a GEMM gains nothing on a CPU, and the logits start to leave the L3 cache.
 _FROZEN_ROWS = 256
 # C++: packing a tile of the head pays for so many rows, and more make buffers that the system
@@ -123,6 +125,7 @@ class Layout:
     reason: str
     precision: str = "fp32"
     seconds: float = 0.0  # predicted, on a GPU
+    widened_rows: int = 0  # of a 16-bit head, converted at a time
 
 
 def padded_columns(vocab_size: int) -> int:
@@ -153,15 +156,21 @@ def size_in_words(count: int) -> str:
 
 
 def torch_layout(x: Work) -> Layout:
-    """Blocks of logits in the input dtype, worked on in tiles of fp32."""
-    tokens, _, vocab = x.shape
-    tile_row = _TILE_BUFFERS * vocab * max(x.itemsizes[0], 4)
+    """Blocks of fp32 logits, worked on in tiles; a head of 16 bits is converted piece by piece."""
+    tokens, depth, vocab = x.shape
+    sizes = [max(size, 4) for size in x.itemsizes[: x.heads]]
+    tile_row = _TILE_BUFFERS * vocab * sizes[0]
     tile_rows = min(_TILE_ELEMENTS // vocab, x.budget // (_TILE_SHARE * tile_row))
     tile_rows = max(1, tile_rows)
     tiles = tile_rows * tile_row
-    per_row = x.gradients * vocab * x.itemsizes[0]
-    if x.heads == 2:
-        per_row += vocab * x.itemsizes[1]
+    per_row = vocab * (sum(sizes) + (x.gradients - 1) * sizes[0])
+    widened = 0
+    if 2 in x.itemsizes[: x.heads]:
+        widened = min(_WIDENED_BYTES, x.budget // _WIDENED_SHARE) // (4 * max(1, depth))
+        widened = min(vocab, max(1, widened))
+        tiles += 4 * widened * depth
+        # Hidden states of the block, and the gradients of the student's.
+        per_row += 4 * depth * (x.heads + x.gradients * int(x.differentiated))
     fitting = (x.budget - tiles) // per_row
     if fitting < 1:
         raise x.too_small(tiles + per_row)
@@ -175,7 +184,7 @@ def torch_layout(x: Work) -> Layout:
     rows = x.rows(limit)
     return Layout(
         "blocked", rows, min(tile_rows, rows), vocab, tiles + rows * per_row,
-        x.products("blocked"), reason,
+        x.products("blocked"), reason, widened_rows=widened,
     )  # fmt: skip
 
 

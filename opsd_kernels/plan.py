@@ -24,8 +24,11 @@ class Plan:
     workspace_bytes is what the call allocates for logits and row tiles, on a GPU also for hidden
     states gathered because labels leave rows out;
     tile_rows is how many rows the PyTorch backend works on at a time, slice_columns how much of the
-    vocabulary has its logits, or the gradient of them, in memory at a time.
-    accumulator_bytes is the fp32 gradient of a trained head, kept until backward scales it.
+    vocabulary has its logits, or the gradient of them, in memory at a time;
+    widened_rows is how many rows of a 16-bit head the PyTorch backend converts to fp32 at a time,
+    0 where it converts none: all products are then fp32, and every block converts the heads again.
+    accumulator_bytes is what backward scales of gradients in fp32: that of a trained head and, for
+    float16 inputs, that of the hidden states.
     """
 
     loss: str
@@ -39,6 +42,7 @@ class Plan:
     num_blocks: int
     tile_rows: int
     slice_columns: int
+    widened_rows: int
     gemms: int
     workspace_bytes: int
     accumulator_bytes: int
@@ -46,8 +50,13 @@ class Plan:
 
     def __str__(self) -> str:
         gradient = (
-            f", plus {size_in_words(self.accumulator_bytes)} for the head's gradient"
+            f", plus {size_in_words(self.accumulator_bytes)} for gradients in fp32"
             if self.accumulator_bytes
+            else ""
+        )
+        widened = (
+            f" in fp32 (16-bit heads converted {self.widened_rows} rows at a time)"
+            if self.widened_rows
             else ""
         )
         kept = ", logits as 16-bit differences" if self.precision == "difference" else ""
@@ -55,7 +64,7 @@ class Plan:
             f"{self.loss} of {self.num_tokens} tokens, hidden size {self.hidden_size}, "
             f"vocabulary {self.vocab_size}: {self.schedule} schedule in {self.num_blocks} block"
             f"{'' if self.num_blocks == 1 else 's'} of up to {self.rows_per_block} rows{kept}, "
-            f"{self.gemms} GEMM{'' if self.gemms == 1 else 's'}, workspace "
+            f"{self.gemms} GEMM{'' if self.gemms == 1 else 's'}{widened}, workspace "
             f"{size_in_words(self.workspace_bytes)}{gradient} ({self.reason})"
         )
 
@@ -159,11 +168,21 @@ def plan(
         num_blocks=-(-num_tokens // layout.rows),
         tile_rows=layout.tile_rows,
         slice_columns=layout.slice_columns,
+        widened_rows=layout.widened_rows,
         gemms=layout.products.total,
         workspace_bytes=layout.workspace_bytes,
-        accumulator_bytes=vocab_size * hidden_size * max(dtype.itemsize, 4) if grad_weight else 0,
+        accumulator_bytes=_accumulator_bytes(work, dtype),
         reason=layout.reason,
     )
+
+
+def _accumulator_bytes(x: Work, dtype: torch.dtype) -> int:
+    """Gradients that stay in fp32 until backward: fp16 has too few exponents for those to come."""
+    tokens, depth, vocab = x.shape
+    found = vocab * depth * max(dtype.itemsize, 4) if x.weight else 0
+    if x.hidden and dtype == torch.float16:
+        found += x.gradients * tokens * depth * 4
+    return found
 
 
 def default_backend(

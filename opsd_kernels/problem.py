@@ -89,12 +89,12 @@ class Result:
     """Values per token and gradients of sum(row_scale * value), up to the factor `scale`.
 
     Gradients are kept relative to the largest row scale: multiplied by 1/num_tokens first, they
-    would underflow in float16.
+    would underflow in float16, and those of float16 hidden states are kept in fp32.
     """
 
     value: Tensor  # (N,) divergence, or (smoothed) log-probability
     stats: Tensor  # (S, N), rows as named by the operator
-    grad_hidden: Tensor | None = None  # (N, D), input dtype
+    grad_hidden: Tensor | None = None  # (N, D), `kept_dtype` of the inputs
     grad_entropy: Tensor | None = None  # (N, D), d entropy / d hidden
     grad_weight: Tensor | None = None  # (V, D), accumulated in fp32 (fp64 for fp64)
     grad_bias: Tensor | None = None  # (V,), fp32
@@ -113,6 +113,11 @@ LOGPROB_STATS = ("logprob", "entropy", "lse")
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a gradient of the hidden states that backward scales: float16 has too few exponents."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -30,14 +30,19 @@ def add_adapters(model: nn.Module, lora: sections.LoraConfig) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
+        with warnings.catch_warnings(action="ignore"):
             # fp32 adapters beside bf16 weights
             adapted = get_peft_model(model, settings, autocast_adapter_dtype=True)
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())[:150]
+        for target in named:
+            for module in _matching(model, target):
+                if not hasattr(module, "weight"):
+                    kind = type(module).__name__
+                    reason = f"{target!r} is {kind}, no linear layer; name the layers in it"
         # peft may know an unknown name: what the experts of a mixture were called when they were
         # linear layers.
-        raise UserError(_unknown(unknown) or f"lora.target_modules: {reason[:150]}") from None
+        raise UserError(_unknown(unknown) or f"lora.target_modules: {reason}") from None
     kept = adapted.peft_config["default"].target_modules
     if reason := _unknown([target for target in unknown if target in kept]) or _refusal(adapted):
         raise UserError(reason)

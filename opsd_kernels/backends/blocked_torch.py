@@ -3,6 +3,10 @@
 A block of rows goes through one GEMM to logits; its rows are folded tile by tile, in cache, into
 values and, in place, into the gradient of the logits; one GEMM takes that to the hidden states and
 one, when the head is trained, to its weight. Rows that carry no loss never reach a GEMM.
+
+Logits and their gradient are fp32 (fp64 for fp64): rounded to 16 bits they would lose what a close
+pair differs by, overflow or underflow. PyTorch multiplies 16-bit operands to 16 bits on a CPU, so
+operands of 16 bits are converted, a few rows of the head at a time, and all products are fp32.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from opsd_kernels.problem import (
     DIVERGENCE_STATS,
     LOGPROB_STATS,
     DivergenceProblem,
+    Head,
     LogprobProblem,
     Result,
     Wanted,
+    stat_dtype,
 )
 
 
@@ -34,18 +40,18 @@ def divergence(
     run = _Run(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
     stats = run.stats(len(DIVERGENCE_STATS) if p.with_stats else 0)
     shared = same_head(p.student, p.teacher)
-    logits = run.logits(2 if shared else 1)
-    logits_t = logits if shared else run.logits(1, p.teacher.hidden)
+    logits = run.logits(p.student, 2 if shared else 1)
+    logits_t = logits if shared else run.logits(p.teacher, 1)
     tiles = [run.tile() for _ in range(5)]
     for index, rows in enumerate(run.blocks()):
         size = rows.shape[0]
         h_s, h_t = p.student.hidden[rows], p.teacher.hidden[rows]
         z_s, z_t = logits[:size], logits_t[size : 2 * size] if shared else logits_t[:size]
         if shared:  # one GEMM reads the head once for both models
-            torch.mm(torch.cat([h_s, h_t]), p.student.weight.t(), out=logits[: 2 * size])
+            run.multiply(torch.cat([h_s, h_t]), p.student.weight, logits[: 2 * size])
         else:
-            torch.mm(h_s, p.student.weight.t(), out=z_s)
-            torch.mm(h_t, p.teacher.weight.t(), out=z_t)
+            run.multiply(h_s, p.student.weight, z_s)
+            run.multiply(h_t, p.teacher.weight, z_t)
         for first in range(0, size, plan.tile_rows):
             part = slice(first, first + plan.tile_rows)
             _divergence_tile(p, run, rows[part], z_s[part], z_t[part], tiles, stats)
@@ -106,13 +112,13 @@ def logprob(
     """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
     run = _Run(p.head, plan, p.keep, wanted, p.execution.group_name, row_scale, entropy_scale)
     stats = run.stats(len(LOGPROB_STATS))
-    logits = run.logits(2 if wanted.entropy else 1)
+    logits = run.logits(p.head, 2 if wanted.entropy else 1)
     tiles = [run.tile() for _ in range(3)]
     for index, rows in enumerate(run.blocks()):
         size = rows.shape[0]
         h = p.head.hidden[rows]
         blocks = [logits[:size], logits[size : 2 * size]] if wanted.entropy else [logits[:size]]
-        torch.mm(h, p.head.weight.t(), out=blocks[0])
+        run.multiply(h, p.head.weight, blocks[0])
         for first in range(0, size, plan.tile_rows):
             part = slice(first, first + plan.tile_rows)
             _logprob_tile(p, run, rows[part], [z[part] for z in blocks], tiles, stats)
@@ -160,11 +166,51 @@ class _Run(Call):
     def stats(self, count: int) -> Tensor:
         return self.value.new_zeros(count, self.value.shape[0])
 
-    def logits(self, count: int, like: Tensor | None = None) -> Tensor:
+    def logits(self, head: Head, count: int) -> Tensor:
         """Room for `count` sets of a block's logits; their gradients later take their place."""
-        rows = min(self.plan.rows_per_block, self.num_kept)
-        like = self.head.hidden if like is None else like
-        return like.new_empty(count * rows, self.head.weight.shape[0])
+        rows, dtype = min(self.plan.rows_per_block, self.num_kept), stat_dtype(head.hidden.dtype)
+        return head.hidden.new_empty(count * rows, head.weight.shape[0], dtype=dtype)
+
+    def multiply(self, h: Tensor, weight: Tensor, out: Tensor) -> None:
+        """out (r, V) = h @ weight.T in the dtype of `out`."""
+        if weight.dtype == out.dtype:
+            torch.mm(h, weight.t(), out=out)
+            return
+        h = h.to(out.dtype)
+        for columns, part in self._widened(weight, out.dtype):
+            torch.mm(h, part.t(), out=out[:, columns])
+
+    def _widened(self, weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The head in `dtype`, as many of its rows at a time as the plan has room for."""
+        vocab, width = weight.shape[0], self.plan.widened_rows
+        room = weight.new_empty(min(width, vocab), weight.shape[1], dtype=dtype)
+        for first in range(0, vocab, width):
+            columns = slice(first, min(first + width, vocab))
+            yield columns, room[: columns.stop - first].copy_(weight[columns])
+
+    def add_products(
+        self, rows: Tensor | slice, h: Tensor, dz: list[Tensor], *, first: bool
+    ) -> None:
+        """What a block's dz, and the entropy's own as a second, give to each gradient."""
+        if h.dtype == self.dtype or not self.wanted.any:
+            super().add_products(rows, h, dz, first=first)
+            return
+        pairs = list(zip((self.grad_hidden, self.grad_entropy), dz, strict=False))
+        pairs = [
+            (grad, z, grad.new_zeros(h.shape, dtype=self.dtype))
+            for grad, z in pairs
+            if grad is not None
+        ]
+        h = h.to(self.dtype)
+        for columns, part in self._widened(self.head.weight, self.dtype):
+            for _, z, total in pairs:
+                total.addmm_(z[:, columns], part)
+            if self.grad_weight is not None:
+                self.grad_weight[columns].addmm_(dz[0][:, columns].t(), h, beta=int(not first))
+        for grad, _, total in pairs:
+            grad[rows] = total.to(grad.dtype)
+        if self.grad_bias is not None:
+            self.grad_bias += dz[0].sum(0)
 
     def tile(self) -> Tensor:
         shape = self.plan.tile_rows, self.head.weight.shape[0]
@@ -191,7 +237,7 @@ class _Run(Call):
     def store_gradient(
         self, logits: Tensor, grad: Tensor, slope: Tensor | None, factor: Tensor | float
     ) -> None:
-        """Chain through temperature, scale and softcap; round to the input dtype once."""
+        """Chain through temperature, scale and softcap."""
         if slope is not None:
             grad.mul_(slope)
         logits.copy_(grad.mul_(factor))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from opsd_kernels.plan import Plan
-from opsd_kernels.problem import Head, Result, Wanted, stat_dtype
+from opsd_kernels.problem import Head, Result, Wanted, kept_dtype, stat_dtype
 
 # Slices of the head's gradient that pass through the input dtype before fp32 accumulation, and of
 # dz that a product may copy.
@@ -95,7 +95,7 @@ class Call:
 
 
 def _zeros(hidden: Tensor) -> Tensor:
-    return torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+    return hidden.new_zeros(hidden.shape, dtype=kept_dtype(hidden.dtype))
 
 
 def vocabulary_shard(weight: Tensor, group_name: str) -> tuple[int, int, int]:

@@ -21,9 +21,10 @@ from opsd_kernels.backends.passes import Gradient, Layout, Run
 from opsd_kernels.backends.triton_columns import ColumnTiles
 from opsd_kernels.backends.triton_differences_launch import DifferenceTiles
 from opsd_kernels.backends.triton_launch import FusedTiles, Source
+from opsd_kernels.backends.triton_math import FP16_BOOST
 from opsd_kernels.backends.triton_rows_launch import StoredTiles
 from opsd_kernels.layouts import padded_columns
-from opsd_kernels.problem import DivergenceProblem, Head
+from opsd_kernels.problem import DivergenceProblem, Head, Result
 
 _Tiles = FusedTiles | StoredTiles | ColumnTiles | DifferenceTiles
 
@@ -129,11 +130,22 @@ class _Run(Run):
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
         share, chance = dh.split(size)
-        factor = (1.0 - p.beta) / p.student.temperature * (1.0 if scale is None else scale[:, None])
-        grad = chance.mul_(sums[1, :, None]).sub_(share).mul_(factor)
+        half = tiles.hidden.dtype == torch.float16  # shares are kept times the boost
+        rate = 1.0 - p.beta if half else (1.0 - p.beta) / p.student.temperature
+        factor = rate * (1.0 if scale is None else scale[:, None])
+        total = sums[1, :, None] * (FP16_BOOST.value if half else 1.0)
+        grad = chance.mul_(total).sub_(share).mul_(factor)
         rows = block if self.kept is None else self.kept[block]
         self.grad_hidden[rows] = grad.to(self.grad_hidden.dtype)
         return sums
+
+    def result(self, stats: Tensor) -> Result:
+        """Gradients of fp16 inputs are sums of what `gradient_unit` says until here."""
+        if self.head.hidden.dtype == torch.float16:
+            for grad in (self.grad_hidden, self.grad_entropy, self.grad_weight, self.grad_bias):
+                if grad is not None:
+                    grad.div_(FP16_BOOST.value * self.head.temperature)
+        return super().result(stats)
 
     def gradients(self, block: slice, tiles: _Tiles, gradient: Gradient) -> None:
         weight, h = self.head.weight, tiles.hidden

@@ -21,6 +21,7 @@ from opsd_kernels.backends.triton_math import (
     divergence_slope,
     entries,
     exp,
+    gradient_unit,
 )
 from opsd_kernels.backends.triton_rows import (
     ROW_NUMBERS,
@@ -150,9 +151,9 @@ def difference_gradient(
     at = row.to(tl.int64) * code_stride
     top_s, log2_s, top_t, log2_t = row_constants(merged, row, width, STEP)
     total = tl.load(totals + row)
-    factor = inv_temp_s
+    factor = gradient_unit(dz, inv_temp_s)
     if scale is not None:
-        factor = tl.load(scale + row) * inv_temp_s
+        factor *= tl.load(scale + row)
     if KIND != FORWARD_KL:
         # Of an infinite reverse KL inf - inf has no direction; the value reports it.
         factor = tl.where(total == float("inf"), 0.0, factor)

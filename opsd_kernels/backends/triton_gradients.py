@@ -16,6 +16,7 @@ from opsd_kernels.backends.triton_math import (
     FORWARD_KL,
     LN_2,
     divergence_slope,
+    gradient_unit,
     log2,
     log_ratio,
     probability,
@@ -40,9 +41,9 @@ def divergence_gradient(
     at = tl.minimum(r, rows - 1)
     top_s, log2_s, top_t, log2_t = constants(merged, r, rows, width, STEP)
     total = tl.load(totals + at)[:, None]
-    factor = inv_temp_s
+    factor = gradient_unit(grad, inv_temp_s)
     if scale is not None:
-        factor = (tl.load(scale + at) * inv_temp_s)[:, None]
+        factor = (tl.load(scale + at) * factor)[:, None]
     if KIND != FORWARD_KL and clip is None:
         # Of an infinite reverse KL inf - inf has no direction; the value reports it.
         factor = tl.where(total == float("inf"), 0.0, factor)
@@ -89,6 +90,7 @@ def logprob_gradient(
     row, col = block * R, start + tile * C
     r = row + tl.arange(0, R)
     at = tl.minimum(r, rows - 1)
+    unit = gradient_unit(grad, inv_temp)
     PART: tl.constexpr = C // PARTS
     raw = product(
         x, w, row, col, rows, cols, depth, x_row, x_k, w_row, w_k,
@@ -113,8 +115,8 @@ def logprob_gradient(
                 dz += rise * tl.load(entropy_scale + at)[:, None]
             if grad_entropy is not None:
                 _store_gradient(
-                    grad_entropy, rise * slope * inv_temp, row, c - start, rows, stop - start,
+                    grad_entropy, rise * slope * unit, row, c - start, rows, stop - start,
                     grad_row, R, PART,
                 )  # fmt: skip
-        dz = dz * slope * inv_temp
+        dz = dz * slope * unit
         _store_gradient(grad, dz, row, c - start, rows, stop - start, grad_row, R, PART)

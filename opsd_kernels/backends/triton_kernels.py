@@ -3,7 +3,7 @@
 A program multiplies its tiles of logits from hidden states `x` and head `w`. It owns R rows and a
 span of the vocabulary, whose statistics it writes for `merge`.
 
-Statistics are (rows of float32) in the order of `triton_launch.Layout`: per head maximum, sum of
+Statistics are (rows of float32) in the order of `passes.Layout`: per head maximum, sum of
 exponentials, sum of p u for the entropy, sum of u and number of columns for label smoothing, the
 label's logit; then, of a pair, the cross sum and the mark of an infinite KL.
 """

@@ -17,6 +17,9 @@ LOG_ZERO = tl.constexpr(-1e38)
 # Between any logit and LOG_ZERO.
 BANNED = tl.constexpr(-5e37)
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+# A gradient of z is kept in fp16 times this: a close pair's entries would fall below the smallest
+# number; a reverse KL's stay finite where log-probabilities are up to 4,000 apart.
+FP16_BOOST = tl.constexpr(64.0)
 FORWARD_KL, REVERSE_KL, JSD = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # exp(80) is finite, and beside it 1 is nothing.
 _FAR = tl.constexpr(80.0)
@@ -51,6 +54,18 @@ def log2(x):
     else:
         y = libdevice.fast_log2f(x)
     return y
+
+
+@triton.jit
+def gradient_unit(dz, inv_temp):
+    """Factor between a gradient of z and what is stored at `dz` for one of raw logits.
+
+    Of fp16 the launcher applies the temperature, and takes back the boost, in fp32.
+    """
+    unit = inv_temp
+    if dz.dtype.element_ty == tl.float16:
+        unit = FP16_BOOST
+    return unit
 
 
 # ---------------------------------------------------------------------------------- from raw logits

@@ -12,9 +12,11 @@ import triton.language as tl
 
 from opsd_kernels.backends.triton_math import (
     FORWARD_KL,
+    FP16_BOOST,
     LN_2,
     LOG_ZERO,
     divergence_slope,
+    gradient_unit,
     jsd_terms,
     log2,
     log_ratio,
@@ -42,9 +44,9 @@ def row_divergence_gradient(
     dz += row.to(tl.int64) * dz_stride
     top_s, log2_s, top_t, log2_t = row_constants(merged, row, width, STEP)
     total = tl.load(totals + row)
-    factor = inv_temp_s
+    factor = gradient_unit(dz, inv_temp_s)
     if scale is not None:
-        factor = tl.load(scale + row) * inv_temp_s
+        factor *= tl.load(scale + row)
     if KIND != FORWARD_KL and clip is None:
         # Of an infinite reverse KL inf - inf has no direction; the value reports it.
         factor = tl.where(total == float("inf"), 0.0, factor)
@@ -90,6 +92,8 @@ def row_jsd_shares(
         shares += lane_sum(by_lane(centered, LANES, 8))
         tl.debug_barrier()
         kind = share.dtype.element_ty
+        if kind == tl.float16:
+            centered *= FP16_BOOST
         tl.store(share + c, (centered * slope).to(kind), mask=c < padded)
         tl.store(chance + c, (s * slope).to(kind), mask=c < padded)
     tl.store(out + row, tl.sum(value, 0))
@@ -111,9 +115,10 @@ def row_logprob_gradient(
     dz += row.to(tl.int64) * dz_stride
     top, log2_total = tl.load(merged + row), log2(tl.load(merged + width + row))
     y = (tl.load(label + row) - first).to(tl.int32)
-    factor = inv_temp
+    unit = gradient_unit(dz, inv_temp)
+    factor = unit
     if scale is not None:
-        factor = tl.load(scale + row) * inv_temp
+        factor *= tl.load(scale + row)
     for col in range(0, padded, BLOCK_V):
         c = col + tl.arange(0, BLOCK_V)
         x, slope = row_logits(z, c, cols, padded, bias, softcap, inv_temp)
@@ -121,7 +126,7 @@ def row_logprob_gradient(
         grad = (tl.where(c == y, sharp, 0.0) + uniform - p) * factor
         if entropy is not None:
             log_p = tl.maximum((x - top) - log2_total * LN_2, LOG_ZERO)
-            rise = -p * (log_p + tl.load(entropy + row)) * inv_temp
+            rise = -p * (log_p + tl.load(entropy + row)) * unit
             if entropy_scale is not None:
                 grad += rise * tl.load(entropy_scale + row)
             if dz_entropy is not None:

@@ -19,7 +19,7 @@ from opsd_kernels.backends import blocked_torch, cpp_backend
 from opsd_kernels.backends.call import vocabulary_shard
 from opsd_kernels.backends.precision import named_refusals
 from opsd_kernels.plan import Plan, default_backend, plan
-from opsd_kernels.problem import Execution, Head, Result, Wanted, stat_dtype
+from opsd_kernels.problem import Execution, Head, Result, Wanted, kept_dtype, stat_dtype
 
 _SLICE_ELEMENTS = 2**20
 # Labels are checked, and their rows compacted, on the host: inductor must leave these operators
@@ -132,7 +132,8 @@ def or_empty(grad: Tensor | None, value: Tensor) -> Tensor:
 
 def fake_grad(h: Tensor, present: bool) -> Tensor:
     """Fake of an optional gradient of the hidden states."""
-    return h.new_empty(h.shape) if present else h.new_empty(0, dtype=stat_dtype(h.dtype))
+    shape, dtype = (h.shape, kept_dtype(h.dtype)) if present else (0, stat_dtype(h.dtype))
+    return h.new_empty(shape, dtype=dtype)
 
 
 def summed(result: Result, row_scale: Tensor) -> tuple[Tensor, ...]:

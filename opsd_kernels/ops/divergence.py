@@ -185,7 +185,7 @@ def _divergence_tokens_backward(ctx: Any, grad_value: Tensor | None, *_: Any) ->
     refuse_double_backward()
     if not ctx.trained:
         (unit,) = ctx.saved_tensors
-        return in_order("divergence_tokens", [scale_cast(unit, grad_value, unit.dtype)])
+        return in_order("divergence_tokens", [scale_cast(unit, grad_value, ctx.dtypes[0])])
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
     numbers = {**ctx.numbers, "with_stats": False}
     _, _, _, *grads, scale = divergence_sum(**saved, **numbers, row_scale=grad_value)

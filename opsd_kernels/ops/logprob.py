@@ -177,7 +177,7 @@ def _logprob_tokens_backward(
     if not ctx.trained:
         unit, unit_entropy = ctx.saved_tensors
         terms = [
-            scale_cast(unit, upstream, unit.dtype)
+            scale_cast(unit, upstream, ctx.dtypes[0])
             for unit, upstream in ((unit, grad_value), (unit_entropy, grad_entropy))
             if upstream is not None
         ]

@@ -46,6 +46,7 @@ def jsd_none_stats(**p: Tensor) -> object:
 def jsd_options(**p: Tensor) -> object:
     weight = torch.linspace(0, 1, p["student_input"].shape[0])
     options = {"token_weight": weight, "vocab_size": 60, "num_tokens": 50, "temperature": 1.3}
+    options |= {"student_logit_scale": 4.0, "teacher_logit_scale": 0.0625}
     return flat(fused_linear_jsd(**p, student_softcap=9.0, workspace_bytes=WORKSPACE, **options))
 
 
@@ -71,7 +72,7 @@ def logprob_entropy_stats(**p: Tensor) -> object:
 
 
 def cross_entropy(**p: Tensor) -> object:
-    options = {"label_smoothing": 0.1, "return_stats": True}
+    options = {"label_smoothing": 0.1, "logit_scale": 0.125, "return_stats": True}
     return flat(fused_linear_cross_entropy(*student(p), bias=p["student_bias"], **options))
 
 

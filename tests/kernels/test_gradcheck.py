@@ -20,7 +20,12 @@ def leaves(seed: int) -> tuple[dict[str, Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize(
-    "extra", [{}, {"student_softcap": 3.0, "temperature": 0.7}, {"token_clip": 0.1}]
+    "extra",
+    [
+        {},
+        {"student_softcap": 3.0, "student_logit_scale": 1.7, "teacher_logit_scale": 0.4},
+        {"temperature": 0.7, "token_clip": 0.1},
+    ],
 )
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
 def test_divergence(beta: float, extra: dict, reduction: str) -> None:
@@ -37,7 +42,7 @@ def test_divergence(beta: float, extra: dict, reduction: str) -> None:
     "fn",
     [
         fused_linear_logprob,
-        functools.partial(fused_linear_logprob, return_entropy=True, softcap=3.0),
+        functools.partial(fused_linear_logprob, return_entropy=True, softcap=3.0, logit_scale=0.6),
         functools.partial(fused_linear_cross_entropy, label_smoothing=0.2, temperature=0.7),
         functools.partial(fused_linear_cross_entropy, reduction="none"),
     ],

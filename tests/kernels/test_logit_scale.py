@@ -4,8 +4,11 @@ Scales of 1/16, 1/8 and 4 are what Granite, Cohere and Falcon-H1 have; 1 is the 
 """
 
 import pytest
-from kernel_cases import LOSSES, check, prepare
+import torch
+from kernel_cases import LOSSES, STUDENT, check, prepare, run, same_bits
 
+from opsd_kernels import reference
+from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import make_pair, single
 
 # (student's scale, teacher's, softcap, bias, trained head): each value beside each other once.
@@ -60,3 +63,49 @@ def test_values_and_gradients(name: str, case: tuple) -> None:
 )
 def test_triton(name: str, case: tuple, how: dict[str, object], triton_device: str) -> None:
     compare(name, case, triton_device, **how)
+
+
+@pytest.mark.usefixtures("cpu_backend")
+def test_a_scale_is_a_head_multiplied_by_hand() -> None:
+    """By a power of two nothing is rounded otherwise."""
+    pair = make_pair(20, 24, 131, masked=3, seed=6, dtype=torch.float32)
+    by_hand = dict(pair)
+    for who, scale in (("student", 4.0), ("teacher", 0.0625)):
+        for part in ("weight", "bias"):
+            by_hand[f"{who}_{part}"] = scale * pair[f"{who}_{part}"]
+    how = {"student_softcap": 30.0, "teacher_softcap": 30.0}
+    scales = {"student_logit_scale": 4.0, "teacher_logit_scale": 0.0625}
+    ours, ours_grads = run(fused_linear_jsd, pair, STUDENT, **how, **scales)
+    expected, expected_grads = run(fused_linear_jsd, by_hand, STUDENT, **how)
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(ours_grads["student_input"], expected_grads["student_input"])
+    for name in STUDENT[1:]:
+        torch.testing.assert_close(ours_grads[name], 4.0 * expected_grads[name])
+
+
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("name", ["jsd 0.5", "logprob and entropy"])
+def test_a_scale_of_one_changes_no_bit(name: str) -> None:
+    loss, inputs, wrt, options = prepare(name, make_pair(20, 24, 131, seed=7), True, None)
+    scales = {k: 1.0 for k in options_of(name, CASES[0]) if k.endswith("scale")}
+    plain = run(loss.fn, inputs, wrt, **options)
+    same_bits(run(loss.fn, inputs, wrt, **options, **scales), plain)
+
+
+@pytest.mark.usefixtures("cpu_backend")
+def test_statistics_are_those_of_the_scaled_logits() -> None:
+    pair = make_pair(20, 24, 131, masked=3, seed=8)
+    how = {**options_of("jsd 0.5", CASES[1]), "token_clip": 0.05, "return_stats": True}
+    _, ours = fused_linear_jsd(**pair, **how)
+    _, truth = reference.linear_jsd(**pair, **how)
+    assert ours.keys() == truth.keys()
+    for name, column in truth.items():
+        torch.testing.assert_close(ours[name].double(), column, rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision(cpu_backend: str) -> None:
+    """Gradients of scaled logits in the dtypes of training: a factor is applied in fp32."""
+    for name, dtype in (("jsd 0.5", torch.bfloat16), ("cross-entropy", torch.float16)):
+        loss, inputs, wrt, options = prepare(name, make_pair(20, 24, 131, seed=9), True, None)
+        how = {"dtype": dtype, "max_factor": 4.0}
+        check(loss.fn, loss.truth, inputs, wrt, **how, **options, **options_of(name, CASES[1]))

@@ -33,6 +33,7 @@ def test_call_order_is_ligers() -> None:
         {"jsd_beta": 0.0, "temperature": 0.7},
         {"jsd_beta": 1.0, "ignore_index": 3},
         {"jsd_beta": 0.0, "token_clip": 0.05},
+        {"student_logit_scale": 4.0, "teacher_logit_scale": 0.0625},
         {"precision": "fp32", "jsd_beta": 0.3},
         {"reduction": "none", "student_softcap": 8.0, "workspace_bytes": 64 << 20},
     ],

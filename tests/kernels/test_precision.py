@@ -37,14 +37,14 @@ os.environ["TRITON_INTERPRET"] = "1"
 import torch
 from opsd_kernels.backends import triton_launch
 x = torch.zeros(4, 16)
-source = triton_launch.Source(x, x, None, None)
+source = triton_launch.Source(x, x, None, None, 1.0)
 for setting in {settings}:
     # As a new process has it: nothing set by either way.
     torch.backends.cuda.matmul.allow_tf32 = False
     for backend in torch.backends, torch.backends.cudnn, torch.backends.cuda.matmul:
         backend.fp32_precision = "none"
     exec(setting)
-    print(triton_launch.FusedTiles([source], 1.0, False).options()["PRECISION"])
+    print(triton_launch.FusedTiles([source], False).options()["PRECISION"])
 """
 
 

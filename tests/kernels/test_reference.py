@@ -90,12 +90,13 @@ def test_values_equal_torch_losses() -> None:
         assert_close(ours, F.cross_entropy(z_s, y, label_smoothing=smoothing), floor=1e-13)
 
 
-def test_softcap_temperature_and_bias() -> None:
+def test_scale_softcap_temperature_and_bias() -> None:
     g = torch.Generator().manual_seed(3)
     h, w, b = (torch.randn(s, generator=g, dtype=torch.float64) for s in [(4, 5), (6, 5), (6,)])
-    z = reference.logits(h, w, b, softcap=2.0, temperature=0.7)
+    z = reference.logits(h, w, b, logit_scale=3.0, softcap=2.0, temperature=0.7)
     expected = [
-        [2 * math.tanh((h[i] @ w[j] + b[j]).item() / 2) / 0.7 for j in range(6)] for i in range(4)
+        [2 * math.tanh(3 * (h[i] @ w[j] + b[j]).item() / 2) / 0.7 for j in range(6)]
+        for i in range(4)
     ]
     assert_close(z, torch.tensor(expected, dtype=torch.float64), floor=1e-13)
 

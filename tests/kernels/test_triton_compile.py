@@ -71,9 +71,12 @@ def ask(question, again):
 
 answers, whole = {}, m.DivergenceProblem
 
+def warm(head):
+    return replace(head, temperature=0.7)
+
 def other(*a):
     beta = 0.3 if a[4] == 0.5 else a[4]
-    return whole(*a[:4], beta, 0.7, *a[6:])
+    return whole(*map(warm, a[:2]), *a[2:4], beta, *a[5:])
 
 for schedule in sorted({run["schedule"] for run in m.RUNS}):
     for vocab in (50257, 151936):

@@ -44,7 +44,9 @@ def logits(kind: str) -> tuple[Tensor, Tensor]:
     return student, teacher
 
 
-def truth(pair: tuple[Tensor, Tensor], beta: float, cap: float | None, t: float) -> tuple:
+def truth(
+    pair: tuple[Tensor, Tensor], beta: float, cap: float | None, t: tuple[float, float]
+) -> tuple:
     """(value, d value / d raw student logits) of logits that pass an identity as their head."""
     eye = torch.eye(VOCAB, dtype=torch.float64)
     inputs = {"student_weight": eye, "teacher_weight": eye}
@@ -52,15 +54,18 @@ def truth(pair: tuple[Tensor, Tensor], beta: float, cap: float | None, t: float)
         # The same columns are banned in every row: by the bias, since inf times 0 is NaN.
         inputs[f"{name}_input"] = raw.nan_to_num(neginf=0.0)
         inputs[f"{name}_bias"] = torch.where(raw[0].isinf(), raw[0], 0.0)
-    how = {"beta": beta, "temperature": t, "reduction": "none"}
-    how |= {"student_softcap": cap, "teacher_softcap": cap}
+    how = {"beta": beta, "reduction": "none"}
+    for name, each in zip(("student", "teacher"), t, strict=True):
+        # Of a head, softcap and temperature as the kernels have them.
+        how[f"{name}_logit_scale"] = 1.0 / each
+        how[f"{name}_softcap"] = None if cap is None else cap / each
     values, grads = run(reference.linear_jsd, inputs, STUDENT[:1], [torch.ones(ROWS)], **how)
     return values[0], grads["student_input"]
 
 
 def by_differences(
-    pair: tuple[Tensor, Tensor], beta: float, cap: float | None, t: float, device: str,
-    with_labels: bool,
+    pair: tuple[Tensor, Tensor], beta: float, cap: float | None, t: tuple[float, float],
+    device: str, with_labels: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same from the kernels."""
     from opsd_kernels.backends.passes import FORWARD_KL, JSD, REVERSE_KL, Layout, _kl
@@ -75,14 +80,15 @@ def by_differences(
         count = columns.stop - columns.start
         z = raw.new_full((2, ROWS, math.ceil(count / 64) * 64), -torch.inf)
         z[:, :, :count] = raw[:, :, columns]
-        heads = [Head(hidden, raw.new_empty(count, 1), None, cap)] * 2
-        return StoredTiles(z, heads, hidden, t)
+        weight = raw.new_empty(count, 1)
+        return StoredTiles(z, [Head(hidden, weight, None, cap, each) for each in t], hidden)
 
     kind = {0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(beta, JSD)
     layout = Layout(2, True, False, with_labels, kind)
     labels = torch.arange(ROWS, device=device) * 411 if with_labels else None
+    student = Head(hidden, raw.new_empty(VOCAB, 1), None, cap, t[0])
     codes = torch.full((2, ROWS, PADDED), torch.nan, dtype=torch.float16, device=device)
-    tiles = DifferenceTiles(multiplied, SLICES, codes, hidden, cap, t)
+    tiles = DifferenceTiles(multiplied, SLICES, codes, hidden, student)
     merged = raw.new_empty(layout.count, ROWS)
     tiles.statistics(layout, labels, 0, merged, None)
     value, totals = tiles.sums(layout, merged, beta, None, None)
@@ -97,7 +103,13 @@ def error(found: Tensor, true: Tensor) -> float:
     return ((found.double() - true).norm() / true.norm()).item()
 
 
-def check(pair: tuple, beta: float, device: str, cap: float | None = None, t: float = 1.0) -> None:
+def check(
+    pair: tuple,
+    beta: float,
+    device: str,
+    cap: float | None = None,
+    t: tuple[float, float] = (1.0, 1.0),
+) -> None:
     exact = tuple(x.float().double() for x in pair)
     value, grad = truth(exact, beta, cap, t)
     for with_labels in (True, False):
@@ -120,10 +132,13 @@ def test_softcap(cap: float, beta: float, triton_device: str) -> None:
 
 
 @BETAS
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("temperatures", [(0.5, 0.5), (2.0, 0.8)])
 @pytest.mark.parametrize("kind", ["random", "5%"])
-def test_temperature(kind: str, temperature: float, beta: float, triton_device: str) -> None:
-    check(logits(kind), beta, triton_device, t=temperature)
+def test_temperatures(
+    kind: str, temperatures: tuple[float, float], beta: float, triton_device: str
+) -> None:
+    """The teacher's own where one of the heads scales its logits."""
+    check(logits(kind), beta, triton_device, t=temperatures)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.5])
@@ -133,7 +148,7 @@ def test_banned_vocabulary(beta: float, triton_device: str) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_infinite_kl_has_a_finite_gradient(beta: float, triton_device: str) -> None:
-    value, dz = by_differences(logits("banned"), beta, None, 1.0, triton_device, True)
+    value, dz = by_differences(logits("banned"), beta, None, (1.0, 1.0), triton_device, True)
     assert value.isposinf().all() and dz.isfinite().all()
 
 

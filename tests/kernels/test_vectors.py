@@ -105,8 +105,8 @@ def divergence_call(p: dict[str, Tensor], vectors: dict[str, Tensor], schedule: 
     heads += ("teacher_input", "teacher_weight", "teacher_bias")
     p = {**p, **vectors}
     return divergence.divergence_sum(
-        *(p[name] for name in heads), p["labels"], p["keep"], 0.5, 1.0, None, None, None, True,
-        schedule, None, None, "auto", True, True, True, p["row_scale"],
+        *(p[name] for name in heads), p["labels"], p["keep"], 0.5, None, None, None, 1.0, 1.0,
+        True, schedule, None, None, "auto", True, True, True, p["row_scale"],
     )  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def logprob_call(p: dict[str, Tensor], vectors: dict[str, Tensor], schedule: str
     p = {**p, **vectors}
     return logprob.logprob_sum(
         p["student_input"], p["student_weight"], p["student_bias"], p["labels"], p["keep"],
-        1.0, None, 0.1, True, schedule, None, None, True, True, True, p["row_scale"],
+        None, 1.0, 0.1, True, schedule, None, None, True, True, True, p["row_scale"],
         p["entropy_scale"],
     )  # fmt: skip
 

@@ -26,6 +26,9 @@ def losses(
     clipped, stats = k.fused_linear_jsd(
         *both, label, **bias, **run, token_clip=0.01, student_softcap=20.0, return_stats=True
     )
+    scaled = k.fused_linear_jsd(
+        *both, label, **bias, **run, student_logit_scale=4.0, teacher_logit_scale=0.125
+    )
     logprob, entropy = k.fused_linear_logprob(*one, label, **run, return_entropy=True)
     advantage, sampled = k.fused_linear_advantage(*both, label, **run)
     return [
@@ -33,6 +36,7 @@ def losses(
         k.fused_linear_forward_kl(*both, label, **bias, **run),
         k.fused_linear_reverse_kl(*both, label, **bias, **run, temperature=1.3),
         clipped + sum(column.sum() for column in stats.values()),
+        scaled,
         (2 * logprob + entropy).sum(),
         k.fused_linear_cross_entropy(*one, label, **run, label_smoothing=0.1),
         k.policy_gradient_loss(advantage, sampled, label),

@@ -3,13 +3,19 @@
 import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from tiny import config, make_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from opsd_train import cli
 from opsd_train.checkpoint import Checkpoints, training_tensors
@@ -64,6 +70,44 @@ def test_merged(tiny_folder: Path, tmp_path: Path, full: bool) -> None:
         [{"role": "user", "content": "1 + 1"}], tokenize=False
     )
     assert text == "<|user|>1 + 1<|end|>"
+
+
+@pytest.mark.parametrize("case", ["embeddings", "experts"])
+def test_merged_with_adapters_elsewhere(case: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """On embeddings that the head does not share, and on experts, which are stacked weights."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    if case == "embeddings":
+        targets = "[embed_tokens, q_proj]"
+        make_model(tied=False).save_pretrained(folder)
+    else:
+        targets = "[q_proj, gate_proj, up_proj, down_proj]"
+        mixture(tmp_path / "model")
+    made = config(folder, tmp_path / "run", f"lora.target_modules={targets}")
+    policy = trained(made)
+    assert any(
+        "embed" in n or "experts" in n
+        for n, p in policy.model.named_parameters()
+        if p.requires_grad
+    )
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--merged"]) == 0
+    wanted = logits(policy.model)
+    assert (wanted - logits(AutoModelForCausalLM.from_pretrained(folder))).abs().max() > 1
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(merged), wanted, atol=1e-4, rtol=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    adapter = export(tmp_path / "run")
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(base, adapter)), wanted, atol=1e-4, rtol=1e-5
+    )
+
+
+def mixture(folder: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "head_dim": 8}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "initializer_range": 0.3}
+    made = Qwen3MoeConfig(vocab_size=261, **sizes, **heads, **experts)
+    Qwen3MoeForCausalLM(made).save_pretrained(folder)
 
 
 def test_merged_in_the_compute_dtype(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""Adapters: where they stand, where they may not, and what they leave out."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from family_models import FAMILIES, make_family
+from method_cases import LORA
+from tiny import make_model
+from torch import nn
+
+from opsd_train.adapters import add_adapters, left_out
+from opsd_train.errors import UserError
+
+
+def refusal(model: nn.Module, targets: list[str] | str) -> str:
+    with pytest.raises(UserError) as caught, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_adapters(model, replace(LORA, target_modules=targets))
+    line = str(caught.value)
+    assert line.startswith("lora.target_modules: ") and len(line) < 200 and "\n" not in line
+    return line
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["model.embed_tokens"]])
+def test_tied_embeddings_cannot_have_an_adapter(targets: list[str]) -> None:
+    assert "embed_tokens cannot have an adapter, its weight is also the head's" in refusal(
+        make_model(tied=True), targets
+    )
+    adapted = add_adapters(make_model(tied=False), replace(LORA, target_modules=targets))
+    assert any("embed_tokens.lora" in name for name, p in adapted.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "head"), [("llama", "lm_head"), ("gpt_neox_japanese", "embed_out")]
+)
+def test_the_head_cannot_have_an_adapter_whatever_its_name(
+    family: str, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FAMILIES, "gpt_neox_japanese", {})
+    model = make_family(family, torch.float32)
+    assert f"{head} cannot have an adapter, the loss reads its weight" in refusal(model, [head])
+
+
+@pytest.mark.parametrize(
+    ("targets", "reason"),
+    [
+        (["q_pro"], "the model has no module 'q_pro'"),
+        (["q_proj", "w1"], "the model has no module 'w1'"),
+        (["mlp"], "'mlp' is LlamaMLP, no linear layer; name the layers in it"),
+    ],
+)
+def test_targets_that_match_nothing_or_no_layer(targets: list[str], reason: str) -> None:
+    assert reason in refusal(make_model(), targets)
+
+
+def test_mamba_names_the_layer_that_its_kernels_read() -> None:
+    assert "'out_proj' is incompatible" in refusal(
+        make_family("mamba", torch.float32), "all-linear"
+    )
+
+
+def adapted_names(model: nn.Module) -> set[str]:
+    names = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    return {name.split(".lora_A")[0].removeprefix("base_model.model.") for name in names}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_linear_is_every_linear_layer_but_the_head(tied: bool) -> None:
+    model = make_model(tied=tied)
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    adapted = add_adapters(model, replace(LORA, target_modules="all-linear"))
+    assert adapted_names(adapted) == linear - {"lm_head"} and len(linear) == 15
+
+
+def test_names_may_be_longer() -> None:
+    targets = ["layers.1.self_attn.q_proj", "mlp.down_proj"]
+    adapted = add_adapters(make_model(), replace(LORA, target_modules=targets))
+    assert adapted_names(adapted) == {
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+    }
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "lines"),
+    [
+        ("llama", ["q_proj"], []),
+        ("qwen3_moe", ["q_proj"], ["18,432 weights of theirs stay frozen"]),
+        ("qwen3_moe", ["q_proj", "gate_proj", "up_proj", "down_proj"], []),
+        ("qwen3_moe", "all-linear", []),
+        ("gpt_oss", "all-linear", ["36,864 weights of theirs stay frozen"]),
+        (
+            "deepseek_v3",
+            ["q_a_proj", "gate_proj", "up_proj", "down_proj"],
+            [
+                f"peft puts {name} on the experts alone: 2 linear layers of that name"
+                for name in ("gate_proj", "up_proj", "down_proj")
+            ],
+        ),
+    ],
+)
+def test_what_the_targets_leave_out_is_said(
+    family: str, targets: list[str] | str, lines: list[str]
+) -> None:
+    lora = replace(LORA, target_modules=targets)
+    found = left_out(add_adapters(make_family(family, torch.float32), lora), lora)
+    assert len(found) == len(lines)
+    for line, part in zip(found, lines, strict=True):
+        assert line.startswith("lora.target_modules: ") and part in line and len(line) < 200
