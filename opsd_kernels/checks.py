@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from opsd_kernels.plan import PRECISIONS, SCHEDULES
 from opsd_kernels.problem import DivergenceProblem, Execution, Head, LogprobProblem
+from opsd_kernels.transforms import reverse_mode_only
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -66,7 +67,9 @@ def divergence_problem(
             "shift_labels", shift_labels, student_input.shape[:-1], student_input.device
         )
         keep = flat_labels != ignore_index
-    keep = _weighted(keep, token_weight, "student_input", student_input)
+    keep = weighted(
+        keep, token_weight, "student_input", student_input.shape[:-1], student_input.device
+    )
     return DivergenceProblem(
         student=student,
         teacher=teacher,
@@ -103,11 +106,12 @@ def logprob_problem(
     _positive("temperature", temperature)
     head = _head(prefix, input, weight, bias, softcap)
     _cut([head], vocab_size, execution)
-    target = labels("target", target, input.shape[:-1], input.device)
+    shape, device = input.shape[:-1], input.device
+    target = labels("target", target, shape, device)
     return LogprobProblem(
         head=head,
         target=target,
-        keep=_weighted(target != ignore_index, token_weight, f"{prefix}input", input),
+        keep=weighted(target != ignore_index, token_weight, f"{prefix}input", shape, device),
         temperature=float(temperature),
         label_smoothing=float(label_smoothing),
         with_entropy=with_entropy,
@@ -224,6 +228,7 @@ def token_values(
             f"got {tuple(value.shape)}"
         )
     _same_place(name, value, like_name, device)
+    reverse_mode_only(name, value)
 
 
 def labels_in_vocabulary(name: str, labels: Tensor, keep: Tensor | None, vocab_size: int) -> None:
@@ -255,12 +260,17 @@ def _head(
             f"{names[1]}: expected shape (V, {hidden.shape[-1]}) to match {names[0]} "
             f"{tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"{names[1]}: expected at least one vocabulary row, got shape (0, D)")
+    if 0 in weight.shape:
+        raise ValueError(
+            f"{names[1]}: expected at least one vocabulary row and one hidden column, got shape "
+            f"{tuple(weight.shape)}"
+        )
     _same_place(names[1], weight, names[0], hidden.device)
     for name, tensor in zip(names, (hidden, weight, bias), strict=False):
         if tensor is not None and tensor.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+        if tensor is not None:
+            reverse_mode_only(name, tensor)
     hidden, weight = _autocast(hidden), _autocast(weight)
     if hidden.dtype != weight.dtype:
         raise TypeError(
@@ -308,13 +318,17 @@ def labels(name: str, labels: Tensor, shape: torch.Size, device: torch.device) -
     return labels.reshape(-1).long()
 
 
-def _weighted(
-    keep: Tensor | None, token_weight: Tensor | None, input_name: str, input: Tensor
+def weighted(
+    keep: Tensor | None,
+    token_weight: Tensor | None,
+    like_name: str,
+    shape: torch.Size,
+    device: torch.device,
 ) -> Tensor | None:
     """Rows of weight 0 carry no loss and are dropped like masked ones."""
     if token_weight is None:
         return keep
-    token_values("token_weight", token_weight, input_name, input.shape[:-1], input.device)
+    token_values("token_weight", token_weight, like_name, shape, device)
     nonzero = token_weight.reshape(-1) != 0
     return nonzero if keep is None else keep & nonzero
 

@@ -59,7 +59,9 @@ def fused_linear_cross_entropy(
     )  # fmt: skip
     checks.reduction_arguments(reduction, num_tokens, problem.head.hidden.device)
     counted = problem.target != ignore_index
-    scale = -row_scale(problem.head.hidden, counted, token_weight, reduction, num_tokens)
+    scale = -row_scale(
+        problem.head.hidden, counted, problem.keep, token_weight, reduction, num_tokens
+    )
     shape = input.shape[:-1]
     if reduction == "none":
         value, _, stats = logprob(problem)

@@ -12,6 +12,7 @@ from opsd_kernels import checks
 from opsd_kernels.ops.common import (
     GRADS,
     HOST_READS,
+    at_kept,
     backend_of,
     by_name,
     dispatched,
@@ -24,6 +25,7 @@ from opsd_kernels.ops.common import (
     save_sum,
     scale_cast,
     scaled_grads,
+    still_kept,
     sum_backward,
     summed,
     wanted,
@@ -163,7 +165,9 @@ def _logprob_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.trained = a["grad_weight"] or a["grad_bias"]
     ctx.dtypes = wanted_dtypes(a, _PARAMETERS)
     ctx.numbers = {n: v for n, v in a.items() if n not in (*_SAVED, "grad_entropy")}
-    ctx.save_for_backward(*([a[name] for name in _SAVED] if ctx.trained else output[3:]))
+    ctx.save_for_backward(
+        *([a[name] for name in _SAVED] if ctx.trained else (a["keep"], *output[3:]))
+    )
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
 
@@ -175,9 +179,9 @@ def _logprob_tokens_backward(
         return in_order("logprob_tokens", [])
     refuse_double_backward()
     if not ctx.trained:
-        unit, unit_entropy = ctx.saved_tensors
+        keep, unit, unit_entropy = ctx.saved_tensors
         terms = [
-            scale_cast(unit, upstream, unit.dtype)
+            scale_cast(unit, at_kept(upstream, keep), unit.dtype)
             for unit, upstream in ((unit, grad_value), (unit_entropy, grad_entropy))
             if upstream is not None
         ]
@@ -185,6 +189,8 @@ def _logprob_tokens_backward(
     if grad_value is None:
         grad_value = torch.zeros_like(grad_entropy)
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
+    grad_value, grad_entropy = (at_kept(x, saved["keep"]) for x in (grad_value, grad_entropy))
+    saved["keep"] = still_kept(saved["keep"], grad_value, grad_entropy)
     _, _, _, *grads, scale = logprob_sum(
         **saved, **ctx.numbers, row_scale=grad_value, entropy_scale=grad_entropy
     )
