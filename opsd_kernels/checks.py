@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from opsd_kernels.plan import PRECISIONS, SCHEDULES
-from opsd_kernels.problem import DivergenceProblem, Execution, Head, LogprobProblem
+from opsd_kernels.problem import (
+    DivergenceProblem,
+    Execution,
+    Head,
+    LogprobProblem,
+    stat_dtype,
+)
 from opsd_kernels.transforms import reverse_mode_only
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -97,6 +103,8 @@ def logprob_problem(
     execution: Execution,
     token_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    with_predicted: bool = False,
     prefix: str = "",
 ) -> LogprobProblem:
     """Validate the arguments of the log-probability family; errors name them with the prefix."""
@@ -108,6 +116,14 @@ def logprob_problem(
     _cut([head], vocab_size, execution)
     shape, device = input.shape[:-1], input.device
     target = labels("target", target, shape, device)
+    label_weight = None
+    if class_weight is not None:
+        _constant("class_weight", class_weight)
+        if execution.group_name is None:  # else the operator knows the whole vocabulary
+            class_weight_of(class_weight, head.weight.shape[0])
+        _same_place("class_weight", class_weight, f"{prefix}input", device)
+        head.class_weight = class_weight.to(stat_dtype(head.hidden.dtype)).contiguous()
+        label_weight = head.class_weight[target.clamp(0, len(class_weight) - 1)]
     return LogprobProblem(
         head=head,
         target=target,
@@ -116,6 +132,8 @@ def logprob_problem(
         label_smoothing=float(label_smoothing),
         with_entropy=with_entropy,
         execution=execution,
+        with_predicted=with_predicted,
+        label_weight=label_weight,
     )
 
 
@@ -215,20 +233,22 @@ def token_values(
     name: str, value: Tensor, like_name: str, shape: torch.Size, device: torch.device
 ) -> None:
     """A constant floating-point tensor with one value per token of `like_name` (...)."""
-    _tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if value.requires_grad:
-        raise ValueError(
-            f"{name}: requires_grad, but it is a constant of the loss; pass {name}.detach()"
-        )
+    _constant(name, value)
     if value.shape != shape:
         raise ValueError(
             f"{name}: expected shape {tuple(shape)}, one value per token of {like_name}, "
             f"got {tuple(value.shape)}"
         )
     _same_place(name, value, like_name, device)
-    reverse_mode_only(name, value)
+
+
+def class_weight_of(class_weight: Tensor, vocab_size: int) -> None:
+    """One weight for each entry of the whole vocabulary."""
+    if class_weight.shape != (vocab_size,):
+        raise ValueError(
+            f"class_weight: expected shape ({vocab_size},), one weight per entry of the whole "
+            f"vocabulary, got {tuple(class_weight.shape)}"
+        )
 
 
 def labels_in_vocabulary(name: str, labels: Tensor, keep: Tensor | None, vocab_size: int) -> None:
@@ -331,6 +351,17 @@ def weighted(
     token_values("token_weight", token_weight, like_name, shape, device)
     nonzero = token_weight.reshape(-1) != 0
     return nonzero if keep is None else keep & nonzero
+
+
+def _constant(name: str, value: Tensor) -> None:
+    _tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if value.requires_grad:
+        raise ValueError(
+            f"{name}: requires_grad, but it is a constant of the loss; pass {name}.detach()"
+        )
+    reverse_mode_only(name, value)
 
 
 def _tensor(name: str, value: Tensor) -> None:

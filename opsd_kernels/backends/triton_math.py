@@ -66,6 +66,16 @@ def capped(raw, softcap):
 
 
 @triton.jit
+def class_weights(w, c, cols):
+    """Weights of the columns c, 1 where there are none, 0 beyond the vocabulary."""
+    if w is None:
+        found = tl.where(c < cols, 1.0, 0.0)
+    else:
+        found = tl.load(w + c, mask=c < cols, other=0.0)
+    return found
+
+
+@triton.jit
 def probability(z, top, log2_total):
     if _INTERPRETED:
         p = tl.exp((z - top) - log2_total * LN_2)

@@ -14,6 +14,7 @@ from opsd_kernels.backends.triton_math import (
     FORWARD_KL,
     LN_2,
     LOG_ZERO,
+    class_weights,
     divergence_slope,
     jsd_terms,
     log2,
@@ -98,12 +99,13 @@ def row_jsd_shares(
 
 @triton.jit(**ROW_NUMBERS)
 def row_logprob_gradient(
-    z, bias, softcap, label, merged, entropy, scale, entropy_scale, dz, dz_entropy, cols, padded,
-    stride, dz_stride, entropy_stride, width, first, inv_t, sharp, uniform,
+    z, bias, softcap, class_weight, label, merged, rates, entropy, scale, entropy_scale, dz,
+    dz_entropy, rows, cols, padded, stride, dz_stride, entropy_stride, width, first, inv_t, uniform,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """d (sharp log p(y) + uniform sum log p) / d raw logits, over z.
+    """(sharp at the label) + uniform class_weight - mass p, chained to the raw logits, over z.
 
+    rates (2, rows): each row's sharp and mass, see `logprob_terms`.
     The entropy's gradient is added where its scale is known, or written to dz_entropy.
     """
     row = tl.program_id(0)
@@ -111,14 +113,18 @@ def row_logprob_gradient(
     dz += row.to(tl.int64) * dz_stride
     top, log2_total = tl.load(merged + row), log2(tl.load(merged + width + row))
     y = (tl.load(label + row) - first).to(tl.int32)
+    sharp, mass = tl.load(rates + row), tl.load(rates + rows.to(tl.int64) + row)
     factor = inv_t
     if scale is not None:
         factor = tl.load(scale + row) * inv_t
     for col in range(0, padded, BLOCK_V):
         c = col + tl.arange(0, BLOCK_V)
         x, slope = row_logits(z, c, cols, padded, bias, softcap, inv_t)
+        share = uniform
+        if class_weight is not None:
+            share = uniform * class_weights(class_weight, c, cols)
         p = probability(x, top, log2_total)
-        grad = (tl.where(c == y, sharp, 0.0) + uniform - p) * factor
+        grad = (tl.where(c == y, sharp, 0.0) + share - mass * p) * factor
         if entropy is not None:
             log_p = tl.maximum((x - top) - log2_total * LN_2, LOG_ZERO)
             rise = -p * (log_p + tl.load(entropy + row)) * inv_t

@@ -99,11 +99,11 @@ def plan_for(
     )  # fmt: skip
 
 
-def whole_vocabulary(head: Head, e: Execution) -> tuple[int, int]:
-    """(entries over all shards, entries of the largest shard)."""
+def whole_vocabulary(head: Head, e: Execution) -> tuple[int, int, int]:
+    """(first entry of this shard, entries over all shards, entries of the largest shard)."""
     if e.group_name is None:
-        return head.weight.shape[0], head.weight.shape[0]
-    return vocabulary_shard(head.weight, e.group_name)[1:]
+        return 0, head.weight.shape[0], head.weight.shape[0]
+    return vocabulary_shard(head.weight, e.group_name)
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Want
         checks.outside_capture(
             p.student.hidden, shift_labels=p.labels, token_weight=p.keep, process_group=group
         )
-        vocab_size, largest = whole_vocabulary(p.student, p.execution)
+        _, vocab_size, largest = whole_vocabulary(p.student, p.execution)
         if p.labels is not None:
             checks.labels_in_vocabulary("shift_labels", p.labels, p.keep, vocab_size)
         chosen = plan_for(

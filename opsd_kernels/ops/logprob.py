@@ -44,7 +44,7 @@ from opsd_kernels.problem import (
 
 _PARAMETERS = ("input", "weight", "bias")
 # What backward needs again to make the gradients of a trained head.
-_SAVED = (*_PARAMETERS, "target", "keep")
+_SAVED = (*_PARAMETERS, "target", "keep", "class_weight", "label_weight", "z_weight")
 
 
 def logprob(
@@ -54,8 +54,9 @@ def logprob(
     needed = wanted(p.head)
     h, e = p.head, p.execution
     tensors = (h.hidden, h.weight, h.bias, p.target, p.keep)
+    tensors += (h.class_weight, p.label_weight, p.z_weight)
     numbers = (p.temperature, h.softcap, p.label_smoothing)
-    run = (p.with_entropy, e.schedule, e.workspace_bytes, e.group_name)
+    run = (p.with_entropy, p.with_predicted, e.schedule, e.workspace_bytes, e.group_name)
     flags = (needed.hidden, needed.weight, needed.bias)
     if row_scale is not None and (needed.weight or needed.bias):
         loss, _, stats, *_ = logprob_sum(*tensors, *numbers, *run, *flags, row_scale, None)
@@ -71,10 +72,14 @@ def logprob_tokens(
     bias: Tensor | None,
     target: Tensor,
     keep: Tensor | None,
+    class_weight: Tensor | None,
+    label_weight: Tensor | None,
+    z_weight: Tensor | None,
     temperature: float,
     softcap: float | None,
     label_smoothing: float,
     with_entropy: bool,
+    with_predicted: bool,
     schedule: str,
     workspace_bytes: int | None,
     group_name: str | None,
@@ -85,8 +90,9 @@ def logprob_tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(value (N,), entropy (N,), stats (S, N), d value / dh, d entropy / dh)."""
     p = LogprobProblem(
-        Head(input, weight, bias, softcap), target, keep, temperature, label_smoothing,
-        with_entropy, Execution(schedule, workspace_bytes, group_name),
+        Head(input, weight, bias, softcap, class_weight), target, keep, temperature,
+        label_smoothing, with_entropy, Execution(schedule, workspace_bytes, group_name),
+        with_predicted, label_weight, z_weight,
     )  # fmt: skip
     now = grad_hidden and not (grad_weight or grad_bias)
     result = _run_logprob(p, None, None, Wanted(hidden=now, entropy=now and grad_entropy))
@@ -106,10 +112,14 @@ def logprob_sum(
     bias: Tensor | None,
     target: Tensor,
     keep: Tensor | None,
+    class_weight: Tensor | None,
+    label_weight: Tensor | None,
+    z_weight: Tensor | None,
     temperature: float,
     softcap: float | None,
     label_smoothing: float,
     with_entropy: bool,
+    with_predicted: bool,
     schedule: str,
     workspace_bytes: int | None,
     group_name: str | None,
@@ -121,8 +131,9 @@ def logprob_sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As divergence_sum, of sum(row_scale * value + entropy_scale * entropy) in the gradients."""
     p = LogprobProblem(
-        Head(input, weight, bias, softcap), target, keep, temperature, label_smoothing,
-        with_entropy, Execution(schedule, workspace_bytes, group_name),
+        Head(input, weight, bias, softcap, class_weight), target, keep, temperature,
+        label_smoothing, with_entropy, Execution(schedule, workspace_bytes, group_name),
+        with_predicted, label_weight, z_weight,
     )  # fmt: skip
     needed = Wanted(grad_hidden, grad_weight, grad_bias)
     return summed(_run_logprob(p, row_scale, entropy_scale, needed), row_scale)
@@ -154,8 +165,12 @@ def _run_logprob(
 ) -> Result:
     with dispatched(p.head.hidden):
         checks.outside_capture(p.head.hidden, target=p.target)
-        vocab_size, largest = whole_vocabulary(p.head, p.execution)
+        first, vocab_size, largest = whole_vocabulary(p.head, p.execution)
         checks.labels_in_vocabulary("target", p.target, p.keep, vocab_size)
+        if p.head.class_weight is not None:
+            checks.class_weight_of(p.head.class_weight, vocab_size)
+            shard = p.head.class_weight[first : first + p.head.weight.shape[0]]
+            p.head.class_weight = shard if p.label_smoothing != 0.0 else None
         chosen = plan_for("logprob", p.head, largest, p.execution, row_scale, needed)
         return backend_of(chosen).logprob(p, chosen, row_scale, entropy_scale, needed)
 
@@ -191,8 +206,9 @@ def _logprob_tokens_backward(
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
     grad_value, grad_entropy = (at_kept(x, saved["keep"]) for x in (grad_value, grad_entropy))
     saved["keep"] = still_kept(saved["keep"], grad_value, grad_entropy)
+    numbers = {**ctx.numbers, "with_predicted": False}
     _, _, _, *grads, scale = logprob_sum(
-        **saved, **ctx.numbers, row_scale=grad_value, entropy_scale=grad_entropy
+        **saved, **numbers, row_scale=grad_value, entropy_scale=grad_entropy
     )
     return in_order("logprob_tokens", scaled_grads(grads, scale, ctx.dtypes))
 
