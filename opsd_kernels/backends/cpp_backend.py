@@ -135,12 +135,14 @@ class _Tiles:
         merged: Tensor,
         entropy: Tensor | None,
         scales: tuple[Tensor | None, Tensor | None],
-        rates: Tensor,
+        rates: Tensor | None,
         uniform: float,
         offset: int,
         columns: slice,
         outs: list[Tensor],
     ) -> None:
+        if rates is None:
+            rates = merged.new_ones(2, merged.shape[1])
         torch.ops.opsd_cpu.logprob_gradient(
             self.logits, merged, label, offset, entropy, *scales, rates, uniform,
             self.heads[0].class_weight, self.softcaps[0], self.temperature,

@@ -41,8 +41,10 @@ def rates_of(
     label_weight: Tensor | None,
     share: Tensor | None,  # sum_v w_v / V, where there is smoothing
     lse: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(sharp, mass)."""
+) -> tuple[Tensor, Tensor] | None:
+    """(sharp, mass), or None where both are 1."""
+    if label_weight is None and share is None and p.z_weight is None:
+        return None
     sharp = torch.full_like(lse, 1.0 - p.label_smoothing)
     if label_weight is not None:
         sharp = sharp * label_weight

@@ -191,7 +191,8 @@ def logprob(
         scales = run.part(run.row_scale, block), run.part(run.entropy_scale, block)
         found, weight = layout.head(here, 0), run.part(p.label_weight, block)
         share = found["number"] / run.vocab_size if smoothing != 0.0 else None
-        rates = torch.stack(rates_of(p, weight, share, _lse(found)))
+        rates = rates_of(p, weight, share, _lse(found))
+        rates = None if rates is None else torch.stack(rates)
         gradient = functools.partial(
             tiles.logprob_gradient, target, here, entropy, scales, rates,
             smoothing / run.vocab_size, run.offset,
@@ -306,7 +307,7 @@ class Tiles(Protocol):
         merged: Tensor,
         entropy: Tensor | None,
         scales: tuple[Tensor | None, Tensor | None],
-        rates: Tensor,
+        rates: Tensor | None,
         uniform: float,
         offset: int,
         columns: slice,
@@ -314,7 +315,7 @@ class Tiles(Protocol):
     ) -> None:
         """The same of the log-probability; `outs` may have a second place, for the entropy's.
 
-        rates (2, rows): what stands at the label and what each p is multiplied by.
+        rates (2, rows): what stands at the label and what each p is multiplied by, None for 1.
         """
 
 

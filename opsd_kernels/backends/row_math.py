@@ -94,13 +94,13 @@ def weighted_mean(
 def logprob_grad_(
     prob: Tensor,
     target: Tensor,
-    rates: tuple[Tensor, Tensor],
+    rates: tuple[Tensor, Tensor] | None,
     uniform: float,
     class_weight: Tensor | None,
     offset: int,
 ) -> Tensor:
     """prob <- sharp onehot(y) + uniform w - mass p, the gradient of the value's logits."""
-    sharp, mass = rates
+    sharp, mass = rates or [prob.new_ones(())] * 2
     grad = prob.mul_(-mass)
     if uniform != 0.0:
         grad.add_(uniform if class_weight is None else uniform * class_weight)

@@ -94,7 +94,7 @@ class ColumnTiles:
         merged: Tensor,
         entropy: Tensor | None,
         scales: tuple[Tensor | None, Tensor | None],
-        rates: Tensor,
+        rates: Tensor | None,
         uniform: float,
         offset: int,
         columns: slice,

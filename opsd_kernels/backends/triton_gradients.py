@@ -20,6 +20,7 @@ from opsd_kernels.backends.triton_math import (
     log2,
     log_ratio,
     probability,
+    rates_of,
 )
 from opsd_kernels.backends.triton_tiles import finished, part_of, product
 
@@ -84,7 +85,8 @@ def logprob_gradient(
 ):  # fmt: skip
     """(sharp at the label) + uniform class_weight - mass p, chained to the raw logits.
 
-    rates (2, rows): each row's sharp and mass, see `logprob_terms`. For columns start to stop.
+    rates (2, rows): each row's sharp and mass, see `logprob_terms`; None where both are 1.
+    For columns start to stop.
     The entropy's gradient is added where its scale is known, or written to grad_entropy.
     """
     block, tile = place(tl.cdiv(rows, R), tl.cdiv(stop - start, C), GROUP)
@@ -107,8 +109,7 @@ def logprob_gradient(
         share = uniform
         if class_weight is not None:
             share = (uniform * class_weights(class_weight, columns, cols))[None, :]
-        sharp = tl.load(rates + at)[:, None]
-        mass = tl.load(rates + rows.to(tl.int64) + at)[:, None]
+        sharp, mass = rates_of(rates, at[:, None], rows)
         dz = tl.where(columns[None, :] == y[:, None], sharp, 0.0) + share - mass * p
         if scale is not None:
             dz *= tl.load(scale + at)[:, None]

@@ -140,7 +140,7 @@ class FusedTiles:
         merged: Tensor,
         entropy: Tensor | None,
         scales: tuple[Tensor | None, Tensor | None],
-        rates: Tensor,
+        rates: Tensor | None,
         uniform: float,
         offset: int,
         columns: slice,

@@ -76,6 +76,16 @@ def class_weights(w, c, cols):
 
 
 @triton.jit
+def rates_of(rates, at, rows):
+    """(sharp, mass) of rows `at`, see `logprob_terms`; without `rates` both are 1."""
+    if rates is None:
+        sharp, mass = 1.0, 1.0
+    else:
+        sharp, mass = tl.load(rates + at), tl.load(rates + rows.to(tl.int64) + at)
+    return sharp, mass
+
+
+@triton.jit
 def probability(z, top, log2_total):
     if _INTERPRETED:
         p = tl.exp((z - top) - log2_total * LN_2)

@@ -20,6 +20,7 @@ from opsd_kernels.backends.triton_math import (
     log2,
     log_ratio,
     probability,
+    rates_of,
 )
 from opsd_kernels.backends.triton_rows import (
     ROW_NUMBERS,
@@ -105,7 +106,7 @@ def row_logprob_gradient(
 ):  # fmt: skip
     """(sharp at the label) + uniform class_weight - mass p, chained to the raw logits, over z.
 
-    rates (2, rows): each row's sharp and mass, see `logprob_terms`.
+    rates (2, rows): each row's sharp and mass, see `logprob_terms`; None where both are 1.
     The entropy's gradient is added where its scale is known, or written to dz_entropy.
     """
     row = tl.program_id(0)
@@ -113,7 +114,7 @@ def row_logprob_gradient(
     dz += row.to(tl.int64) * dz_stride
     top, log2_total = tl.load(merged + row), log2(tl.load(merged + width + row))
     y = (tl.load(label + row) - first).to(tl.int32)
-    sharp, mass = tl.load(rates + row), tl.load(rates + rows.to(tl.int64) + row)
+    sharp, mass = rates_of(rates, row, rows)
     factor = inv_t
     if scale is not None:
         factor = tl.load(scale + row) * inv_t

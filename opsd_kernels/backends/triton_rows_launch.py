@@ -138,7 +138,7 @@ class StoredTiles:
         merged: Tensor,
         entropy: Tensor | None,
         scales: tuple[Tensor | None, Tensor | None],
-        rates: Tensor,
+        rates: Tensor | None,
         uniform: float,
         offset: int,
         columns: slice,
