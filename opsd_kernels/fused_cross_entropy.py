@@ -87,10 +87,10 @@ def fused_linear_cross_entropy(
     scale = -row_scale(like, counted, problem.keep, token_weight, reduction, num_tokens)
     shape = input.shape[:-1]
     if reduction == "none":
-        value, _, stats = logprob(problem)
+        value, _, _, stats = logprob(problem)
         loss = (value * scale).reshape(shape)
     else:
-        loss, _, stats = logprob(problem, scale)
+        loss, _, _, stats = logprob(problem, scale)
     if not return_stats:
         return loss
     named = {n: row.reshape(shape) for n, row in zip(LOGPROB_STATS, stats, strict=True)}

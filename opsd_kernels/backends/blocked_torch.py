@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opsd_kernels.backends import row_math
 from opsd_kernels.backends.call import Call, same_head
-from opsd_kernels.backends.logprob_terms import rates_of, value_of
+from opsd_kernels.backends.logprob_terms import rates_of, rates_with_lse, value_of
 from opsd_kernels.layouts import even_blocks
 from opsd_kernels.plan import Plan
 from opsd_kernels.problem import (
@@ -102,10 +102,12 @@ def logprob(
     plan: Plan,
     row_scale: Tensor | None,
     entropy_scale: Tensor | None,
+    lse_scale: Tensor | None,
     wanted: Wanted,
 ) -> Result:
     """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
-    run = _Run(p.head, plan, p.keep, wanted, p.execution.group_name, row_scale, entropy_scale)
+    scales = row_scale, entropy_scale, lse_scale
+    run = _Run(p.head, plan, p.keep, wanted, p.execution.group_name, *scales)
     stats = run.stats(len(LOGPROB_STATS))
     logits = run.logits(2 if wanted.entropy else 1)
     tiles = [run.tile() for _ in range(3)]
@@ -150,8 +152,11 @@ def _logprob_tile(
     if not run.wanted.any:
         return
     rates, uniform = rates_of(p, weight, share, lse), p.label_smoothing / run.vocab_size
-    grad = row_math.logprob_grad_(prob, target, rates, uniform, p.head.class_weight, run.offset)
     factor = run.factor(run.row_scale, rows, p.temperature)
+    if run.lse_scale is not None:
+        scales = run.row_scale[rows, None], run.lse_scale[rows, None]
+        rates, factor = rates_with_lse(rates, *scales), 1.0 / p.temperature
+    grad = row_math.logprob_grad_(prob, target, rates, uniform, p.head.class_weight, run.offset)
     if run.entropy_scale is not None:  # both upstreams are known: one product serves both
         work.mul_(run.factor(run.entropy_scale, rows, p.temperature))
         grad.mul_(factor).add_(work)

@@ -52,6 +52,14 @@ def rates_of(
     return sharp, mass if p.z_weight is None else mass + 2 * p.z_weight * lse
 
 
+def rates_with_lse(
+    rates: tuple[Tensor, Tensor] | None, scale: Tensor, lse_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rates of scale * value + lse_scale * lse, of a value without smoothing."""
+    sharp, mass = rates or (1.0, 1.0)
+    return sharp * scale, mass * scale - lse_scale
+
+
 def restore_infinity(column: Tensor) -> Tensor:
     """Sums of log-probabilities that met the stand-in for log 0 are infinite in truth."""
     return torch.where(column.abs() > _INFINITE, column * torch.inf, column)

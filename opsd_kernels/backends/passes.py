@@ -17,7 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends.call import Call, same_head
-from opsd_kernels.backends.logprob_terms import rates_of, restore_infinity, value_of
+from opsd_kernels.backends.logprob_terms import (
+    rates_of,
+    rates_with_lse,
+    restore_infinity,
+    value_of,
+)
 from opsd_kernels.layouts import even_blocks
 from opsd_kernels.plan import Plan
 from opsd_kernels.problem import (
@@ -172,11 +177,12 @@ def logprob(
     plan: Plan,
     row_scale: Tensor | None,
     entropy_scale: Tensor | None,
+    lse_scale: Tensor | None,
     wanted: Wanted,
 ) -> Result:
     """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
     group = p.execution.group_name
-    run = run_type(p.head, plan, p.keep, wanted, group, row_scale, entropy_scale)
+    run = run_type(p.head, plan, p.keep, wanted, group, row_scale, entropy_scale, lse_scale)
     smoothing = p.label_smoothing
     layout = Layout(1, p.with_entropy, smoothing != 0.0, True, JSD, p.with_predicted)
     merged = run.statistics(layout.count)
@@ -192,6 +198,9 @@ def logprob(
         found, weight = layout.head(here, 0), run.part(p.label_weight, block)
         share = found["number"] / run.vocab_size if smoothing != 0.0 else None
         rates = rates_of(p, weight, share, _lse(found))
+        if run.lse_scale is not None:
+            rates = rates_with_lse(rates, scales[0], run.part(run.lse_scale, block))
+            scales = None, scales[1]
         rates = None if rates is None else torch.stack(rates)
         gradient = functools.partial(
             tiles.logprob_gradient, target, here, entropy, scales, rates,

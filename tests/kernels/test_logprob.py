@@ -41,6 +41,41 @@ def test_logprob_and_entropy(
     )
 
 
+def reference_lse(**arguments: object) -> tuple[torch.Tensor, ...]:
+    """(logprob, entropy, lse) on full logits."""
+    values = reference.linear_logprob(**arguments, return_entropy=True)
+    names = ("input", "weight", "bias", "softcap", "temperature")
+    hidden, weight, bias, softcap, temperature = (arguments[name] for name in names)
+    z = reference.logits(hidden, weight, bias, softcap=softcap, temperature=temperature)
+    return *values, torch.where(arguments["target"] != -100, z.logsumexp(-1), 0.0)
+
+
+@pytest.mark.parametrize("wrt", [SINGLE[:1], SINGLE], ids=["frozen", "trained"])
+@pytest.mark.parametrize("used", [(0, 1, 2), (2,), (0, 2), (0,)], ids=str)
+def test_lse_is_differentiable(used: tuple[int, ...], wrt: tuple[str, ...]) -> None:
+    def chosen(fn: object, **how: object) -> object:
+        return lambda **arguments: tuple(fn(**arguments, **how)[i] for i in used)
+
+    ours = chosen(fused_linear_logprob, return_entropy=True, return_lse=True)
+    upstream = [random_upstream((37,), seed) for seed in range(len(used))]
+    options = {"temperature": 0.8, "softcap": 6.0, "upstream": upstream}
+    for dtype in DTYPES:
+        check(ours, chosen(reference_lse), inputs(), wrt, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("schedule", ["blocked", "streaming"])
+def test_lse_of_triton(schedule: str, triton_device: str) -> None:
+    def lse(**arguments: object) -> torch.Tensor:
+        return fused_linear_logprob(**arguments, return_lse=True, schedule=schedule)[1]
+
+    def truth(**arguments: object) -> torch.Tensor:
+        return reference_lse(**arguments)[2]
+
+    options = {"temperature": 0.8, "softcap": 6.0, "upstream": [random_upstream((7,))]}
+    case = inputs(7, 16, 150)
+    check(lse, truth, case, SINGLE[:1], device=triton_device, max_factor=4.0, **options)
+
+
 @pytest.mark.parametrize("wrt", [SINGLE[:1], SINGLE])
 def test_entropy_alone_is_differentiable(wrt: tuple[str, ...]) -> None:
     def entropy_only(**arguments: object) -> torch.Tensor:

@@ -27,6 +27,7 @@ def losses(
         *both, label, **bias, **run, token_clip=0.01, student_softcap=20.0, return_stats=True
     )
     logprob, entropy = k.fused_linear_logprob(*one, label, **run, return_entropy=True)
+    lse = k.fused_linear_logprob(*one, label, **run, return_lse=True)[1]
     weighted, counts = k.fused_linear_cross_entropy(
         *one, label, **run, class_weight=torch.linspace(0, 2, VOCAB), label_smoothing=0.1,
         z_loss=0.01, return_stats=True,
@@ -38,6 +39,7 @@ def losses(
         k.fused_linear_reverse_kl(*both, label, **bias, **run, temperature=1.3),
         clipped + sum(column.sum() for column in stats.values()),
         (2 * logprob + entropy).sum(),
+        lse.sum(),
         k.fused_linear_cross_entropy(*one, label, **run, label_smoothing=0.1),
         weighted + 0.01 * counts["predicted"].double().mean() + counts["accuracy"],
         k.policy_gradient_loss(advantage, sampled, label),
