@@ -154,7 +154,9 @@ static void logprob_gradient(const LogprobRow& a, bool half, void* out_entropy) 
     const Floats z = load_part(a.z + c, left);
     const Floats log_p = (z - all(a.top)) - all(a.log_total);
     const Floats p = exp(log_p);
-    Floats dz = all(a.uniform) - p;
+    Floats dz = all(a.uniform);
+    if (a.class_weight) dz *= load_part(a.class_weight + c, left);
+    dz -= all(a.mass) * p;
     if (a.label >= c && a.label < c + LANES) dz[a.label - c] += a.sharp;
     dz *= scale;
     if (a.with_entropy) {

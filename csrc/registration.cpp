@@ -7,11 +7,11 @@
 TORCH_LIBRARY(opsd_cpu, m) {
   m.def(
       "statistics(Tensor[] hidden, Tensor[] weight, Tensor?[] bias, float[] softcap, "
-      "float[] temperature, Tensor? label, int offset, bool entropy, bool smoothed, int kind, "
-      "Tensor(a!) logits, Tensor(b!) out) -> ()");
+      "float[] temperature, Tensor? label, int offset, bool entropy, bool smoothed, "
+      "bool predicted, Tensor? class_weight, int kind, Tensor(a!) logits, Tensor(b!) out) -> ()");
   m.def(
-      "merge(Tensor parts, int heads, bool entropy, bool smoothed, bool label, int kind, "
-      "Tensor(a!) out) -> ()");
+      "merge(Tensor parts, int heads, bool entropy, bool smoothed, bool label, bool predicted, "
+      "int kind, Tensor(a!) out) -> ()");
   m.def(
       "divergence_sums(Tensor(a!) logits, Tensor merged, int step, float softcap, "
       "float temperature, float beta, float? clip, int kind, bool keep) -> Tensor");
@@ -21,8 +21,8 @@ TORCH_LIBRARY(opsd_cpu, m) {
       "bool half) -> ()");
   m.def(
       "logprob_gradient(Tensor(a!) logits, Tensor merged, Tensor label, int offset, "
-      "Tensor? entropy, Tensor? scale, Tensor? entropy_scale, float sharp, float uniform, "
-      "float softcap, float temperature, bool half, Tensor(b!)? out_entropy) -> ()");
+      "Tensor? entropy, Tensor? scale, Tensor? entropy_scale, Tensor rates, float uniform, "
+      "Tensor? class_weight, float softcap, float temperature, bool half, Tensor(b!)? out_entropy) -> ()");
 }
 
 namespace {
@@ -33,9 +33,11 @@ using at::Tensor;
 void statistics(at::TensorList hidden, at::TensorList weight,
                 const c10::List<MaybeTensor>& bias, at::ArrayRef<double> softcap,
                 at::ArrayRef<double> temperature, const MaybeTensor& label, int64_t offset,
-                bool entropy, bool smoothed, int64_t kind, Tensor& logits, Tensor& out) {
+                bool entropy, bool smoothed, bool predicted, const MaybeTensor& class_weight,
+                int64_t kind, Tensor& logits, Tensor& out) {
   opsd::statistics(hidden.vec(), weight.vec(), {bias.begin(), bias.end()}, softcap.vec(),
-                   temperature.vec(), label, offset, entropy, smoothed, kind, logits, out);
+                   temperature.vec(), label, offset, entropy, smoothed, predicted, class_weight,
+                   kind, logits, out);
 }
 
 }  // namespace

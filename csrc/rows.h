@@ -28,10 +28,10 @@ struct Finish {
 // Which statistics a pass keeps, in the order of passes.Layout.
 struct Layout {
   int64_t heads;
-  bool entropy, smoothed, label;
+  bool entropy, smoothed, label, predicted;
   int64_t kind;  // JSD where nothing crosses
   bool crosses() const { return heads == 2 && kind != JSD; }
-  int64_t per_head() const { return 2 + entropy + 2 * smoothed + label; }
+  int64_t per_head() const { return 2 + entropy + 2 * smoothed + label + predicted; }
   int64_t count() const { return heads * per_head() + 2 * crosses(); }
 };
 
@@ -39,12 +39,13 @@ struct Layout {
 struct HeadState {
   float total[16], weighted[16], plain[16];
   float top, picked;
+  int64_t best;  // the first column of the maximum
 };
 struct RowState {
   HeadState head[2];
   float cross[16];
   float infinite;
-  int64_t columns;
+  float number;  // of columns, or their class weights' sum
 };
 
 // One tile of one or two heads, to be folded into its rows' statistics.
@@ -56,6 +57,7 @@ struct Fold {
   float* z[2];           // (rows, z_stride) receives finished logits, or null
   int64_t z_stride;
   const int64_t* label;  // (rows,) column of the label, or null
+  const float* class_weight;  // (V,) of a smoothed loss, or null: all 1
   RowState* state;       // (rows,)
 };
 
@@ -81,7 +83,9 @@ struct LogprobRow {
   float* z;
   int64_t cols, label;  // label: its column, negative where another shard owns it
   float top, log_total;
-  float sharp, uniform;  // the value is sharp log p(label) + uniform sum log p
+  float sharp, uniform;  // the value is sharp log p(label) + uniform sum w log p + ...
+  const float* class_weight;  // w, null: all 1
+  float mass;            // what the gradient takes off for each p
   float scale, entropy_scale, entropy;
   bool with_entropy;     // the entropy has a gradient
   float temperature, height;

@@ -44,12 +44,12 @@ OPSD_INLINE void rescale(float* sums, const float* weight, float shift, float ot
 }
 
 // A head's sums under its new maximum.
-OPSD_INLINE void raise(HeadState& head, float top, const Layout& layout, int64_t columns) {
+OPSD_INLINE void raise(HeadState& head, float top, const Layout& layout, float number) {
   if (!(top > head.top)) return;
   const float shift = head.top - top;
   if (layout.entropy) rescale(head.weighted, head.total, shift, 0.0f);
-  if (layout.smoothed && columns > 0)
-    store(head.plain, load(head.plain) + all(shift * static_cast<float>(columns) / LANES));
+  if (layout.smoothed && number != 0.0f)
+    store(head.plain, load(head.plain) + all(shift * number / LANES));
   store(head.total, load(head.total) * all(expf(shift)));
   head.top = top;
 }
@@ -106,8 +106,8 @@ OPSD_INLINE void fold_pair(const Fold& a) {
       if (KIND == FORWARD_KL) rescale(state.cross, t.total, shift_t, shift_s);
       if (KIND == REVERSE_KL) rescale(state.cross, s.total, shift_s, shift_t);
     }
-    raise(s, top_s, a.layout, state.columns);
-    raise(t, top_t, a.layout, state.columns);
+    raise(s, top_s, a.layout, 0.0f);
+    raise(t, top_t, a.layout, 0.0f);
     if (a.layout.entropy)
       add_pair<KIND, true>(a, row, state);
     else
@@ -115,12 +115,21 @@ OPSD_INLINE void fold_pair(const Fold& a) {
   }
 }
 
+// The first column of a row's tile that holds `top`.
+OPSD_INLINE int64_t column_of(const Fold& a, const float* z, float top) {
+  int64_t c = 0;
+  while (c + 1 < a.cols && z[c] != top) ++c;
+  return a.column + c;
+}
+
 template <bool ENTROPY, bool SMOOTHED>
 OPSD_INLINE void fold_one(const Fold& a) {
   for (int64_t row = 0; row < a.rows; ++row) {
     HeadState& head = a.state[row].head[0];
-    raise(head, finish_row(a, 0, row), a.layout, a.state[row].columns);
     const float* z = a.raw[0] + row * TILE_COLS;
+    const float tile_top = finish_row(a, 0, row);
+    if (a.layout.predicted && tile_top > head.top) head.best = column_of(a, z, tile_top);
+    raise(head, tile_top, a.layout, a.state[row].number);
     const Floats top = all(head.top);
     Floats total = load(head.total), weighted = load(head.weighted), plain = load(head.plain);
     for (int64_t c = 0; c < a.cols; c += LANES) {
@@ -128,8 +137,12 @@ OPSD_INLINE void fold_one(const Fold& a) {
       const Floats p = exp(u);
       total += p;
       if (ENTROPY) weighted += p * u;
-      if (SMOOTHED)
-        plain += a.cols - c >= LANES ? u : load_part(z + c, a.cols - c, head.top) - top;
+      if (SMOOTHED) {
+        if (a.class_weight)
+          plain += load_part(a.class_weight + a.column + c, a.cols - c) * u;
+        else
+          plain += a.cols - c >= LANES ? u : load_part(z + c, a.cols - c, head.top) - top;
+      }
     }
     store(head.total, total);
     if (ENTROPY) store(head.weighted, weighted);
@@ -148,8 +161,13 @@ static void fold(const Fold& a) {
   } else {
     layout.smoothed ? fold_one<false, true>(a) : fold_one<false, false>(a);
   }
+  float number = static_cast<float>(a.cols);
+  if (a.class_weight) {
+    number = 0.0f;
+    for (int64_t c = 0; c < a.cols; ++c) number += a.class_weight[a.column + c];
+  }
   for (int64_t row = 0; row < a.rows; ++row) {
-    a.state[row].columns += a.cols;
+    a.state[row].number += number;
     if (!a.label) continue;
     const int64_t y = a.label[row] - a.column;
     if (y < 0 || y >= a.cols) continue;
@@ -179,9 +197,10 @@ static void close(const RowState* state, int64_t rows, const Layout& layout, flo
       if (layout.entropy) put(sum(load(head.weighted)));
       if (layout.smoothed) {
         put(sum(load(head.plain)));
-        put(static_cast<float>(state[row].columns));
+        put(state[row].number);
       }
       if (layout.label) put(head.picked);
+      if (layout.predicted) put(static_cast<float>(head.best));
     }
     if (layout.crosses()) {
       put(sum(load(state[row].cross)));

@@ -20,6 +20,7 @@ struct Pass {
   std::vector<Weight> weight;  // one where both heads share it
   float* z[2];                 // (rows, cols) or null
   const int64_t* label;
+  const float* class_weight;
   int64_t rows, cols, chunks;
   float* parts;  // (K, chunks, rows)
 };
@@ -53,6 +54,7 @@ void fold_chunk(const Pass& pass, int64_t chunk, Desk& desk) {
       fold.rows = std::min(TILE_ROWS, pass.rows - row);
       fold.column = col, fold.cols = cols, fold.z_stride = pass.cols;
       fold.label = pass.label ? pass.label + row : nullptr;
+      fold.class_weight = pass.class_weight;
       fold.state = desk.state.data() + row;
       for (int64_t i = 0; i < pass.layout.heads; ++i) {
         fold.finish[i] = pass.finish[i];
@@ -83,6 +85,7 @@ void merge_row(const Layout& layout, int64_t count, const At& at, const Put& put
     top[head] = LOG_ZERO;
     for (int64_t i = 0; i < count; ++i) top[head] = std::max(at(k, i), top[head]);
     double total = 0, weighted = 0, plain = 0, number = 0, picked = 0;
+    float best = INFINITY;
     for (int64_t i = 0; i < count; ++i) {
       const float shift = at(k, i) - top[head], weight = at(k + 1, i);
       int64_t next = k + 2;
@@ -93,7 +96,8 @@ void merge_row(const Layout& layout, int64_t count, const At& at, const Put& put
         number += at(next + 1, i);
         next += 2;
       }
-      if (layout.label) picked += at(next, i);
+      if (layout.label) picked += at(next++, i);
+      if (layout.predicted && shift == 0.0f) best = std::min(at(next, i), best);
     }
     put(k++, top[head]);
     put(k++, total);
@@ -103,6 +107,7 @@ void merge_row(const Layout& layout, int64_t count, const At& at, const Put& put
       put(k++, number);
     }
     if (layout.label) put(k++, picked);
+    if (layout.predicted) put(k++, best);
   }
   if (!layout.crosses()) return;
   const int64_t k = 2 * layout.per_head(), step = layout.per_head();
@@ -136,10 +141,11 @@ void merge_into(const Tensor& parts, const Layout& layout, Tensor& out) {
 void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& weight,
                 const std::vector<MaybeTensor>& bias, const std::vector<double>& softcap,
                 const std::vector<double>& temperature, const MaybeTensor& label, int64_t offset,
-                bool entropy, bool smoothed, int64_t kind, Tensor& logits, Tensor& out) {
+                bool entropy, bool smoothed, bool predicted, const MaybeTensor& class_weight,
+                int64_t kind, Tensor& logits, Tensor& out) {
   Pass pass{};
   const int64_t heads = hidden.size();
-  pass.layout = {heads, entropy, smoothed, label.has_value(), kind};
+  pass.layout = {heads, entropy, smoothed, label.has_value(), predicted, kind};
   pass.rows = hidden[0].size(0), pass.cols = weight[0].size(0);
   TORCH_CHECK(out.size(0) == pass.layout.count() && out.size(1) == pass.rows && out.stride(1) == 1,
               "statistics: out does not fit the layout");
@@ -156,6 +162,7 @@ void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& we
     kept.push_back(label->sub(offset).contiguous());
     pass.label = kept.back().const_data_ptr<int64_t>();
   }
+  pass.class_weight = class_weight ? class_weight->const_data_ptr<float>() : nullptr;
   pass.chunks = (pass.cols + CHUNK_COLS - 1) / CHUNK_COLS;
   const Tensor parts = at::empty({pass.layout.count(), pass.chunks, pass.rows}, at::kFloat);
   pass.parts = parts.data_ptr<float>();
@@ -168,8 +175,8 @@ void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& we
 }
 
 void merge(const Tensor& parts, int64_t heads, bool entropy, bool smoothed, bool label,
-           int64_t kind, Tensor& out) {
-  merge_into(parts.contiguous(), {heads, entropy, smoothed, label, kind}, out);
+           bool predicted, int64_t kind, Tensor& out) {
+  merge_into(parts.contiguous(), {heads, entropy, smoothed, label, predicted, kind}, out);
 }
 
 }  // namespace opsd

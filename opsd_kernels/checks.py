@@ -13,7 +13,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from opsd_kernels.plan import PRECISIONS, SCHEDULES
-from opsd_kernels.problem import DivergenceProblem, Execution, Head, LogprobProblem
+from opsd_kernels.problem import (
+    DivergenceProblem,
+    Execution,
+    Head,
+    LogprobProblem,
+    stat_dtype,
+)
+from opsd_kernels.transforms import reverse_mode_only
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -73,7 +80,9 @@ def divergence_problem(
             "shift_labels", shift_labels, student_input.shape[:-1], student_input.device
         )
         keep = flat_labels != ignore_index
-    keep = _weighted(keep, token_weight, "student_input", student_input)
+    keep = weighted(
+        keep, token_weight, "student_input", student_input.shape[:-1], student_input.device
+    )
     return DivergenceProblem(
         student=student,
         teacher=teacher,
@@ -101,6 +110,8 @@ def logprob_problem(
     execution: Execution,
     token_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    with_predicted: bool = False,
     prefix: str = "",
 ) -> LogprobProblem:
     """Validate the arguments of the log-probability family; errors name them with the prefix."""
@@ -109,14 +120,25 @@ def logprob_problem(
         raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
     head = _head(prefix, input, weight, bias, softcap, logit_scale, temperature)
     _cut([head], vocab_size, execution)
-    target = labels("target", target, input.shape[:-1], input.device)
+    shape, device = input.shape[:-1], input.device
+    target = labels("target", target, shape, device)
+    label_weight = None
+    if class_weight is not None:
+        _constant("class_weight", class_weight)
+        if execution.group_name is None:  # else the operator knows the whole vocabulary
+            class_weight_of(class_weight, head.weight.shape[0])
+        _same_place("class_weight", class_weight, f"{prefix}input", device)
+        head.class_weight = class_weight.to(stat_dtype(head.hidden.dtype)).contiguous()
+        label_weight = head.class_weight[target.clamp(0, len(class_weight) - 1)]
     return LogprobProblem(
         head=head,
         target=target,
-        keep=_weighted(target != ignore_index, token_weight, f"{prefix}input", input),
+        keep=weighted(target != ignore_index, token_weight, f"{prefix}input", shape, device),
         label_smoothing=float(label_smoothing),
         with_entropy=with_entropy,
         execution=execution,
+        with_predicted=with_predicted,
+        label_weight=label_weight,
     )
 
 
@@ -216,19 +238,22 @@ def token_values(
     name: str, value: Tensor, like_name: str, shape: torch.Size, device: torch.device
 ) -> None:
     """A constant floating-point tensor with one value per token of `like_name` (...)."""
-    _tensor(name, value)
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
-    if value.requires_grad:
-        raise ValueError(
-            f"{name}: requires_grad, but it is a constant of the loss; pass {name}.detach()"
-        )
+    _constant(name, value)
     if value.shape != shape:
         raise ValueError(
             f"{name}: expected shape {tuple(shape)}, one value per token of {like_name}, "
             f"got {tuple(value.shape)}"
         )
     _same_place(name, value, like_name, device)
+
+
+def class_weight_of(class_weight: Tensor, vocab_size: int) -> None:
+    """One weight for each entry of the whole vocabulary."""
+    if class_weight.shape != (vocab_size,):
+        raise ValueError(
+            f"class_weight: expected shape ({vocab_size},), one weight per entry of the whole "
+            f"vocabulary, got {tuple(class_weight.shape)}"
+        )
 
 
 def labels_in_vocabulary(name: str, labels: Tensor, keep: Tensor | None, vocab_size: int) -> None:
@@ -268,12 +293,17 @@ def _head(
             f"{names[1]}: expected shape (V, {hidden.shape[-1]}) to match {names[0]} "
             f"{tuple(hidden.shape)}, got {tuple(weight.shape)}"
         )
-    if weight.shape[0] == 0:
-        raise ValueError(f"{names[1]}: expected at least one vocabulary row, got shape (0, D)")
+    if 0 in weight.shape:
+        raise ValueError(
+            f"{names[1]}: expected at least one vocabulary row and one hidden column, got shape "
+            f"{tuple(weight.shape)}"
+        )
     _same_place(names[1], weight, names[0], hidden.device)
     for name, tensor in zip(names, (hidden, weight, bias), strict=False):
         if tensor is not None and tensor.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+        if tensor is not None:
+            reverse_mode_only(name, tensor)
     hidden, weight = _autocast(hidden), _autocast(weight)
     if hidden.dtype != weight.dtype:
         raise TypeError(
@@ -323,15 +353,30 @@ def labels(name: str, labels: Tensor, shape: torch.Size, device: torch.device) -
     return labels.reshape(-1).long()
 
 
-def _weighted(
-    keep: Tensor | None, token_weight: Tensor | None, input_name: str, input: Tensor
+def weighted(
+    keep: Tensor | None,
+    token_weight: Tensor | None,
+    like_name: str,
+    shape: torch.Size,
+    device: torch.device,
 ) -> Tensor | None:
     """Rows of weight 0 carry no loss and are dropped like masked ones."""
     if token_weight is None:
         return keep
-    token_values("token_weight", token_weight, input_name, input.shape[:-1], input.device)
+    token_values("token_weight", token_weight, like_name, shape, device)
     nonzero = token_weight.reshape(-1) != 0
     return nonzero if keep is None else keep & nonzero
+
+
+def _constant(name: str, value: Tensor) -> None:
+    _tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if value.requires_grad:
+        raise ValueError(
+            f"{name}: requires_grad, but it is a constant of the loss; pass {name}.detach()"
+        )
+    reverse_mode_only(name, value)
 
 
 def _tensor(name: str, value: Tensor) -> None:

@@ -81,7 +81,8 @@ def policy_gradient_loss(
     Args:
         target: where given, the mean counts only tokens whose target is not `ignore_index`, and
             the others contribute nothing.
-        token_weight, reduction, num_tokens: as `fused_jsd.fused_linear_jsd`.
+        token_weight: a token of weight 0 contributes nothing, whatever its advantage is.
+        reduction, num_tokens: as `fused_jsd.fused_linear_jsd`.
 
     Returns:
         fp32 scalar, or (...) for reduction "none".
@@ -93,12 +94,13 @@ def policy_gradient_loss(
     shape, device = student_logprob.shape, student_logprob.device
     checks.reduction_arguments(reduction, num_tokens, device)
     checks.token_values("advantage", advantage, "student_logprob", shape, device)
-    if token_weight is not None:
-        checks.token_values("token_weight", token_weight, "student_logprob", shape, device)
-    value = -advantage.reshape(-1) * student_logprob.reshape(-1)
     counted = None
     if target is not None:
         counted = checks.labels("target", target, shape, device) != ignore_index
-        value = torch.where(counted, value, 0)
-    value = value * row_scale(value, counted, token_weight, reduction, num_tokens)
+    keep = checks.weighted(counted, token_weight, "student_logprob", shape, device)
+    advantage, chosen = advantage.reshape(-1), student_logprob.reshape(-1)
+    if keep is not None:  # before the product: 0 times NaN is NaN, in the gradient too
+        advantage, chosen = torch.where(keep, advantage, 0), torch.where(keep, chosen, 0)
+    scale = row_scale(chosen, counted, keep, token_weight, reduction, num_tokens)
+    value = -advantage * chosen * scale
     return value.reshape(shape) if reduction == "none" else value.sum()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from opsd_kernels import checks
 from opsd_kernels.ops.logprob import logprob
-from opsd_kernels.problem import LOGPROB_STATS
+from opsd_kernels.problem import LOGPROB_STATS, stat_dtype
 from opsd_kernels.reduction import row_scale
 
 
@@ -22,7 +25,9 @@ def fused_linear_cross_entropy(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,  # (...)
+    class_weight: Tensor | None = None,  # (V,)
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     vocab_size: int | None = None,
     reduction: str = "mean",
     num_tokens: float | Tensor | None = None,
@@ -34,16 +39,26 @@ def fused_linear_cross_entropy(
     """Cross-entropy without the [tokens, vocabulary] logits. Equal to::
 
         z = softcap(logit_scale * (input @ weight.T + bias)) / temperature
-        torch.nn.functional.cross_entropy(z.float(), target, label_smoothing=label_smoothing)
+        torch.nn.functional.cross_entropy(
+            z.float(), target, weight=class_weight, label_smoothing=label_smoothing
+        )
 
     except that a batch whose tokens are all ignored gives 0 rather than NaN.
 
     Args:
         input, weight, bias: float32, bfloat16, float16 (or float64), each may need a gradient.
         target: integers in [0, V), or `ignore_index`.
-        label_smoothing: e in (1 - e) log p(target) + e mean_v log p(v).
-        token_weight, reduction, num_tokens and the rest: as `fused_jsd.fused_linear_jsd`.
-        return_stats: also return {"logprob", "entropy", "lse"}, detached (...).
+        class_weight: w of -(1 - e) w[target] log p(target) - e / V sum_v w[v] log p(v), with e the
+            label smoothing; a constant, of the whole vocabulary (of `vocab_size` where given, and
+            where the head is sharded). The mean then divides by the sum of w[target].
+        label_smoothing: e, in [0, 1].
+        z_loss: adds z_loss * lse**2 to each token's loss, lse the log-sum-exp of z: Liger's
+            `lse_square_scale`. Classes do not weigh it, and its mean is over the tokens.
+        num_tokens: divides both parts of the mean.
+        token_weight, reduction and the rest: as `fused_jsd.fused_linear_jsd`.
+        return_stats: also return detached statistics: logprob, entropy and lse (...); predicted,
+            the int64 id of the largest logit (...), the lowest of equals, -1 for dropped tokens;
+            accuracy (), the share of the other tokens whose predicted id is their target.
 
     Returns:
         fp32 scalar, or (...) for reduction "none"; with the statistics if asked.
@@ -51,22 +66,38 @@ def fused_linear_cross_entropy(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it expects.
     """
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss: expected a finite number of at least 0, got {z_loss}")
     problem = checks.logprob_problem(
         input, weight, target,
         bias=bias, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
         ignore_index=ignore_index, vocab_size=vocab_size, with_entropy=return_stats,
-        token_weight=token_weight, label_smoothing=label_smoothing,
+        token_weight=token_weight, label_smoothing=label_smoothing, class_weight=class_weight,
+        with_predicted=return_stats,
         execution=checks.execution(schedule, workspace_bytes, process_group),
     )  # fmt: skip
-    checks.reduction_arguments(reduction, num_tokens, problem.head.hidden.device)
+    like = problem.head.hidden
+    checks.reduction_arguments(reduction, num_tokens, like.device)
     counted = problem.target != ignore_index
-    scale = -row_scale(problem.head.hidden, counted, token_weight, reduction, num_tokens)
+    if z_loss > 0.0:
+        problem.z_weight = like.new_tensor(z_loss, dtype=stat_dtype(like.dtype))
+    if class_weight is not None and reduction == "mean" and num_tokens is None:
+        num_tokens = torch.where(counted, problem.label_weight, 0).sum()
+        num_tokens = torch.where(num_tokens == 0, 1, num_tokens)
+        if problem.z_weight is not None:  # divided by the tokens, whatever their classes weigh
+            problem.z_weight = problem.z_weight * num_tokens / counted.sum().clamp(min=1)
+    scale = -row_scale(like, counted, problem.keep, token_weight, reduction, num_tokens)
     shape = input.shape[:-1]
     if reduction == "none":
-        value, _, stats = logprob(problem)
+        value, _, _, stats = logprob(problem)
         loss = (value * scale).reshape(shape)
     else:
-        loss, _, stats = logprob(problem, scale)
+        loss, _, _, stats = logprob(problem, scale)
     if not return_stats:
         return loss
-    return loss, {n: row.reshape(shape) for n, row in zip(LOGPROB_STATS, stats, strict=True)}
+    named = {n: row.reshape(shape) for n, row in zip(LOGPROB_STATS, stats, strict=True)}
+    predicted, keep = named["predicted"].long(), problem.keep.reshape(shape)
+    named["predicted"] = torch.where(keep, predicted, -1)
+    right = (named["predicted"] == target) & keep
+    named["accuracy"] = right.sum() / keep.sum().clamp(min=1)
+    return loss, named

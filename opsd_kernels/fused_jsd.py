@@ -59,7 +59,8 @@ def fused_linear_jsd(
             logits in one product.
         shift_labels: integer labels, already shifted; rows equal to `ignore_index` are dropped
             before any product. The others are only read for the statistics.
-        token_weight: multiplies each token's value; a constant. Rows of weight 0 are dropped.
+        token_weight: multiplies each token's value; a constant. Rows of weight 0 are dropped
+            like ignored ones: NaN or infinity there reaches no value and no gradient.
         token_clip: each vocabulary entry contributes min(entry, token_clip); the entry of the
             JSD is beta t log(t/m) + (1 - beta) s log(s/m). Values can become negative.
         student_softcap, teacher_softcap: c of softcap(x) = c tanh(x / c).
@@ -99,7 +100,9 @@ def fused_linear_jsd(
     )  # fmt: skip
     checks.reduction_arguments(reduction, num_tokens, problem.student.hidden.device)
     counted = None if problem.labels is None else problem.labels != ignore_index
-    scale = row_scale(problem.student.hidden, counted, token_weight, reduction, num_tokens)
+    scale = row_scale(
+        problem.student.hidden, counted, problem.keep, token_weight, reduction, num_tokens
+    )
     loss, value, stats = divergence(problem, scale, reduced=reduction != "none")
     shape = student_input.shape[:-1]
     if reduction == "none":
@@ -119,7 +122,8 @@ def fused_linear_jsd(
 class FusedLinearJSD(nn.Module):
     """`fused_linear_jsd` as a module, with the call order of Liger's `LigerFusedLinearJSD`.
 
-    The options are those of the function; `jsd_beta` is its `beta`.
+    The options are those of the function and may be read and set as attributes; `jsd_beta` is its
+    `beta`. `accum_dtype` is taken for Liger's sake: sums are fp32 whatever it says.
     """
 
     def __init__(
@@ -127,6 +131,7 @@ class FusedLinearJSD(nn.Module):
         jsd_beta: float = 0.5,
         ignore_index: int = -100,
         temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
         *,
         token_clip: float | None = None,
         student_softcap: float | None = None,
@@ -142,23 +147,26 @@ class FusedLinearJSD(nn.Module):
         return_stats: bool = False,
     ) -> None:
         super().__init__()
-        self.options = {
-            "beta": jsd_beta,
-            "ignore_index": ignore_index,
-            "temperature": temperature,
-            "token_clip": token_clip,
-            "student_softcap": student_softcap,
-            "teacher_softcap": teacher_softcap,
-            "student_logit_scale": student_logit_scale,
-            "teacher_logit_scale": teacher_logit_scale,
-            "vocab_size": vocab_size,
-            "reduction": reduction,
-            "schedule": schedule,
-            "workspace_bytes": workspace_bytes,
-            "process_group": process_group,
-            "precision": precision,
-            "return_stats": return_stats,
-        }
+        if not isinstance(accum_dtype, torch.dtype | None):
+            raise TypeError(
+                f"accum_dtype: expected a torch.dtype or None, got {type(accum_dtype).__name__}"
+            )
+        self.jsd_beta = jsd_beta
+        self.ignore_index = ignore_index
+        self.temperature = temperature
+        self.accum_dtype = accum_dtype
+        self.token_clip = token_clip
+        self.student_softcap = student_softcap
+        self.teacher_softcap = teacher_softcap
+        self.student_logit_scale = student_logit_scale
+        self.teacher_logit_scale = teacher_logit_scale
+        self.vocab_size = vocab_size
+        self.reduction = reduction
+        self.schedule = schedule
+        self.workspace_bytes = workspace_bytes
+        self.process_group = process_group
+        self.precision = precision
+        self.return_stats = return_stats
 
     def forward(
         self,
@@ -183,5 +191,19 @@ class FusedLinearJSD(nn.Module):
             teacher_bias=teacher_bias,
             token_weight=token_weight,
             num_tokens=num_tokens,
-            **self.options,
+            beta=self.jsd_beta,
+            ignore_index=self.ignore_index,
+            temperature=self.temperature,
+            token_clip=self.token_clip,
+            student_softcap=self.student_softcap,
+            teacher_softcap=self.teacher_softcap,
+            student_logit_scale=self.student_logit_scale,
+            teacher_logit_scale=self.teacher_logit_scale,
+            vocab_size=self.vocab_size,
+            reduction=self.reduction,
+            schedule=self.schedule,
+            workspace_bytes=self.workspace_bytes,
+            process_group=self.process_group,
+            precision=self.precision,
+            return_stats=self.return_stats,
         )

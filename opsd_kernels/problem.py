@@ -23,9 +23,10 @@ class Head:
     bias: Tensor | None  # (V,)
     softcap: float | None
     temperature: float
+    class_weight: Tensor | None = None  # (V,), of the classes that label smoothing sums over
 
     def __post_init__(self) -> None:
-        self.bias = _contiguous(self.bias)
+        self.bias, self.class_weight = _contiguous(self.bias), _contiguous(self.class_weight)
 
 
 @dataclass
@@ -57,7 +58,11 @@ class DivergenceProblem:
 
 @dataclass
 class LogprobProblem:
-    """Per-token log-probability of a target, entropy and log-sum-exp under one head."""
+    """Per-token log-probability of a target, entropy and log-sum-exp under one head.
+
+    The value is (1 - e) c log p(y) + e / V sum_v w_v log p(v) - z lse**2, with e the smoothing,
+    c the target's class weight, w all classes' and z the weight of the z-loss.
+    """
 
     head: Head
     target: Tensor  # (N,) int64
@@ -65,6 +70,9 @@ class LogprobProblem:
     label_smoothing: float
     with_entropy: bool
     execution: Execution
+    with_predicted: bool = False
+    label_weight: Tensor | None = None  # (N,) c; None is 1
+    z_weight: Tensor | None = None  # () z; None is 0
 
     def __post_init__(self) -> None:
         self.target, self.keep = _contiguous(self.target), _contiguous(self.keep)
@@ -108,7 +116,7 @@ DIVERGENCE_STATS = (
     "teacher_logprob",
     "clipped_mass",
 )
-LOGPROB_STATS = ("logprob", "entropy", "lse")
+LOGPROB_STATS = ("logprob", "entropy", "lse", "predicted")
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:

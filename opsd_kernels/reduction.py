@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from opsd_kernels.problem import stat_dtype
@@ -10,18 +11,21 @@ from opsd_kernels.problem import stat_dtype
 def row_scale(
     like: Tensor,  # (N, ...), gives N, the device and the dtype
     counted: Tensor | None,  # (N,) bool, tokens the mean counts; None counts all
+    keep: Tensor | None,  # (N,) bool, tokens that carry loss; None keeps all
     token_weight: Tensor | None,  # (...)
     reduction: str,
     num_tokens: float | Tensor | None,
 ) -> Tensor:
     """(N,) factor of each token's value in the loss; for "none" it is the token's weight.
 
-    The mean divides by num_tokens, by default the number of tokens counted; a batch without any
-    gives 0, not NaN.
+    It is 0 where `keep` is False, even if the token's weight is NaN. The mean divides by
+    num_tokens, by default the number of tokens counted; a batch without any gives 0, not NaN.
     """
     scale = like.new_ones(like.shape[0], dtype=stat_dtype(like.dtype))
     if token_weight is not None:
         scale = scale * token_weight.reshape(-1).to(scale.dtype)
+    if keep is not None:
+        scale = torch.where(keep, scale, 0)
     if reduction != "mean":
         return scale
     if num_tokens is None:

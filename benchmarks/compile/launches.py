@@ -238,9 +238,9 @@ def _logprob(
     chosen = _plan("logprob", head, run)
     if not hot:
         scales = scale, scale if entropy else None
-        triton_backend.logprob(p, chosen, *scales, Wanted(hidden=True))
-        triton_backend.logprob(p, chosen, None, None, Wanted(hidden=True, entropy=entropy))
-    triton_backend.logprob(p, chosen, None, None, Wanted(hidden=not entropy))
+        triton_backend.logprob(p, chosen, *scales, None, Wanted(hidden=True))
+        triton_backend.logprob(p, chosen, None, None, None, Wanted(hidden=True, entropy=entropy))
+    triton_backend.logprob(p, chosen, None, None, None, Wanted(hidden=not entropy))
 
 
 def _execution(run: dict[str, object]) -> Execution:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from opsd_kernels.backends import row_math
 from opsd_kernels.backends.call import Call, same_head
+from opsd_kernels.backends.logprob_terms import rates_of, rates_with_lse, value_of
 from opsd_kernels.layouts import even_blocks
 from opsd_kernels.plan import Plan
 from opsd_kernels.problem import (
@@ -107,10 +108,12 @@ def logprob(
     plan: Plan,
     row_scale: Tensor | None,
     entropy_scale: Tensor | None,
+    lse_scale: Tensor | None,
     wanted: Wanted,
 ) -> Result:
     """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
-    run = _Run(p.head, plan, p.keep, wanted, p.execution.group_name, row_scale, entropy_scale)
+    scales = row_scale, entropy_scale, lse_scale
+    run = _Run(p.head, plan, p.keep, wanted, p.execution.group_name, *scales)
     stats = run.stats(len(LOGPROB_STATS))
     logits = run.logits(p.head, 2 if wanted.entropy else 1)
     tiles = [run.tile() for _ in range(3)]
@@ -137,11 +140,16 @@ def _logprob_tile(
     log_p, prob, work = (tile[: rows.shape[0]] for tile in tiles)
     slope = run.slope(rows.shape[0])
     row_math.to_logits_(log_p.copy_(blocks[0]), p.head, slope)
+    if p.with_predicted:
+        stats[3, rows] = row_math.predict(log_p, run.offset, run.group).squeeze(-1)
     lse = row_math.log_softmax_(log_p, prob, run.group)
     target = p.target[rows, None]
     logprob = row_math.pick(log_p, target, run.offset, run.group)
-    value = row_math.smooth(log_p, logprob, p.label_smoothing, run.vocab_size, run.group)
-    run.value[rows] = value.squeeze(-1)
+    weight = None if p.label_weight is None else p.label_weight[rows, None]
+    mean = share = None
+    if p.label_smoothing != 0.0:
+        mean, share = row_math.weighted_mean(log_p, p.head.class_weight, run.vocab_size, run.group)
+    run.value[rows] = value_of(p, logprob, weight, mean, lse).squeeze(-1)
     stats[0, rows], stats[2, rows] = logprob.squeeze(-1), lse.squeeze(-1)
     if p.with_entropy:
         entropy = row_math.entropy(log_p, prob, work, run.group)
@@ -149,8 +157,12 @@ def _logprob_tile(
         row_math.entropy_grad_(work, prob, entropy)
     if not run.wanted.any:
         return
-    grad = row_math.logprob_grad_(prob, target, p.label_smoothing, run.vocab_size, run.offset)
+    rates, uniform = rates_of(p, weight, share, lse), p.label_smoothing / run.vocab_size
     factor = run.factor(run.row_scale, rows)
+    if run.lse_scale is not None:
+        scales = run.row_scale[rows, None], run.lse_scale[rows, None]
+        rates, factor = rates_with_lse(rates, *scales), 1.0 / p.head.temperature
+    grad = row_math.logprob_grad_(prob, target, rates, uniform, p.head.class_weight, run.offset)
     if run.entropy_scale is not None:  # both upstreams are known: one product serves both
         work.mul_(run.factor(run.entropy_scale, rows))
         grad.mul_(factor).add_(work)

@@ -30,6 +30,7 @@ class Call:
         group_name: str | None,
         row_scale: Tensor | None,
         entropy_scale: Tensor | None = None,
+        lse_scale: Tensor | None = None,
     ) -> None:
         hidden, weight = head.hidden, head.weight
         self.head, self.plan, self.wanted = head, plan, wanted
@@ -37,7 +38,8 @@ class Call:
         self.dtype = stat_dtype(hidden.dtype)
         self.kept = None if keep is None else keep.nonzero().squeeze(-1)  # None: every row
         self.num_kept = hidden.shape[0] if self.kept is None else self.kept.shape[0]
-        self.row_scale, self.entropy_scale, self.scale = _relative(row_scale, entropy_scale)
+        scales = row_scale, entropy_scale, lse_scale
+        (self.row_scale, self.entropy_scale, self.lse_scale), self.scale = _relative(*scales)
         self.value = hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
         self.grad_hidden = _zeros(hidden) if wanted.hidden else None
         self.grad_entropy = _zeros(hidden) if wanted.entropy else None
@@ -117,15 +119,11 @@ def same_head(a: Head, b: Head) -> bool:
     return same and x.dtype == y.dtype and a.hidden.dtype == b.hidden.dtype
 
 
-def _relative(
-    row_scale: Tensor | None, entropy_scale: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Scales divided by their largest magnitude, contiguous, and that magnitude."""
-    if row_scale is None:
-        return None, None, None
-    scale = row_scale.abs().amax() if row_scale.numel() else row_scale.new_zeros(())
-    if entropy_scale is not None and entropy_scale.numel():
-        scale = torch.maximum(scale, entropy_scale.abs().amax())
-    divisor = torch.where(scale == 0, 1, scale)
-    relative_entropy = None if entropy_scale is None else entropy_scale / divisor
-    return row_scale / divisor, relative_entropy, divisor
+def _relative(*scales: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
+    """Scales divided by the largest magnitude of all, contiguous, and that magnitude."""
+    given = [scale for scale in scales if scale is not None]
+    if not given:
+        return list(scales), None
+    largest = torch.stack(given).abs().amax() if given[0].numel() else given[0].new_zeros(())
+    divisor = torch.where(largest == 0, 1, largest)
+    return [None if scale is None else scale / divisor for scale in scales], divisor

@@ -82,13 +82,15 @@ class _Tiles:
         torch.ops.opsd_cpu.statistics(
             self.hidden, [x.weight for x in heads[:1] if self.shared] or [x.weight for x in heads],
             [x.bias for x in heads], self.softcaps, self.temperatures,
-            label if layout.label else None, offset, layout.entropy, layout.smoothed, layout.kind,
-            self.logits, out,
+            label if layout.label else None, offset, layout.entropy, layout.smoothed,
+            layout.predicted, heads[0].class_weight, layout.kind, self.logits, out,
         )  # fmt: skip
+        if layout.predicted:
+            out[layout.names.index("best")] += offset
         if group is not None:
             torch.ops.opsd_cpu.merge(
                 gathered(out, group), layout.heads, layout.entropy, layout.smoothed, layout.label,
-                layout.kind, out,
+                layout.predicted, layout.kind, out,
             )  # fmt: skip
 
     def sums(
@@ -130,15 +132,18 @@ class _Tiles:
         merged: Tensor,
         entropy: Tensor | None,
         scales: tuple[Tensor | None, Tensor | None],
-        shares: tuple[float, float],
+        rates: Tensor | None,
+        uniform: float,
         offset: int,
         columns: slice,
         outs: list[Tensor],
     ) -> None:
+        if rates is None:
+            rates = merged.new_ones(2, merged.shape[1])
         torch.ops.opsd_cpu.logprob_gradient(
-            self.logits, merged, label, offset, entropy, *scales, *shares, self.softcaps[0],
-            self.temperatures[0], outs[0].dtype == torch.bfloat16,
-            outs[1] if len(outs) == 2 else None,
+            self.logits, merged, label, offset, entropy, *scales, rates, uniform,
+            self.heads[0].class_weight, self.softcaps[0], self.temperatures[0],
+            outs[0].dtype == torch.bfloat16, outs[1] if len(outs) == 2 else None,
         )  # fmt: skip
 
 

@@ -17,6 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends.call import Call, same_head
+from opsd_kernels.backends.logprob_terms import (
+    rates_of,
+    rates_with_lse,
+    restore_infinity,
+    value_of,
+)
 from opsd_kernels.layouts import even_blocks
 from opsd_kernels.plan import Plan
 from opsd_kernels.problem import (
@@ -30,8 +36,6 @@ from opsd_kernels.problem import (
 )
 
 FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
-# No finite log-probability gets near; a value beyond it met an entry that cannot occur.
-_INFINITE = 1e20
 # Fills (rows, columns) of dz, and of the entropy's own.
 Gradient = Callable[[slice, list[Tensor]], None]
 
@@ -45,11 +49,13 @@ class Layout:
     smoothed: bool
     label: bool
     kind: int  # JSD where nothing crosses
+    predicted: bool = False  # of one head
 
     @property
     def names(self) -> list[str]:
         names = ["top", "total"] + ["weighted"] * self.entropy
-        return names + ["plain", "number"] * self.smoothed + ["picked"] * self.label
+        names += ["plain", "number"] * self.smoothed + ["picked"] * self.label
+        return names + ["best"] * self.predicted
 
     @property
     def count(self) -> int:
@@ -171,13 +177,14 @@ def logprob(
     plan: Plan,
     row_scale: Tensor | None,
     entropy_scale: Tensor | None,
+    lse_scale: Tensor | None,
     wanted: Wanted,
 ) -> Result:
     """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
     group = p.execution.group_name
-    run = run_type(p.head, plan, p.keep, wanted, group, row_scale, entropy_scale)
+    run = run_type(p.head, plan, p.keep, wanted, group, row_scale, entropy_scale, lse_scale)
     smoothing = p.label_smoothing
-    layout = Layout(1, p.with_entropy, smoothing != 0.0, True, JSD)
+    layout = Layout(1, p.with_entropy, smoothing != 0.0, True, JSD, p.with_predicted)
     merged = run.statistics(layout.count)
     for block in run.blocks():
         tiles = run.tiles([p.head], block, False, run.wanted.any)
@@ -188,23 +195,32 @@ def logprob(
         needed = run.wanted.entropy or run.entropy_scale is not None
         entropy = _entropy(layout.head(here, 0)) if needed else None
         scales = run.part(run.row_scale, block), run.part(run.entropy_scale, block)
-        shares = 1.0 - smoothing, smoothing / run.vocab_size
+        found, weight = layout.head(here, 0), run.part(p.label_weight, block)
+        share = found["number"] / run.vocab_size if smoothing != 0.0 else None
+        rates = rates_of(p, weight, share, _lse(found))
+        if run.lse_scale is not None:
+            rates = rates_with_lse(rates, scales[0], run.part(run.lse_scale, block))
+            scales = None, scales[1]
+        rates = None if rates is None else torch.stack(rates)
         gradient = functools.partial(
-            tiles.logprob_gradient, target, here, entropy, scales, shares, run.offset
-        )
+            tiles.logprob_gradient, target, here, entropy, scales, rates,
+            smoothing / run.vocab_size, run.offset,
+        )  # fmt: skip
         run.gradients(block, tiles, gradient)
     found = layout.head(merged, 0)
-    picked = _logprob(found)
-    value = picked
+    picked, mean = _logprob(found), None
     if smoothing != 0.0:
-        mean = found["plain"] / run.vocab_size - found["total"].log()
-        value = _restored((1 - smoothing) * picked + smoothing * mean)
-    run.value[run.everything] = value
+        mean = (found["plain"] - found["number"] * found["total"].log()) / run.vocab_size
+    weight = None if p.label_weight is None else p.label_weight[run.everything]
+    run.value[run.everything] = value_of(p, picked, weight, mean, _lse(found))
     stats = run.value.new_zeros(len(LOGPROB_STATS), len(run.value))
     stats[0, run.everything] = picked
-    stats[2, run.everything] = found["top"] + found["total"].log()
+    stats[2, run.everything] = _lse(found)
     if p.with_entropy:
         stats[1, run.everything] = _entropy(found)
+    if p.with_predicted:  # a row of NaN has no maximum
+        best = found["best"]
+        stats[3, run.everything] = torch.where(best < run.vocab_size, best, 0)
     return run.result(stats)
 
 
@@ -298,12 +314,16 @@ class Tiles(Protocol):
         merged: Tensor,
         entropy: Tensor | None,
         scales: tuple[Tensor | None, Tensor | None],
-        shares: tuple[float, float],
+        rates: Tensor | None,
+        uniform: float,
         offset: int,
         columns: slice,
         outs: list[Tensor],
     ) -> None:
-        """The same of the log-probability; `outs` may have a second place, for the entropy's."""
+        """The same of the log-probability; `outs` may have a second place, for the entropy's.
+
+        rates (2, rows): what stands at the label and what each p is multiplied by, None for 1.
+        """
 
 
 def gathered(out: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -314,16 +334,16 @@ def gathered(out: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.stack(every, 1)
 
 
+def _lse(x: dict[str, Tensor]) -> Tensor:
+    return x["top"] + x["total"].log()
+
+
 def _entropy(x: dict[str, Tensor]) -> Tensor:
     return x["total"].log() - x["weighted"] / x["total"]
 
 
 def _logprob(x: dict[str, Tensor]) -> Tensor:
-    return _restored((x["picked"] - x["top"]) - x["total"].log())
-
-
-def _restored(column: Tensor) -> Tensor:
-    return torch.where(column.abs() > _INFINITE, column * torch.inf, column)
+    return restore_infinity((x["picked"] - x["top"]) - x["total"].log())
 
 
 def _kl(layout: Layout, merged: Tensor) -> tuple[Tensor, Tensor]:

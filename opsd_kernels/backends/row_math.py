@@ -10,14 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opsd_kernels.backends.logprob_terms import restore_infinity
 from opsd_kernels.problem import Head
 
 Group = dist.ProcessGroup | None
 
 # A finite stand-in for log 0: exp gives exactly 0, and differences of two of them do not overflow.
 LOG_ZERO = -1e38
-# No finite log-probability gets near; a value beyond it met LOG_ZERO.
-_INFINITE = 1e20
 
 
 def reduce_columns(column: Tensor, op: str, group: Group) -> Tensor:
@@ -68,35 +67,46 @@ def pick(log_prob: Tensor, column: Tensor, offset: int, group: Group) -> Tensor:
     owned = (local >= 0) & (local < log_prob.shape[-1])
     picked = log_prob.gather(-1, torch.where(owned, local, 0))
     picked = reduce_columns(torch.where(owned, picked, 0), "SUM", group)
-    return _restore_infinity(picked)
+    return restore_infinity(picked)
 
 
-def smooth(
-    log_prob: Tensor,
-    picked: Tensor,
-    smoothing: float,
-    vocab_size: int,
-    group: Group,
-) -> Tensor:
-    """(1 - e) log p(y) + e mean_v log p(v), the negative of the smoothed cross-entropy."""
-    if smoothing == 0.0:
-        return picked
-    return _restore_infinity(
-        (1 - smoothing) * picked + smoothing * _row_sum(log_prob / vocab_size, group)
-    )
+def predict(z: Tensor, offset: int, group: Group) -> Tensor:
+    """The entry of the largest logit, the first of equals; a float as other statistics are."""
+    top, best = z.max(-1, keepdim=True)
+    best = (best + offset).to(z.dtype)
+    if group is not None:
+        highest = reduce_columns(top.clone(), "MAX", group)
+        best = reduce_columns(torch.where(top == highest, best, torch.inf), "MIN", group)
+        best = torch.where(best < torch.inf, best, 0)  # a row of NaN has no maximum
+    return best
+
+
+def weighted_mean(
+    log_prob: Tensor, class_weight: Tensor | None, vocab_size: int, group: Group
+) -> tuple[Tensor, Tensor]:
+    """(sum_v w_v log p(v) / V, sum_v w_v / V), the second () or (1,)."""
+    if class_weight is None:
+        return _row_sum(log_prob / vocab_size, group), log_prob.new_ones(())
+    share = _row_sum(class_weight / vocab_size, group)
+    return _row_sum(log_prob * (class_weight / vocab_size), group), share
 
 
 def logprob_grad_(
-    prob: Tensor, target: Tensor, smoothing: float, vocab_size: int, offset: int
+    prob: Tensor,
+    target: Tensor,
+    rates: tuple[Tensor, Tensor] | None,
+    uniform: float,
+    class_weight: Tensor | None,
+    offset: int,
 ) -> Tensor:
-    """prob <- (1 - e) onehot(y) + e / V - p, the gradient of the smoothed log-probability."""
-    grad = prob.neg_()
-    if smoothing != 0.0:
-        grad.add_(smoothing / vocab_size)
+    """prob <- sharp onehot(y) + uniform w - mass p, the gradient of the value's logits."""
+    sharp, mass = rates or [prob.new_ones(())] * 2
+    grad = prob.mul_(-mass)
+    if uniform != 0.0:
+        grad.add_(uniform if class_weight is None else uniform * class_weight)
     local = target - offset
     owned = (local >= 0) & (local < prob.shape[-1])
-    share = owned.to(prob.dtype).mul_(1.0 - smoothing)
-    return grad.scatter_add_(-1, torch.where(owned, local, 0), share)
+    return grad.scatter_add_(-1, torch.where(owned, local, 0), torch.where(owned, sharp, 0))
 
 
 def entropy_grad_(plogp: Tensor, prob: Tensor, entropy: Tensor) -> Tensor:
@@ -218,11 +228,6 @@ def _log_ratio_limit(dtype: torch.dtype) -> float:
 
 def _row_sum(tile: Tensor, group: Group) -> Tensor:
     return reduce_columns(tile.sum(-1, keepdim=True), "SUM", group)
-
-
-def _restore_infinity(column: Tensor) -> Tensor:
-    """Log-probabilities that met LOG_ZERO are infinite in truth."""
-    return torch.where(column.abs() > _INFINITE, column * torch.inf, column)
 
 
 def _banned(gap: Tensor, group: Group) -> Tensor:

@@ -37,7 +37,7 @@ class _Run(Run):
         hidden = self.operands(heads, block, stacked=shared and not streaming)
         if streaming:
             sources = [
-                Source(h, head.weight, head.bias, head.softcap, head.temperature)
+                Source(h, head.weight, head.bias, head.softcap, head.temperature, head.class_weight)
                 for h, head in zip(hidden, heads, strict=True)
             ]
             return FusedTiles(sources, shared)
@@ -68,6 +68,7 @@ class _Run(Run):
                 head,
                 weight=head.weight[columns],
                 bias=None if head.bias is None else head.bias[columns],
+                class_weight=None if head.class_weight is None else head.class_weight[columns],
             )
             for head in heads
         ]

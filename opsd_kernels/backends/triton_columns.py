@@ -94,11 +94,14 @@ class ColumnTiles:
         merged: Tensor,
         entropy: Tensor | None,
         scales: tuple[Tensor | None, Tensor | None],
-        shares: tuple[float, float],
+        rates: Tensor | None,
+        uniform: float,
         offset: int,
         columns: slice,
         outs: list[Tensor],
     ) -> None:
         tiles = self.multiplied(columns)
         offset += columns.start
-        tiles.logprob_gradient(label, merged, entropy, scales, shares, offset, columns, outs)
+        tiles.logprob_gradient(
+            label, merged, entropy, scales, rates, uniform, offset, columns, outs
+        )

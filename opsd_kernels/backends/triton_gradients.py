@@ -15,11 +15,13 @@ from opsd_kernels.backends.triton_kernels import (
 from opsd_kernels.backends.triton_math import (
     FORWARD_KL,
     LN_2,
+    class_weights,
     divergence_slope,
     gradient_unit,
     log2,
     log_ratio,
     probability,
+    rates_of,
 )
 from opsd_kernels.backends.triton_tiles import finished, part_of, product
 
@@ -77,13 +79,15 @@ def _store_gradient(grad, dz, row, col, rows, cols, grad_row, R: tl.constexpr, C
 @triton.jit(**HOW)
 def logprob_gradient(
     x, w, bias, softcap, inv_temp, depth, x_row, x_k, w_row, w_k,
-    label, merged, entropy, scale, entropy_scale, grad, grad_entropy, rows, cols, offset, width,
-    grad_row, sharp, uniform, start, stop,
+    class_weight, label, merged, rates, entropy, scale, entropy_scale, grad, grad_entropy, rows,
+    cols, offset, width, grad_row, uniform, start, stop,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d (sharp log p(y) + uniform sum log p) / d raw logits for columns start to stop.
+    """(sharp at the label) + uniform class_weight - mass p, chained to the raw logits.
 
+    rates (2, rows): each row's sharp and mass, see `logprob_terms`; None where both are 1.
+    For columns start to stop.
     The entropy's gradient is added where its scale is known, or written to grad_entropy.
     """
     block, tile = place(tl.cdiv(rows, R), tl.cdiv(stop - start, C), GROUP)
@@ -105,7 +109,11 @@ def logprob_gradient(
         p = probability(z, top, log2_total)
         y = labels_of(label, r, rows, cols, offset)
         columns = c + tl.arange(0, PART)
-        dz = tl.where(columns[None, :] == y[:, None], sharp, 0.0) + uniform - p
+        share = uniform
+        if class_weight is not None:
+            share = (uniform * class_weights(class_weight, columns, cols))[None, :]
+        sharp, mass = rates_of(rates, at[:, None], rows)
+        dz = tl.where(columns[None, :] == y[:, None], sharp, 0.0) + share - mass * p
         if scale is not None:
             dz *= tl.load(scale + at)[:, None]
         if entropy is not None:

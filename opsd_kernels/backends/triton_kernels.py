@@ -4,8 +4,8 @@ A program multiplies its tiles of logits from hidden states `x` and head `w`. It
 span of the vocabulary, whose statistics it writes for `merge`.
 
 Statistics are (rows of float32) in the order of `passes.Layout`: per head maximum, sum of
-exponentials, sum of p u for the entropy, sum of u and number of columns for label smoothing, the
-label's logit; then, of a pair, the cross sum and the mark of an infinite KL.
+exponentials, sum of p u for the entropy, sum of w u and of w for label smoothing, the label's
+logit, the first column of the maximum; then, of a pair, the cross sum and an infinite KL's mark.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from opsd_kernels.backends.triton_math import (
     FORWARD_KL,
     JSD,
     LOG_ZERO,
+    class_weights,
     entries,
     exp,
     log2,
@@ -95,16 +96,23 @@ def _picked(z, y, col, C: tl.constexpr):
     return tl.sum(tl.where(c[None, :] == y[:, None], z, 0.0), 1)
 
 
+@triton.jit
+def _column_of(z, top, col, C: tl.constexpr):
+    """The first column of each row's tile that holds `top`."""
+    c = (col + tl.arange(0, C)).to(tl.float32)
+    return tl.min(tl.where(z == top[:, None], c[None, :], float("inf")), 1)
+
+
 # --------------------------------------------------------------------------------------- first pass
 
 
 @triton.jit(**HOW)
 def statistics(
     x, w, bias, softcap, inv_temp, depth, x_row, x_k, w_row, w_k,
-    label, out, rows, cols, first, width, span, splits,
+    class_weight, label, out, rows, cols, first, width, span, splits,
     R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
     DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr,
+    ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr, PREDICTED: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one head over this program's span of the vocabulary."""
     block, split = place(tl.cdiv(rows, R), splits, GROUP)
@@ -114,7 +122,9 @@ def statistics(
     total = tl.zeros((R,), tl.float32)
     weighted = tl.zeros((R,), tl.float32)
     plain = tl.zeros((R,), tl.float32)
+    number = tl.zeros((R,), tl.float32)
     picked = tl.zeros((R,), tl.float32)
+    best = tl.full((R,), float("inf"), tl.float32)
     PART: tl.constexpr = C // PARTS
     begin = split * span * C
     end = tl.minimum(begin + span * C, cols)
@@ -129,14 +139,18 @@ def statistics(
             c = col + part * PART
             piece = part_of(raw, part, PARTS, R, C)
             z, _ = finished(piece, c, cols, bias, softcap, inv_temp, PART)
-            top, shift = risen(z, top)
+            now, shift = risen(z, top)
+            if PREDICTED:
+                best = tl.where(now > top, _column_of(z, now, c, PART), best)
+            top = now
             u = z - top[:, None]
             p = exp(u)
             if ENTROPY:
                 weighted = rescaled(weighted, shift, total) + tl.sum(p * u, 1)
             if SMOOTHED:
-                valid = (c + tl.arange(0, PART)) < cols
-                plain += shift * (c - begin) + tl.sum(tl.where(valid[None, :], u, 0.0), 1)
+                each = class_weights(class_weight, c + tl.arange(0, PART), cols)
+                plain += shift * number + tl.sum(each[None, :] * u, 1)
+                number += tl.sum(each, 0)
             total = total * exp(shift) + tl.sum(p, 1)
             if label is not None:
                 picked += _picked(z, y, c, PART)
@@ -151,10 +165,13 @@ def statistics(
         at += stride
     if SMOOTHED:
         tl.store(at, plain, inside)
-        tl.store(at + stride, (tl.maximum(end - begin, 0) + 0.0 * top), inside)
+        tl.store(at + stride, number, inside)
         at += 2 * stride
     if label is not None:
         tl.store(at, picked, inside)
+        at += stride
+    if PREDICTED:
+        tl.store(at, best + first, inside)
 
 
 @triton.jit(**HOW)
@@ -248,7 +265,8 @@ def _store_head(at, stride, top, total, weighted, picked, inside, label, ENTROPY
 @triton.jit(**HOW)
 def merge(
     parts, out, rows, width, count, part_width, R: tl.constexpr, HEADS: tl.constexpr,
-    ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr, LABEL: tl.constexpr, KIND: tl.constexpr,
+    ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr, LABEL: tl.constexpr, PREDICTED: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
     """Statistics of `count` spans, or of as many ranks, into those of the whole, in order."""
     r = tl.program_id(0) * R + tl.arange(0, R)
@@ -267,6 +285,7 @@ def merge(
         plain = tl.zeros((R,), tl.float32)
         number = tl.zeros((R,), tl.float32)
         picked = tl.zeros((R,), tl.float32)
+        best = tl.full((R,), float("inf"), tl.float32)
         for i in range(count):
             part = first + i * each
             shift = tl.load(part) - top
@@ -284,7 +303,12 @@ def merge(
                 part += 2 * stride
             if LABEL:
                 picked += tl.load(part)
-        write = out + head * (2 + ENTROPY + 2 * SMOOTHED + LABEL) * width.to(tl.int64) + r
+                part += stride
+            if PREDICTED:
+                best = tl.minimum(best, tl.where(shift == 0, tl.load(part), float("inf")))
+        write = (
+            out + head * (2 + ENTROPY + 2 * SMOOTHED + LABEL + PREDICTED) * width.to(tl.int64) + r
+        )
         tl.store(write, top, inside)
         tl.store(write + width, total, inside)
         write += 2 * width
@@ -298,7 +322,10 @@ def merge(
         if LABEL:
             tl.store(write, picked, inside)
             write += width
-        at += (2 + ENTROPY + 2 * SMOOTHED + LABEL) * stride
+        if PREDICTED:
+            tl.store(write, best, inside)
+            write += width
+        at += (2 + ENTROPY + 2 * SMOOTHED + LABEL + PREDICTED) * stride
         if head == 0:
             top_s = top
             at_t = at

@@ -29,6 +29,7 @@ class Source:
     bias: Tensor | None
     softcap: float | None
     temperature: float
+    class_weight: Tensor | None = None
 
     def arguments(self, b: Blocks, described: bool) -> list[object]:
         x, w = self.x, self.w
@@ -95,8 +96,9 @@ class FusedTiles:
             )
         else:
             triton_kernels.statistics[grid](
-                *self.arguments, label, parts, *numbers, **flags, SMOOTHED=layout.smoothed
-            )
+                *self.arguments, self.sources[0].class_weight, label, parts, *numbers, **flags,
+                SMOOTHED=layout.smoothed, PREDICTED=layout.predicted,
+            )  # fmt: skip
         merge(parts, out, layout, group)
 
     def sums(
@@ -139,15 +141,16 @@ class FusedTiles:
         merged: Tensor,
         entropy: Tensor | None,
         scales: tuple[Tensor | None, Tensor | None],
-        shares: tuple[float, float],
+        rates: Tensor | None,
+        uniform: float,
         offset: int,
         columns: slice,
         outs: list[Tensor],  # (rows, columns), and another for the entropy's own gradient
     ) -> None:
         triton_gradients.logprob_gradient[self._grid(columns)](
-            *self.arguments, label, merged, entropy, *scales, outs[0],
-            outs[1] if len(outs) == 2 else None, self.rows, self.cols, offset, merged.stride(0),
-            outs[0].stride(0), *shares, *_ends(columns),
+            *self.arguments, self.sources[0].class_weight, label, merged, rates, entropy, *scales,
+            outs[0], outs[1] if len(outs) == 2 else None, self.rows, self.cols, offset,
+            merged.stride(0), outs[0].stride(0), uniform, *_ends(columns),
             **self.options(),
         )  # fmt: skip
 
@@ -195,5 +198,5 @@ def _merge(parts: Tensor, out: Tensor, layout: Layout) -> None:
     triton_kernels.merge[(triton.cdiv(rows, _MERGED_ROWS),)](
         parts, out, rows, out.stride(0), parts.shape[1], parts.shape[2], R=_MERGED_ROWS,
         HEADS=layout.heads, ENTROPY=layout.entropy, SMOOTHED=layout.smoothed, LABEL=layout.label,
-        KIND=layout.kind,
+        PREDICTED=layout.predicted, KIND=layout.kind,
     )  # fmt: skip

@@ -81,6 +81,26 @@ def capped(raw, softcap):
 
 
 @triton.jit
+def class_weights(w, c, cols):
+    """Weights of the columns c, 1 where there are none, 0 beyond the vocabulary."""
+    if w is None:
+        found = tl.where(c < cols, 1.0, 0.0)
+    else:
+        found = tl.load(w + c, mask=c < cols, other=0.0)
+    return found
+
+
+@triton.jit
+def rates_of(rates, at, rows):
+    """(sharp, mass) of rows `at`, see `logprob_terms`; without `rates` both are 1."""
+    if rates is None:
+        sharp, mass = 1.0, 1.0
+    else:
+        sharp, mass = tl.load(rates + at), tl.load(rates + rows.to(tl.int64) + at)
+    return sharp, mass
+
+
+@triton.jit
 def probability(z, top, log2_total):
     if _INTERPRETED:
         p = tl.exp((z - top) - log2_total * LN_2)

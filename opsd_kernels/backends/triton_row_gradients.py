@@ -15,12 +15,14 @@ from opsd_kernels.backends.triton_math import (
     FP16_BOOST,
     LN_2,
     LOG_ZERO,
+    class_weights,
     divergence_slope,
     gradient_unit,
     jsd_terms,
     log2,
     log_ratio,
     probability,
+    rates_of,
 )
 from opsd_kernels.backends.triton_rows import (
     ROW_NUMBERS,
@@ -102,12 +104,13 @@ def row_jsd_shares(
 
 @triton.jit(**ROW_NUMBERS)
 def row_logprob_gradient(
-    z, bias, softcap, inv_temp, label, merged, entropy, scale, entropy_scale, dz, dz_entropy, cols,
-    padded, stride, dz_stride, entropy_stride, width, first, sharp, uniform,
+    z, bias, softcap, inv_temp, class_weight, label, merged, rates, entropy, scale, entropy_scale,
+    dz, dz_entropy, rows, cols, padded, stride, dz_stride, entropy_stride, width, first, uniform,
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """d (sharp log p(y) + uniform sum log p) / d raw logits, over z.
+    """(sharp at the label) + uniform class_weight - mass p, chained to the raw logits, over z.
 
+    rates (2, rows): each row's sharp and mass, see `logprob_terms`; None where both are 1.
     The entropy's gradient is added where its scale is known, or written to dz_entropy.
     """
     row = tl.program_id(0)
@@ -115,6 +118,7 @@ def row_logprob_gradient(
     dz += row.to(tl.int64) * dz_stride
     top, log2_total = tl.load(merged + row), log2(tl.load(merged + width + row))
     y = (tl.load(label + row) - first).to(tl.int32)
+    sharp, mass = rates_of(rates, row, rows)
     unit = gradient_unit(dz, inv_temp)
     factor = unit
     if scale is not None:
@@ -122,8 +126,11 @@ def row_logprob_gradient(
     for col in range(0, padded, BLOCK_V):
         c = col + tl.arange(0, BLOCK_V)
         x, slope = row_logits(z, c, cols, padded, bias, softcap, inv_temp)
+        share = uniform
+        if class_weight is not None:
+            share = uniform * class_weights(class_weight, c, cols)
         p = probability(x, top, log2_total)
-        grad = (tl.where(c == y, sharp, 0.0) + uniform - p) * factor
+        grad = (tl.where(c == y, sharp, 0.0) + share - mass * p) * factor
         if entropy is not None:
             log_p = tl.maximum((x - top) - log2_total * LN_2, LOG_ZERO)
             rise = -p * (log_p + tl.load(entropy + row)) * unit

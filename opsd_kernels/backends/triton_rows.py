@@ -18,6 +18,7 @@ from opsd_kernels.backends.triton_math import (
     JSD,
     LOG_ZERO,
     capped,
+    class_weights,
     entries,
     exp,
     log2,
@@ -79,6 +80,11 @@ def lane_max(x):
 
 
 @triton.jit
+def lane_min(x):
+    return tl.min(tl.min(x, 2), 0)
+
+
+@triton.jit
 def across(top, total, weighted):
     """One (top, total, weighted) of the lanes' own: weighted is sum p u, u relative to top."""
     row_top = tl.max(top, 0)
@@ -102,8 +108,10 @@ def _span(rows, span, splits, padded, BLOCK_V: tl.constexpr):
 
 @triton.jit(**ROW_NUMBERS)
 def row_statistics(
-    z, bias, softcap, inv_temp, label, out, rows, cols, padded, stride, first, span, splits,
+    z, bias, softcap, inv_temp, class_weight, label, out, rows, cols, padded, stride, first, span,
+    splits,
     BLOCK_V: tl.constexpr, LANES: tl.constexpr, ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr,
+    PREDICTED: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one head over this program's span of a row."""
     row, split, begin, end = _span(rows, span, splits, padded, BLOCK_V)
@@ -113,11 +121,16 @@ def row_statistics(
     weighted = tl.zeros((LANES,), tl.float32)
     plain = tl.zeros((LANES,), tl.float32)
     number = tl.zeros((LANES,), tl.float32)
+    best = tl.full((LANES,), float("inf"), tl.float32)
     for col in range(begin, end, BLOCK_V):
         c = col + tl.arange(0, BLOCK_V)
         x, _ = row_logits(z, c, cols, padded, bias, softcap, inv_temp)
         x = by_lane(x, LANES)
         now = tl.maximum(top, lane_max(x))
+        if PREDICTED:
+            at_top = x == now[None, :, None]
+            found = lane_min(tl.where(at_top, by_lane(c.to(tl.float32), LANES), float("inf")))
+            best = tl.where(now > top, found, best)
         shift = top - now
         shrink = exp(shift)
         u = x - now[None, :, None]
@@ -127,9 +140,9 @@ def row_statistics(
         if ENTROPY:
             weighted = (weighted + shift * total) * shrink + lane_sum(p * u)
         if SMOOTHED:
-            valid = by_lane(tl.where(c < cols, 1.0, 0.0), LANES)
-            plain += shift * number + lane_sum(u * valid)
-            number += lane_sum(valid)
+            w = by_lane(class_weights(class_weight, c, cols), LANES)
+            plain += shift * number + lane_sum(u * w)
+            number += lane_sum(w)
         total = total * shrink + lane_sum(p)
         top = now
     row_top, row_total, row_weighted = across(top, total, weighted)
@@ -148,6 +161,9 @@ def row_statistics(
     if label is not None:
         y = tl.load(label + row) - first
         tl.store(at, label_logit(z, y, begin, end, cols, bias, softcap, inv_temp))
+        at += stride
+    if PREDICTED:
+        tl.store(at, tl.min(tl.where(top == row_top, best, float("inf")), 0) + first)
 
 
 @triton.jit(**ROW_NUMBERS)

@@ -20,6 +20,7 @@ class StoredTiles:
         self.logits, self.hidden = logits, hidden
         self.rows, self.padded = logits.shape[1:]
         self.cols = heads[0].weight.shape[0]
+        self.class_weight = heads[0].class_weight
         self.device = device_of(logits.device.index if logits.is_cuda else None)
         # Of the rows' stride: the vocabulary's last slice runs what the others do.
         self.blocks = row_blocks(logits.stride(1), self.device)
@@ -59,14 +60,19 @@ class StoredTiles:
         """(K, spans, rows), for `merge`."""
         span, splits, grid, parts = self._spans(layout.count)
         arguments = (
-            *self.sources, label if layout.label else None, parts, self.rows, self.cols,
-            self.padded, self.logits.stride(1), offset, span, splits,
+            label if layout.label else None, parts, self.rows, self.cols, self.padded,
+            self.logits.stride(1), offset, span, splits,
         )  # fmt: skip
         flags = {**self.flags, "LANES": self.blocks.lanes, "ENTROPY": layout.entropy}
         if layout.heads == 2:
-            triton_rows.row_statistics_pair[grid](*arguments, **flags, KIND=layout.kind)
+            triton_rows.row_statistics_pair[grid](
+                *self.sources, *arguments, **flags, KIND=layout.kind
+            )
         else:
-            triton_rows.row_statistics[grid](*arguments, **flags, SMOOTHED=layout.smoothed)
+            triton_rows.row_statistics[grid](
+                *self.sources, self.class_weight, *arguments, **flags, SMOOTHED=layout.smoothed,
+                PREDICTED=layout.predicted,
+            )  # fmt: skip
         return parts
 
     def sums(
@@ -131,14 +137,16 @@ class StoredTiles:
         merged: Tensor,
         entropy: Tensor | None,
         scales: tuple[Tensor | None, Tensor | None],
-        shares: tuple[float, float],
+        rates: Tensor | None,
+        uniform: float,
         offset: int,
         columns: slice,
         outs: list[Tensor],  # (rows, padded): `dz`, and another for the entropy's own gradient
     ) -> None:
         own = outs[1] if len(outs) == 2 else None
         triton_row_gradients.row_logprob_gradient[(self.rows,)](
-            *self.sources, label, merged, entropy, *scales, outs[0], own, self.cols, self.padded,
-            self.logits.stride(1), outs[0].stride(0), outs[0].stride(0) if own is None else
-            own.stride(0), merged.stride(0), offset, *shares, **self.flags,
+            *self.sources, self.class_weight, label, merged, rates, entropy, *scales, outs[0], own,
+            self.rows, self.cols, self.padded, self.logits.stride(1), outs[0].stride(0),
+            outs[0].stride(0) if own is None else own.stride(0), merged.stride(0), offset,
+            uniform, **self.flags,
         )  # fmt: skip

@@ -99,11 +99,11 @@ def plan_for(
     )  # fmt: skip
 
 
-def whole_vocabulary(head: Head, e: Execution) -> tuple[int, int]:
-    """(entries over all shards, entries of the largest shard)."""
+def whole_vocabulary(head: Head, e: Execution) -> tuple[int, int, int]:
+    """(first entry of this shard, entries over all shards, entries of the largest shard)."""
     if e.group_name is None:
-        return head.weight.shape[0], head.weight.shape[0]
-    return vocabulary_shard(head.weight, e.group_name)[1:]
+        return 0, head.weight.shape[0], head.weight.shape[0]
+    return vocabulary_shard(head.weight, e.group_name)
 
 
 @contextlib.contextmanager
@@ -197,6 +197,21 @@ def scaled_grads(
     ]
 
 
+def at_kept(upstream: Tensor | None, keep: Tensor | None) -> Tensor | None:
+    """The upstream of tokens that were kept, 0 for the others: even NaN does not reach them."""
+    if upstream is None or keep is None:
+        return upstream
+    return torch.where(keep, upstream, 0)
+
+
+def still_kept(keep: Tensor | None, *upstreams: Tensor | None) -> Tensor | None:
+    """Kept tokens whose upstream is not 0: the others have no gradient, even of NaN values."""
+    if keep is None:  # finding the tokens would read them on the host
+        return None
+    flowing = [upstream != 0 for upstream in upstreams if upstream is not None]
+    return keep & functools.reduce(torch.logical_or, flowing)
+
+
 def in_order(operator: str, grads: Sequence[Tensor | None]) -> tuple:
     """Gradients in argument order: the student's hidden, weight and bias come first."""
     return (*grads, *(None,) * (len(argument_names(operator)) - len(grads)))
@@ -214,10 +229,11 @@ def refuse_double_backward() -> None:
 def scale_cast(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """grad * factor in `dtype`; no second copy of a large gradient in fp32.
 
-    factor is a scalar or has one entry per row of grad.
+    factor is a scalar or has one entry per row of grad; a row's factor of 0 makes 0 of NaN too.
     """
     out = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    return (_scaled if grad.is_cuda else _scaled_in_slices)(grad, factor, out)
+    (_scaled if grad.is_cuda else _scaled_in_slices)(grad, factor, out)
+    return out if factor.ndim == 0 else out.masked_fill_((factor == 0).unsqueeze(-1), 0)
 
 
 def _scaled(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:

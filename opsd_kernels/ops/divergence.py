@@ -12,6 +12,7 @@ from opsd_kernels import checks
 from opsd_kernels.ops.common import (
     GRADS,
     HOST_READS,
+    at_kept,
     backend_of,
     by_name,
     dispatched,
@@ -24,6 +25,7 @@ from opsd_kernels.ops.common import (
     save_sum,
     scale_cast,
     scaled_grads,
+    still_kept,
     sum_backward,
     summed,
     wanted,
@@ -159,7 +161,7 @@ def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Want
         checks.outside_capture(
             p.student.hidden, shift_labels=p.labels, token_weight=p.keep, process_group=group
         )
-        vocab_size, largest = whole_vocabulary(p.student, p.execution)
+        _, vocab_size, largest = whole_vocabulary(p.student, p.execution)
         if p.labels is not None:
             checks.labels_in_vocabulary("shift_labels", p.labels, p.keep, vocab_size)
         chosen = plan_for(
@@ -174,7 +176,9 @@ def _divergence_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.trained = a["grad_weight"] or a["grad_bias"]
     ctx.dtypes = wanted_dtypes(a, _STUDENT)
     ctx.numbers = {name: value for name, value in a.items() if name not in _SAVED}
-    ctx.save_for_backward(*([a[name] for name in _SAVED] if ctx.trained else output[2:]))
+    ctx.save_for_backward(
+        *([a[name] for name in _SAVED] if ctx.trained else (a["keep"], output[2]))
+    )
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.set_materialize_grads(False)
 
@@ -184,9 +188,12 @@ def _divergence_tokens_backward(ctx: Any, grad_value: Tensor | None, *_: Any) ->
         return in_order("divergence_tokens", [])
     refuse_double_backward()
     if not ctx.trained:
-        (unit,) = ctx.saved_tensors
-        return in_order("divergence_tokens", [scale_cast(unit, grad_value, ctx.dtypes[0])])
+        keep, unit = ctx.saved_tensors
+        grad = scale_cast(unit, at_kept(grad_value, keep), ctx.dtypes[0])
+        return in_order("divergence_tokens", [grad])
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
+    grad_value = at_kept(grad_value, saved["keep"])
+    saved["keep"] = still_kept(saved["keep"], grad_value)
     numbers = {**ctx.numbers, "with_stats": False}
     _, _, _, *grads, scale = divergence_sum(**saved, **numbers, row_scale=grad_value)
     return in_order("divergence_tokens", scaled_grads(grads, scale, ctx.dtypes))

@@ -12,6 +12,7 @@ from opsd_kernels import checks
 from opsd_kernels.ops.common import (
     GRADS,
     HOST_READS,
+    at_kept,
     backend_of,
     by_name,
     dispatched,
@@ -24,6 +25,7 @@ from opsd_kernels.ops.common import (
     save_sum,
     scale_cast,
     scaled_grads,
+    still_kept,
     sum_backward,
     summed,
     wanted,
@@ -42,24 +44,32 @@ from opsd_kernels.problem import (
 
 _PARAMETERS = ("input", "weight", "bias")
 # What backward needs again to make the gradients of a trained head.
-_SAVED = (*_PARAMETERS, "target", "keep")
+_SAVED = (*_PARAMETERS, "target", "keep", "class_weight", "label_weight", "z_weight")
 
 
 def logprob(
-    p: LogprobProblem, row_scale: Tensor | None = None, entropy_grad: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(value (N,) or, with row_scale, sum(row_scale * value); entropy; stats)."""
+    p: LogprobProblem,
+    row_scale: Tensor | None = None,
+    entropy_grad: bool = False,
+    lse_grad: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(value (N,) or, with row_scale, sum(row_scale * value); entropy; lse; stats).
+
+    Entropy and lse are differentiable where their flag says so, and there is no row_scale.
+    """
     needed = wanted(p.head)
     h, e = p.head, p.execution
     tensors = (h.hidden, h.weight, h.bias, p.target, p.keep)
+    tensors += (h.class_weight, p.label_weight, p.z_weight)
     numbers = (h.softcap, h.temperature, p.label_smoothing)
-    run = (p.with_entropy, e.schedule, e.workspace_bytes, e.group_name)
+    run = (p.with_entropy, p.with_predicted, e.schedule, e.workspace_bytes, e.group_name)
     flags = (needed.hidden, needed.weight, needed.bias)
     if row_scale is not None and (needed.weight or needed.bias):
-        loss, _, stats, *_ = logprob_sum(*tensors, *numbers, *run, *flags, row_scale, None)
-        return loss, stats[LOGPROB_STATS.index("entropy")], stats
-    value, entropy, stats, _, _ = logprob_tokens(*tensors, *numbers, *run, *flags, entropy_grad)
-    return (value if row_scale is None else (value * row_scale).sum()), entropy, stats
+        loss, _, stats, *_ = logprob_sum(*tensors, *numbers, *run, *flags, row_scale, None, None)
+        return loss, *(stats[LOGPROB_STATS.index(name)] for name in ("entropy", "lse")), stats
+    flags += (entropy_grad, lse_grad)
+    value, entropy, lse, stats, _, _ = logprob_tokens(*tensors, *numbers, *run, *flags)
+    return (value if row_scale is None else (value * row_scale).sum()), entropy, lse, stats
 
 
 @torch.library.custom_op("opsd_kernels::logprob_tokens", mutates_args=(), tags=HOST_READS)
@@ -69,10 +79,14 @@ def logprob_tokens(
     bias: Tensor | None,
     target: Tensor,
     keep: Tensor | None,
+    class_weight: Tensor | None,
+    label_weight: Tensor | None,
+    z_weight: Tensor | None,
     softcap: float | None,
     temperature: float,
     label_smoothing: float,
     with_entropy: bool,
+    with_predicted: bool,
     schedule: str,
     workspace_bytes: int | None,
     group_name: str | None,
@@ -80,17 +94,20 @@ def logprob_tokens(
     grad_weight: bool,
     grad_bias: bool,
     grad_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(value (N,), entropy (N,), stats (S, N), d value / dh, d entropy / dh)."""
+    grad_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(value (N,), entropy (N,), lse (N,), stats (S, N), d value / dh, d entropy / dh)."""
     p = LogprobProblem(
-        Head(input, weight, bias, softcap, temperature), target, keep, label_smoothing,
-        with_entropy, Execution(schedule, workspace_bytes, group_name),
+        Head(input, weight, bias, softcap, temperature, class_weight), target, keep,
+        label_smoothing, with_entropy, Execution(schedule, workspace_bytes, group_name),
+        with_predicted, label_weight, z_weight,
     )  # fmt: skip
-    now = grad_hidden and not (grad_weight or grad_bias)
-    result = _run_logprob(p, None, None, Wanted(hidden=now, entropy=now and grad_entropy))
+    now = grad_hidden and not (grad_weight or grad_bias or grad_lse)
+    result = _run_logprob(p, None, None, None, Wanted(hidden=now, entropy=now and grad_entropy))
     return (
         result.value,
         result.stats[LOGPROB_STATS.index("entropy")].clone(),
+        result.stats[LOGPROB_STATS.index("lse")].clone(),
         result.stats,
         or_empty(result.grad_hidden, result.value),
         or_empty(result.grad_entropy, result.value),
@@ -104,10 +121,14 @@ def logprob_sum(
     bias: Tensor | None,
     target: Tensor,
     keep: Tensor | None,
+    class_weight: Tensor | None,
+    label_weight: Tensor | None,
+    z_weight: Tensor | None,
     softcap: float | None,
     temperature: float,
     label_smoothing: float,
     with_entropy: bool,
+    with_predicted: bool,
     schedule: str,
     workspace_bytes: int | None,
     group_name: str | None,
@@ -116,24 +137,27 @@ def logprob_sum(
     grad_bias: bool,
     row_scale: Tensor,
     entropy_scale: Tensor | None,
+    lse_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As divergence_sum, of sum(row_scale * value + entropy_scale * entropy) in the gradients."""
+    """As divergence_sum; entropy_scale * entropy and lse_scale * lse join in the gradients."""
     p = LogprobProblem(
-        Head(input, weight, bias, softcap, temperature), target, keep, label_smoothing,
-        with_entropy, Execution(schedule, workspace_bytes, group_name),
+        Head(input, weight, bias, softcap, temperature, class_weight), target, keep,
+        label_smoothing, with_entropy, Execution(schedule, workspace_bytes, group_name),
+        with_predicted, label_weight, z_weight,
     )  # fmt: skip
     needed = Wanted(grad_hidden, grad_weight, grad_bias)
-    return summed(_run_logprob(p, row_scale, entropy_scale, needed), row_scale)
+    return summed(_run_logprob(p, row_scale, entropy_scale, lse_scale, needed), row_scale)
 
 
 @logprob_tokens.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     a = by_name("logprob_tokens", inputs)
     h, (hidden, weight, bias) = a["input"], (a[name] for name in GRADS)
-    now = hidden and not (weight or bias)
+    now = hidden and not (weight or bias or a["grad_lse"])
     value = h.new_empty(h.shape[0], dtype=stat_dtype(h.dtype))
     return (
         value,
+        torch.empty_like(value),
         torch.empty_like(value),
         value.new_empty(len(LOGPROB_STATS), h.shape[0]),
         fake_grad(h, now),
@@ -148,45 +172,64 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _run_logprob(
-    p: LogprobProblem, row_scale: Tensor | None, entropy_scale: Tensor | None, needed: Wanted
+    p: LogprobProblem,
+    row_scale: Tensor | None,
+    entropy_scale: Tensor | None,
+    lse_scale: Tensor | None,
+    needed: Wanted,
 ) -> Result:
     with dispatched(p.head.hidden):
         checks.outside_capture(p.head.hidden, target=p.target)
-        vocab_size, largest = whole_vocabulary(p.head, p.execution)
+        first, vocab_size, largest = whole_vocabulary(p.head, p.execution)
         checks.labels_in_vocabulary("target", p.target, p.keep, vocab_size)
+        if p.head.class_weight is not None:
+            checks.class_weight_of(p.head.class_weight, vocab_size)
+            shard = p.head.class_weight[first : first + p.head.weight.shape[0]]
+            p.head.class_weight = shard if p.label_smoothing != 0.0 else None
         chosen = plan_for("logprob", p.head, largest, p.execution, row_scale, needed)
-        return backend_of(chosen).logprob(p, chosen, row_scale, entropy_scale, needed)
+        return backend_of(chosen).logprob(p, chosen, row_scale, entropy_scale, lse_scale, needed)
 
 
 def _logprob_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
     a = by_name("logprob_tokens", inputs)
-    ctx.trained = a["grad_weight"] or a["grad_bias"]
+    ctx.later = a["grad_weight"] or a["grad_bias"] or a["grad_lse"]
     ctx.dtypes = wanted_dtypes(a, _PARAMETERS)
-    ctx.numbers = {n: v for n, v in a.items() if n not in (*_SAVED, "grad_entropy")}
-    ctx.save_for_backward(*([a[name] for name in _SAVED] if ctx.trained else output[3:]))
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.numbers = {n: v for n, v in a.items() if n not in (*_SAVED, "grad_entropy", "grad_lse")}
+    ctx.save_for_backward(
+        *([a[name] for name in _SAVED] if ctx.later else (a["keep"], *output[4:]))
+    )
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _logprob_tokens_backward(
-    ctx: Any, grad_value: Tensor | None, grad_entropy: Tensor | None, *_: Any
+    ctx: Any,
+    grad_value: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_lse: Tensor | None,
+    *_: Any,
 ) -> tuple:
-    if grad_value is None and grad_entropy is None:
+    upstreams = [x for x in (grad_value, grad_entropy, grad_lse) if x is not None]
+    if not upstreams:
         return in_order("logprob_tokens", [])
     refuse_double_backward()
-    if not ctx.trained:
-        unit, unit_entropy = ctx.saved_tensors
+    if not ctx.later:
+        keep, unit, unit_entropy = ctx.saved_tensors
         terms = [
-            scale_cast(unit, upstream, ctx.dtypes[0])
+            scale_cast(unit, at_kept(upstream, keep), ctx.dtypes[0])
             for unit, upstream in ((unit, grad_value), (unit_entropy, grad_entropy))
             if upstream is not None
         ]
         return in_order("logprob_tokens", [sum(terms[1:], start=terms[0])])
     if grad_value is None:
-        grad_value = torch.zeros_like(grad_entropy)
+        grad_value = torch.zeros_like(upstreams[0])
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
+    scales = [at_kept(x, saved["keep"]) for x in (grad_value, grad_entropy, grad_lse)]
+    saved["keep"] = still_kept(saved["keep"], *scales)
+    numbers = {**ctx.numbers, "with_predicted": False}
+    names = ("row_scale", "entropy_scale", "lse_scale")
     _, _, _, *grads, scale = logprob_sum(
-        **saved, **ctx.numbers, row_scale=grad_value, entropy_scale=grad_entropy
+        **saved, **numbers, **dict(zip(names, scales, strict=True))
     )
     return in_order("logprob_tokens", scaled_grads(grads, scale, ctx.dtypes))
 

@@ -206,7 +206,8 @@ def test_operators_match_their_schema() -> None:
     logits, out = torch.zeros(2, 5, 30), torch.zeros(6, 5)
     ops = torch.ops.opsd_cpu
     checks = ("test_schema",)
-    arguments = (hidden, weight, [None, None], [0.0, 0.0], [1.0, 1.0], None, 0, False, False, 0)
+    empty = (None, 0, False, False, False, None, 0)
+    arguments = (hidden, weight, [None, None], [0.0, 0.0], [1.0, 1.0], *empty)
     torch.library.opcheck(ops.statistics, (*arguments, logits, out), test_utils=checks)
     ops.statistics(*arguments, logits, out)
     numbers = (2, 30.0, 1.0, 0.5, None, 2, True)
@@ -219,6 +220,6 @@ def test_wrong_operands_are_refused() -> None:
     with pytest.raises(RuntimeError, match="layout"):
         h: Tensor = torch.zeros(5, 4)
         ops.statistics(
-            [h], [torch.zeros(9, 4)], [None], [0.0], [1.0], None, 0, False, False, 2,
+            [h], [torch.zeros(9, 4)], [None], [0.0], [1.0], None, 0, False, False, False, None, 2,
             torch.zeros(0), torch.zeros(9, 5),
         )  # fmt: skip

@@ -57,6 +57,9 @@ DIVERGENCE = [
     ({"student_weight": torch.randn(11)}, "student_weight", "11"),
     ({"student_weight": torch.randn(1, 11, 6)}, "student_weight", "1, 11, 6"),
     ({"teacher_weight": torch.randn(13, 8), "teacher_bias": None}, "vocab_size", "11", "13"),
+    ({"student_input": torch.randn(5, 0), "student_weight": torch.randn(11, 0)}, "student_weight"),
+    ({"teacher_input": torch.randn(5, 0), "teacher_weight": torch.randn(11, 0)}, "teacher_weight"),
+    ({"student_weight": torch.randn(0, 6)}, "student_weight", "(0, 6)"),
     ({"student_bias": torch.randn(10)}, "student_bias", "10", "11"),
     ({"teacher_bias": torch.randn(11, 1)}, "teacher_bias", "11, 1"),
     ({"vocab_size": 12}, "vocab_size", "12", "11"),
@@ -135,6 +138,8 @@ def test_dtypes_of_input_and_weight(who: str, part: str) -> None:
 SINGLE_CASES = [
     ({"input": torch.randn(5, 7)}, "input", "7", "6"),
     ({"input": torch.randn(5, 6).double()}, "input", "float64", "float32"),
+    ({"input": torch.randn(5, 0), "weight": torch.randn(11, 0)}, "weight", "(11, 0)"),
+    ({"weight": torch.randn(0, 6), "bias": None}, "weight", "(0, 6)"),
     ({"target": torch.zeros(4, dtype=torch.long)}, "target", "4", "5"),
     ({"target": torch.zeros(5)}, "target", "float32"),
     ({"target": labels(11)}, "target", "11"),
@@ -181,6 +186,7 @@ def test_cross_entropy(case: tuple) -> None:
     "case",
     [
         ({"teacher_input": torch.randn(4, 8)}, "teacher_input", "4"),
+        ({"student_input": torch.randn(5, 0), "student_weight": torch.randn(11, 0)}, "(11, 0)"),
         ({"target": labels(11)}, "target", "11"),
         ({"target": torch.zeros(5)}, "target", "float32"),
         ({"teacher_softcap": 0.0}, "teacher_softcap", "0"),

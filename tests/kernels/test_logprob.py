@@ -41,6 +41,41 @@ def test_logprob_and_entropy(
     )
 
 
+def reference_lse(**arguments: object) -> tuple[torch.Tensor, ...]:
+    """(logprob, entropy, lse) on full logits."""
+    values = reference.linear_logprob(**arguments, return_entropy=True)
+    names = ("input", "weight", "bias", "softcap", "temperature")
+    hidden, weight, bias, softcap, temperature = (arguments[name] for name in names)
+    z = reference.logits(hidden, weight, bias, softcap=softcap, temperature=temperature)
+    return *values, torch.where(arguments["target"] != -100, z.logsumexp(-1), 0.0)
+
+
+@pytest.mark.parametrize("wrt", [SINGLE[:1], SINGLE], ids=["frozen", "trained"])
+@pytest.mark.parametrize("used", [(0, 1, 2), (2,), (0, 2), (0,)], ids=str)
+def test_lse_is_differentiable(used: tuple[int, ...], wrt: tuple[str, ...]) -> None:
+    def chosen(fn: object, **how: object) -> object:
+        return lambda **arguments: tuple(fn(**arguments, **how)[i] for i in used)
+
+    ours = chosen(fused_linear_logprob, return_entropy=True, return_lse=True)
+    upstream = [random_upstream((37,), seed) for seed in range(len(used))]
+    options = {"temperature": 0.8, "softcap": 6.0, "upstream": upstream}
+    for dtype in DTYPES:
+        check(ours, chosen(reference_lse), inputs(), wrt, dtype=dtype, **options)
+
+
+@pytest.mark.parametrize("schedule", ["blocked", "streaming"])
+def test_lse_of_triton(schedule: str, triton_device: str) -> None:
+    def lse(**arguments: object) -> torch.Tensor:
+        return fused_linear_logprob(**arguments, return_lse=True, schedule=schedule)[1]
+
+    def truth(**arguments: object) -> torch.Tensor:
+        return reference_lse(**arguments)[2]
+
+    options = {"temperature": 0.8, "softcap": 6.0, "upstream": [random_upstream((7,))]}
+    case = inputs(7, 16, 150)
+    check(lse, truth, case, SINGLE[:1], device=triton_device, max_factor=4.0, **options)
+
+
 @pytest.mark.parametrize("wrt", [SINGLE[:1], SINGLE])
 def test_entropy_alone_is_differentiable(wrt: tuple[str, ...]) -> None:
     def entropy_only(**arguments: object) -> torch.Tensor:
@@ -107,17 +142,17 @@ def test_stats() -> None:
     truth = {"lse": lse, "entropy": reference.entropy(ls), "logprob": chosen}
     truth = {name: torch.where(keep, value, 0.0) for name, value in truth.items()}
     _, stats = fused_linear_logprob(**case, return_stats=True)
-    assert set(stats) == {"lse", "entropy"}
+    assert set(stats) == {"lse", "entropy", "predicted"}
     value, entropy, more = fused_linear_logprob(**case, return_entropy=True, return_stats=True)
     assert_close(value, truth["logprob"])
     assert_close(entropy, truth["entropy"])
-    assert set(more) == {"lse", "entropy"}
+    assert set(more) == {"lse", "entropy", "predicted"}
     _, from_ce = fused_linear_cross_entropy(**case, return_stats=True)
-    assert set(from_ce) == set(truth)
+    assert set(from_ce) == {*truth, "predicted", "accuracy"}
     for found in (stats, more, from_ce):
-        for name, tensor in found.items():
-            assert not tensor.requires_grad
-            assert_close(tensor, truth[name], name=name)
+        assert not any(tensor.requires_grad for tensor in found.values())
+        for name in set(found) & set(truth):
+            assert_close(found[name], truth[name], name=name)
 
 
 @pytest.mark.parametrize("fn", [fused_linear_logprob, fused_linear_cross_entropy])

@@ -17,7 +17,7 @@ LIGER = ["student_input", "student_weight", "teacher_input", "teacher_weight", "
 
 def test_call_order_is_ligers() -> None:
     constructor = list(inspect.signature(FusedLinearJSD).parameters)
-    assert constructor[:3] == ["jsd_beta", "ignore_index", "temperature"]
+    assert constructor[:4] == ["jsd_beta", "ignore_index", "temperature", "accum_dtype"]
     forward = list(inspect.signature(FusedLinearJSD.forward).parameters)
     assert forward[1:6] == LIGER
     pair = make_pair(20, 12, 70, masked=3)
@@ -70,6 +70,29 @@ def test_precision_reaches_the_plan(
         run(fn, make_pair(5, 6, 11), wrt, reduction=reduction, precision="fp32")
     calls = 6 if wrt == STUDENT and reduction == "none" else 3
     assert asked == ["fp32"] * calls
+
+
+def test_accum_dtype_is_accepted_and_changes_nothing() -> None:
+    pair = make_pair(20, 12, 70, masked=3, dtype=torch.bfloat16)
+    expected = fused_linear_jsd(**pair, beta=0.1, temperature=1.5)
+    for dtype in (None, torch.bfloat16, torch.float32):
+        assert torch.equal(FusedLinearJSD(0.1, -100, 1.5, dtype)(**pair), expected)
+    with pytest.raises(TypeError, match="accum_dtype"):
+        FusedLinearJSD(0.1, -100, 1.5, 0.05)
+
+
+def test_options_are_attributes() -> None:
+    """Those of the constructor, under its names; setting one changes the loss."""
+    module = FusedLinearJSD(0.1, 3, 1.5, token_clip=0.05, student_softcap=8.0)
+    given = (module.jsd_beta, module.ignore_index, module.temperature, module.token_clip)
+    assert given == (0.1, 3, 1.5, 0.05)
+    for name, option in inspect.signature(FusedLinearJSD).parameters.items():
+        assert hasattr(module, name), name
+        assert getattr(FusedLinearJSD(), name) == option.default
+    pair = make_pair(20, 12, 70)
+    module.temperature = 0.7
+    options = {"beta": 0.1, "ignore_index": 3, "token_clip": 0.05, "student_softcap": 8.0}
+    assert torch.equal(module(**pair), fused_linear_jsd(**pair, temperature=0.7, **options))
 
 
 def test_labels_are_optional_and_num_tokens_is_passed_on() -> None:

@@ -78,7 +78,7 @@ def test_num_tokens_of_the_cpu_divides_on_a_gpu(divisor: Tensor) -> None:
     """Fake tensors know which devices may meet, and need no GPU."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         values = torch.empty(28, 12, device="cuda")
-        scale = row_scale(values, None, None, "mean", divisor)
+        scale = row_scale(values, None, None, None, "mean", divisor)
     assert scale.shape == (28,) and scale.dtype == torch.float32 and scale.device == values.device
 
 

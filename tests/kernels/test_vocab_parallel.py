@@ -30,6 +30,11 @@ def losses(
         *both, label, **bias, **run, student_logit_scale=4.0, teacher_logit_scale=0.125
     )
     logprob, entropy = k.fused_linear_logprob(*one, label, **run, return_entropy=True)
+    lse = k.fused_linear_logprob(*one, label, **run, return_lse=True)[1]
+    weighted, counts = k.fused_linear_cross_entropy(
+        *one, label, **run, class_weight=torch.linspace(0, 2, VOCAB), label_smoothing=0.1,
+        z_loss=0.01, return_stats=True,
+    )  # fmt: skip
     advantage, sampled = k.fused_linear_advantage(*both, label, **run)
     return [
         k.fused_linear_jsd(*both, label, **bias, **run, beta=0.3, reduction="none").sum(),
@@ -38,7 +43,9 @@ def losses(
         clipped + sum(column.sum() for column in stats.values()),
         scaled,
         (2 * logprob + entropy).sum(),
+        lse.sum(),
         k.fused_linear_cross_entropy(*one, label, **run, label_smoothing=0.1),
+        weighted + 0.01 * counts["predicted"].double().mean() + counts["accuracy"],
         k.policy_gradient_loss(advantage, sampled, label),
     ]
 

@@ -1,0 +1,65 @@
+"""Value and gradient rates of the log-probability family from what is known of each row.
+
+With e the smoothing, c the target's class weight, w all classes' and z the weight of the z-loss::
+
+    value = (1 - e) c log p(y) + e / V sum_v w_v log p(v) - z lse**2
+    dz_j  = sharp [j = y] + e / V w_j - mass p_j
+    sharp = (1 - e) c,  mass = sharp + e / V sum_v w_v + 2 z lse
+
+Columns have one entry per row, (rows,) or (rows, 1).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from opsd_kernels.problem import LogprobProblem
+
+# No finite log-probability gets near; a value beyond it met an entry that cannot occur.
+_INFINITE = 1e20
+
+
+def value_of(
+    p: LogprobProblem,
+    picked: Tensor,  # log p(y)
+    label_weight: Tensor | None,  # c
+    mean: Tensor | None,  # sum_v w_v log p(v) / V, where there is smoothing
+    lse: Tensor,
+) -> Tensor:
+    """The value. A class of weight 0 adds 0, even if it is banned."""
+    value = picked
+    if label_weight is not None:
+        value = torch.where(label_weight == 0, 0, label_weight * picked)
+    if mean is not None:
+        value = restore_infinity((1 - p.label_smoothing) * value + p.label_smoothing * mean)
+    return value if p.z_weight is None else value - p.z_weight * lse.square()
+
+
+def rates_of(
+    p: LogprobProblem,
+    label_weight: Tensor | None,
+    share: Tensor | None,  # sum_v w_v / V, where there is smoothing
+    lse: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """(sharp, mass), or None where both are 1."""
+    if label_weight is None and share is None and p.z_weight is None:
+        return None
+    sharp = torch.full_like(lse, 1.0 - p.label_smoothing)
+    if label_weight is not None:
+        sharp = sharp * label_weight
+    mass = sharp if share is None else sharp + p.label_smoothing * share
+    return sharp, mass if p.z_weight is None else mass + 2 * p.z_weight * lse
+
+
+def rates_with_lse(
+    rates: tuple[Tensor, Tensor] | None, scale: Tensor, lse_scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rates of scale * value + lse_scale * lse, of a value without smoothing."""
+    sharp, mass = rates or (1.0, 1.0)
+    return sharp * scale, mass * scale - lse_scale
+
+
+def restore_infinity(column: Tensor) -> Tensor:
+    """Sums of log-probabilities that met the stand-in for log 0 are infinite in truth."""
+    return torch.where(column.abs() > _INFINITE, column * torch.inf, column)
