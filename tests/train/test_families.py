@@ -107,17 +107,18 @@ def test_logprobs_and_gradients_are_the_models_own(family: str, lora: bool) -> N
 # --------------------------------------------------------------------------------------- generation
 
 
-def engine(model: nn.Module) -> TransformersEngine:
+def engine(model: nn.Module, dtype: torch.dtype = torch.float32) -> TransformersEngine:
     model.generation_config = transformers.GenerationConfig()
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
     config = RolloutConfig(max_new_tokens=5, batch_tokens=400)
-    return TransformersEngine(Policy(model, 0, torch.float32), tokenizer, config)
+    return TransformersEngine(Policy(model, 0, dtype), tokenizer, config)
 
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NO_ROLLOUT])
 def test_the_samplers_logprobs_are_the_trainers(family: str) -> None:
     """Left-padded with a cache, and right-padded without one."""
     model = make_family(family, torch.float32)
+    engine(make_family(family, torch.bfloat16), torch.bfloat16).prove(family)
     sampler = engine(model)
     sampler.prove(family)
     prompts = [*PROMPTS, PROMPTS[1]]
@@ -129,10 +130,11 @@ def test_the_samplers_logprobs_are_the_trainers(family: str) -> None:
     assert len({tuple(completion.tokens) for completion in made}) == 4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", NO_ROLLOUT)
-def test_models_with_another_cache_are_not_sampled_from(family: str) -> None:
+def test_models_with_another_cache_are_not_sampled_from(family: str, dtype: torch.dtype) -> None:
     with pytest.raises(UserError) as caught:
-        engine(make_family(family, torch.float32)).prove("some/model")
+        engine(make_family(family, dtype), dtype).prove("some/model")
     line = str(caught.value)
     name = type(make_family(family)).__name__
     assert line.startswith("rollout.engine=transformers cannot sample from some/model (" + name)
