@@ -144,7 +144,7 @@ def _fault(core: nn.Module, pad_id: int) -> str | None:
     if ours.shape != theirs.shape:
         return f"its logits are {theirs.shape[-1]} wide, its head {ours.shape[-1]}"
     gap = ((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).max().item()
-    if not gap <= 4 * max(torch.finfo(head.weight.dtype).eps, 1e-6):
+    if not gap <= rounding(head):
         return f"its logits are not a scaled and capped product with its head (gap {gap:.1g})"
     wanted = torch.cat([own[0][0, : _PREFIX - 1], own[0][0, :-1]])
     gap = _gap(completion_hidden(core, _pair(tokens, pad_id, device, packed=False)), wanted)
@@ -174,6 +174,11 @@ def proof_tokens(head: LmHead, pad_id: int) -> list[int]:
     ids = torch.randint(rows, (_TOKENS,), generator=torch.Generator().manual_seed(0))
     ids[ids == pad_id] = (pad_id + 1) % rows
     return ids.tolist()
+
+
+def rounding(head: LmHead) -> float:
+    """Relative gap of logits that are rounded a few times."""
+    return 4 * max(torch.finfo(head.weight.dtype).eps, 1e-6)
 
 
 def tolerance(head: LmHead) -> float:

@@ -135,7 +135,7 @@ def _phases(rows: Rows, summary: dict[str, Any]) -> list[tuple[str, float, str]]
     """Where the time went: (phase, seconds, text)."""
     seconds = dict(summary.get("seconds") or {})
     for phase in PHASES:
-        # The larger of the two: a resumed run's summary knows only its own time.
+        # The larger of the two: a run that was cut off has no summary, and no row has the loading.
         spent = sum(row.get(f"seconds_{phase}") or 0 for row in rows)
         seconds[phase] = max(seconds.get(phase, 0), spent)
     total = seconds.pop("total", 0)

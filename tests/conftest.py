@@ -1,7 +1,11 @@
-"""Before any test imports Triton: it can run kernels here without a GPU."""
+"""Before any test imports Triton: it can run kernels here without a GPU. And --backend."""
 
 import importlib.util
 import os
+
+# Idle OpenMP threads that spin make small tensors six times slower on busy cores. OpenMP reads this
+# when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -16,3 +20,21 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers share the cores; more threads than cores make all of them slower.
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "of tests that run on both of the CPU's backends, only this one's: cpp or torch"
+    parser.addoption("--backend", choices=("cpp", "torch"), help=text)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = config.getoption("--backend")
+    if chosen is None:
+        return
+
+    def kept(item: pytest.Item) -> bool:
+        callspec = getattr(item, "callspec", None)
+        return callspec is None or callspec.params.get("cpu_backend", chosen) == chosen
+
+    config.hook.pytest_deselected(items=[item for item in items if not kept(item)])
+    items[:] = [item for item in items if kept(item)]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from opsd_train.errors import UserError
-from opsd_train.families import lm_head, proof_tokens, tolerance
+from opsd_train.families import LmHead, lm_head, proof_tokens, rounding, tolerance
 from opsd_train.model import Policy
 from opsd_train.rollout.kv_cache import drop_rows, make_room
 from opsd_train.rollout.request import Completion, Request, Sampling
@@ -53,31 +53,35 @@ class TransformersEngine:
         with self._ready():
             head = lm_head(self.core)
             try:
-                gap = self._gap(proof_tokens(head, self.pad_id), head.weight.device)
+                fault = self._fault(head)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # whatever a model with another cache trips over
-                gap, reason = float("inf"), " ".join(f"{type(error).__name__}: {error}".split())
-            else:
-                reason = f"logits change with its cache (gap {gap:.1g})"
-            if not gap <= tolerance(head):
-                raise UserError(
-                    f"rollout.engine=transformers cannot sample from {name} "
-                    f"({type(self.core).__name__}): {reason[:70]}; try vllm"
-                )
+                fault = " ".join(f"{type(error).__name__}: {error}".split())[:70]
+        if fault:
+            raise UserError(
+                f"rollout.engine=transformers cannot sample from {name} "
+                f"({type(self.core).__name__}): {fault}; try vllm"
+            )
 
-    def _gap(self, tokens: list[int], device: torch.device) -> float:
-        """Of the logits after two beginnings of `tokens`, and after one more token; relative."""
-        lengths = [len(tokens) // 2, len(tokens) - 1]
+    def _fault(self, head: LmHead) -> str | None:
+        """Of two prompts, one of them mostly padding, and a token after each."""
+        tokens, device = proof_tokens(head, self.pad_id), head.weight.device
+        lengths = [1, len(tokens) - 1]
         requests = [Request(tokens[:length], 0) for length in lengths]
-        logits, mask, cache = self._prefill(requests, 1)
+        logits, mask, cache = self._prefill(requests, 1, self.pad_id)
         following = torch.tensor([[tokens[length]] for length in lengths], device=device)
         position = torch.tensor([[length] for length in lengths], device=device)
         found = torch.cat([logits, self._forward(following, mask, position, cache)])
         whole = self.core(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits
-        wanted = whole[0, [length - 1 for length in lengths] + lengths].float()
-        centred = wanted - wanted.mean(-1, keepdim=True)
-        return ((found - wanted).norm(dim=-1) / centred.norm(dim=-1)).max().item()
+        gap = _gap(found, whole[0, [length - 1 for length in lengths] + lengths].float())
+        if not gap <= tolerance(head):
+            return f"logits change with its cache (gap {gap:.1g})"
+        # In the same shapes, so that there is next to no rounding to hide it.
+        gap = _gap(self._prefill(requests, 1, tokens[0])[0], logits)
+        if not gap <= rounding(head):
+            return f"its layers read the padding before a prompt (gap {gap:.1g})"
+        return None
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -115,7 +119,7 @@ class TransformersEngine:
 
     def _decode(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         sample = sampler(sampling)
-        logits, mask, cache = self._prefill(requests, sampling.max_new_tokens)
+        logits, mask, cache = self._prefill(requests, sampling.max_new_tokens, self.pad_id)
         numbers = uniforms(requests, sampling.max_new_tokens).to(logits.device)
         length = mask.shape[1] - sampling.max_new_tokens
         position = mask[:, :length].sum(-1, keepdim=True)
@@ -146,12 +150,14 @@ class TransformersEngine:
             for i in range(len(requests))
         ]
 
-    def _prefill(self, requests: list[Request], room: int) -> tuple[Tensor, Tensor, DynamicCache]:
+    def _prefill(
+        self, requests: list[Request], room: int, pad_id: int
+    ) -> tuple[Tensor, Tensor, DynamicCache]:
         """Logits, mask (prompts and `room`) and cache of the batch; each distinct prompt once."""
         device = next(self.model.parameters()).device
         prompts = list(dict.fromkeys(tuple(request.prompt) for request in requests))
         width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in prompts])
+        ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.ones(len(prompts), width + room, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             mask[row, : width - len(prompt)] = 0
@@ -175,3 +181,9 @@ class TransformersEngine:
             logits_to_keep=1,
         )
         return output.logits[:, -1].float()
+
+
+def _gap(found: Tensor, wanted: Tensor) -> float:
+    """The largest of (N, V) logits' differences, relative to their spread."""
+    spread = (wanted - wanted.mean(-1, keepdim=True)).norm(dim=-1)
+    return ((found - wanted).norm(dim=-1) / spread).max().item()

@@ -113,6 +113,12 @@ FAMILIES: dict[str, dict] = {
     "xlstm": {"output_logit_soft_cap": 2.0, "num_heads": 4},
 }
 
+# Alike to one of the others.
+SLOW = (
+    *("bamba", "bloom", "gemma3_text", "glm4", "granitemoehybrid", "jamba", "mamba2", "mixtral"),
+    *("mpt", "nanochat", "olmo2", "opt", "phi3", "qwen2_moe", "smollm3", "starcoder2"),
+)
+
 
 @functools.cache
 def _made(family: str) -> nn.Module:

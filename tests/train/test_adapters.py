@@ -12,6 +12,7 @@ from torch import nn
 
 from opsd_train.adapters import add_adapters, left_out
 from opsd_train.errors import UserError
+from opsd_train.model import Policy
 
 
 def refusal(model: nn.Module, targets: list[str] | str) -> str:
@@ -110,3 +111,25 @@ def test_what_the_targets_leave_out_is_said(
     assert len(found) == len(lines)
     for line, part in zip(found, lines, strict=True):
         assert line.startswith("lora.target_modules: ") and part in line and len(line) < 200
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_on_experts_train_and_switch_off(dtype: torch.dtype) -> None:
+    base = make_family("qwen3_moe", dtype)
+    prompts, completions = [[5, 9, 33], [8, 17]], [[12, 99], [7, 66, 23]]
+
+    def hidden(policy: Policy) -> torch.Tensor:
+        return policy.run(prompts, completions, lambda hidden, *_: hidden)
+
+    wanted = hidden(Policy(base, 0, dtype)).detach()
+    policy = Policy(add_adapters(base, replace(LORA, target_modules="all-linear")), 0, dtype)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    hidden(policy).float().square().sum().backward()
+    experts = [p for n, p in policy.model.named_parameters() if "experts" in n and "lora_" in n]
+    assert experts and all(p.grad is not None and p.grad.any() for p in experts)
+    assert all(p.dtype == torch.float32 for p in policy.parameters)
+    assert not torch.equal(hidden(policy), wanted)
+    with policy.without_adapters():
+        assert torch.equal(hidden(policy), wanted)

@@ -1,6 +1,7 @@
 """Families of models: what the trainer makes of a model is what the model itself says."""
 
 import copy
+from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from family_models import FAMILIES, SIZES, make_family
+from family_models import FAMILIES, SIZES, SLOW, make_family
 from method_cases import (
     CASES,
     LORA,
@@ -47,6 +48,12 @@ STATEFUL = (
     *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2"),
     *("qwen3_next", "recurrent_gemma", "xlstm"),
 )
+
+
+def every(names: Iterable[str]) -> list:
+    """Parameters of a test; those that repeat another's case are slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=slow) if name in SLOW else name for name in names]
 
 
 def logprobs(policy: Policy, prompts: list, completions: list) -> Tensor:
@@ -88,7 +95,7 @@ def adapt(model: nn.Module, family: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", every(FAMILIES))
 def test_logprobs_and_gradients_are_the_models_own(family: str, lora: bool) -> None:
     torch.manual_seed(1)
     model = make_family(family)
@@ -107,17 +114,18 @@ def test_logprobs_and_gradients_are_the_models_own(family: str, lora: bool) -> N
 # --------------------------------------------------------------------------------------- generation
 
 
-def engine(model: nn.Module) -> TransformersEngine:
+def engine(model: nn.Module, dtype: torch.dtype = torch.float32) -> TransformersEngine:
     model.generation_config = transformers.GenerationConfig()
     tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
     config = RolloutConfig(max_new_tokens=5, batch_tokens=400)
-    return TransformersEngine(Policy(model, 0, torch.float32), tokenizer, config)
+    return TransformersEngine(Policy(model, 0, dtype), tokenizer, config)
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in NO_ROLLOUT])
+@pytest.mark.parametrize("family", every(name for name in FAMILIES if name not in NO_ROLLOUT))
 def test_the_samplers_logprobs_are_the_trainers(family: str) -> None:
     """Left-padded with a cache, and right-padded without one."""
     model = make_family(family, torch.float32)
+    engine(make_family(family, torch.bfloat16), torch.bfloat16).prove(family)
     sampler = engine(model)
     sampler.prove(family)
     prompts = [*PROMPTS, PROMPTS[1]]
@@ -129,10 +137,11 @@ def test_the_samplers_logprobs_are_the_trainers(family: str) -> None:
     assert len({tuple(completion.tokens) for completion in made}) == 4
 
 
-@pytest.mark.parametrize("family", NO_ROLLOUT)
-def test_models_with_another_cache_are_not_sampled_from(family: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", every(NO_ROLLOUT))
+def test_models_with_another_cache_are_not_sampled_from(family: str, dtype: torch.dtype) -> None:
     with pytest.raises(UserError) as caught:
-        engine(make_family(family, torch.float32)).prove("some/model")
+        engine(make_family(family, dtype), dtype).prove("some/model")
     line = str(caught.value)
     name = type(make_family(family)).__name__
     assert line.startswith("rollout.engine=transformers cannot sample from some/model (" + name)
@@ -287,7 +296,7 @@ def test_attention_packs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not packs(model, 0)  # its mask is a tensor: padded batches are smaller
 
 
-@pytest.mark.parametrize("family", STATEFUL)
+@pytest.mark.parametrize("family", every(STATEFUL))
 def test_layers_with_a_state_do_not_pack(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """That their padded batches are right is shown above."""
     assert not packs(with_flash(family, monkeypatch), 0)
