@@ -125,8 +125,9 @@ def logprob_problem(
     label_weight = None
     if class_weight is not None:
         _constant("class_weight", class_weight)
-        if execution.group_name is None:  # else the operator knows the whole vocabulary
-            class_weight_of(class_weight, head.weight.shape[0])
+        # Of a sharded head the operator knows the whole vocabulary's size, and checks it.
+        sharded = execution.group_name is not None
+        class_weight_of(class_weight, class_weight.numel() if sharded else head.weight.shape[0])
         _same_place("class_weight", class_weight, f"{prefix}input", device)
         head.class_weight = class_weight.to(stat_dtype(head.hidden.dtype)).contiguous()
         label_weight = head.class_weight[target.clamp(0, len(class_weight) - 1)]

@@ -49,8 +49,9 @@ def fused_linear_cross_entropy(
         input, weight, bias: float32, bfloat16, float16 (or float64), each may need a gradient.
         target: integers in [0, V), or `ignore_index`.
         class_weight: w of -(1 - e) w[target] log p(target) - e / V sum_v w[v] log p(v), with e the
-            label smoothing; a constant, of the whole vocabulary (of `vocab_size` where given, and
-            where the head is sharded). The mean then divides by the sum of w[target].
+            label smoothing. A constant with one weight per entry of the vocabulary: of
+            `vocab_size` where given, of the whole one where the head is sharded. The mean divides
+            by the sum of w[target].
         label_smoothing: e, in [0, 1].
         z_loss: adds z_loss * lse**2 to each token's loss, lse the log-sum-exp of z: Liger's
             `lse_square_scale`. Classes do not weigh it, and its mean is over the tokens.
@@ -80,7 +81,7 @@ def fused_linear_cross_entropy(
     checks.reduction_arguments(reduction, num_tokens, like.device)
     counted = problem.target != ignore_index
     if z_loss > 0.0:
-        problem.z_weight = like.new_tensor(z_loss, dtype=stat_dtype(like.dtype))
+        problem.z_weight = like.new_full((), z_loss, dtype=stat_dtype(like.dtype))
     if class_weight is not None and reduction == "mean" and num_tokens is None:
         num_tokens = torch.where(counted, problem.label_weight, 0).sum()
         num_tokens = torch.where(num_tokens == 0, 1, num_tokens)

@@ -38,8 +38,8 @@ def fused_linear_logprob(
         input, weight, bias: float32, bfloat16, float16 (or float64), each may need a gradient.
         target: integers in [0, V), or `ignore_index` (value 0, no gradient).
         return_entropy: also return the entropy per token, differentiable too.
-        return_lse: also return the log-sum-exp of z per token, differentiable too. The gradient of
-            a frozen head's hidden states is then made in backward, from logits multiplied again.
+        return_lse: also return the log-sum-exp of z per token, differentiable too. With a frozen
+            head, backward then multiplies the logits again: one more product.
         return_stats: also return {"lse", "entropy", "predicted"}, detached; predicted is the int64
             id of the largest logit, the lowest of equals, -1 for dropped tokens.
         Other arguments as `fused_jsd.fused_linear_jsd`.

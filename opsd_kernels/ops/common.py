@@ -204,10 +204,13 @@ def at_kept(upstream: Tensor | None, keep: Tensor | None) -> Tensor | None:
     return torch.where(keep, upstream, 0)
 
 
-def still_kept(keep: Tensor | None, *upstreams: Tensor | None) -> Tensor | None:
+def still_kept(
+    keep: Tensor | None, group_name: str | None, *upstreams: Tensor | None
+) -> Tensor | None:
     """Kept tokens whose upstream is not 0: the others have no gradient, even of NaN values."""
-    if keep is None:  # finding the tokens would read them on the host
-        return None
+    # Without a mask this would read the upstream on the host; ranks must compute the same rows.
+    if keep is None or group_name is not None:
+        return keep
     flowing = [upstream != 0 for upstream in upstreams if upstream is not None]
     return keep & functools.reduce(torch.logical_or, flowing)
 

@@ -193,7 +193,7 @@ def _divergence_tokens_backward(ctx: Any, grad_value: Tensor | None, *_: Any) ->
         return in_order("divergence_tokens", [grad])
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
     grad_value = at_kept(grad_value, saved["keep"])
-    saved["keep"] = still_kept(saved["keep"], grad_value)
+    saved["keep"] = still_kept(saved["keep"], ctx.numbers["group_name"], grad_value)
     numbers = {**ctx.numbers, "with_stats": False}
     _, _, _, *grads, scale = divergence_sum(**saved, **numbers, row_scale=grad_value)
     return in_order("divergence_tokens", scaled_grads(grads, scale, ctx.dtypes))

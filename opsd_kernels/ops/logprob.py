@@ -225,7 +225,7 @@ def _logprob_tokens_backward(
         grad_value = torch.zeros_like(upstreams[0])
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
     scales = [at_kept(x, saved["keep"]) for x in (grad_value, grad_entropy, grad_lse)]
-    saved["keep"] = still_kept(saved["keep"], *scales)
+    saved["keep"] = still_kept(saved["keep"], ctx.numbers["group_name"], *scales)
     numbers = {**ctx.numbers, "with_predicted": False}
     names = ("row_scale", "entropy_scale", "lse_scale")
     _, _, _, *grads, scale = logprob_sum(

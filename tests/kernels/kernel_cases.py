@@ -147,9 +147,16 @@ def reference_entropy(**arguments: object) -> Tensor:
 # ---------------------------------------------------- every public loss and what it is compared to
 
 
-def policy_gradient(*, target: Tensor, reduction: str = "mean", **p: object) -> Tensor:
+def policy_gradient(
+    *,
+    target: Tensor,
+    reduction: str = "mean",
+    num_tokens: float | Tensor | None = None,
+    **p: object,
+) -> Tensor:
     advantage, chosen = fused_linear_advantage(**p, target=target)
-    return policy_gradient_loss(advantage, chosen, target, reduction=reduction)
+    how = {"reduction": reduction, "num_tokens": num_tokens}
+    return policy_gradient_loss(advantage, chosen, target, **how)
 
 
 def plain_policy_gradient(*, target: Tensor, reduction: str = "mean", **p: object) -> Tensor:

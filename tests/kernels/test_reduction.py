@@ -1,8 +1,10 @@
 """Sums over tokens: reductions, weights, the global divisor under accumulation, statistics."""
 
+import functools
+
 import pytest
 import torch
-from kernel_cases import STUDENT, check, run
+from kernel_cases import LOSSES, REDUCED, STUDENT, check, prepare, run, same_bits
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -71,6 +73,31 @@ def test_num_tokens_divides(divisor: float | Tensor) -> None:
     values = torch.linspace(-1, 2, 28), torch.linspace(-3, 0, 28)
     total = policy_gradient_loss(*values, reduction="sum")
     assert_close(policy_gradient_loss(*values, num_tokens=divisor), total / 100)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("name", REDUCED)
+def test_num_tokens_of_any_shape_in_every_loss(name: str, trained: bool) -> None:
+    loss, inputs, wrt, options = prepare(name, make_pair(9, 6, 31, masked=2), trained, "mean")
+    fn = functools.partial(loss.fn, **options)
+    expected = run(fn, inputs, wrt, [1.0], num_tokens=5)
+    for divisor in (torch.tensor([5]), torch.tensor([[5.0]])):
+        found = run(fn, inputs, wrt, [1.0], num_tokens=divisor)
+        assert found[0][0].shape == ()
+        same_bits(found, expected)
+    with pytest.raises(ValueError, match="num_tokens"):
+        run(fn, inputs, wrt, [1.0], num_tokens=torch.tensor([5, 5]))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("sizes", [(0, 4, 7), (3, 4, 1), (0, 4, 1)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_token_or_one_entry(name: str, sizes: tuple[int, int, int], trained: bool) -> None:
+    """The sums over nothing, and the only distribution over one entry: 0, with gradients of 0."""
+    loss, inputs, wrt, options = prepare(name, make_pair(*sizes), trained, None)
+    values, grads = run(loss.fn, inputs, wrt, **options)
+    for value in (*values, *grads.values()):
+        torch.testing.assert_close(value, torch.zeros_like(value))
 
 
 @pytest.mark.parametrize("divisor", DIVISORS[2:], ids=repr)
