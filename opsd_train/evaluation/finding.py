@@ -33,7 +33,7 @@ _SIGN = re.compile(r"(?P<before>(?:\S ?)?)(?P<sign>[-+]) ?$")
 # What makes a number an operand, an index, a time of day ... and not the answer by itself.
 _WITHIN = re.compile(r"(?:[\w.\\{^_/*√:]|\d, ?|[+*/^√] +|\d +)$")
 _GOES_ON = re.compile(
-    r" *[-+*/^] *(?:[\d(\\√.]|[A-Za-z](?![A-Za-z]))"  # 3 + x
+    r" *[-+*/^] *(?:[\d(\\√.]|(?!a\b|I\b)[A-Za-z](?![A-Za-z]))"  # 3 + x
     r"|[\^_{}!(²³½¼¾⅓⅔√\\]|[:,.]\d|[A-Za-z]*[\d^(]|[xyzn](?![A-Za-z])| +\d"
 )
 _DIGIT_GAP = re.compile(r"(?<=\d)(?:\\[,;:! ]|~|\{,\}|['\u2019\u00a0\u2009\u202f])(?=\d{3}(?!\d))")

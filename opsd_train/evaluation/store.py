@@ -1,7 +1,8 @@
 """An evaluation's folder: what was asked, every generation, every grade, the scores.
 
 config.yaml               what was evaluated, and all settings
-problems.jsonl            set, problem (its id), question, answer; task and entry of a task's
+problems.jsonl            set, problem (its id), question, answer; of a task's task, entry,
+                          task_config
 generations.jsonl         set, problem, sample, prompt_tokens, tokens, finished, text; of several
                           processes generations.rank_N.jsonl
 grades.jsonl              set, problem, sample, correct, answer, boxed, finished, tokens, reason
