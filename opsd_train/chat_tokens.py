@@ -45,8 +45,8 @@ class ControlTokens:
         ]
 
     def _with_marks(self, text: str) -> str:
-        while match := self._pattern.search(text):
-            text = text[: match.start() + 1] + _MARK + text[match.start() + 1 :]
+        while self._pattern.search(text):  # again, where a token holds another
+            text = self._pattern.sub(lambda found: f"{found[0][0]}{_MARK}{found[0][1:]}", text)
         return text
 
     def _without_marks(self, text: str, add_special_tokens: bool) -> list[int]:
