@@ -131,11 +131,19 @@ def test_compiled_equals_eager(fn: Callable, wrt: tuple[str, ...]) -> None:
     equal_bits(fn, compiled, case(), wrt)
 
 
-@pytest.mark.parametrize("fn", [jsd, cross_entropy])
-def test_bfloat16(fn: Callable) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "wrt"), [(torch.bfloat16, STUDENT), (torch.float16, FROZEN)], ids=["bf16", "fp16"]
+)
+@pytest.mark.parametrize("fn", [jsd, logprob_entropy_stats, cross_entropy])
+def test_16_bits(fn: Callable, dtype: torch.dtype, wrt: tuple[str, ...]) -> None:
+    """A frozen head's gradient of fp16 waits for backward in fp32."""
     torch._dynamo.reset()
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
-    equal_bits(fn, compiled, case(dtype=torch.bfloat16), STUDENT)
+    equal_bits(fn, compiled, case(dtype=dtype), wrt)
+    with Recorder() as recorder:
+        run(fn, case(dtype=dtype), wrt)
+    for operator, args, kwargs in recorder.calls:
+        opcheck(operator, args, kwargs, test_utils=("test_faketensor",))
 
 
 @pytest.mark.parametrize("fn", [jsd, logprob_entropy_stats])
