@@ -126,7 +126,8 @@ class Trainer:
         took = {name: self.clock.seconds[name] - marks.get(name, 0.0) for name in STEP_PHASES}
         changes |= {"seconds": time.perf_counter() - started, "loss_tokens": num_tokens}
         changes |= {f"seconds_{name}": seconds for name, seconds in took.items()}
-        return self._row(step, samples, everything, changes), stats
+        row = self._row(step, samples, everything, changes)
+        return row, everything[0] if self.world.leads else stats
 
     def close(self) -> None:
         """End the processes beside this one."""

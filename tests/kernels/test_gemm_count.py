@@ -86,7 +86,8 @@ def test_divergences(
 ) -> None:
     workspace_bytes = None if rows is None else workspace_for(rows, N, D, V)
     options = {"reduction": reduction, "workspace_bytes": workspace_bytes, "return_stats": True}
-    assert gemms(lambda: run(fn, case(), wrt, **options)) == pytest.approx(expected)
+    upstream = [torch.ones(N)] if reduction == "none" and wrt else None  # tokens of 0 are left out
+    assert gemms(lambda: run(fn, case(), wrt, upstream, **options)) == pytest.approx(expected)
     promised = plan(
         N,
         D,
@@ -118,7 +119,10 @@ def test_log_probability_family(
     fn: Callable, wrt: tuple[str, ...], options: dict[str, object], expected: int
 ) -> None:
     inputs = single(case(seed=1))
-    assert gemms(lambda: run(fn, inputs, wrt, **options)) == pytest.approx(expected)
+    reduced = fn is fused_linear_cross_entropy and options.get("reduction") != "none"
+    outputs = 1 + ("return_entropy" in options)
+    upstream = [torch.ones(N)] * outputs if wrt and not reduced else None
+    assert gemms(lambda: run(fn, inputs, wrt, upstream, **options)) == pytest.approx(expected)
     promised = plan(
         N,
         D,
@@ -126,7 +130,7 @@ def test_log_probability_family(
         loss="logprob",
         grad_input="input" in wrt,
         grad_weight="weight" in wrt,
-        reduced=fn is fused_linear_cross_entropy and options.get("reduction") != "none",
+        reduced=reduced,
         entropy_grad="return_entropy" in options and bool(wrt),
     )
     assert promised.gemms == expected

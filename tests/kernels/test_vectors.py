@@ -114,8 +114,8 @@ def logprob_call(p: dict[str, Tensor], vectors: dict[str, Tensor], schedule: str
     p = {**p, **vectors}
     return logprob.logprob_sum(
         p["student_input"], p["student_weight"], p["student_bias"], p["labels"], p["keep"],
-        None, 1.0, 0.1, True, schedule, None, None, True, True, True, p["row_scale"],
-        p["entropy_scale"],
+        p["class_weight"], p["label_weight"], None, None, 1.0, 0.1, True, True, schedule, None,
+        None, True, True, True, p["row_scale"], p["entropy_scale"], None,
     )  # fmt: skip
 
 
@@ -124,6 +124,8 @@ def operands(device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     p = move(make_pair(9, 16, 67, seed=6, dtype=torch.float32), device)
     vectors = {name: p.pop(name) for name in ("student_bias", "teacher_bias")}
     vectors["labels"] = p.pop("shift_labels")
+    vectors["class_weight"] = torch.linspace(0.5, 1, 67, device=device)
+    vectors["label_weight"] = torch.linspace(1, 0.5, 9, device=device)
     vectors["row_scale"] = torch.linspace(-1, 2, 9, device=device)
     vectors["entropy_scale"] = torch.linspace(1, -1, 9, device=device)
     return p, vectors
