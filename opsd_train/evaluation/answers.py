@@ -19,6 +19,7 @@ from opsd_train.evaluation.finding import (
     last_box,
     last_lines,
     normalise,
+    only_number,
     plain_number,
     same_lines,
     unadorned,
@@ -119,11 +120,12 @@ def equal(given: str, expected: str) -> bool:
 def _task_answer(part: str, expected: str) -> str | None:
     """The one text that the scorer is asked about."""
     number, box = plain_number(expected), last_box(part)
-    if box is None and number is not None:
-        found = final_number(part)
-        if found is None:
+    if number is not None:
+        found = final_number(part) if box is None else only_number(box)
+        if found is not None:
+            return _as_expected(found.text, expected)
+        if box is None:
             return None
-        return _as_expected(found.text, expected)
     answer = box if box is not None else last_lines(part, expected)
     if not answer or same_lines(answer, expected):
         return expected if answer else None

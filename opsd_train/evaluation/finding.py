@@ -122,6 +122,13 @@ def final_number(part: str) -> Number | None:
     return None if last is None else _by_itself(text, last)
 
 
+def only_number(text: str) -> Number | None:
+    r"""The number of a text that holds one, and it no operand, such as x = 5 or 5\text{ cm}."""
+    text = _tidy(text[-LONGEST:])
+    found = list(_NUMBER.finditer(text))
+    return _by_itself(text, found[0]) if len(found) == 1 else None
+
+
 def plain_number(text: str) -> Fraction | None:
     r"""The exact value of a text that is one number: 1,234, -3, 2/3, \frac{2}{3}, 1 1/2, 1e3.
 
