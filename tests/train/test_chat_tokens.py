@@ -1,21 +1,25 @@
 """Text that spells a control token stays text; and how the chat template ends a turn."""
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import qwen3
 import tiny
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opsd_train.chat_tokens import control_tokens, turn_end, warn_of_other_turn_end
+from opsd_train.chat_tokens import control_tokens, turn_end
 from opsd_train.data import Problem
 from opsd_train.errors import UserError
+from opsd_train.model import load_teacher, load_tokenizer
 from opsd_train.prompts import PromptBuilder
 from opsd_train.rollout import Completion
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.sections import PromptsConfig, RolloutConfig
 from opsd_train.trajectories import Trajectories
+from opsd_train.world import World
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 LETTERS = "abcdefghijklmnopqrstuvwxyzTISQ0123456789 .,:!?|<>/_[]()+=\n"
@@ -255,16 +259,18 @@ def test_samples_that_are_targets_end_so_too(method: str, end: str, wanted: str,
         assert sample.logprobs is None
 
 
-def test_a_teacher_that_ends_turns_otherwise_is_said(capsys) -> None:
-    one, two = with_template(ENDS["chatml"][0]), with_template(ENDS["no template"][0])
-    warn_of_other_turn_end(one, one, "big")
-    assert capsys.readouterr().err == ""
-    warn_of_other_turn_end(one, two, "big")
+@pytest.mark.parametrize("end", ["<|end|>", "<|system|>"])
+def test_a_teacher_that_ends_turns_otherwise_is_said(tiny_folder, tmp_path, capsys, end) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "teacher")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", end))
+    config = tiny.config(tiny_folder, tmp_path, "method=distill", f"distill.teacher={folder}")
+    load_teacher(config, load_tokenizer(config.model), World(torch.device("cpu")), "none")
     said = capsys.readouterr().err
-    assert said.startswith(
-        "warning: distill.teacher=big ends a turn with '<eos>', the student with"
-    )
-    assert "'<|end|>'" in said and said.count("\n") == 1
+    if end == "<|end|>":
+        assert "warning" not in said
+    else:
+        assert f"distill.teacher={folder} ends a turn with '<|system|>', the student with" in said
 
 
 def test_a_tokenizer_that_cannot_is_refused_for_such_rows_alone() -> None:
