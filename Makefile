@@ -19,7 +19,7 @@ train: $(READY)
 test: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu and not vllm"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not vllm"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m "slow and not gpu"

@@ -39,7 +39,6 @@ def dry_run(config: Config, shard: str = "full") -> str:
     """
     work, problems, longest = _work(config)
     setup, sizes = _setup(config, shard)
-    phases = predict(sizes, work, setup)
     options = {"grad_weight": sizes.rank == 0, **setup.loss}
     loss_plan = plan(work.loss_tokens, sizes.hidden, sizes.vocab, **options)
     return "\n".join(
@@ -49,8 +48,7 @@ def dry_run(config: Config, shard: str = "full") -> str:
             f"{problems} problems; longest prompt {longest} tokens; micro-batches of up to "
             f"{max(work.tokens, work.teacher_tokens)} tokens; {sizes.trained:,} trained parameters",
             f"loss plan: {loss_plan}",
-            f"memory expected on {setup.loss['device']}, beside Python and the libraries:",
-            *_table(phases),
+            *_memory(sizes, work, setup),
             *_vllm(config),
         ]
     )
@@ -60,6 +58,14 @@ def expected(config: Config, shard: str = "full") -> dict[str, Phase]:
     """The peak of each phase of this recipe's steps."""
     setup, sizes = _setup(config, shard)
     return predict(sizes, _work(config)[0], setup)
+
+
+def _memory(sizes: Sizes, work: Work, setup: Setup) -> list[str]:
+    unknown = sizes.unknown or (setup.teacher.unknown if setup.teacher else ())
+    if unknown:
+        return [f"memory: not predicted, which takes layers like Llama's, not {', '.join(unknown)}"]
+    place = f"memory expected on {setup.loss['device']}, beside Python and the libraries:"
+    return [place, *_table(predict(sizes, work, setup))]
 
 
 def _table(phases: dict[str, Phase]) -> list[str]:

@@ -88,6 +88,15 @@ def backbone(core: nn.Module) -> nn.Module:
     return decoder
 
 
+def layers(core: nn.Module) -> nn.ModuleList:
+    """The blocks of the backbone, whatever it calls them."""
+    count = core.config.get_text_config().num_hidden_layers
+    for module in backbone(core).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"{type(core).__name__} cannot be sharded: it has no list of {count} layers")
+
+
 def completion_hidden(core: nn.Module, batch: Batch) -> Tensor:
     """(N, D) last hidden states at the positions that predict completion tokens."""
     output = backbone(core)(

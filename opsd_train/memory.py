@@ -15,6 +15,7 @@ from torch import nn
 from opsd_kernels import plan
 
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BESIDE = ("embed_tokens", "lm_head")
 _FP32 = 4
 # Per vocabulary entry of a sampled row: float32 logits twice and probabilities, float64 sums.
 _SAMPLING = 20
@@ -39,6 +40,7 @@ class Sizes:
     trained: int
     adapted: frozenset[str]  # linear layers with trained weights
     rank: int  # of the adapters; 0: all weights are trained
+    unknown: tuple[str, ...] = ()  # layers that are not Llama's, so that `predict` is wrong
 
     @property
     def queries(self) -> int:
@@ -104,11 +106,13 @@ def sizes_of(model: nn.Module, config: Any, rank: int, eager: bool) -> Sizes:
     base = [(name, p) for name, p in parameters if "lora_" not in name]
     trained = [name for name, p in parameters if p.requires_grad]
     linear = sum(p.numel() for name, p in base if p.ndim == 2 and "embed_tokens" not in name)
+    plain = [name.replace(".base_layer", "") for name, p in base if p.ndim > 1]
+    kinds = {name.removesuffix(".weight").rpartition(".")[2] for name in plain}
     if config.tie_word_embeddings:
         linear += config.vocab_size * config.hidden_size
     return Sizes(
         hidden=config.hidden_size,
-        inner=config.intermediate_size,
+        inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
         layers=config.num_hidden_layers,
         heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
@@ -123,6 +127,7 @@ def sizes_of(model: nn.Module, config: Any, rank: int, eager: bool) -> Sizes:
         trained=sum(p.numel() for _, p in parameters if p.requires_grad),
         adapted=frozenset(x for x in _LINEAR if any(f".{x}." in name for name in trained)),
         rank=rank,
+        unknown=tuple(sorted(kinds.difference(_LINEAR, _BESIDE))),
     )
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from opsd_train.families import layers
 from opsd_train.world import World
 
 
@@ -35,7 +36,7 @@ def shard(core: nn.Module, world: World, mode: str, dtype: torch.dtype) -> None:
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
     }
-    for layer in core.get_decoder().layers:
+    for layer in layers(core):
         fully_shard(layer, **options)
     fully_shard(core, **options)
     for module in _units(core):
@@ -46,7 +47,7 @@ def shard(core: nn.Module, world: World, mode: str, dtype: torch.dtype) -> None:
 def shard_layers(core: nn.Module, world: World) -> None:
     """Shard the layers of a frozen teacher; its head stays whole on every rank."""
     mesh = init_device_mesh(world.device.type, (world.size,))
-    for layer in core.get_decoder().layers:
+    for layer in layers(core):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 

@@ -1,4 +1,4 @@
-"""The training loop, written straight down.
+"""One training step; `run.Run` repeats it.
 
 A step: problems -> prompts -> one rollout call -> weights of the samples -> micro-batches by token
 budget -> what the method needs without gradient -> loss over hidden states at completion

@@ -41,8 +41,15 @@ def rank_main(rank: int, sizes: tuple[int, ...], schedule: str, folder: str) -> 
 
 @pytest.mark.dist
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors in the interpreter")
-@pytest.mark.parametrize("schedule", ["blocked", "streaming"])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("ranks", "schedule"),
+    [
+        (2, "streaming"),
+        (3, "blocked"),
+        pytest.param(2, "blocked", marks=pytest.mark.slow),
+        pytest.param(3, "streaming", marks=pytest.mark.slow),
+    ],
+)
 def test_shards_equal_the_whole(ranks: int, schedule: str, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     mp.spawn(rank_main, (SIZES[ranks], schedule, str(tmp_path)), nprocs=ranks)

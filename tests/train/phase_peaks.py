@@ -51,6 +51,7 @@ def measure(config: Config, steps: int) -> dict[str, int]:
         trainer = Trainer(config, world, folder, clock, "full")
     for step in range(steps):
         trainer.step(step + 1)
+    trainer.close()
     return {name: peak - before for name, peak in clock.peaks.items()}
 
 

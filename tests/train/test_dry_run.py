@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from family_models import make_family
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import resident
@@ -141,6 +142,18 @@ def test_it_prints_everything_and_writes_nothing(
     for phase in expected(config(tiny_folder)):
         assert f"\n  {phase} " in text
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "lfm2", "phi3"])
+def test_no_memory_is_predicted_for_layers_it_does_not_know(tmp_path: Path, family: str) -> None:
+    folder = tiny.save_model(tmp_path / "model")
+    model = make_family(family, torch.float32)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    short = ["prompts.student=Go", "prompts.teacher=Go", "lora.target_modules=all-linear"]
+    text = dry_run(config(folder, *short))
+    assert "memory: not predicted, which takes layers like Llama's, not " in text
+    assert "MiB\n" not in text and "loss plan: " in text
 
 
 def test_vllm_has_its_own_share(tiny_folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from method_cases import (
     settings,
     truth,
 )
+from tiny import make_tokenizer
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -48,6 +48,16 @@ STATEFUL = (
     *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2"),
     *("qwen3_next", "recurrent_gemma", "xlstm"),
 )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_blocks_that_are_sharded(family: str) -> None:
+    model = make_family(family, torch.float32)
+    blocks = families.layers(model)
+    assert len(blocks) == model.config.get_text_config().num_hidden_layers
+    inside = sum(p.numel() for p in blocks.parameters())
+    beside = {p for p in model.parameters()}.difference(blocks.parameters())
+    assert inside > 0 and all(p.ndim < 3 for p in beside)  # experts and convolutions are inside
 
 
 def every(names: Iterable[str]) -> list:
@@ -116,7 +126,8 @@ def test_logprobs_and_gradients_are_the_models_own(family: str, lora: bool) -> N
 
 def engine(model: nn.Module, dtype: torch.dtype = torch.float32) -> TransformersEngine:
     model.generation_config = transformers.GenerationConfig()
-    tokenizer = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+    tokenizer = make_tokenizer(None)
+    tokenizer.pad_token, tokenizer.eos_token = tokenizer.convert_ids_to_tokens([0, 2])
     config = RolloutConfig(max_new_tokens=5, batch_tokens=400)
     return TransformersEngine(Policy(model, 0, dtype), tokenizer, config)
 
