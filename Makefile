@@ -19,10 +19,10 @@ train: $(READY)
 test: $(READY)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not gpu and not vllm"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not exhaustive and not gpu and not vllm"
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -q -m "slow and not gpu"
+	$(BIN)/python -m pytest -q -m "(slow or exhaustive) and not gpu"
 
 # The kernel tests with the C++ operators under AddressSanitizer and UndefinedBehaviorSanitizer.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer

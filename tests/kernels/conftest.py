@@ -1,6 +1,7 @@
 """Lets the tests run straight from the tree, whether or not the package is installed."""
 
 import importlib.util
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,35 @@ def _only(backend: str) -> Iterator[str]:
         if backend == "torch":
             patch.setattr(extension, "serves", lambda device, *dtypes: False)
         yield backend
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a grid that Triton's interpreter runs, seconds a row, all but a pairwise part is marked
+    exhaustive: any two values of two parameters still meet."""
+    grids: dict[str, list[pytest.Function]] = {}
+    for item in items:
+        slow = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
+        if not slow and {"triton_device", "place"} & set(getattr(item, "fixturenames", ())):
+            grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for grid in grids.values():
+        for item in set(grid).difference(_pairwise(grid)):
+            item.add_marker(pytest.mark.exhaustive)
+
+
+def _pairwise(grid: list[pytest.Function]) -> list[pytest.Function]:
+    """A small part of the grid with every pair of values that the grid has, the same each time."""
+    pairs = {item: set(itertools.combinations(_values(item), 2)) for item in grid}
+    wanted, chosen = set().union(*pairs.values()), []
+    while wanted:
+        best = max(grid, key=lambda item: len(pairs[item] & wanted))
+        chosen.append(best)
+        wanted -= pairs[best]
+    return chosen or grid
+
+
+def _values(item: pytest.Function) -> list[tuple[str, str]]:
+    spec = getattr(item, "callspec", None)
+    return sorted((name, repr(value)) for name, value in spec.params.items()) if spec else []
 
 
 def pytest_configure(config: pytest.Config) -> None:
