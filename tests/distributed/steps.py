@@ -45,6 +45,7 @@ class Outcome:
 
     rows: list[dict[str, Any]] = field(default_factory=list)  # on rank 0
     samples: list[list[tuple[str, list[int]]]] = field(default_factory=list)  # of this rank
+    shown: list[list[str]] = field(default_factory=list)  # completions of the table, on rank 0
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # of each optimizer step
     weights: dict[str, Tensor] = field(default_factory=dict)
     initial: dict[str, Tensor] = field(default_factory=dict)
@@ -81,7 +82,9 @@ def follow(world: World, course: Course) -> Outcome:
         outcome.trained.append(0)
         outcome.idle.append(0)
         trainer.grader.right = _check(world, course.right)
-        outcome.rows.append(trainer.step(step)[0])
+        row, stats = trainer.step(step)
+        outcome.rows.append(row)
+        outcome.shown.append([r["completion"] for r in stats.sample_rows(trainer.tokenizer, 100)])
     outcome.weights = _whole(named)
     return outcome
 

@@ -60,6 +60,7 @@ def compare(pair: Pair, course: Course) -> tuple[Outcome, list[Outcome]]:
     one, ranks = follow(alone(), course), pair.run(follow, course)
     assert_same_samples(one, ranks)
     assert_same_rows(one, ranks[0])
+    assert [sorted(table) for table in ranks[0].shown] == [sorted(table) for table in one.shown]
     for rank in ranks:
         assert len(rank.gradients) == len(one.gradients)
         for gradients, wanted in zip(rank.gradients, one.gradients, strict=True):

@@ -171,6 +171,7 @@ print(json.dumps(resident() - before))
 
 
 @built
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_grows_no_more_after_1000_calls() -> None:
     code = GROWS.replace("\\\\", "\\")

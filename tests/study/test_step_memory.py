@@ -1,9 +1,10 @@
 """The memory experiment: one loss in two ways, what a step takes, what is made of the points."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -83,15 +84,22 @@ def test_divergence_is_the_formula(beta: float):
     assert generalized_jsd(student, teacher, beta).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
+def some_work() -> torch.Tensor:
+    torch.ones(48 * MIB, dtype=torch.uint8)
+    return torch.ones(16 * MIB, dtype=torch.uint8)
+
+
+def nothing() -> None:
+    return
+
+
 def test_growth_is_the_peak_not_what_stays():
-    device = torch.device("cpu")
-
-    def work() -> torch.Tensor:
-        torch.ones(48 * MIB, dtype=torch.uint8)
-        return torch.ones(16 * MIB, dtype=torch.uint8)
-
-    assert growth(work, device) / MIB == pytest.approx(48, abs=8)
-    assert growth(lambda: None, device) / MIB == pytest.approx(0, abs=4)
+    # In a fresh process: what earlier tests freed would be taken again without any growth.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        device = torch.device("cpu")
+        worked, idle = (pool.submit(growth, f, device).result() for f in (some_work, nothing))
+    assert worked / MIB == pytest.approx(48, abs=8)
+    assert idle / MIB == pytest.approx(0, abs=4)
 
 
 def test_plain_logits_take_what_is_counted(wide: list[str], tmp_path: Path):

@@ -28,8 +28,16 @@ SMALL_MAPS = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": st
 CHECKPOINTING, FULL, BF16 = "model.gradient_checkpointing=true", "lora=null", "model.dtype=bfloat16"
 EAGER = "model.attention=eager"
 LLAMA, QWEN = (LlamaForCausalLM, LlamaConfig), (Qwen3ForCausalLM, Qwen3Config)
-FEW = [[BF16], [CHECKPOINTING], [FULL, BF16]]
-MORE = [[], [BF16, CHECKPOINTING], [FULL], [BF16, EAGER], ["method=sft"], [FULL, "method=sft"]]
+FEW = [[BF16], [FULL, BF16]]
+MORE = [
+    [],
+    [CHECKPOINTING],
+    [BF16, CHECKPOINTING],
+    [FULL],
+    [BF16, EAGER],
+    ["method=sft"],
+    [FULL, "method=sft"],
+]
 NOISE = 8 * 2**20  # a smaller phase is not judged
 
 

@@ -66,7 +66,9 @@ def test_without_the_start_or_the_divergence(tiny_folder: Path, tmp_path: Path) 
     assert "Student after" in (tmp_path / "less" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize(
+    "stop", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_has_the_same_evaluations(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
