@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import importlib.util
 import sys
 import textwrap
@@ -162,6 +164,14 @@ def load_tokenizer(config: sections.ModelConfig) -> Any:
 
 def load_model_config(config: sections.ModelConfig) -> Any:
     """Sizes of the model without its weights."""
+    if config.name_or_path == PACKAGED:
+        return copy.deepcopy(_packaged_config(config))
+    return _from_pretrained(transformers.AutoConfig, config)
+
+
+@functools.cache
+def _packaged_config(config: sections.ModelConfig) -> Any:
+    """Read once: transformers goes through the whole file for it."""
     return _from_pretrained(transformers.AutoConfig, config)
 
 
@@ -203,6 +213,8 @@ def _checkpoint_activations(core: nn.Module) -> None:
 def attention(config: sections.ModelConfig) -> str | None:
     """Name in transformers of what model.attention asks for; None: sdpa, or eager without it."""
     name, there = config.attention, is_flash_attn_2_available()
+    if name == "auto" and not there:
+        return None
     kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_model_config(config)), None)
     flash, sdpa = (getattr(kind, f"_supports_{x}", False) for x in ("flash_attn", "sdpa"))
     if name == "flash_attention_2" and not there:

@@ -252,8 +252,8 @@ def test_one_answer_hangs_and_the_others_are_graded() -> None:
     for place in (0, 13, 29):
         answers[place] = Answer(boxed("10^{10^{10}}"), "5", None)
     start = time.monotonic()
-    result = grade(answers, seconds=2.0, workers=1)
-    assert time.monotonic() - start < 100  # 3 x 2 s, and 4 starts on a busy machine
+    result = grade(answers, seconds=1.0, workers=1)
+    assert time.monotonic() - start < 25
     assert [each.reason for each in result].count("timeout") == 3
     assert result[13] == Grade(False, "10^{10^{10}}", True, "timeout")
     assert [place for place, each in enumerate(result) if each.correct] == [5]
