@@ -25,22 +25,24 @@ WHEELS = ROOT / ".whl"
 STAGES = {
     "first": (
         Stage("ceilings", 25),
-        Stage("smoke", 75, triton=True),
-        Stage("kernels", 30, triton=True),
-        Stage("compiling", 45, triton=True),
-        Stage("sweeps", 25, triton=True),
-        Stage("counters", 40),
-        Stage("losses", 40),
+        Stage("smoke", 70, triton=True),
+        Stage("kernels", 35, triton=True),
+        Stage("losses", 30),
+        Stage("compiling", 35, triton=True),
+        Stage("sweeps", 40, triton=True),
+        Stage("suite", 95),
     ),
     "second": (
-        Stage("compiling", 40, triton=True),
-        Stage("losses", 195),
-        Stage("suite", 90),
-        Stage("sanitizer", 35),
+        Stage("compiling", 25, triton=True),
+        Stage("losses", 165),
         Stage("step", 50),
+        Stage("kernels", 25, triton=True),
+        Stage("counters", 35),
+        Stage("sanitizer", 30),
+        Stage("suite", 50),
     ),
 }
-SECONDS = {"first": 280.0, "second": 410.0}
+SECONDS = {"first": 330.0, "second": 380.0}
 _SHOWN = 40
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, Job, deal
-from benchmarks.gpu_report.timing import Timeline, median_ms
+from benchmarks.gpu_report.timing import median_ms, parts
 from benchmarks.gpu_report.work import one_by_one
 from benchmarks.losses.cases import QWEN3_8B, Case
 from benchmarks.losses.contenders import our_call, our_plan, ways
@@ -44,10 +44,7 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
     whole = median_ms(call, job.device, calls)
     found: dict[str, list[tuple[int, float]]] = {}
     for _ in range(calls):
-        timeline = Timeline(job.device)
-        with timeline.watching():
-            call()
-        for name, total in timeline.totals().items():
+        for name, total in parts(call, job.device).items():
             found.setdefault(name, []).append(total)
     rows = [
         [name, max(n for n, _ in totals), statistics.median(ms for _, ms in totals)]

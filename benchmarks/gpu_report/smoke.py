@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import product
 from typing import Any
 
@@ -13,7 +14,7 @@ from benchmarks.losses.cases import ONE_HEAD, OPERATIONS, Case, Shape
 from benchmarks.losses.check import rms
 from benchmarks.losses.contenders import our_call, ways
 from benchmarks.losses.inputs import Inputs
-from benchmarks.losses.truth import truth
+from benchmarks.losses.truth import Truth, truth
 
 # Two blocks of rows of the larger vocabulary, the second one uneven; the smaller one is odd.
 _TOKENS, _HIDDEN, _VOCABS = 640, 4096, (151936, 50257)
@@ -24,16 +25,20 @@ LIMITS = {"bfloat16": (2e-3, 1e-2), "float32": (1e-4, 1e-3)}
 
 
 def shards(job: Job) -> list[list[str]]:
-    """Each dtype and vocabulary has processes of its own, so that few hold the largest head."""
+    """Each dtype and vocabulary has processes of its own, so that few hold the largest head.
+
+    They are dealt whole losses, whose truth is computed once.
+    """
     sizes = list(product(_SMALL_DTYPES, (SMALL.vocab,)) if job.small else product(_DTYPES, _VOCABS))
     workers = max(1, job.workers // len(sizes))
-    return [hand for size in sizes for hand in deal(_ids(*size, job), workers)]
+    hands = [(size, hand) for size in sizes for hand in deal(OPERATIONS, workers)]
+    return [_ids(hand, *size, job) for size, hand in hands]
 
 
-def _ids(dtype: str, vocab: int, job: Job) -> list[str]:
+def _ids(operations: list[str], dtype: str, vocab: int, job: Job) -> list[str]:
     return [
         f"{operation} {schedule} {precision} {head} {dtype} {vocab}"
-        for operation in OPERATIONS
+        for operation in operations
         for schedule, precision in ways(_case(operation, dtype, vocab, job), job.device)
         for head in (("one",) if operation in ONE_HEAD else ("shared", "distinct"))
     ]
@@ -43,10 +48,12 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
     """Signed relative error of the loss and RMS error of the gradient; raises beyond LIMITS."""
     operation, schedule, precision, head, dtype, vocab = identifier.split()
     torch.backends.cuda.matmul.allow_tf32 = False
-    x = Inputs(_case(operation, dtype, int(vocab), job), job.device)
+    case = _case(operation, dtype, int(vocab), job)
+    x, true = _inputs(case.shape, dtype, job.device), _truth(case, job.device)
+    x.case = case
+    x.clear()
     loss = our_call(x, schedule, precision, shared=head == "shared")
     loss.backward()
-    true = truth(x)
     found = {
         "loss": loss.item() / true.loss - 1,
         "grad_hidden": rms(x.student.grad, true.grad_hidden),
@@ -55,6 +62,20 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
         if not abs(error) <= limit:
             raise AssertionError(f"{name} is off by {error:.3g}, allowed {limit:.3g}")
     return found
+
+
+@functools.cache
+def _inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
+    """The same for every loss: several processes share the device's memory."""
+    tokens = SMALL_TOKENS if shape.hidden == SMALL.hidden else _TOKENS
+    return Inputs(Case("jsd", "frozen", dtype, shape, tokens), device)
+
+
+@functools.cache
+def _truth(case: Case, device: torch.device) -> Truth:
+    x = _inputs(case.shape, case.dtype, device)
+    x.case = case
+    return truth(x)
 
 
 def _case(operation: str, dtype: str, vocab: int, job: Job) -> Case:

@@ -5,18 +5,22 @@ Every configuration was compiled by many processes before (compiling.py); one ti
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import statistics
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, Job, Row, deal
-from benchmarks.gpu_report.timing import Timeline, median_ms
+from benchmarks.gpu_report.timing import Timeline, median_ms, parts
 from benchmarks.gpu_report.winners import tiles
 from benchmarks.gpu_report.work import Absent, one_by_one
 from benchmarks.losses.cases import QWEN3_8B, Case
@@ -24,11 +28,14 @@ from benchmarks.losses.contenders import ways
 from benchmarks.losses.inputs import Inputs
 from opsd_kernels import Plan, fused_linear_jsd, plan
 
+plans = importlib.import_module("opsd_kernels.plan")  # as an attribute it is the function
 _MIB = 2**20
 OWN = "own"  # the launcher's choice
 # Columns of a row kernel's tile, warps.
 _ROW = tuple(product((2048, 4096, 8192), (4, 8, 16)))
 _SMALL_ROW = ((128, 1),)
+# The same of the kernels on differences: a thread has 8 columns at least.
+_DIFFERENCE = ((512, 2), (1024, 1), (1024, 2), (1024, 4), (2048, 4), (2048, 8))
 # Rows, columns, inner size, warps, stages of a fused kernel's tile.
 _STREAMING = (
     (128, 128, 64, 8, 2), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 64, 64, 8, 3),
@@ -39,6 +46,11 @@ _SMALL_STREAMING = ((16, 32, 16, 1, 1),)
 _ROWS = (256, 384, 512, 640, 768)
 _WORKSPACES = (512, 1024, 2048)  # MiB
 _SMALL_ROWS, _SMALL_WORKSPACES = (8,), (1,)
+# Rows of a block and columns of a slice, of differences.
+_LAYOUTS = (
+    (512, 8192), (768, 5632), (1024, 4096), (1024, 8192), (1408, 3072), (2048, 2048), (2048, 4096),
+    (2816, 1536), (4096, 4096),
+)  # fmt: skip
 _ROW_TOKENS, _STREAMING_TOKENS, _TOKENS = 768, 2048, 8192
 _COMPILED_TOKENS = 32
 _CALLS, _SMALL_CALLS = 5, 1
@@ -57,39 +69,73 @@ def tile_ids(job: Job) -> list[str]:
     if ("streaming", "fp32") in ways(_case(job, 1), job.device):
         ids += [f"streaming {OWN}"]
         ids += ["streaming " + "x".join(map(str, sizes)) for sizes in streaming]
+    if takes_differences(job):
+        ids += [f"difference {OWN}"]
+        ids += ["difference " + "x".join(map(str, sizes)) for sizes in _DIFFERENCE]
     return ids
+
+
+def takes_differences(job: Job) -> bool:
+    return ("blocked", "difference") in ways(_case(job, 1), job.device)
 
 
 def _workspace_ids(job: Job) -> list[str]:
     rows, sizes = (_SMALL_ROWS, _SMALL_WORKSPACES) if job.small else (_ROWS, _WORKSPACES)
-    return [f"rows {n}" for n in rows] + [f"workspace {n}" for n in sizes]
+    ids = [f"rows {n}" for n in rows]
+    if takes_differences(job):
+        ids += ["layout " + "x".join(map(str, sizes)) for sizes in _LAYOUTS]
+    return ids + [f"workspace {n} {p}" for p in ("fp32", "auto") for n in sizes]
 
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
     """{"ms"} of the row kernels alone, else of a whole call, with its workspace if that varies."""
-    kind, value = identifier.split()
-    if kind == "row":
-        x = Inputs(_case(job, _ROW_TOKENS), job.device)
+    kind, value, *precision = identifier.split()
+    if kind in ("row", "difference"):
+        x = _inputs(_case(job, _ROW_TOKENS), job.device)
         return {"ms": _row_kernels(x, identifier, _calls(job))}
     if kind == "streaming":
-        x = Inputs(_case(job, _STREAMING_TOKENS), job.device)
+        x = _inputs(_case(job, _STREAMING_TOKENS), job.device)
         with chosen_tiles(identifier):
-            return {"ms": _whole(x, "streaming", None, _calls(job))}
-    case = _case(job, _TOKENS)
-    workspace = (
-        int(value) * _MIB if kind == "workspace" else _bytes_for(case, int(value), job.device)
-    )
-    ms = _whole(Inputs(case, job.device), "blocked", workspace, _calls(job))
-    rows = _plan(case, job.device, workspace).rows_per_block
-    return {"ms": ms, "workspace_mib": round(workspace / _MIB, 1), "rows_per_block": rows}
+            return {"ms": _whole(x, "streaming", "fp32", None, _calls(job))}
+    x = _inputs(_case(job, _TOKENS), job.device)
+    if kind == "layout":
+        rows, columns = map(int, value.split("x"))
+        with fixed_layout(rows, columns):
+            ms = _whole(x, "blocked", "difference", 2**40, _calls(job))
+            return {"ms": ms} | _size(x.case, job.device, "difference", 2**40)
+    workspace = _bytes_for(x.case, int(value), job.device)
+    if kind == "workspace":
+        workspace = int(value) * _MIB
+    how = precision[0] if precision else "fp32"
+    ms = _whole(x, "blocked", how, workspace, _calls(job))
+    return {"ms": ms} | _size(x.case, job.device, how, workspace)
+
+
+@functools.lru_cache(maxsize=1)
+def _inputs(case: Case, device: torch.device) -> Inputs:
+    return Inputs(case, device)
+
+
+@contextmanager
+def fixed_layout(rows: int, columns: int) -> Iterator[None]:
+    """Blocks of so many rows and slices of so many columns, whatever the plan finds."""
+    own = plans.triton_layout
+
+    def layout(*how: Any) -> Any:
+        found = own(*how)
+        used = found.workspace_bytes * rows // found.rows
+        return replace(found, rows=rows, slice_columns=columns, workspace_bytes=used)
+
+    with mock.patch.object(plans, "triton_layout", layout):
+        yield
 
 
 def compile_one(identifier: str, job: Job) -> None:
     """Run the configuration once on few tokens: its kernels are compiled for the timing then."""
     schedule = "streaming" if identifier.startswith("streaming") else "blocked"
-    x = Inputs(_case(job, _COMPILED_TOKENS), job.device)
+    x = _inputs(_case(job, _COMPILED_TOKENS), job.device)
     with chosen_tiles(identifier):
-        _call(x, schedule, None)
+        _call(x, schedule, _precision(identifier), None)
 
 
 def chosen_tiles(identifier: str) -> AbstractContextManager[None]:
@@ -102,7 +148,7 @@ def blocks_of(identifier: str) -> dict[str, int]:
     if value == OWN:
         return {}
     sizes = [int(n) for n in value.split("x")]
-    if kind == "row":
+    if kind in ("row", "difference"):
         return dict(zip(("columns", "warps"), sizes, strict=True))
     found = dict(zip(("rows", "cols", "inner", "warps", "stages"), sizes, strict=True))
     return found | {"parts": max(1, found["cols"] // 32)}
@@ -115,9 +161,9 @@ def write_winners(job: Job, folder: Path, environment: dict[str, Any]) -> None:
 
 
 def winners(rows: list[Row]) -> dict[str, dict[str, int]]:
-    """By kind, "row" and "streaming": blocks that beat the launcher's own by more than noise."""
+    """By kind of tile: blocks that beat the launcher's own by more than noise."""
     found = {}
-    for kind in ("row", "streaming"):
+    for kind in ("row", "streaming", "difference"):
         timed = [r for r in rows if r["id"].split()[0] == kind and "found" in r]
         ms = {r["id"]: r["found"]["ms"] for r in timed}
         own = ms.get(f"{kind} {OWN}")
@@ -131,29 +177,37 @@ def _calls(job: Job) -> int:
     return _SMALL_CALLS if job.small else _CALLS
 
 
+def _precision(identifier: str) -> str:
+    return "difference" if identifier.startswith("difference") else "fp32"
+
+
 def _row_kernels(x: Inputs, identifier: str, calls: int) -> float:
     """Milliseconds in Triton's kernels alone: the products around them do not change."""
-    totals = []
+    device, precision = x.student.device, _precision(identifier)
+
+    def call() -> None:
+        _call(x, "blocked", precision, None)
+
     with chosen_tiles(identifier):
-        _call(x, "blocked", None)
-        for _ in range(calls):
-            timeline = Timeline(x.student.device)
-            with timeline.watching():
-                _call(x, "blocked", None)
-            names = timeline.totals()
-            totals.append(sum(ms for name, (_, ms) in names.items() if name in timeline.launched))
-    return statistics.median(totals)
+        timeline = Timeline(device)
+        with timeline.watching():
+            call()
+        found = [parts(call, device) for _ in range(calls)]
+    return statistics.median(
+        sum(ms for name, (_, ms) in each.items() if name in timeline.launched) for each in found
+    )
 
 
-def _whole(x: Inputs, schedule: str, workspace: int | None, calls: int) -> float:
-    return median_ms(lambda: _call(x, schedule, workspace), x.student.device, calls)
+def _whole(x: Inputs, schedule: str, precision: str, workspace: int | None, calls: int) -> float:
+    device = x.student.device
+    return median_ms(lambda: _call(x, schedule, precision, workspace), device, calls)
 
 
-def _call(x: Inputs, schedule: str, workspace: int | None) -> None:
+def _call(x: Inputs, schedule: str, precision: str, workspace: int | None) -> None:
     x.clear()
     heads = x.student, x.head, x.teacher, x.teacher_head
     try:
-        how = {"schedule": schedule, "precision": "fp32", "workspace_bytes": workspace}
+        how = {"schedule": schedule, "precision": precision, "workspace_bytes": workspace}
         fused_linear_jsd(*heads, **how).backward()
     except Exception as error:
         if type(error).__name__ == "OutOfResources":  # Triton's: the tile is too large for the GPU
@@ -163,13 +217,19 @@ def _call(x: Inputs, schedule: str, workspace: int | None) -> None:
 
 def _bytes_for(case: Case, rows: int, device: torch.device) -> int:
     """What `blocked` takes for so many rows in one block."""
-    return _plan(replace(case, tokens=rows), device, 2**40).workspace_bytes
+    return _plan(replace(case, tokens=rows), device, "fp32", 2**40).workspace_bytes
 
 
-def _plan(case: Case, device: torch.device, workspace: int) -> Plan:
+def _size(case: Case, device: torch.device, precision: str, workspace: int) -> dict[str, Any]:
+    found = _plan(case, device, precision, workspace)
+    used = round(found.workspace_bytes / _MIB, 1)
+    return {"workspace_mib": used, "rows_per_block": found.rows_per_block}
+
+
+def _plan(case: Case, device: torch.device, precision: str, workspace: int) -> Plan:
     sizes = case.tokens, case.shape.hidden, case.shape.vocab
-    how = {"dtype": case.torch_dtype, "device": device, "backend": "triton"}
-    how |= {"schedule": "blocked", "precision": "fp32"}
+    how = {"dtype": case.torch_dtype, "device": device, "backend": "triton", "two_passes": True}
+    how |= {"schedule": "blocked", "precision": precision}
     return plan(*sizes, workspace_bytes=workspace, **how)
 
 

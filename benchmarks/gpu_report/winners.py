@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -17,16 +17,22 @@ Chosen = Mapping[str, Mapping[str, int]]
 
 @contextmanager
 def tiles(chosen: Chosen) -> Iterator[None]:
-    """Launches take what `chosen` says under "row" and "streaming", their own where it is silent.
+    """Launches take what `chosen` says of each kind, their own where it is silent.
 
-    "row" has columns and warps of the row kernels; "streaming" has rows, cols, inner, warps, stages
-    and parts of the fused kernels of two heads in 16 bits, which it was measured with.
+    "row" has columns and warps of the row kernels, "difference" those of the kernels on
+    differences; "streaming" has rows, cols, inner, warps, stages and parts of the fused kernels of
+    two heads in 16 bits, which it was measured with.
     """
-    row, streaming = chosen.get("row"), chosen.get("streaming")
-    if not (row or streaming):
+    row, streaming, difference = (chosen.get(k) for k in ("row", "streaming", "difference"))
+    if not (row or streaming or difference):
         yield
         return
-    from opsd_kernels.backends import triton_launch, triton_rows_launch
+    from opsd_kernels import layouts
+    from opsd_kernels.backends import (
+        triton_differences_launch,
+        triton_launch,
+        triton_rows_launch,
+    )
 
     own, own_row = triton_launch.blocks, triton_rows_launch.row_blocks
 
@@ -43,8 +49,15 @@ def tiles(chosen: Chosen) -> Iterator[None]:
         lanes = min(32 * row["warps"], row["columns"] // 8)
         return dataclasses.replace(found, **row, lanes=lanes)
 
-    with (
-        mock.patch.object(triton_launch, "blocks", blocks),
-        mock.patch.object(triton_rows_launch, "row_blocks", row_blocks),
-    ):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(triton_launch, "blocks", blocks))
+        patches.enter_context(mock.patch.object(triton_rows_launch, "row_blocks", row_blocks))
+        if difference:
+            layouts.triton_layout.cache_clear()
+            patches.callback(layouts.triton_layout.cache_clear)
+            for module in (layouts, triton_differences_launch):
+                tile = mock.patch.object(module, "DIFFERENCE_TILE", difference["columns"])
+                patches.enter_context(tile)
+            warps = mock.patch.object(triton_differences_launch, "_WARPS", difference["warps"])
+            patches.enter_context(warps)
         yield
