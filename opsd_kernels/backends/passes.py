@@ -75,6 +75,7 @@ class _Passes:
     summed: bool  # a second pass makes the value
     rounded: bool  # a second pass makes the gradient's constant, of rounded logits
     joined: bool  # the second pass makes the gradient too
+    resident: bool  # one pass makes everything
 
 
 def _passes(p: DivergenceProblem, run: Run) -> _Passes:
@@ -89,6 +90,7 @@ def _passes(p: DivergenceProblem, run: Run) -> _Passes:
         # The gradient of rounded logits is made with the value of the same rounded logits.
         rounded=kind == REVERSE_KL and run.plan.precision == "difference" and run.wanted.any,
         joined=joined,
+        resident=p.clip is None and run.resident,
     )
 
 
@@ -138,8 +140,14 @@ def _divergence_block(
     again = sums is not None or run.wanted.any
     tiles = run.tiles(heads, block, same_head(*heads), again)
     labels = run.part(p.labels, block) if layout.label else None
-    tiles.statistics(passes.first, labels, run.offset, merged, run.group)
     scale = run.part(run.row_scale, block)
+    if passes.resident:
+        found = tiles.resident(layout, labels, run.offset, merged, p.beta, scale)
+        if sums is not None:
+            sums[:, block] = found
+        run.gradients(block, tiles, lambda columns, outs: None)
+        return
+    tiles.statistics(passes.first, labels, run.offset, merged, run.group)
     if passes.joined:
         center = _mean_log_mixture(_kl(passes.first, merged)[0], p.beta)
         sums[:, block] = run.joined(block, tiles, layout, merged, center, p, scale)
@@ -254,6 +262,11 @@ class Run(Call, ABC):
         gradient and returns (2, rows): value and sum of the shares about `center`.
         """
         return None
+
+    @property
+    def resident(self) -> bool:
+        """Whether tiles make a pair's statistics, sums and dz, in place, in one pass."""
+        return False
 
     @abstractmethod
     def tiles(self, heads: list[Head], block: slice, shared: bool, again: bool) -> Tiles:

@@ -19,6 +19,7 @@ from torch import Tensor
 from opsd_kernels.backends import passes
 from opsd_kernels.backends.passes import Gradient, Layout, Run
 from opsd_kernels.backends.triton_columns import ColumnTiles
+from opsd_kernels.backends.triton_config import device_of, resident_blocks
 from opsd_kernels.backends.triton_differences_launch import DifferenceTiles
 from opsd_kernels.backends.triton_launch import FusedTiles, Source
 from opsd_kernels.backends.triton_math import FP16_BOOST
@@ -99,6 +100,18 @@ class _Run(Run):
             else:
                 torch.index_select(head.hidden, 0, self.kept[block], out=out)
         return list(outs)
+
+    @property
+    def resident(self) -> bool:
+        if self.plan.schedule != "blocked" or self.plan.precision != "fp32":
+            return False
+        if self.group is not None or not self.wanted.any:
+            return False
+        hidden = self.head.hidden
+        device = device_of(hidden.device.index if hidden.is_cuda else None)
+        columns = padded_columns(self.head.weight.shape[0])
+        # A row's programs wait for each other: a small GPU may not hold those of a wide row.
+        return columns <= device.processors * resident_blocks(columns, device).columns
 
     @property
     def joined(self) -> Callable[..., Tensor] | None:

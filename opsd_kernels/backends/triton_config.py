@@ -88,6 +88,14 @@ def row_blocks(columns: int, device: Device) -> RowBlocks:
     return RowBlocks(block, block // 256, block // 8)
 
 
+def resident_blocks(columns: int, device: Device) -> RowBlocks:
+    """The part of a row that a program holds in registers: 32 columns of each head a thread."""
+    if device.capability is None:  # its programs run one after the other: none may wait
+        return RowBlocks(_power_of_two(columns, 128), 1, 32)
+    block = min(4096, _power_of_two(columns, 1024))
+    return RowBlocks(block, block // 1024, block // 32)
+
+
 def spans(
     rows: int, columns: int, row_tile: int, column_tile: int, device: Device
 ) -> tuple[int, int]:

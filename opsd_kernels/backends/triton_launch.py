@@ -17,7 +17,8 @@ from opsd_kernels.backends.triton_config import Blocks, Device, blocks, device_o
 from opsd_kernels.layouts import padded_columns
 
 _GROUP = 8  # row blocks that walk the vocabulary side by side and find the head's tiles in L2
-_MERGED_ROWS = 128
+# Rows and spans that `merge` takes at a time: few programs, whose loads must not wait in turn.
+_MERGED_ROWS, _MERGED_SPANS = 32, 16
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,6 @@ def _merge(parts: Tensor, out: Tensor, layout: Layout) -> None:
     rows = out.shape[1]
     triton_kernels.merge[(triton.cdiv(rows, _MERGED_ROWS),)](
         parts, out, rows, out.stride(0), parts.shape[1], parts.shape[2], R=_MERGED_ROWS,
-        HEADS=layout.heads, ENTROPY=layout.entropy, SMOOTHED=layout.smoothed, LABEL=layout.label,
-        PREDICTED=layout.predicted, KIND=layout.kind,
+        SPANS=_MERGED_SPANS, HEADS=layout.heads, ENTROPY=layout.entropy,
+        SMOOTHED=layout.smoothed, LABEL=layout.label, PREDICTED=layout.predicted, KIND=layout.kind,
     )  # fmt: skip

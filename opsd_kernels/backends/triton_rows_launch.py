@@ -6,9 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsd_kernels.backends import triton_row_gradients, triton_rows
-from opsd_kernels.backends.passes import Layout
-from opsd_kernels.backends.triton_config import device_of, row_blocks, spans
+from opsd_kernels.backends import triton_resident, triton_row_gradients, triton_rows
+from opsd_kernels.backends.passes import JSD, Layout
+from opsd_kernels.backends.triton_config import device_of, resident_blocks, row_blocks, spans
 from opsd_kernels.backends.triton_launch import merge, summed
 from opsd_kernels.problem import Head
 
@@ -130,6 +130,34 @@ class StoredTiles:
             self.logits.stride(1), out.stride(0), merged.stride(0), beta, 1.0 - beta,
             clip, **self.flags, STEP=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
+
+    def resident(
+        self,
+        layout: Layout,
+        label: Tensor | None,
+        offset: int,
+        out: Tensor,
+        beta: float,
+        scale: Tensor | None,
+    ) -> Tensor | None:
+        """Statistics into `out`, the gradient over the student's logits; a JSD's sums (2, rows)."""
+        blocks = resident_blocks(self.padded, self.device)
+        count = -(-self.padded // blocks.columns)
+        room = 1 << (count - 1).bit_length()
+        parts = self.logits.new_empty(layout.count, count, self.rows)
+        sums = self.logits.new_empty(2, count, self.rows) if layout.kind == JSD else None
+        board = self.logits.new_empty(self.rows, 6, room)
+        counters = self.logits.new_zeros(1 + 2 * self.rows, dtype=torch.int32)
+        dz = self.dz(self.hidden.dtype)
+        triton_resident.resident_divergence[(self.rows * count,)](
+            *self.sources, label if layout.label else None, parts, sums, board, counters, scale,
+            dz, self.rows, self.cols, self.padded, self.logits.stride(1), dz.stride(0), offset,
+            beta, 1.0 - beta, BLOCK_V=blocks.columns, PARTS=count, ROOM=room,
+            ENTROPY=layout.entropy, KIND=layout.kind, num_warps=blocks.warps, num_stages=1,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        merge(parts, out, layout, None)
+        return None if sums is None else sums.sum(1)
 
     def logprob_gradient(
         self,

@@ -11,6 +11,10 @@ import triton.language as tl
 
 from opsd_kernels.backends.triton_math import BANNED, LOG_ZERO, capped
 
+# Steps over the inner size that an exact fp32 product sums by themselves: the rounding of one long
+# sum grows with its length.
+_STEPS = tl.constexpr(16)
+
 # ---------------------------------------------------------------------------- where tiles come from
 
 
@@ -42,7 +46,29 @@ def product(
 ):  # fmt: skip
     """(R, C) tile of h @ w.T in fp32."""
     acc = tl.zeros((R, C), tl.float32)
-    for k in range(0, depth, K):
+    if PRECISION == "ieee":
+        for first in range(0, depth, _STEPS * K):
+            acc += _product(
+                h, w, row, col, rows, cols, depth, h_row, h_k, w_row, w_k, first,
+                tl.minimum(first + _STEPS * K, depth), R, C, K, DESCRIBED, EVEN, PRECISION,
+            )  # fmt: skip
+    else:
+        acc = _product(
+            h, w, row, col, rows, cols, depth, h_row, h_k, w_row, w_k, 0, depth,
+            R, C, K, DESCRIBED, EVEN, PRECISION,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _product(
+    h, w, row, col, rows, cols, depth, h_row, h_k, w_row, w_k, first, last,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The part of it from `first` to `last` of the inner size."""
+    acc = tl.zeros((R, C), tl.float32)
+    for k in range(first, last, K):
         a = operand(h, row, k, rows, depth, h_row, h_k, R, K, DESCRIBED, EVEN)
         b = operand(w, col, k, cols, depth, w_row, w_k, C, K, DESCRIBED, EVEN)
         acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
@@ -58,7 +84,31 @@ def shared_products(
     """Student's and teacher's tile of one head: each weight tile is loaded once for both."""
     student = tl.zeros((R, C), tl.float32)
     teacher = tl.zeros((R, C), tl.float32)
-    for k in range(0, depth, K):
+    if PRECISION == "ieee":
+        for first in range(0, depth, _STEPS * K):
+            more_s, more_t = _shared_products(
+                h_s, h_t, w, row, col, rows, cols, depth, s_row, s_k, t_row, t_k, w_row, w_k,
+                first, tl.minimum(first + _STEPS * K, depth), R, C, K, DESCRIBED, EVEN, PRECISION,
+            )  # fmt: skip
+            student += more_s
+            teacher += more_t
+    else:
+        student, teacher = _shared_products(
+            h_s, h_t, w, row, col, rows, cols, depth, s_row, s_k, t_row, t_k, w_row, w_k, 0, depth,
+            R, C, K, DESCRIBED, EVEN, PRECISION,
+        )  # fmt: skip
+    return student, teacher
+
+
+@triton.jit
+def _shared_products(
+    h_s, h_t, w, row, col, rows, cols, depth, s_row, s_k, t_row, t_k, w_row, w_k, first, last,
+    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
+    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    student = tl.zeros((R, C), tl.float32)
+    teacher = tl.zeros((R, C), tl.float32)
+    for k in range(first, last, K):
         b = tl.trans(operand(w, col, k, cols, depth, w_row, w_k, C, K, DESCRIBED, EVEN))
         a = operand(h_s, row, k, rows, depth, s_row, s_k, R, K, DESCRIBED, EVEN)
         student = tl.dot(a, b, student, input_precision=PRECISION)

@@ -235,18 +235,17 @@ def scale_cast(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     factor is a scalar or has one entry per row of grad; a row's factor of 0 makes 0 of NaN too.
     """
     out = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
-    (_scaled if grad.is_cuda else _scaled_in_slices)(grad, factor, out)
+    if grad.is_cuda and backend_name(grad) == "triton":
+        from opsd_kernels.backends.triton_scale import scale_into
+
+        scale_into(grad.contiguous(), factor, out)
+        return out
+    _scaled_in_slices(grad, factor, out)
     return out if factor.ndim == 0 else out.masked_fill_((factor == 0).unsqueeze(-1), 0)
 
 
-def _scaled(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """One kernel, which casts each element as it stores it."""
-    # As a tensor of grad's dimensions the factor keeps its dtype; a 0-dim one takes grad's.
-    return torch.mul(grad, factor.reshape(-1, *(1,) * (grad.ndim - 1)), out=out)
-
-
 def _scaled_in_slices(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """The CPU casts in a second pass over a buffer, here one of a slice's size."""
+    """PyTorch casts in a second pass over a buffer, here one of a slice's size."""
     rows = max(1, _SLICE_ELEMENTS // max(1, grad[:1].numel()))
     for first in range(0, grad.shape[0], rows):
         part = slice(first, first + rows)

@@ -111,7 +111,8 @@ def test_every_option_and_statistic(trained: bool) -> None:
 @pytest.mark.parametrize("name", ["jsd 0.5", "cross-entropy"])
 def test_tf32_is_respected(name: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
-    compare(name, make_pair(130, 64, 1003, seed=5), True, "none", torch.float32)
+    # cuBLAS has no tf32 kernel for an odd row of the yardstick's logits.
+    compare(name, make_pair(130, 64, 1024, seed=5), True, "none", torch.float32)
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -238,7 +239,9 @@ def test_two_runs_give_the_same_bits(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gemm_count(names: tuple, reduction: str, expected: int, dtype: torch.dtype) -> None:
     pair = move(cast(case(), dtype), DEVICE)
-    found = gemms(lambda: run(fused_linear_jsd, pair, names, reduction=reduction))
+    # Tokens whose upstream is 0 are left out.
+    upstream = [torch.ones(96)] if reduction == "none" else None
+    found = gemms(lambda: run(fused_linear_jsd, pair, names, upstream, reduction=reduction))
     assert found == pytest.approx(expected)
 
 
@@ -391,9 +394,10 @@ def check_some_rows(sizes: tuple[int, int, int], rows: list[int], workspace: int
 def test_more_than_two_to_the_31_logits() -> None:
     """All rows in one block: 32-bit offsets would wrap in the logits of the last rows."""
     tokens, vocab = 16384, 151936
-    if torch.cuda.mem_get_info()[0] < 24 << 30:
-        pytest.skip("needs 24 GiB of free device memory")
-    options = {"dtype": torch.bfloat16, "grad_weight": True, "workspace_bytes": 12 << 30}
-    assert plan(tokens, 64, vocab, **options).rows_per_block * vocab > 2**31
+    room = 21 << 30
+    if torch.cuda.mem_get_info()[0] < 2 * room:
+        pytest.skip("needs 42 GiB of free device memory")
+    options = {"dtype": torch.bfloat16, "grad_weight": True, "workspace_bytes": room}
+    assert plan(tokens, 64, vocab, device=DEVICE, **options).rows_per_block == tokens
     edge = 2**31 // vocab
-    check_some_rows((tokens, 64, vocab), [0, 1, edge - 1, edge, edge + 1, tokens - 1], 12 << 30)
+    check_some_rows((tokens, 64, vocab), [0, 1, edge - 1, edge, edge + 1, tokens - 1], room)

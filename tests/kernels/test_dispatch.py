@@ -142,46 +142,52 @@ def test_reduce_overhead_equals_eager(fn: Callable) -> None:
 # ------------------------------------------------------------------- gradients scaled in one kernel
 
 
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
 @pytest.mark.parametrize("rows", [False, True], ids=["one factor", "a factor per row"])
 @pytest.mark.parametrize(
     ("grad", "out"),
     [
         (torch.float32, torch.float32),
-        (torch.float32, torch.bfloat16),
         (torch.float32, torch.float16),
-        (torch.bfloat16, torch.bfloat16),
         (torch.float16, torch.float16),
-        (torch.float64, torch.float64),
+        # Which Triton's interpreter computes wrongly.
+        pytest.param(torch.float32, torch.bfloat16, marks=ON_A_GPU),
+        pytest.param(torch.bfloat16, torch.bfloat16, marks=ON_A_GPU),
     ],
     ids=str,
 )
 def test_one_kernel_gives_the_bits_of_the_slices(
-    grad: torch.dtype, out: torch.dtype, rows: bool, monkeypatch: pytest.MonkeyPatch
+    grad: torch.dtype,
+    out: torch.dtype,
+    rows: bool,
+    triton_device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    from opsd_kernels.backends import triton_scale
     from opsd_kernels.ops import common
 
+    monkeypatch.setattr(triton_scale, "_COLUMNS", 64)  # three programs a row
     monkeypatch.setattr(common, "_SLICE_ELEMENTS", 1000)
     g = torch.Generator().manual_seed(3)
     x = torch.randn(37, 130, generator=g).to(grad)
     factor = (torch.rand(37, generator=g) if rows else torch.rand((), generator=g)) / 57
-    factor = factor.to(stat_dtype(grad))
-    whole, sliced = (torch.empty(37, 130, dtype=out) for _ in range(2))
-    common._scaled(x, factor, whole)
-    assert torch.equal(whole, common._scaled_in_slices(x, factor, sliced))
-    torch.testing.assert_close(
-        whole.double(), x.double() * factor.double().reshape(-1, 1), rtol=0.004, atol=1e-6
-    )
+    if rows:  # a row whose gradient nobody asked for, and which has none
+        factor[5], x[5] = 0.0, torch.nan
+    sliced = torch.empty(37, 130, dtype=out)
+    common._scaled_in_slices(x, factor, sliced)
+    found = scaled(x, factor, out, triton_device)
+    assert torch.equal(found, sliced.nan_to_num(nan=0.0))
+    exact = (x.double() * factor.double().reshape(-1, 1)).nan_to_num(nan=0.0)
+    torch.testing.assert_close(found.double(), exact, rtol=0.004, atol=1e-6)
     if not rows:  # a bias
-        assert torch.equal(
-            common._scaled(x[0], factor, torch.empty(130, dtype=out)),
-            common._scaled_in_slices(x[0], factor, torch.empty(130, dtype=out)),
-        )
+        assert torch.equal(scaled(x[0], factor, out, triton_device), sliced[0])
 
 
-def test_a_tensor_on_a_gpu_takes_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    from opsd_kernels.ops import common
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, device: str) -> Tensor:
+    from opsd_kernels.backends.triton_scale import scale_into
 
-    x, factor = torch.randn(9, 4, dtype=torch.float64), torch.rand(9, dtype=torch.float64)
-    monkeypatch.setattr(common, "_scaled_in_slices", None)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True), raising=False)
-    assert torch.equal(common.scale_cast(x, factor, torch.float64), x * factor[:, None])
+    found = torch.empty(x.shape, dtype=dtype, device=device)
+    scale_into(x.to(device), factor.to(device), found)
+    return found.cpu()
