@@ -36,6 +36,16 @@ class RowBlocks:
 
 
 @dataclass(frozen=True)
+class ResidentBlocks:
+    """Columns of a program's part of a row, warps, programs a processor, how it is compiled."""
+
+    columns: int
+    warps: int
+    programs: int
+    options: dict[str, object]
+
+
+@dataclass(frozen=True)
 class Device:
     """What block sizes depend on; capability None is Triton's interpreter."""
 
@@ -88,12 +98,14 @@ def row_blocks(columns: int, device: Device) -> RowBlocks:
     return RowBlocks(block, block // 256, block // 8)
 
 
-def resident_blocks(columns: int, device: Device) -> RowBlocks:
-    """The part of a row that a program holds in registers: 32 columns of each head a thread."""
+def resident_blocks(columns: int, device: Device) -> ResidentBlocks:
+    """The part of a row that a program holds: 32 columns of each head a thread."""
     if device.capability is None:  # its programs run one after the other: none may wait
-        return RowBlocks(_power_of_two(columns, 128), 1, 32)
+        return ResidentBlocks(_power_of_two(columns, 128), 1, 1, {})
     block = min(4096, _power_of_two(columns, 1024))
-    return RowBlocks(block, block // 1024, block // 32)
+    # 384 threads of 168 registers fill a processor; all programs must run at once.
+    how = {"maxnreg": 168, "launch_cooperative_grid": True}
+    return ResidentBlocks(block, block // 1024, 3 * 4096 // block, how)
 
 
 def spans(

@@ -146,15 +146,18 @@ class StoredTiles:
         room = 1 << (count - 1).bit_length()
         parts = self.logits.new_empty(layout.count, count, self.rows)
         sums = self.logits.new_empty(2, count, self.rows) if layout.kind == JSD else None
-        board = self.logits.new_empty(self.rows, 6, room)
-        counters = self.logits.new_zeros(1 + 2 * self.rows, dtype=torch.int32)
+        shape = self.rows, triton_resident.TOLD, room
+        board = torch.full(
+            shape, triton_resident.UNTOLD, dtype=torch.int32, device=self.logits.device
+        )
         dz = self.dz(self.hidden.dtype)
-        triton_resident.resident_divergence[(self.rows * count,)](
-            *self.sources, label if layout.label else None, parts, sums, board, counters, scale,
-            dz, self.rows, self.cols, self.padded, self.logits.stride(1), dz.stride(0), offset,
-            beta, 1.0 - beta, BLOCK_V=blocks.columns, PARTS=count, ROOM=room,
-            ENTROPY=layout.entropy, KIND=layout.kind, num_warps=blocks.warps, num_stages=1,
-            enable_fp_fusion=True,
+        programs = min(self.rows * count, blocks.programs * self.device.processors)
+        triton_resident.resident_divergence[(programs,)](
+            *self.sources, label if layout.label else None, parts, sums, board, scale, dz,
+            self.rows, self.cols, self.padded, self.logits.stride(1), dz.stride(0), offset, beta,
+            1.0 - beta, BLOCK_V=blocks.columns, PARTS=count, ROOM=room, ENTROPY=layout.entropy,
+            KIND=layout.kind, num_warps=blocks.warps, num_stages=1, enable_fp_fusion=True,
+            **blocks.options,
         )  # fmt: skip
         merge(parts, out, layout, None)
         return None if sums is None else sums.sum(1)
