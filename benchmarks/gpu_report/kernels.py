@@ -27,18 +27,24 @@ def shards(job: Job) -> list[list[str]]:
     every = ways(_case("jsd", "frozen", job), job.device)
     ids = [f"jsd frozen {s} {p} {head}" for s, p in every for head in ("distinct", "shared")]
     others = () if job.small else ("jsd trained", "forward_kl frozen", "cross_entropy trained")
-    return deal(ids + [f"{what} blocked fp32 distinct" for what in others], 1)
+    ids += [f"{what} blocked fp32 distinct" for what in others]
+    wider = () if job.small else ("tiled fp32 distinct 64", "blocked fp32 distinct 1024")
+    return deal(ids + [f"jsd frozen {what}" for what in wider], 1)
 
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
-    """The call's ms, its kernels' [name, calls, ms], longest first, and the plan."""
-    operation, trained, schedule, precision, head = identifier.split()
+    """The call's ms, its kernels' [name, calls, ms], longest first, and the plan.
+
+    An id may end with MiB of workspace.
+    """
+    operation, trained, schedule, precision, head, *size = identifier.split()
     case = _case(operation, trained, job)
+    workspace = int(size[0]) * 2**20 if size else None
     x = Inputs(case, job.device)
 
     def call() -> None:
         x.clear()
-        our_call(x, schedule, precision, shared=head == "shared").backward()
+        our_call(x, schedule, precision, head == "shared", workspace).backward()
 
     calls = _SMALL_CALLS if job.small else _CALLS
     whole = median_ms(call, job.device, calls)
@@ -50,7 +56,7 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
         [name, max(n for n, _ in totals), statistics.median(ms for _, ms in totals)]
         for name, totals in found.items()
     ]
-    chosen = our_plan(case, job.device, schedule, precision)
+    chosen = our_plan(case, job.device, schedule, precision, workspace)
     rows.sort(key=lambda row: -row[2])
     result = {"ms": whole, "kernels": rows[:_LONGEST], "plan": str(chosen)}
     return result | _predicted(case, chosen, head == "shared", job.device)

@@ -9,12 +9,14 @@ import torch
 from benchmarks.gpu_report.job import Job, deal
 from benchmarks.gpu_report.work import Absent, one_by_one
 from benchmarks.losses.cases import COMPILED, check_cases, default_cases, find
-from benchmarks.losses.contenders import Contender
+from benchmarks.losses.contenders import OURS, SHARED, Contender
 from benchmarks.losses.inputs import MissingInputs
 from benchmarks.losses.memory import CudaMemory, NoMemory
 from benchmarks.losses.runner import measure
 
-_ROUNDS, _SMALL_ROUNDS = 5, 1
+_ROUNDS, _LATER_ROUNDS, _SMALL_ROUNDS = 5, 3, 1
+# So many first cases have every way of ours and all rounds.
+_WIDE = 4
 _PATIENCE = 0.3  # seconds; a slower peer is timed once, as there are minutes for all cases
 _FIRST_PEERS = ("liger_kernel", "trl", "unsloth_zoo")
 
@@ -33,12 +35,15 @@ def ids(job: Job) -> list[str]:
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
     """The case as the loss benchmarks record it."""
-    compiled = job.command == "second" and not job.small and identifier in ids(job)[:COMPILED]
+    place = ids(job).index(identifier)
+    compiled = job.command == "second" and not job.small and place < COMPILED
+    rounds = _ROUNDS if place < _WIDE else _LATER_ROUNDS
+    wanted = None if place < _WIDE else _narrow
     try:
         return measure(
-            find(identifier), job.device, _memory(job),
-            rounds=_SMALL_ROUNDS if job.small else _ROUNDS, patience=_PATIENCE, compiled=compiled,
-            wanted=_quick if job.command == "first" else None,
+            find(identifier), job.device, _memory(job), patience=_PATIENCE, compiled=compiled,
+            rounds=_SMALL_ROUNDS if job.small else rounds,
+            wanted=_quick if job.command == "first" else wanted,
         )  # fmt: skip
     except MissingInputs as error:
         raise Absent(str(error)) from None
@@ -52,6 +57,11 @@ def _quick(contender: Contender) -> bool:
     if contender.role != "peer":
         return True
     return contender.package in _FIRST_PEERS and not contender.compiles
+
+
+def _narrow(contender: Contender) -> bool:
+    """Whether it takes part in later cases: of ours the default, and with a shared head."""
+    return contender.role != "ours" or contender.name in (OURS, SHARED)
 
 
 def _memory(job: Job) -> CudaMemory | NoMemory:

@@ -34,8 +34,12 @@ from opsd_kernels.plan import PRECISIONS, SCHEDULES
 
 FLOOR = "bare GEMMs"
 OURS = "opsd_kernels"
+SHARED = f"{OURS}, shared head"
 # The floor's products run in blocks of rows whose logits take this much at most.
 _FLOOR_BYTES = 2**30
+
+# Schedules and MiB of workspace that are measured beside the default.
+WORKSPACES = (("tiled", 64), ("blocked", 1024), ("blocked", 2048))
 
 Call = Callable[[Inputs], Tensor]
 
@@ -71,7 +75,10 @@ def contenders(case: Case, device: torch.device) -> list[Contender]:
 
 
 def _ours(case: Case, device: torch.device) -> list[Contender]:
-    """What `schedule="auto"` gives, each other way, and the shared head where it applies."""
+    """What `schedule="auto"` gives, each other way, and the shared head where it applies.
+
+    A divergence is also measured in the workspaces of WORKSPACES on a GPU.
+    """
     chosen = our_plan(case, device)
     found = [Contender(OURS, "ours", our_call)]
     for schedule, precision in ways(case, device):
@@ -85,7 +92,11 @@ def _ours(case: Case, device: torch.device) -> list[Contender]:
             found.append(Contender(name, "ours", call))
     if case.operation in BETA and not case.trained:
         shared = partial(our_call, shared=True)
-        found.append(Contender(f"{OURS}, shared head", "ours", shared))
+        found.append(Contender(SHARED, "ours", shared))
+    if case.operation in BETA and device.type == "cuda":
+        for schedule, mib in WORKSPACES:
+            call = partial(our_call, schedule=schedule, workspace=mib * 2**20)
+            found.append(Contender(f"{OURS}, {schedule}, {mib} MiB", "ours", call))
     return found
 
 
@@ -102,7 +113,11 @@ def ways(case: Case, device: torch.device) -> list[tuple[str, str]]:
 
 
 def our_plan(
-    case: Case, device: torch.device, schedule: str = "auto", precision: str = "auto"
+    case: Case,
+    device: torch.device,
+    schedule: str = "auto",
+    precision: str = "auto",
+    workspace: int | None = None,
 ) -> Plan:
     """The plan of ours, as the operators make it; ValueError where it cannot be had."""
     return plan(
@@ -113,17 +128,26 @@ def our_plan(
         grad_input=case.differentiated, grad_weight=case.trained,
         reduced=case.operation in (*BETA, "cross_entropy"),
         two_passes=case.operation == "jsd", schedule=schedule, precision=precision,
+        workspace_bytes=workspace,
     )  # fmt: skip
 
 
 def our_call(
-    x: Inputs, schedule: str = "auto", precision: str = "auto", shared: bool = False
+    x: Inputs,
+    schedule: str = "auto",
+    precision: str = "auto",
+    shared: bool = False,
+    workspace: int | None = None,
 ) -> Tensor:
-    """Ours on x; `shared`: the teacher has the student's own head. Of two models, `precision`."""
+    """Ours on x; `shared`: the teacher has the student's own head.
+
+    `precision` and `workspace` are those of a divergence.
+    """
     operation = x.case.operation
     teacher = x.teacher, x.head if shared else x.teacher_head
     if operation in BETA:
         how = {"beta": BETA[operation], "schedule": schedule, "precision": precision}
+        how["workspace_bytes"] = workspace
         return fused_linear_jsd(x.student, x.head, *teacher, **how)
     if operation == "cross_entropy":
         return fused_linear_cross_entropy(x.student, x.head, x.labels, schedule=schedule)

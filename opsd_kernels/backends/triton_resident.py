@@ -2,8 +2,8 @@
 
 A row's programs each hold a part of it in registers, tell each other their statistics and then
 their sums, and write the gradient over the logits, which nobody needs any more: who has told its
-statistics has read its logits. All programs run at once, and each fetches its next part while it
-works on one.
+statistics has read its logits. Programs form teams, which take rows in turn. All run at once, and
+each fetches its part of the next row while it works on one.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _heard(bits, there, other):
 
 @triton.jit
 def _row_of_all(board, PARTS: tl.constexpr, ROOM: tl.constexpr):
-    """(maximum, log2 of the sum of exponentials) of both heads, when every part has told its own."""
+    """(maximum, log2 of the sum) of both heads, when every part of the row has told its own."""
     at = board + tl.arange(0, ROOM)
     there = tl.arange(0, ROOM) < PARTS
     a, b = _read(at, there), _read(at + ROOM, there)
@@ -166,15 +166,14 @@ def resident_divergence(
     `row_divergence_sums` give them. The board (rows, TOLD, ROOM) is all UNTOLD.
     """
     jump = rows.to(tl.int64) * PARTS
-    last = rows * PARTS - 1
-    for item in range(tl.program_id(0), rows * PARTS, tl.num_programs(0)):
-        following = tl.minimum(item + tl.num_programs(0), last)
-        at_next = (following // PARTS).to(tl.int64) * stride + following % PARTS * BLOCK_V
+    part, teams = tl.program_id(0) % PARTS, tl.num_programs(0) // PARTS
+    begin = part * BLOCK_V
+    for number in range(tl.program_id(0) // PARTS, rows, teams):
+        row = tl.cast(number, tl.int32)
+        at_row = row.to(tl.int64) * stride
+        at_next = tl.minimum(row + teams, rows - 1).to(tl.int64) * stride + begin
         _fetch(z_s + at_next, BLOCK_V)
         _fetch(z_t + at_next, BLOCK_V)
-        row, part = tl.cast(item // PARTS, tl.int32), tl.cast(item % PARTS, tl.int32)
-        at_row = row.to(tl.int64) * stride
-        begin = part * BLOCK_V
         c = begin + tl.arange(0, BLOCK_V)
         x_s, slope = row_logits(z_s + at_row, c, cols, padded, bias_s, cap_s, inv_temp_s)
         x_t, _ = row_logits(z_t + at_row, c, cols, padded, bias_t, cap_t, inv_temp_t)

@@ -151,8 +151,8 @@ class StoredTiles:
             shape, triton_resident.UNTOLD, dtype=torch.int32, device=self.logits.device
         )
         dz = self.dz(self.hidden.dtype)
-        programs = min(self.rows * count, blocks.programs * self.device.processors)
-        triton_resident.resident_divergence[(programs,)](
+        teams = min(self.rows, blocks.programs * self.device.processors // count)
+        triton_resident.resident_divergence[(teams * count,)](
             *self.sources, label if layout.label else None, parts, sums, board, scale, dz,
             self.rows, self.cols, self.padded, self.logits.stride(1), dz.stride(0), offset, beta,
             1.0 - beta, BLOCK_V=blocks.columns, PARTS=count, ROOM=room, ENTROPY=layout.entropy,
