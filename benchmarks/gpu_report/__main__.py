@@ -34,15 +34,15 @@ STAGES = {
     ),
     "second": (
         Stage("compiling", 25, triton=True),
-        Stage("losses", 165),
-        Stage("step", 50),
+        Stage("losses", 140),
+        Stage("step", 35),
         Stage("kernels", 25, triton=True),
-        Stage("counters", 35),
+        Stage("suite", 75),
         Stage("sanitizer", 30),
-        Stage("suite", 50),
+        Stage("counters", 30),
     ),
 }
-SECONDS = {"first": 330.0, "second": 380.0}
+SECONDS = {"first": 330.0, "second": 360.0}
 _SHOWN = 40
 
 

@@ -20,8 +20,8 @@ from benchmarks.losses.inputs import Inputs
 
 _PROGRAM = "compute-sanitizer"
 _TOOLS = ("memcheck", "racecheck")
-# Two blocks of rows of any kernel, and a vocabulary that ends inside a tile.
-_TOKENS, _SHAPE = 160, Shape("smallest", 64, 1111)
+# Two blocks of rows of any kernel, and a vocabulary of several tiles that ends inside one.
+_TOKENS, _SHAPE = 160, Shape("smallest", 64, 9111)
 _LOSSES = ("jsd", "forward_kl", "logprob")
 
 
