@@ -33,16 +33,15 @@ STAGES = {
         Stage("suite", 95),
     ),
     "second": (
-        Stage("compiling", 25, triton=True),
-        Stage("losses", 140),
+        Stage("compiling", 20, triton=True),
+        Stage("losses", 120),
         Stage("step", 35),
         Stage("kernels", 25, triton=True),
-        Stage("suite", 75),
-        Stage("sanitizer", 30),
-        Stage("counters", 30),
+        Stage("suite", 60),
+        Stage("sanitizer", 25),
     ),
 }
-SECONDS = {"first": 330.0, "second": 360.0}
+SECONDS = {"first": 330.0, "second": 285.0}
 _SHOWN = 40
 
 

@@ -201,7 +201,7 @@ class _Run(Run):
             dz = [tiles.dz(dtype)]
         else:
             dz = [self.room("logits", size, width).view(dtype)[:, :width]]
-        return dz + [self.room("dz 1", size, width, dtype)] * self.wanted.entropy
+        return [*dz, self.room("dz 1", size, width, dtype)] if self.wanted.entropy else dz
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
