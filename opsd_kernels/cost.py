@@ -20,6 +20,7 @@ FUSED = 0.6
 # A slice's two kernels start 2 us after the ones before, assumed; the host took 200 to 420 us to
 # launch them, measured beside an H100 in a virtual machine, and no slice is faster.
 _STARTS, _HOST = 4e-6, 200e-6
+_TILES = ((128, 256), (256, 128), (192, 192))  # of cuBLAS' products
 CACHE = 36 * 2**20  # bytes of L2 that a buffer may take
 
 
@@ -66,8 +67,8 @@ def seconds(
     head = vocab * depth * itemsize / _BANDWIDTH
     logits = max(flops / efficiency, head + rows * vocab * stored_bytes / _BANDWIDTH)
     dh = max(flops, head)
-    # The head's gradient is read and written in fp32 once a block.
-    dw = max(flops, 8 * vocab * depth / _BANDWIDTH)
+    # The head's gradient is read and written in fp32 once a block, a quarter of that unseen.
+    dw = flops + 0.75 * 8 * vocab * depth / _BANDWIDTH
     over = sum(max(p.bytes / _BANDWIDTH, p.instructions * _INSTRUCTION) for p in passes)
     found = products.logits * logits + products.dh * dh + products.dw * dw
     found += over * rows * vocab + slices * _STARTS
@@ -76,8 +77,19 @@ def seconds(
 
 def waves(rows: int, columns: int, processors: int) -> float:
     """Share of the processors that a product of that size keeps busy in its waves of tiles."""
-    tiles = -(-rows // 128) * -(-columns // 256)
-    return tiles / (-(-tiles // processors) * processors)
+    return (
+        max(
+            rows
+            * columns
+            / (height * width * -(-_tiles(rows, columns, height, width) // processors))
+            for height, width in _TILES
+        )
+        / processors
+    )
+
+
+def _tiles(rows: int, columns: int, height: int, width: int) -> int:
+    return -(-rows // height) * -(-columns // width)
 
 
 def in_cache(nbytes: int) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-# Tile of cuBLAS' products, either way up, and the most parts it cuts their inner size into.
-TILE = (128, 256)
+# Tiles of cuBLAS' products, as the names of the kernels that an H100 ran have them, and the most
+# parts it cuts their inner size into.
+TILES = ((128, 256), (256, 128), (192, 192))
 SPLITS = (1, 2, 4, 8)
 THREADS = 32  # of a warp
 SCHEDULERS = 4  # of a processor: each issues one instruction of one warp per clock
@@ -44,9 +45,9 @@ class Gpu:
 
         The longer of its arithmetic, in whole waves of tiles over the processors, and its bytes.
         """
-        a_tile = 2 * math.prod(TILE) * k / (self.flops / self.processors)
         best = math.inf
-        for rows, columns in (TILE, TILE[::-1]):
+        for rows, columns in TILES:
+            a_tile = 2 * rows * columns * k / (self.flops / self.processors)
             tiles = math.ceil(m / rows) * math.ceil(n / columns)
             for splits in SPLITS:
                 arithmetic = math.ceil(tiles * splits / self.processors) * a_tile / splits

@@ -24,6 +24,10 @@ TARGETS = {gpu.target for gpu in GPUS.values()}
 _BF16, _FP32 = 2, 4
 _BAND = 8  # row blocks of a fused kernel that find the head's tiles in L2 together
 _KINDS = {"forward kl", "reverse kl", "jsd"}
+# Of the bytes that an fp32 accumulator moves, what its products' arithmetic does not hide, and what
+# telling each other a number costs the programs of a row: measured on an H100.
+_UNHIDDEN = 0.75
+_MEETING = 0.7e-6
 _DIVERGENCE = {
     "statistics": "statistics_pair", "sums": "divergence_sums", "gradient": "divergence_gradient",
 }  # fmt: skip
@@ -36,7 +40,8 @@ def predict(plan: Plan, gpu: str, *, kind: str = "jsd", shared: bool = True) -> 
 
     `gpu` is "H100" or "A100"; `kind` of a divergence is "jsd", "forward kl" or "reverse kl";
     `shared` says that student and teacher pass the same head. Phases are named after the products
-    ("logits", "dh", "dw") and kernels ("statistics", "sums", "gradient") in them.
+    ("logits", "dh", "dw") and kernels ("rows", which are all in one, or "statistics", "sums" and
+    "gradient") in them.
     """
     call = _Call(plan, GPUS[gpu], kind, shared)
     seconds: Counter[str] = Counter()
@@ -110,13 +115,14 @@ class _Call:
     def _blocked(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
         """fp32 logits of whole rows, in memory."""
         v = self.plan.vocab_size
-        kernels = _DIVERGENCE if self.heads == 2 else _LOGPROB
-        read = self.heads * _FP32
         yield "logits", self._logits(rows, v, in_cache=False)
-        yield "statistics", self._rows(kernels["statistics"], rows * v, read) + LAUNCH  # a merge
-        if self.sums:
-            yield "sums", self._rows(kernels["sums"], rows * v, read)
-        yield "gradient", self._rows(kernels["gradient"], rows * v, read + _BF16)
+        if self.heads == 2:
+            yield "rows", self._resident(rows)
+        else:
+            read = self.heads * _FP32
+            found = self._rows(_LOGPROB["statistics"], rows * v, read)
+            yield "statistics", found + LAUNCH  # a merge
+            yield "gradient", self._rows(_LOGPROB["gradient"], rows * v, read + _BF16)
         yield from self._products(rows, v, 1, first, adds=False)
 
     def _differences(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
@@ -193,6 +199,18 @@ class _Call:
         issue = self.gpu.computing(pairs, found["all"], found["special"])
         return max(issue, self.gpu.moving(pairs * moved)) + LAUNCH
 
+    def _resident(self, rows: int) -> float:
+        """Everything between a block's logits and its dz: the programs of a row read, compute and
+        wait in turns, so times add up."""
+        found = self._count("resident_divergence", "blocked", self.kind)
+        pairs = rows * self.plan.vocab_size
+        seconds = self.gpu.moving(pairs * (self.heads * _FP32 + _BF16))
+        seconds += self.gpu.computing(pairs, found["all"], found["special"])
+        parts = math.ceil(self.plan.vocab_size / found["blocks"][0])
+        teams = self.gpu.processors * found["blocks_per_processor"] // parts
+        meetings = 1 if self.kind == "forward kl" else 2
+        return seconds + math.ceil(rows / teams) * meetings * _MEETING + 2 * LAUNCH
+
     def _products(
         self, rows: int, columns: int, times: int, first: bool, *, adds: bool,
         in_cache: bool = False,
@@ -203,8 +221,9 @@ class _Call:
         moved = dz + _BF16 * columns * d + _FP32 * rows * d * (1 + adds)
         yield "dh", times * (self.gpu.product(rows, d, columns, moved) + LAUNCH)
         if self.trained:
-            moved = dz + _BF16 * rows * d + _FP32 * columns * d * (1 if first else 2)
-            yield "dw", times * (self.gpu.product(columns, d, rows, moved) + LAUNCH)
+            accumulator = self.gpu.moving(_FP32 * columns * d * (1 if first else 2))
+            each = self.gpu.product(columns, d, rows, dz + _BF16 * rows * d)
+            yield "dw", times * (each + _UNHIDDEN * accumulator + LAUNCH)
 
     def _fused(self, kernel: str, rows: int, columns: int) -> float:
         """A kernel that multiplies its own tiles: tensor cores at cuBLAS' rate, or as fed by L2."""

@@ -9,12 +9,13 @@ from benchmarks.gpu_report import losses, sweeps
 from benchmarks.gpu_report.job import SMALL_TOKENS, Job, deal
 from benchmarks.gpu_report.work import one_by_one
 from benchmarks.losses.call import call
-from benchmarks.losses.cases import find
+from benchmarks.losses.cases import COMPILED, find
 from benchmarks.losses.contenders import contenders
 from benchmarks.losses.inputs import Inputs
 
 _TOKENS = 1024  # more than one block of rows: the first and later ones may differ
 _SMALL_CASES = 1  # of the second command's
+_PEERS = "peers"
 
 
 def shards(job: Job) -> list[list[str]]:
@@ -26,14 +27,23 @@ def shards(job: Job) -> list[list[str]]:
         (c.operation, c.head, c.dtype, c.shape): c.id for c in map(find, reversed(losses.ids(job)))
     }
     ids = list(cases.values())[::-1]
-    return deal(ids[: _SMALL_CASES if job.small else None], job.workers)
+    if job.small:
+        return deal(ids[:_SMALL_CASES], job.workers)
+    return deal([*(f"{i} {_PEERS}" for i in losses.ids(job)[:COMPILED]), *ids], job.workers)
 
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
     if job.command == "first":
         sweeps.compile_one(identifier, job)
         return {}
+    identifier, *peers = identifier.split()
     case = find(identifier)
+    if peers:  # those that torch.compile makes, for this very shape; it keeps them on disk
+        x = Inputs(case, job.device)
+        for contender in contenders(case, job.device):
+            if contender.compiles and not contender.why_not(case, job.device, 2**63):
+                call(contender, x)
+        return {}
     # The head's size decides the kernels, and no captured pair is needed for them.
     case = replace(
         case, tokens=min(case.tokens, SMALL_TOKENS if job.small else _TOKENS), inputs="random"

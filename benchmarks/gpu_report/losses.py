@@ -1,4 +1,4 @@
-"""Times, memory and errors of the losses: the JSD beside its peers first, later all cases."""
+"""Times, memory and errors of the losses, the JSD beside its peers first."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from benchmarks.losses.inputs import MissingInputs
 from benchmarks.losses.memory import CudaMemory, NoMemory
 from benchmarks.losses.runner import measure
 
-_ROUNDS, _LATER_ROUNDS, _SMALL_ROUNDS = 5, 3, 1
+_ROUNDS, _LATER_ROUNDS = 3, 1  # each of several calls
 # So many first cases have every way of ours and all rounds.
 _WIDE = 4
-_PATIENCE = 0.3  # seconds; a slower peer is timed once, as there are minutes for all cases
-_FIRST_PEERS = ("liger_kernel", "trl", "unsloth_zoo")
+_PATIENCE = 0.15  # seconds; a slower peer is timed once, as there are minutes for all cases
 
 
 def shards(job: Job) -> list[list[str]]:
@@ -30,33 +29,25 @@ def ids(job: Job) -> list[str]:
         cases = [case for case in check_cases() if case.dtype == "float32"][::3]
     else:
         cases = default_cases(job.device)
-    return [case.id for case in (cases[:1] if job.command == "first" else cases)]
+    return [case.id for case in cases]
 
 
 def run(identifier: str, job: Job) -> dict[str, Any]:
     """The case as the loss benchmarks record it."""
     place = ids(job).index(identifier)
-    compiled = job.command == "second" and not job.small and place < COMPILED
+    compiled = not job.small and place < COMPILED
     rounds = _ROUNDS if place < _WIDE else _LATER_ROUNDS
     wanted = None if place < _WIDE else _narrow
     try:
         return measure(
             find(identifier), job.device, _memory(job), patience=_PATIENCE, compiled=compiled,
-            rounds=_SMALL_ROUNDS if job.small else rounds,
-            wanted=_quick if job.command == "first" else wanted,
+            rounds=1 if job.small else rounds, wanted=wanted,
         )  # fmt: skip
     except MissingInputs as error:
         raise Absent(str(error)) from None
     finally:
         if job.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _quick(contender: Contender) -> bool:
-    """Whether it takes part in the first command: no eager logits, nothing that compiles long."""
-    if contender.role != "peer":
-        return True
-    return contender.package in _FIRST_PEERS and not contender.compiles
 
 
 def _narrow(contender: Contender) -> bool:

@@ -1,8 +1,9 @@
-"""One timed call of a contender, forward and backward.
+"""Timed calls of a contender, forward and backward.
 
-On a GPU it is the second of two calls in a row, between CUDA events: the device works through the
-first while the host prepares the second, as in training, where the host runs ahead. Who cannot
-prepare a call in the time of a call shows that.
+On a GPU several calls follow each other, and times are those between CUDA events: the device works
+while the host prepares the next call, as in training, where the host runs ahead, and it does so
+long enough to fall to the clock that its power allows. Who cannot prepare a call in the time of a
+call shows that.
 """
 
 from __future__ import annotations
@@ -17,20 +18,29 @@ from torch import Tensor
 from benchmarks.losses.contenders import Contender
 from benchmarks.losses.inputs import Inputs
 
+# Calls in a row on a GPU; the first is not counted.
+_IN_A_ROW = 4
+
 Mark = TypeVar("Mark")
 
 
 def call(contender: Contender, x: Inputs) -> tuple[float, float, Tensor]:
     """(seconds forward, seconds backward, loss); gradients, if any, are left in x."""
     if x.student.device.type == "cuda":
-        _halves(contender, x, _event)
-        first, middle, last, loss = _halves(contender, x, _event)
+        *marks, loss = _halves(contender, x, _event)
         torch.cuda.synchronize()
-        forward, backward = first.elapsed_time(middle) / 1000, middle.elapsed_time(last) / 1000
-    else:
-        first, middle, last, loss = _halves(contender, x, time.perf_counter)
-        forward, backward = middle - first, last - middle
-    return forward, backward if x.case.differentiated else 0.0, loss
+        return *_seconds(*marks), loss
+    first, middle, last, loss = _halves(contender, x, time.perf_counter)
+    return middle - first, last - middle if x.case.differentiated else 0.0, loss
+
+
+def samples(contender: Contender, x: Inputs) -> list[tuple[float, float]]:
+    """Seconds forward and backward of a call, of several on a GPU."""
+    if x.student.device.type != "cuda":
+        return [call(contender, x)[:2]]
+    found = [_halves(contender, x, _event)[:3] for _ in range(_IN_A_ROW)]
+    torch.cuda.synchronize()
+    return [_seconds(*marks) for marks in found[1:]]
 
 
 def _halves(
@@ -54,3 +64,9 @@ def _event() -> torch.cuda.Event:
     event = torch.cuda.Event(enable_timing=True)
     event.record()
     return event
+
+
+def _seconds(
+    first: torch.cuda.Event, middle: torch.cuda.Event, last: torch.cuda.Event
+) -> tuple[float, float]:
+    return first.elapsed_time(middle) / 1000, middle.elapsed_time(last) / 1000

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import total_memory
-from benchmarks.losses.call import call
+from benchmarks.losses.call import call, samples
 from benchmarks.losses.cases import Case
 from benchmarks.losses.check import Check
 from benchmarks.losses.contenders import OURS, Contender, contenders, our_plan
@@ -67,20 +67,20 @@ def measure(
     check = Check(x)
     first = {c.name: _warm_up(c, x, check, absent) for c in taking_part}
     taking_part = [c for c in taking_part if c.name not in absent]
-    samples = {c.name: Samples() for c in taking_part}
+    timed = {c.name: Samples() for c in taking_part}
     quick = [c for c in taking_part if c.role != "peer" or sum(first[c.name]) <= patience]
     for contender in taking_part:
         if contender not in quick:
-            samples[contender.name].add(*first[contender.name])
+            timed[contender.name].add(*first[contender.name])
     rounds = rounds or _rounds(sum(sum(first[c.name]) for c in quick), budget)
-    _run_rounds(quick, x, samples, rounds, drive or _plain)
+    _run_rounds(quick, x, timed, rounds, drive or _plain)
     found: dict[str, dict[str, Any]] = {}
     for c in everyone:
         found[c.name] = {"role": c.role}
         if c.name in absent:
             found[c.name]["why_not"] = absent[c.name]
             continue
-        seconds = samples[c.name].as_json(case.differentiated)
+        seconds = timed[c.name].as_json(case.differentiated)
         found[c.name] |= {"seconds": seconds} | memory.measure(c, x)
         if c.name in check.errors:
             found[c.name]["error"] = check.errors[c.name]
@@ -155,7 +155,7 @@ def _rounds(seconds: float, budget: float) -> int:
 def _run_rounds(
     taking_part: list[Contender],
     x: Inputs,
-    samples: dict[str, Samples],
+    found: dict[str, Samples],
     rounds: int,
     drive: Callable[..., Any],
 ) -> None:
@@ -163,7 +163,8 @@ def _run_rounds(
     others = [c for c in taking_part if c is not ours]
 
     def sample(contender: Contender) -> None:
-        samples[contender.name].add(*call(contender, x)[:2])
+        for seconds in samples(contender, x):
+            found[contender.name].add(*seconds)
 
     def everybody_else() -> None:
         for contender in others:

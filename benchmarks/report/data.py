@@ -157,6 +157,16 @@ class GpuReport:
         return [row for row in self.rows if outcome in row]
 
 
+@dataclass(frozen=True)
+class Streams:
+    """Milliseconds of calls in a row, by case; `method` says how they follow each other."""
+
+    shape: str
+    method: str
+    calls: list[Json]
+    source: Source
+
+
 @dataclass
 class Device:
     """All that was measured on one device; of a thing measured twice, the newest."""
@@ -168,8 +178,9 @@ class Device:
     steps: dict[str, TrainStep] = field(default_factory=dict)
     demos: dict[str, Demo] = field(default_factory=dict)
     gpu_reports: dict[str, GpuReport] = field(default_factory=dict)  # by command
+    streams: list[Streams] = field(default_factory=list)
 
     def sources(self) -> list[Source]:
         found = [*self.cases.values(), *self.steps.values(), *self.demos.values()]
-        found += self.gpu_reports.values()
+        found += [*self.gpu_reports.values(), *self.streams]
         return sorted({x.source.file: x.source for x in found}.values(), key=lambda s: s.file)

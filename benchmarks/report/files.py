@@ -18,6 +18,7 @@ from benchmarks.report.data import (
     ReportError,
     Share,
     Source,
+    Streams,
     Trainer,
     TrainStep,
 )
@@ -185,10 +186,16 @@ def _gpu_report(device: Device, content: Json, source: Source) -> None:
             _trainer(name, row.get("found") or {"why_not": row.get("absent") or row["failed"]})
             for name, row in group.items()
         ]
-        steps.append(TrainStep(settings, tuple(trainers), source))
+        if settings:  # else nobody ended a step, as the list of what failed says
+            steps.append(TrainStep(settings, tuple(trainers), source))
     command = content["command"]
     what = content["stages"], rows, content["failed"], steps
     device.gpu_reports[command] = GpuReport(command, *what, source)
+
+
+def _streams(device: Device, content: Json, source: Source) -> None:
+    found = Streams(content["shape"], content["method"], content["calls"], source)
+    device.streams.append(found)
 
 
 _READERS = {
@@ -197,6 +204,7 @@ _READERS = {
     "demo": _demo,
     "compile": _compile,
     "gpu_report": _gpu_report,
+    "gpu_streams": _streams,
 }
 
 

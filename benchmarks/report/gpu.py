@@ -5,6 +5,7 @@ Measured figures only. What the time model predicts stands on a page of its own.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator
 
 from benchmarks.report.data import Device, GpuReport, Json, TrainStep
@@ -51,13 +52,31 @@ def checks(report: GpuReport) -> Blocks:
     ]
     yield f"`{report.command}`: {_where(report)}"
     yield Table(header, tuple(rows))
-    absent = [f"{row['stage']}, {row['id']}: {row['absent']}" for row in report.rows_that("absent")]
-    names = [f"{row['stage']}, {row['id']}: {row['failed']}" for row in report.failed]
-    for what, found in (("Failed or not run", names), ("Absent", absent)):
+    for what, key, rows in (
+        ("Failed or not run", "failed", report.failed),
+        ("Absent", "absent", report.rows_that("absent")),
+    ):
+        found = _by_reason(rows, key)
         if found:
             more = f" and {len(found) - _FAILED_SHOWN} more" * (len(found) > _FAILED_SHOWN)
-            listed = "; ".join(" ".join(name.split())[:200] for name in found[:_FAILED_SHOWN])
-            yield f"{what}: {listed}{more}."
+            yield f"{what}: {'; '.join(found[:_FAILED_SHOWN])}{more}."
+
+
+def _by_reason(rows: list[Json], key: str) -> list[str]:
+    """A name and its reason, or how many of a stage share one."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        groups.setdefault((row["stage"], _reason(row[key])), []).append(row["id"])
+    return [
+        f"{stage}, {names[0] if len(names) == 1 else f'{len(names):,} of them'}: {reason}"
+        for (stage, reason), names in groups.items()
+    ]
+
+
+def _reason(text: str) -> str:
+    """A line; of a test's traceback what it asserted."""
+    asserted = [line[1:] for line in text.splitlines() if line.startswith("E ")]
+    return " ".join((asserted[0] if asserted else text).split())[:200]
 
 
 def products(report: GpuReport) -> Blocks:
@@ -143,10 +162,36 @@ STAGES: dict[str, Callable[[GpuReport], Blocks]] = {
 }
 
 
+def streams(devices: list[Device]) -> Blocks:
+    """Medians of calls in a row, and what they are in those of the bare products."""
+    for found in (found for device in devices for found in device.streams):
+        where = f"{environment_text(found.source.environment)}. Figures: "
+        where += f"{files_text([found.source])}."
+        yield f"{found.shape[0].upper()}{found.shape[1:]}; {found.method}. {where}"
+        rows = []
+        for call in found.calls:
+            floor = statistics.median(call["contenders"][0]["ms"])
+            for contender in call["contenders"]:
+                ms = statistics.median(contender["ms"])
+                size = (mib_text(contender["workspace_mib"]), f"{contender['rows_per_block'] or NONE}")
+                spread = f"{min(contender['ms']):.1f} to {max(contender['ms']):.1f} ms"
+                times = (_ms(ms), spread, f"{ms / floor:.2f}")
+                rows.append((call["case"], contender["name"], *size, *times))
+        header = ("case", "contender", "workspace", "rows per block", "median", "all", "× GEMMs")
+        yield Table(header, tuple(rows), names=2)
+
+
 def part(name: str, devices: list[Device]) -> list[str | Table]:
-    """The blocks of a part of the page, from every device's reports."""
-    reports = [report for device in devices for report in device.gpu_reports.values()]
-    return [block for report in reports for block in STAGES[name](report)] or [NOTHING]
+    """The blocks of a part of the page, from every device's reports, oldest first."""
+    if name == "gpu_streams":
+        return list(streams(devices)) or [NOTHING]
+    blocks: list[str | Table] = []
+    for device in devices:
+        found = [list(STAGES[name](report)) for report in device.gpu_reports.values()]
+        found = [block for block in found if block]
+        # Of a thing measured by both commands, the newest.
+        blocks += [b for block in (found if name == "gpu_checks" else found[-1:]) for b in block]
+    return blocks or [NOTHING]
 
 
 def group_steps(rows: list[Json]) -> dict[int, dict[str, Json]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,10 @@ _Tiles = FusedTiles | StoredTiles | ColumnTiles | DifferenceTiles
 
 class _Run(Run):
     """Where the tiles come from, and the products that turn dz into gradients."""
+
+    def __init__(self, *how: Any) -> None:
+        super().__init__(*how)
+        self.parts: dict[tuple[int, int], list[Head]] = {}  # of the heads, by columns
 
     def tiles(self, heads: list[Head], block: slice, shared: bool, again: bool) -> _Tiles:
         vocab, streaming = heads[0].weight.shape[0], self.plan.schedule == "streaming"
@@ -64,15 +69,11 @@ class _Run(Run):
     ) -> StoredTiles:
         """A slice of the vocabulary: its logits are multiplied into the one buffer for them."""
         size, count = len(hidden[0]), columns.stop - columns.start
-        parts = [
-            replace(
-                head,
-                weight=head.weight[columns],
-                bias=None if head.bias is None else head.bias[columns],
-                class_weight=None if head.class_weight is None else head.class_weight[columns],
-            )
-            for head in heads
-        ]
+        # Every block and pass visits the same slices, and a small one waits for the host.
+        key = columns.start, columns.stop
+        if key not in self.parts:
+            self.parts[key] = [_part(head, columns) for head in heads]
+        parts = self.parts[key]
         width, padded = padded_columns(self.plan.slice_columns), padded_columns(count)
         z = self.room("logits", len(heads) * size, width)[:, :padded]
         if shared:  # one GEMM reads the head once for both models
@@ -202,6 +203,13 @@ class _Run(Run):
         else:
             dz = [self.room("logits", size, width).view(dtype)[:, :width]]
         return [*dz, self.room("dz 1", size, width, dtype)] if self.wanted.entropy else dz
+
+
+def _part(head: Head, columns: slice) -> Head:
+    """A slice of the vocabulary of a head."""
+    vectors = head.bias, head.class_weight
+    bias, class_weight = (None if x is None else x[columns] for x in vectors)
+    return replace(head, weight=head.weight[columns], bias=bias, class_weight=class_weight)
 
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:

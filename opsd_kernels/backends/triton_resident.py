@@ -136,9 +136,7 @@ def _row_of_all(board, PARTS: tl.constexpr, ROOM: tl.constexpr):
         total_s = tl.sum(totals_s * exp(tops_s - top_s), 0)
         total_t = tl.sum(totals_t * exp(tops_t - top_t), 0)
     else:
-        top_s, total_s, top_t, total_t = tl.reduce(
-            (tops_s, totals_s, tops_t, totals_t), 0, _joined
-        )
+        top_s, total_s, top_t, total_t = tl.reduce((tops_s, totals_s, tops_t, totals_t), 0, _joined)
     return top_s, log2(total_s), top_t, log2(total_t)
 
 
