@@ -198,6 +198,8 @@ def _launch(kind: Kind, run: dict[str, object], hot: bool, scale: bool) -> None:
         # divergence shows what distinct heads compile to.
         if beta == 0.5 or not hot:
             _divergence(kind, each, beta, run, scale)
+        if run["schedule"] == "tiled":  # a trained head keeps its three passes
+            _divergence(kind, one, beta, run, scale, trained=True)
         if not hot:
             other = each[0], kind.head(times=2)
             _divergence(kind, one, beta, run, scale, stats=True)
@@ -221,13 +223,13 @@ def _divergence(
     *,
     clip: float | None = None,
     stats: bool = False,
+    trained: bool = False,
 ) -> None:
     labels = kind.vector(torch.int64)
     p = DivergenceProblem(*heads, labels, None, beta, clip, stats, _execution(run))
     scale = kind.vector(torch.float32) if scaled else None
-    triton_backend.divergence(
-        p, _plan("divergence", heads[0], run, beta, clip), scale, Wanted(hidden=True)
-    )
+    chosen = _plan("divergence", heads[0], run, beta, clip, trained)
+    triton_backend.divergence(p, chosen, scale, Wanted(hidden=True, weight=trained))
 
 
 def _logprob(
@@ -248,8 +250,14 @@ def _execution(run: dict[str, object]) -> Execution:
 
 
 def _plan(
-    loss: str, head: Head, run: dict[str, object], beta: float = 0.0, clip: float | None = None
+    loss: str,
+    head: Head,
+    run: dict[str, object],
+    beta: float = 0.0,
+    clip: float | None = None,
+    trained: bool = False,
 ) -> Plan:
     sizes = (*head.hidden.shape, head.weight.shape[0])
     how = {"two_passes": beta not in (0.0, 1.0) or clip is not None, "clipped": clip is not None}
+    how["grad_weight"] = trained
     return plan(*sizes, loss=loss, dtype=head.hidden.dtype, device="cuda", **how, **run)

@@ -28,6 +28,9 @@ _KINDS = {"forward kl", "reverse kl", "jsd"}
 # telling each other a number costs the programs of a row: measured on an H100.
 _UNHIDDEN = 0.75
 _MEETING = 0.7e-6
+# Programs of one warp, as kernels on differences have them, take so much longer than either bound,
+# and so many seconds more to start: measured on an H100.
+_WAITING, _STARTING = 1.35, 5e-6
 _DIVERGENCE = {
     "statistics": "statistics_pair", "sums": "divergence_sums", "gradient": "divergence_gradient",
 }  # fmt: skip
@@ -130,12 +133,12 @@ class _Call:
         v, kept = self.plan.vocab_size, 2 * _BF16
         for columns, times in self._slices():
             yield "logits", times * self._logits(rows, columns, in_cache=True)
-            written = self._rows(_DIFFERENCE["statistics"], rows * columns, kept)
-            yield "statistics", times * written
+            written = _WAITING * self._rows(_DIFFERENCE["statistics"], rows * columns, kept)
+            yield "statistics", times * (written + _STARTING)
         yield "statistics", LAUNCH
         if self.sums or self.kind == "reverse kl":  # its value as rounded logits have it
-            yield "sums", self._rows(_DIFFERENCE["sums"], rows * v, kept)
-        yield "gradient", self._rows(_DIFFERENCE["gradient"], rows * v, kept + _BF16)
+            yield "sums", _WAITING * self._rows(_DIFFERENCE["sums"], rows * v, kept)
+        yield "gradient", _WAITING * self._rows(_DIFFERENCE["gradient"], rows * v, kept + _BF16)
         yield from self._products(rows, v, 1, first, adds=False)
 
     def _tiled(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:

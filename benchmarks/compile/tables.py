@@ -26,7 +26,7 @@ RUNS = (
     ({"schedule": "tiled"}, (64,)),
     ({"schedule": "streaming"}, (64,)),
 )
-PHASES = ("logits", "statistics", "sums", "gradient", "dh", "dw", "backward")
+PHASES = ("logits", "rows", "statistics", "sums", "gradient", "dh", "dw", "backward")
 _PRODUCT = ("wgmma in flight at a wait", "barriers a step")
 # (in words, trained, shared)
 _HEADS = (

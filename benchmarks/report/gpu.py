@@ -173,7 +173,10 @@ def streams(devices: list[Device]) -> Blocks:
             floor = statistics.median(call["contenders"][0]["ms"])
             for contender in call["contenders"]:
                 ms = statistics.median(contender["ms"])
-                size = (mib_text(contender["workspace_mib"]), f"{contender['rows_per_block'] or NONE}")
+                size = (
+                    mib_text(contender["workspace_mib"]),
+                    f"{contender['rows_per_block'] or NONE}",
+                )
                 spread = f"{min(contender['ms']):.1f} to {max(contender['ms']):.1f} ms"
                 times = (_ms(ms), spread, f"{ms / floor:.2f}")
                 rows.append((call["case"], contender["name"], *size, *times))

@@ -101,7 +101,7 @@ def row_blocks(columns: int, device: Device) -> RowBlocks:
 def resident_blocks(columns: int, device: Device) -> ResidentBlocks:
     """The part of a row that a program holds: 32 columns of each head a thread."""
     if device.capability is None:  # its programs run one after the other: none may wait
-        return ResidentBlocks(_power_of_two(columns, 128), 1, 1, {})
+        return ResidentBlocks(_power_of_two(columns, 128), 1, 16, {})
     block = min(4096, _power_of_two(columns, 1024))
     # 384 threads of 168 registers fill a processor; all programs must run at once.
     how = {"maxnreg": 168, "launch_cooperative_grid": True}

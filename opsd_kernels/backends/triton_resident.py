@@ -120,10 +120,10 @@ def _heard(bits, there, other):
 
 
 @triton.jit
-def _row_of_all(board, PARTS: tl.constexpr, ROOM: tl.constexpr):
+def _row_of_all(board, parts, ROOM: tl.constexpr):
     """(maximum, log2 of the sum) of both heads, when every part of the row has told its own."""
     at = board + tl.arange(0, ROOM)
-    there = tl.arange(0, ROOM) < PARTS
+    there = tl.arange(0, ROOM) < parts
     a, b = _read(at, there), _read(at + ROOM, there)
     c, d = _read(at + 2 * ROOM, there), _read(at + 3 * ROOM, there)
     while _any((a == _UNTOLD) | (b == _UNTOLD) | (c == _UNTOLD) | (d == _UNTOLD)):
@@ -141,10 +141,10 @@ def _row_of_all(board, PARTS: tl.constexpr, ROOM: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_all(board, PARTS: tl.constexpr, ROOM: tl.constexpr):
+def _sum_of_all(board, parts, ROOM: tl.constexpr):
     """The sum of what every part has told."""
     at = board + tl.arange(0, ROOM)
-    there = tl.arange(0, ROOM) < PARTS
+    there = tl.arange(0, ROOM) < parts
     a = _read(at, there)
     while _any(a == _UNTOLD):
         a = _read(at, there)
@@ -154,19 +154,19 @@ def _sum_of_all(board, PARTS: tl.constexpr, ROOM: tl.constexpr):
 @triton.jit(**ROW_NUMBERS)
 def resident_divergence(
     z_s, z_t, bias_s, cap_s, inv_temp_s, bias_t, cap_t, inv_temp_t, label, out, sums, board, scale,
-    dz, rows, cols, padded, stride, dz_stride, first, beta, rest,
-    BLOCK_V: tl.constexpr, PARTS: tl.constexpr, ROOM: tl.constexpr, ENTROPY: tl.constexpr,
-    KIND: tl.constexpr,
+    dz, rows, cols, padded, stride, dz_stride, first, beta, rest, splits,
+    BLOCK_V: tl.constexpr, ROOM: tl.constexpr, ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """d value / d raw logits of the student, times the row's scale, over z_s.
 
-    out and sums get each part's statistics and sums, as `row_statistics_pair` and
-    `row_divergence_sums` give them. The board (rows, TOLD, ROOM) is all UNTOLD.
+    A row has `splits` parts. out and sums get each part's statistics and sums, as
+    `row_statistics_pair` and `row_divergence_sums` give them. The board (rows, TOLD, ROOM) is all
+    UNTOLD.
     """
-    jump = rows.to(tl.int64) * PARTS
-    part, teams = tl.program_id(0) % PARTS, tl.num_programs(0) // PARTS
+    jump = rows.to(tl.int64) * splits
+    part, teams = tl.program_id(0) % splits, tl.num_programs(0) // splits
     begin = part * BLOCK_V
-    for number in range(tl.program_id(0) // PARTS, rows, teams):
+    for number in range(tl.program_id(0) // splits, rows, teams):
         row = tl.cast(number, tl.int32)
         at_row = row.to(tl.int64) * stride
         at_next = tl.minimum(row + teams, rows - 1).to(tl.int64) * stride + begin
@@ -213,7 +213,7 @@ def resident_divergence(
         if KIND != JSD:
             tl.store(at, cross)
             tl.store(at + jump, lost)
-        top_s, log2_s, top_t, log2_t = _row_of_all(told, PARTS, ROOM)
+        top_s, log2_s, top_t, log2_t = _row_of_all(told, splits, ROOM)
         s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
         d = log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t)
         factor = gradient_unit(dz, inv_temp_s)
@@ -229,10 +229,10 @@ def resident_divergence(
                 at = sums + part.to(tl.int64) * rows + row
                 tl.store(at, value)
                 tl.store(at + jump, mean)
-                grad = rest * (s * _sum_of_all(told + 4 * ROOM, PARTS, ROOM) - share)
+                grad = rest * (s * _sum_of_all(told + 4 * ROOM, splits, ROOM) - share)
             else:
                 _tell(mine + 4 * ROOM, tl.where(lost > 0, float("inf"), value))
-                total = _sum_of_all(told + 4 * ROOM, PARTS, ROOM)
+                total = _sum_of_all(told + 4 * ROOM, splits, ROOM)
                 # Of an infinite reverse KL inf - inf has no direction; the value reports it.
                 factor = tl.where(total == float("inf"), 0.0, factor)
                 total = tl.where(total == float("inf"), 0.0, total)

@@ -12,6 +12,9 @@ from opsd_kernels.backends.triton_config import device_of, resident_blocks, row_
 from opsd_kernels.backends.triton_launch import merge, summed
 from opsd_kernels.problem import Head
 
+# Parts of a row that the board has room for at least: one compilation for most vocabularies.
+_ROOM = 64
+
 
 class StoredTiles:
     """A block's logits (heads, rows, padded) in fp32, -inf beyond the vocabulary."""
@@ -143,7 +146,7 @@ class StoredTiles:
         """Statistics into `out`, the gradient over the student's logits; a JSD's sums (2, rows)."""
         blocks = resident_blocks(self.padded, self.device)
         count = -(-self.padded // blocks.columns)
-        room = 1 << (count - 1).bit_length()
+        room = max(_ROOM, 1 << (count - 1).bit_length())
         parts = self.logits.new_empty(layout.count, count, self.rows)
         sums = self.logits.new_empty(2, count, self.rows) if layout.kind == JSD else None
         shape = self.rows, triton_resident.TOLD, room
@@ -155,7 +158,7 @@ class StoredTiles:
         triton_resident.resident_divergence[(teams * count,)](
             *self.sources, label if layout.label else None, parts, sums, board, scale, dz,
             self.rows, self.cols, self.padded, self.logits.stride(1), dz.stride(0), offset, beta,
-            1.0 - beta, BLOCK_V=blocks.columns, PARTS=count, ROOM=room, ENTROPY=layout.entropy,
+            1.0 - beta, count, BLOCK_V=blocks.columns, ROOM=room, ENTROPY=layout.entropy,
             KIND=layout.kind, num_warps=blocks.warps, num_stages=1, enable_fp_fusion=True,
             **blocks.options,
         )  # fmt: skip

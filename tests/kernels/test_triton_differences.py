@@ -185,9 +185,10 @@ def test_a_call(beta: float, trained: bool, shared: bool, triton_device: str) ->
 def test_who_may_ask_for_differences() -> None:
     half = {"device": "cuda", "dtype": torch.bfloat16}
     large = (8192, 4096, 151936)
-    assert plan(*large, **half).precision == "difference"
-    assert "16-bit differences" in str(plan(*large, **half))
-    assert plan(*large, **half, precision="fp32").precision == "fp32"
+    asked = plan(*large, **half, precision="difference")
+    assert asked.precision == "difference" and "16-bit differences" in str(asked)
+    # On an H100 they were slower.
+    assert plan(*large, **half).precision == "fp32"
     # Whatever the workspace, a slice's fp32 logits stay in L2, and dh finds room in them or beside.
     for mib in (64, 512, 2048, 65536):
         for hidden in (64, 4096, 16384):
@@ -196,8 +197,6 @@ def test_who_may_ask_for_differences() -> None:
             )
             assert 2 * 4 * p.rows_per_block * p.slice_columns <= 36 << 20
             assert p.workspace_bytes <= mib << 20 and p.slice_columns % 512 == 0
-    # Where all rows fit there is nothing to gain.
-    assert plan(256, *large[1:], **half).precision == "fp32"
     for wrong in (
         {**half, "dtype": torch.float32}, {**half, "loss": "logprob"}, {**half, "clipped": True},
         {**half, "device": "cpu"},
