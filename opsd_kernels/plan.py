@@ -97,7 +97,7 @@ def plan(
     `reduced` that the loss is reduced to a scalar inside the call, `entropy_grad` that the entropy
     is differentiated too; `two_passes` that a divergence looks at the logits twice before its
     gradient, as the JSD and a clip do, not the KLs, and `clipped` that there is a clip.
-    `workspace_bytes` defaults to 512 MiB on a GPU, with a trained head to what 1,536 rows need if
+    `workspace_bytes` defaults to 512 MiB on a GPU, with a trained head to what 1,152 rows need if
     that is more, and to 256 MiB elsewhere. `precision` is how logits are kept between passes:
     "fp32", "difference" (a divergence of 16-bit inputs without a clip, on a GPU) or "auto", which
     is "fp32": on an H100 differences were slower.

@@ -180,7 +180,8 @@ def streams(devices: list[Device]) -> Blocks:
                 spread = f"{min(contender['ms']):.1f} to {max(contender['ms']):.1f} ms"
                 times = (_ms(ms), spread, f"{ms / floor:.2f}")
                 rows.append((call["case"], contender["name"], *size, *times))
-        header = ("case", "contender", "workspace", "rows per block", "median", "all", "× GEMMs")
+        header = ("case", "contender", "workspace", "rows per block", "median", "all")
+        header += (f"{TIMES} GEMMs",)
         yield Table(header, tuple(rows), names=2)
 
 

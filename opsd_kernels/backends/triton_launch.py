@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from opsd_kernels.backends import triton_gradients, triton_kernels
+from opsd_kernels.backends import triton_gradients, triton_kernels, triton_merge
 from opsd_kernels.backends.passes import Layout, gathered
 from opsd_kernels.backends.precision import tf32_allowed
 from opsd_kernels.backends.triton_config import Blocks, Device, blocks, device_of, spans
@@ -196,7 +196,7 @@ def summed(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _merge(parts: Tensor, out: Tensor, layout: Layout) -> None:
     rows = out.shape[1]
-    triton_kernels.merge[(triton.cdiv(rows, _MERGED_ROWS),)](
+    triton_merge.merge[(triton.cdiv(rows, _MERGED_ROWS),)](
         parts, out, rows, out.stride(0), parts.shape[1], parts.shape[2], R=_MERGED_ROWS,
         SPANS=_MERGED_SPANS, HEADS=layout.heads, ENTROPY=layout.entropy,
         SMOOTHED=layout.smoothed, LABEL=layout.label, PREDICTED=layout.predicted, KIND=layout.kind,

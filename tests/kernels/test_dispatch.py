@@ -14,7 +14,6 @@ from torch import Tensor
 
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.ops import divergence, logprob
-from opsd_kernels.problem import stat_dtype
 from opsd_kernels.testing import make_pair
 
 OPERATORS = ("divergence_tokens", "divergence_sum", "logprob_tokens", "logprob_sum")
