@@ -89,13 +89,14 @@ def _sums4(a, b, c, d):
 
 
 @triton.jit
-def _fetch(at, COUNT: tl.constexpr):
-    """Bring so many floats into L2."""
+def _fetch(z, begin, padded, COUNT: tl.constexpr):
+    """Bring so many logits of a row into L2."""
     if not _INTERPRETED:
         # A line is 128 bytes. The result is not used.
+        at = tl.minimum(begin + tl.arange(0, COUNT // 32) * 32, padded - 1)
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-            [at + tl.arange(0, COUNT // 32) * 32], dtype=tl.int32, is_pure=False, pack=1,
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [z + at], dtype=tl.int32,
+            is_pure=False, pack=1,
         )  # fmt: skip
 
 
@@ -169,9 +170,9 @@ def resident_divergence(
     for number in range(tl.program_id(0) // splits, rows, teams):
         row = tl.cast(number, tl.int32)
         at_row = row.to(tl.int64) * stride
-        at_next = tl.minimum(row + teams, rows - 1).to(tl.int64) * stride + begin
-        _fetch(z_s + at_next, BLOCK_V)
-        _fetch(z_t + at_next, BLOCK_V)
+        at_next = tl.minimum(row + teams, rows - 1).to(tl.int64) * stride
+        _fetch(z_s + at_next, begin, padded, BLOCK_V)
+        _fetch(z_t + at_next, begin, padded, BLOCK_V)
         c = begin + tl.arange(0, BLOCK_V)
         x_s, slope = row_logits(z_s + at_row, c, cols, padded, bias_s, cap_s, inv_temp_s)
         x_t, _ = row_logits(z_t + at_row, c, cols, padded, bias_t, cap_t, inv_temp_t)
@@ -201,18 +202,20 @@ def resident_divergence(
                 cross = s * (tl.clamp(d, LOG_ZERO, -LOG_ZERO) - (top_s - top_t))
             cross = tl.sum(cross, 0)
             lost = tl.where(tl.max(d, 0) > -0.5 * LOG_ZERO, 1.0, 0.0)
-        told = board + row.to(tl.int64) * (_TOLD * ROOM)
-        mine = told + part
-        _tell(mine, top_s)
-        _tell(mine + ROOM, total_s)
-        _tell(mine + 2 * ROOM, top_t)
-        _tell(mine + 3 * ROOM, total_t)
         at = out + part.to(tl.int64) * rows + row
         at = store_head(at, jump, top_s, total_s, weighted_s, label_s, label, ENTROPY)
         at = store_head(at, jump, top_t, total_t, weighted_t, label_t, label, ENTROPY)
         if KIND != JSD:
             tl.store(at, cross)
             tl.store(at + jump, lost)
+        # From here on the others may write over this part: what it read has arrived and is stored.
+        tl.debug_barrier()
+        told = board + row.to(tl.int64) * (_TOLD * ROOM)
+        mine = told + part
+        _tell(mine, top_s)
+        _tell(mine + ROOM, total_s)
+        _tell(mine + 2 * ROOM, top_t)
+        _tell(mine + 3 * ROOM, total_t)
         top_s, log2_s, top_t, log2_t = _row_of_all(told, splits, ROOM)
         s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
         d = log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t)
