@@ -36,6 +36,7 @@ def stages_of(report: dict) -> dict[str, dict]:
 
 
 @ON_CPU
+@pytest.mark.slow
 def test_both_commands_in_their_small_mode(tmp_path, capsys) -> None:
     """The second takes what the first wrote; every stage ran or says why it cannot here."""
     out = ["--out", str(tmp_path), "--small", "--commit", "abc"]

@@ -126,7 +126,7 @@ def test_reads_the_head_once_a_block(wrt: tuple[str, ...], products: int) -> Non
     "environment",
     [
         {"ATEN_CPU_CAPABILITY": "default"},
-        {"ATEN_CPU_CAPABILITY": "avx2"},
+        pytest.param({"ATEN_CPU_CAPABILITY": "avx2"}, marks=pytest.mark.exhaustive),
         {"ONEDNN_MAX_CPU_ISA": "AVX2"},  # no bfloat16 products
     ],
     ids=["plain", "avx2", "widened"],

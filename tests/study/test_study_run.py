@@ -61,6 +61,7 @@ def evaluations(folder: Path, run: str) -> list[dict]:
     return read_rows(folder / "runs" / run / "evaluations.jsonl")
 
 
+@pytest.mark.slow
 def test_from_recipes_to_page_and_on(study: Path) -> None:
     assert study_run.study(quick=True, only=["methods"], jobs=2) == 0
     found = results(study)
