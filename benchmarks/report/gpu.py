@@ -23,6 +23,7 @@ from benchmarks.report.tables import (
 
 NOTHING = "Nothing has been measured on a GPU yet."
 _FAILED_SHOWN = 20
+_LETTERS = 60  # of a kernel's name
 # Columns of the counters' table: of a kernel's metric, its heading and how it is written.
 _COUNTERS = (
     ("gpu__time_duration.sum", "time", lambda ns: time_text(ns / 1e9)),
@@ -103,8 +104,13 @@ def kernels(report: GpuReport) -> Blocks:
         yield _where(report)
     for name, call in found.items():
         yield f"{name}, {_ms(call['ms'])} in all: {call['plan']}."
-        rows = [(kernel, str(calls), _ms(ms)) for kernel, calls, ms in call["kernels"]]
+        rows = [(_short(kernel), str(calls), _ms(ms)) for kernel, calls, ms in call["kernels"]]
         yield Table(("kernel or operator", "calls", "time of all"), tuple(rows))
+
+
+def _short(name: str) -> str:
+    """PyTorch's templates have names of hundreds of letters."""
+    return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
 
 
 def sweeps(report: GpuReport) -> Blocks:
