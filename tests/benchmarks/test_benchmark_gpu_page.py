@@ -145,3 +145,30 @@ def test_a_report_of_nothing_leaves_a_page_that_says_what_failed(folder) -> None
     write(folder, "gpu_first", lost)
     text = rewrite(PAGE, load([folder / "json"]))
     assert text.count(gpu.NOTHING) == len(PARTS) - 1 and "not done: the stage was stopped" in text
+
+
+def test_what_shares_a_reason_is_counted(folder) -> None:
+    """And of a test's traceback what it asserted is shown."""
+    late = [row("suite", f"test_{i}", failed="not done: the stage was stopped") for i in range(3)]
+    trace = "def test():\n>   assert 1 == 2\nE   assert 1 == 2\n\ntest.py:3: AssertionError"
+    write(folder, "gpu_first", report("first", *late, row("suite", "test_red", failed=trace)))
+    text = " ".join(sections(folder)["gpu_checks"].split())
+    assert (
+        "suite, 3 of them: not done: the stage was stopped; suite, test_red: assert 1 == 2." in text
+    )
+
+
+def test_calls_in_a_row_stand_beside_the_bare_products(folder) -> None:
+    def took(name: str, ms: list[float], workspace: int | None, rows: int | None) -> dict:
+        return {"name": name, "ms": ms, "workspace_mib": workspace, "rows_per_block": rows}
+
+    contenders = [took("bare GEMMs", [4.0, 3.0, 8.0], None, None), took("ours", [5.0], 457, 384)]
+    place = environment("Test GPU", "cuda") | {"commit": "0123456789abcdef"}
+    content = {"kind": "gpu_streams", "environment": place, "shape": "heads of 4", "method": "so"}
+    write(folder, "streams", content | {"calls": [{"case": "JSD", "contenders": contenders}]})
+    page = folder / "README.md"
+    page.write_text("<!-- benchmark: gpu_streams -->\n<!-- /benchmark: gpu_streams -->")
+    assert run(folder) == 0
+    text = page.read_text()
+    assert "| JSD | ours | 457 MiB | 384 | 5.00 ms | 5.0 to 5.0 ms | 1.25 |" in text
+    assert "3.0 to 8.0 ms | 1.00 |" in text and WHERE in " ".join(text.split())
