@@ -75,7 +75,7 @@ def recipe(model: str, output_dir: str) -> dict:
     return base | {
         "problems_per_step": 16,
         "micro_batch_tokens": 1800,
-        "lora": base["lora"] | {"rank": 32, "target_modules": ALL_LINEAR},
+        "lora": base["lora"] | {"target_modules": ALL_LINEAR},
         "data": base["data"] | {"train_size": 48},
         "prompts": {
             "student": "{{ problem.question }}" + " word" * 25,
