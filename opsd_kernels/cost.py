@@ -77,19 +77,12 @@ def seconds(
 
 def waves(rows: int, columns: int, processors: int) -> float:
     """Share of the processors that a product of that size keeps busy in its waves of tiles."""
-    return (
-        max(
-            rows
-            * columns
-            / (height * width * -(-_tiles(rows, columns, height, width) // processors))
-            for height, width in _TILES
-        )
-        / processors
-    )
+    return max(_filled(rows, columns, *tile, processors) for tile in _TILES)
 
 
-def _tiles(rows: int, columns: int, height: int, width: int) -> int:
-    return -(-rows // height) * -(-columns // width)
+def _filled(rows: int, columns: int, height: int, width: int, processors: int) -> float:
+    waves = -(-(-(-rows // height) * -(-columns // width)) // processors)
+    return rows * columns / (height * width * waves * processors)
 
 
 def in_cache(nbytes: int) -> bool:

@@ -25,7 +25,7 @@ _PACKED_ROWS, _UNSTORED_ROWS = 384, 1024
 _ONE_BLOCK = "all rows fit in one block"
 
 # On a GPU. Rows of a block come in whole tiles of a product: for wide heads an H100's cuBLAS takes
-# 192x192, and products of other heights ran up to 15 % slower there.
+# 192x192; a product of 1,024 rows ran 12 % below the rate of one of 768.
 _ROW_TILE = 192
 # Where the last block would be less than half of the others it shares with the one before.
 _SMALL_TILE = 128
@@ -151,7 +151,7 @@ def even_blocks(rows: int, limit: int) -> list[int]:
     sizes[-1] -= sum(sizes) - rows
     both = sum(sizes[-2:])
     if len(sizes) > 1 and sizes[-1] < sizes[-2] // 2:
-        first = _SMALL_TILE * -(-both // (2 * _SMALL_TILE))
+        first = min(sizes[-2], _SMALL_TILE * -(-both // (2 * _SMALL_TILE)))
         sizes[-2:] = [first, both - first]
     return sizes
 

@@ -25,11 +25,11 @@ _BF16, _FP32 = 2, 4
 _BAND = 8  # row blocks of a fused kernel that find the head's tiles in L2 together
 _KINDS = {"forward kl", "reverse kl", "jsd"}
 # Of the bytes that an fp32 accumulator moves, what its products' arithmetic does not hide, and what
-# telling each other a number costs the programs of a row: measured on an H100.
+# telling each other a number costs the programs of a row: fitted to an H100's times.
 _UNHIDDEN = 0.75
 _MEETING = 0.7e-6
 # Programs of one warp, as kernels on differences have them, take so much longer than either bound,
-# and so many seconds more to start: measured on an H100.
+# and so many seconds more to start: fitted to an H100's times.
 _WAITING, _STARTING = 1.35, 5e-6
 _DIVERGENCE = {
     "statistics": "statistics_pair", "sums": "divergence_sums", "gradient": "divergence_gradient",

@@ -1,9 +1,8 @@
 """Timed calls of a contender, forward and backward.
 
 On a GPU several calls follow each other, and times are those between CUDA events: the device works
-while the host prepares the next call, as in training, where the host runs ahead, and it does so
-long enough to fall to the clock that its power allows. Who cannot prepare a call in the time of a
-call shows that.
+while the host prepares the next call, as in training, where the host runs ahead. Who cannot
+prepare a call in the time of a call shows that.
 """
 
 from __future__ import annotations

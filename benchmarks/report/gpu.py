@@ -21,7 +21,7 @@ from benchmarks.report.tables import (
     train_step_table,
 )
 
-NOTHING = "Nothing has been measured on a GPU yet."
+NOTHING = "This has not been measured on a GPU."
 _FAILED_SHOWN = 20
 _LETTERS = 60  # of a kernel's name
 # Columns of the counters' table: of a kernel's metric, its heading and how it is written.

@@ -1,6 +1,7 @@
 """plan(): a pure function whose answer a person can read."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -180,6 +181,13 @@ def test_a_trained_head_has_rows_that_pay_for_its_accumulator(tokens: int) -> No
 )
 def test_blocks_are_even(rows: int, limit: int, sizes: list[int]) -> None:
     assert even_blocks(rows, limit) == sizes and sum(sizes) == rows
+
+
+def test_no_block_has_more_rows_than_fit() -> None:
+    for limit, rows in itertools.product((1, 3, 100, 128, 192, 384, 576, 768), range(0, 1600, 3)):
+        sizes = even_blocks(rows, limit)
+        assert sum(sizes) == rows and sizes == sorted(sizes, reverse=True)
+        assert all(0 < size <= limit for size in sizes), (rows, limit, sizes)
 
 
 def test_the_hidden_size_hardly_decides_it() -> None:
