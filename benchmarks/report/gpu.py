@@ -177,6 +177,8 @@ def streams(devices: list[Device]) -> Blocks:
         rows = []
         for call in found.calls:
             floor = statistics.median(call["contenders"][0]["ms"])
+            other = call["commit"] != found.source.environment["commit"]
+            case = call["case"] + (f"; commit {call['commit'][:9]}, changed" if other else "")
             for contender in call["contenders"]:
                 ms = statistics.median(contender["ms"])
                 size = (
@@ -185,7 +187,7 @@ def streams(devices: list[Device]) -> Blocks:
                 )
                 spread = f"{min(contender['ms']):.1f} to {max(contender['ms']):.1f} ms"
                 times = (_ms(ms), spread, f"{ms / floor:.2f}")
-                rows.append((call["case"], contender["name"], *size, *times))
+                rows.append((case, contender["name"], *size, *times))
         header = ("case", "contender", "workspace", "rows per block", "median", "all")
         header += (f"{TIMES} GEMMs",)
         yield Table(header, tuple(rows), names=2)

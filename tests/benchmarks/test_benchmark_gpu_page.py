@@ -165,7 +165,11 @@ def test_calls_in_a_row_stand_beside_the_bare_products(folder) -> None:
     contenders = [took("bare GEMMs", [4.0, 3.0, 8.0], None, None), took("ours", [5.0], 457, 384)]
     place = environment("Test GPU", "cuda") | {"commit": "0123456789abcdef"}
     content = {"kind": "gpu_streams", "environment": place, "shape": "heads of 4", "method": "so"}
-    write(folder, "streams", content | {"calls": [{"case": "JSD", "contenders": contenders}]})
+    write(
+        folder,
+        "streams",
+        content | {"calls": [{"case": "JSD", "commit": place["commit"], "contenders": contenders}]},
+    )
     page = folder / "README.md"
     page.write_text("<!-- benchmark: gpu_streams -->\n<!-- /benchmark: gpu_streams -->")
     assert run(folder) == 0

@@ -239,8 +239,7 @@ def test_two_runs_give_the_same_bits(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gemm_count(names: tuple, reduction: str, expected: int, dtype: torch.dtype) -> None:
     pair = move(cast(case(), dtype), DEVICE)
-    # Tokens whose upstream is 0 are left out.
-    upstream = [torch.ones(96)] if reduction == "none" else None
+    upstream = [torch.ones(96)] if reduction == "none" else None  # tokens of 0 are left out
     found = gemms(lambda: run(fused_linear_jsd, pair, names, upstream, reduction=reduction))
     assert found == pytest.approx(expected)
 
