@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+
+# Its functions' defaults hold the group there is when it is first imported, and an operator's first
+# call imports it; gloo's threads would outlive destroy_process_group and could abort Python's end.
+import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 

@@ -1,5 +1,7 @@
 """process_group: the head sharded by rows over ranks gives what one process gives."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +113,28 @@ def test_shards_equal_the_whole(ranks: int, names: list[str], tmp_path: Path) ->
             torch.testing.assert_close(weight, truth["student_weight"])
     for _, message in shards:
         assert f"[0, {VOCAB})" in message and f"got {VOCAB} at token 0" in message
+
+
+ENDING = """
+from pathlib import Path
+import torch
+import torch.distributed as dist
+import opsd_kernels as k
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8)
+k.fused_linear_logprob(
+    hidden, weight, torch.arange(5), process_group=dist.group.WORLD
+).sum().backward()
+dist.destroy_process_group()
+for task in Path("/proc/self/task").iterdir():
+    print((task / "comm").read_text().strip())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are read from /proc")
+def test_a_destroyed_group_leaves_no_thread() -> None:
+    """A thread of gloo that asks for the GIL while Python ends aborts the process."""
+    made = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    assert "gloo" not in made.stdout, made.stdout
