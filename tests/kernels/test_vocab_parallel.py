@@ -96,7 +96,11 @@ def inputs() -> dict[str, Tensor]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("ranks", "names"), [(2, ["student_input", "student_weight"]), (3, ["student_input"])]
+    ("ranks", "names"),
+    [
+        (3, ["student_input", "student_weight"]),
+        pytest.param(2, ["student_input"], marks=pytest.mark.slow),
+    ],
 )
 def test_shards_equal_the_whole(ranks: int, names: list[str], tmp_path: Path) -> None:
     sizes = SIZES[ranks]

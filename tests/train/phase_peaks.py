@@ -4,6 +4,7 @@ For each list of overrides two steps of a recipe, after one of another trainer: 
 compiles for each shape, up to 100 MiB, and libraries load and threads start once.
 """
 
+import ctypes
 import gc
 import json
 import sys
@@ -36,6 +37,7 @@ class PeakClock(Clock):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what small tensors of the last phase left
         resident.reset_peak()
         with super().phase(name):
             yield
