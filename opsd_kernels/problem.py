@@ -79,7 +79,7 @@ class LogprobProblem:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class GradsNeeded:
     """Which gradients to make on the way."""
 
     hidden: bool = False

@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from opsd_kernels import Plan, plan
 from opsd_kernels.backends import triton_backend
 from opsd_kernels.backends.triton_config import Device, device_of
-from opsd_kernels.problem import DivergenceProblem, Execution, Head, LogprobProblem, Wanted
+from opsd_kernels.problem import DivergenceProblem, Execution, GradsNeeded, Head, LogprobProblem
 
 # Tokens in a few blocks: what is compiled does not depend on how many there are.
 TOKENS, HIDDEN, VOCAB = 1500, 4096, 151936
@@ -229,7 +229,7 @@ def _divergence(
     p = DivergenceProblem(*heads, labels, None, beta, clip, stats, _execution(run))
     scale = kind.vector(torch.float32) if scaled else None
     chosen = _plan("divergence", heads[0], run, beta, clip, trained)
-    triton_backend.divergence(p, chosen, scale, Wanted(hidden=True, weight=trained))
+    triton_backend.divergence(p, chosen, scale, GradsNeeded(hidden=True, weight=trained))
 
 
 def _logprob(
@@ -240,9 +240,11 @@ def _logprob(
     chosen = _plan("logprob", head, run)
     if not hot:
         scales = scale, scale if entropy else None
-        triton_backend.logprob(p, chosen, *scales, None, Wanted(hidden=True))
-        triton_backend.logprob(p, chosen, None, None, None, Wanted(hidden=True, entropy=entropy))
-    triton_backend.logprob(p, chosen, None, None, None, Wanted(hidden=not entropy))
+        triton_backend.logprob(p, chosen, *scales, None, GradsNeeded(hidden=True))
+        triton_backend.logprob(
+            p, chosen, None, None, None, GradsNeeded(hidden=True, entropy=entropy)
+        )
+    triton_backend.logprob(p, chosen, None, None, None, GradsNeeded(hidden=not entropy))
 
 
 def _execution(run: dict[str, object]) -> Execution:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.backends import row_math
-from opsd_kernels.backends.call import Call, same_head
+from opsd_kernels.backends.context import LossContext, same_head
 from opsd_kernels.backends.logprob_terms import rates_of, rates_with_lse, value_of
 from opsd_kernels.layouts import even_blocks
 from opsd_kernels.plan import Plan
@@ -29,19 +29,19 @@ from opsd_kernels.problem import (
     DIVERGENCE_STATS,
     LOGPROB_STATS,
     DivergenceProblem,
+    GradsNeeded,
     Head,
     LogprobProblem,
     Result,
-    Wanted,
     stat_dtype,
 )
 
 
 def divergence(
-    p: DivergenceProblem, plan: Plan, row_scale: Tensor | None, wanted: Wanted
+    p: DivergenceProblem, plan: Plan, row_scale: Tensor | None, wanted: GradsNeeded
 ) -> Result:
     """Per-token divergence; gradients of sum(row_scale * value), per row for row_scale None."""
-    run = _Run(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
+    run = _Pass(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
     stats = run.stats(len(DIVERGENCE_STATS) if p.with_stats else 0)
     shared = same_head(p.student, p.teacher)
     logits = run.logits(p.student, 2 if shared else 1)
@@ -65,7 +65,7 @@ def divergence(
 
 def _divergence_tile(
     p: DivergenceProblem,
-    run: _Run,
+    run: _Pass,
     rows: Tensor,
     z_s: Tensor,
     z_t: Tensor,
@@ -112,11 +112,11 @@ def logprob(
     row_scale: Tensor | None,
     entropy_scale: Tensor | None,
     lse_scale: Tensor | None,
-    wanted: Wanted,
+    wanted: GradsNeeded,
 ) -> Result:
     """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
     scales = row_scale, entropy_scale, lse_scale
-    run = _Run(p.head, plan, p.keep, wanted, p.execution.group_name, *scales)
+    run = _Pass(p.head, plan, p.keep, wanted, p.execution.group_name, *scales)
     stats = run.stats(len(LOGPROB_STATS))
     logits = run.logits(p.head, 2 if wanted.entropy else 1)
     tiles = [run.tile() for _ in range(3)]
@@ -134,7 +134,7 @@ def logprob(
 
 def _logprob_tile(
     p: LogprobProblem,
-    run: _Run,
+    run: _Pass,
     rows: Tensor,
     blocks: list[Tensor],
     tiles: list[Tensor],
@@ -175,7 +175,7 @@ def _logprob_tile(
     run.store_gradient(blocks[0], grad, slope, factor)
 
 
-class _Run(Call):
+class _Pass(LossContext):
     """What one call allocates and fills: buffers by the plan, values and gradients by block."""
 
     def stats(self, count: int) -> Tensor:

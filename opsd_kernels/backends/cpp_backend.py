@@ -13,13 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends import passes
-from opsd_kernels.backends.passes import JSD, Gradient, Layout, Run, gathered
+from opsd_kernels.backends.passes import JSD, BlockedPass, Gradient, Layout, gathered
 from opsd_kernels.problem import Head
 
 _AMX_COLUMNS = 32
 
 
-class _Run(Run):
+class _Pass(BlockedPass):
     """Blocks of logits, and the products with what takes their place."""
 
     def tiles(self, heads: list[Head], block: slice, shared: bool, again: bool) -> _Tiles:
@@ -147,5 +147,5 @@ class _Tiles:
         )  # fmt: skip
 
 
-divergence = functools.partial(passes.divergence, _Run)
-logprob = functools.partial(passes.logprob, _Run)
+divergence = functools.partial(passes.divergence, _Pass)
+logprob = functools.partial(passes.logprob, _Pass)

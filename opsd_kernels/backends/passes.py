@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsd_kernels.backends.call import Call, same_head
+from opsd_kernels.backends.context import LossContext, same_head
 from opsd_kernels.backends.logprob_terms import (
     rates_of,
     rates_with_lse,
@@ -29,10 +29,10 @@ from opsd_kernels.problem import (
     DIVERGENCE_STATS,
     LOGPROB_STATS,
     DivergenceProblem,
+    GradsNeeded,
     Head,
     LogprobProblem,
     Result,
-    Wanted,
 )
 
 FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
@@ -78,7 +78,7 @@ class _Passes:
     resident: bool  # one pass makes everything
 
 
-def _passes(p: DivergenceProblem, run: Run) -> _Passes:
+def _passes(p: DivergenceProblem, run: BlockedPass) -> _Passes:
     kind = {0.0: FORWARD_KL, 1.0: REVERSE_KL}.get(p.beta, JSD)
     layout = Layout(2, p.with_stats, False, p.with_stats and p.labels is not None, kind)
     joined = kind == JSD and p.clip is None and run.joined is not None
@@ -95,11 +95,11 @@ def _passes(p: DivergenceProblem, run: Run) -> _Passes:
 
 
 def divergence(
-    run_type: type[Run],
+    run_type: type[BlockedPass],
     p: DivergenceProblem,
     plan: Plan,
     row_scale: Tensor | None,
-    wanted: Wanted,
+    wanted: GradsNeeded,
 ) -> Result:
     """Per-token divergence; gradients of sum(row_scale * value), per row for row_scale None."""
     run = run_type(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
@@ -129,7 +129,7 @@ def divergence(
 
 def _divergence_block(
     p: DivergenceProblem,
-    run: Run,
+    run: BlockedPass,
     passes: _Passes,
     block: slice,
     merged: Tensor,  # (K, rows) of this block
@@ -180,13 +180,13 @@ def _divergence_gradient(
 
 
 def logprob(
-    run_type: type[Run],
+    run_type: type[BlockedPass],
     p: LogprobProblem,
     plan: Plan,
     row_scale: Tensor | None,
     entropy_scale: Tensor | None,
     lse_scale: Tensor | None,
-    wanted: Wanted,
+    wanted: GradsNeeded,
 ) -> Result:
     """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
     group = p.execution.group_name
@@ -232,7 +232,7 @@ def logprob(
     return run.result(stats)
 
 
-class Run(Call, ABC):
+class BlockedPass(LossContext, ABC):
     """A call's blocks of rows; a backend adds their tiles and the products with dz."""
 
     @property

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends import passes
-from opsd_kernels.backends.passes import Gradient, Layout, Run
+from opsd_kernels.backends.passes import BlockedPass, Gradient, Layout
 from opsd_kernels.backends.triton_columns import ColumnTiles
 from opsd_kernels.backends.triton_config import device_of, resident_blocks
 from opsd_kernels.backends.triton_differences_launch import DifferenceTiles
@@ -31,7 +31,7 @@ from opsd_kernels.problem import DivergenceProblem, Head, Result
 _Tiles = FusedTiles | StoredTiles | ColumnTiles | DifferenceTiles
 
 
-class _Run(Run):
+class _Pass(BlockedPass):
     """Where the tiles come from, and the products that turn dz into gradients."""
 
     def __init__(self, *how: Any) -> None:
@@ -224,5 +224,5 @@ def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
         torch.mm(a, b, out=out, **how)
 
 
-divergence = functools.partial(passes.divergence, _Run)
-logprob = functools.partial(passes.logprob, _Run)
+divergence = functools.partial(passes.divergence, _Pass)
+logprob = functools.partial(passes.logprob, _Pass)

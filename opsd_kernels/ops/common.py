@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.backends import blocked_torch, cpp_backend
-from opsd_kernels.backends.call import vocabulary_shard
+from opsd_kernels.backends.context import vocabulary_shard
 from opsd_kernels.backends.precision import named_refusals
 from opsd_kernels.plan import Plan, default_backend, plan
-from opsd_kernels.problem import Execution, Head, Result, Wanted, kept_dtype, stat_dtype
+from opsd_kernels.problem import Execution, GradsNeeded, Head, Result, kept_dtype, stat_dtype
 
 _SLICE_ELEMENTS = 2**20
 # Labels are checked, and their rows compacted, on the host: inductor must leave these operators
@@ -80,7 +80,7 @@ def plan_for(
     vocab_size: int,
     e: Execution,
     row_scale: Tensor | None,
-    needed: Wanted,
+    needed: GradsNeeded,
     teacher: Head | None = None,
     two_passes: bool = True,
     clipped: bool = False,
@@ -117,12 +117,12 @@ def dispatched(hidden: Tensor) -> Iterator[None]:
         yield
 
 
-def wanted(head: Head) -> Wanted:
+def wanted(head: Head) -> GradsNeeded:
     """The gradients that autograd will ask for."""
     if not torch.is_grad_enabled():
-        return Wanted()
+        return GradsNeeded()
     bias = head.bias is not None and head.bias.requires_grad
-    return Wanted(head.hidden.requires_grad, head.weight.requires_grad, bias)
+    return GradsNeeded(head.hidden.requires_grad, head.weight.requires_grad, bias)
 
 
 def or_empty(grad: Tensor | None, value: Tensor) -> Tensor:

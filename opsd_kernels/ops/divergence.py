@@ -36,9 +36,9 @@ from opsd_kernels.problem import (
     DIVERGENCE_STATS,
     DivergenceProblem,
     Execution,
+    GradsNeeded,
     Head,
     Result,
-    Wanted,
     stat_dtype,
 )
 
@@ -98,7 +98,7 @@ def divergence_tokens(
         Execution(schedule, workspace_bytes, group_name, precision),
     )  # fmt: skip
     now = grad_hidden and not (grad_weight or grad_bias)
-    result = _run_divergence(p, None, Wanted(hidden=now))
+    result = _run_divergence(p, None, GradsNeeded(hidden=now))
     return result.value, result.stats, or_empty(result.grad_hidden, result.value)
 
 
@@ -135,7 +135,7 @@ def divergence_sum(
         labels, keep, beta, clip, with_stats,
         Execution(schedule, workspace_bytes, group_name, precision),
     )  # fmt: skip
-    result = _run_divergence(p, row_scale, Wanted(grad_hidden, grad_weight, grad_bias))
+    result = _run_divergence(p, row_scale, GradsNeeded(grad_hidden, grad_weight, grad_bias))
     return summed(result, row_scale)
 
 
@@ -155,7 +155,7 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
     return fake_sum(a["student_input"], a["student_weight"], stats, [a[name] for name in GRADS])
 
 
-def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Wanted) -> Result:
+def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: GradsNeeded) -> Result:
     group = p.execution.group_name
     with dispatched(p.student.hidden):
         checks.outside_capture(

@@ -35,10 +35,10 @@ from opsd_kernels.ops.common import (
 from opsd_kernels.problem import (
     LOGPROB_STATS,
     Execution,
+    GradsNeeded,
     Head,
     LogprobProblem,
     Result,
-    Wanted,
     stat_dtype,
 )
 
@@ -103,7 +103,9 @@ def logprob_tokens(
         with_predicted, label_weight, z_weight,
     )  # fmt: skip
     now = grad_hidden and not (grad_weight or grad_bias or grad_lse)
-    result = _run_logprob(p, None, None, None, Wanted(hidden=now, entropy=now and grad_entropy))
+    result = _run_logprob(
+        p, None, None, None, GradsNeeded(hidden=now, entropy=now and grad_entropy)
+    )
     return (
         result.value,
         result.stats[LOGPROB_STATS.index("entropy")].clone(),
@@ -145,7 +147,7 @@ def logprob_sum(
         label_smoothing, with_entropy, Execution(schedule, workspace_bytes, group_name),
         with_predicted, label_weight, z_weight,
     )  # fmt: skip
-    needed = Wanted(grad_hidden, grad_weight, grad_bias)
+    needed = GradsNeeded(grad_hidden, grad_weight, grad_bias)
     return summed(_run_logprob(p, row_scale, entropy_scale, lse_scale, needed), row_scale)
 
 
@@ -176,7 +178,7 @@ def _run_logprob(
     row_scale: Tensor | None,
     entropy_scale: Tensor | None,
     lse_scale: Tensor | None,
-    needed: Wanted,
+    needed: GradsNeeded,
 ) -> Result:
     with dispatched(p.head.hidden):
         checks.outside_capture(p.head.hidden, target=p.target)

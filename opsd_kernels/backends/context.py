@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from opsd_kernels.plan import Plan
-from opsd_kernels.problem import Head, Result, Wanted, kept_dtype, stat_dtype
+from opsd_kernels.problem import GradsNeeded, Head, Result, kept_dtype, stat_dtype
 
 # Slices of the head's gradient that pass through the input dtype before fp32 accumulation, and of
 # dz that a product may copy.
 _SLICE_BYTES = 8 * 2**20
 
 
-class Call:
+class LossContext:
     """Rows to compute, scales, the vocabulary's shard, and the outputs.
 
     Outputs are zero until filled but for the head's gradient, which the first block makes.
@@ -30,7 +30,7 @@ class Call:
         head: Head,
         plan: Plan,
         keep: Tensor | None,
-        wanted: Wanted,
+        wanted: GradsNeeded,
         group_name: str | None,
         row_scale: Tensor | None,
         entropy_scale: Tensor | None = None,
