@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.losses.inputs import REAL_PAIR
 from opsd_train.batches import make_batch
-from opsd_train.config import config_from, load_recipe
+from opsd_train.config.load import config_from, load_recipe
 from opsd_train.data import load_problems
 from opsd_train.families import completion_hidden, lm_head
 from opsd_train.model import Policy, load_model, load_tokenizer

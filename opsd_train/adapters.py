@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from opsd_train import sections
-from opsd_train.errors import UserError
+from opsd_train.config import schema as sections
+from opsd_train.config.errors import UserError
 
 
 def add_adapters(model: nn.Module, lora: sections.LoraConfig) -> PeftModel:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opsd_train.config.errors import UserError
 from opsd_train.data import Problem
-from opsd_train.errors import UserError
 from opsd_train.world import World
 
 

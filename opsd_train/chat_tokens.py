@@ -9,8 +9,8 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
+from opsd_train.config.errors import UserError
 from opsd_train.data import Problem
-from opsd_train.errors import UserError
 
 THINKING = ("<think>", "</think>")
 _MARK = "\ufdd0"  # Unicode keeps it out of texts

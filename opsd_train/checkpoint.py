@@ -35,9 +35,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from opsd_train.errors import UserError
+from opsd_train.config.changes import refuse_changes
+from opsd_train.config.errors import UserError
 from opsd_train.model import Policy
-from opsd_train.recipe_changes import refuse_changes
 from opsd_train.world import World
 
 # DCP says so even where it was told that the process is alone.

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opsd_train.config import (
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import (
     Config,
     Kind,
     config_from,
@@ -22,7 +23,6 @@ from opsd_train.config import (
     recipe_description,
     recipe_names,
 )
-from opsd_train.errors import UserError
 
 DEFAULT_RECIPE = "demo/opsd"
 PROGRAM = "python -m opsd_train"

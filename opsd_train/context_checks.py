@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from opsd_train.config import Config
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import Config
 from opsd_train.methods import METHODS
 from opsd_train.prompts import Measured
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsd_train.config import suggest
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import suggest
+from opsd_train.config.schema import DataConfig
 from opsd_train.data_files import shown
 from opsd_train.data_rows import texts_from_rows
 from opsd_train.distinct import Distinct, normal_form
-from opsd_train.errors import UserError
-from opsd_train.sections import DataConfig
 
 
 @dataclass(frozen=True)

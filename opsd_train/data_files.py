@@ -10,8 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from opsd_train.errors import UserError
-from opsd_train.sections import ColumnsConfig, DataConfig
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import ColumnsConfig, DataConfig
 
 MESSAGES = "messages"
 """Column of a chat: it gives question and solution where the file has no question column."""

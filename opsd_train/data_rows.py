@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import DataConfig
 from opsd_train.data_files import MESSAGES, Row, read_rows, role_columns, short, shown
-from opsd_train.errors import UserError
-from opsd_train.sections import DataConfig
 
 Texts = dict[str, str]  # by role: question, answer, solution
 

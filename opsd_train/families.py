@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd_train.batches import Batch, make_batch
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from opsd_train.sections import OptimConfig
+from opsd_train.config.schema import OptimConfig
 
 
 def make_schedule(optimizer: Optimizer, config: OptimConfig, steps: int, updates: int) -> LambdaLR:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.sample_table import Rows, sample_table
 from opsd_train.trackers import Tracker, numbers
 

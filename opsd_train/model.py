@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.utils import is_flash_attn_2_available
 
-from opsd_train import sections, swiglu
+from opsd_train import swiglu
 from opsd_train.adapters import add_adapters, left_out
 from opsd_train.batches import Batch, make_batch
 from opsd_train.chat_tokens import warn_of_other_turn_end
-from opsd_train.config import Config
-from opsd_train.errors import UserError
+from opsd_train.config import schema as sections
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import Config
 from opsd_train.families import LmHead, completion_hidden, lm_head, packs, prove
 from opsd_train.parallel import gathered, shard, shard_layers
 from opsd_train.world import World, resolve_device

@@ -12,9 +12,9 @@ import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
 from opsd_train.chat_tokens import THINKING, ControlTokens, turn_end
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import PromptsConfig
 from opsd_train.data import Problem
-from opsd_train.errors import UserError
-from opsd_train.sections import PromptsConfig
 
 _NAMES = {"student": "student prompt", "teacher": "teacher prompt", "solution": "solution"}
 PROBE = Problem(id="probe", question="1 + 1 =", answer="2", solution="1 + 1 = 2")

@@ -8,8 +8,8 @@ from typing import Any
 import jinja2
 
 from opsd_train.accuracy_plots import accuracy_figures
-from opsd_train.config import load_recipe
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import load_recipe
 from opsd_train.metrics import duration, read_rows, replace_file
 from opsd_train.plots import figures, machine_figures
 from opsd_train.sample_table import BROKEN, Rows, largest

@@ -13,10 +13,10 @@ from transformers.utils import logging as transformers_logging
 
 from opsd_train.checkpoint import Checkpoints, Loaded, restore_training, training_tensors
 from opsd_train.clock import Clock, peak_memory_mib
-from opsd_train.config import Config, to_yaml
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import Config, to_yaml
 from opsd_train.data import majority_answer
 from opsd_train.data_fingerprint import difference
-from opsd_train.errors import UserError
 from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.metrics import RunLogger
 from opsd_train.report import write_report

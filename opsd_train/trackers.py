@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 
 PROJECT = "opsd_train"
 

@@ -16,11 +16,11 @@ import torch
 
 from opsd_train.batches import Sample, even_groups
 from opsd_train.clock import Clock, peak_memory_mib
-from opsd_train.config import Config
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import Config
 from opsd_train.context_checks import check_context, heldout_sides
 from opsd_train.data import load_problems
 from opsd_train.data_fingerprint import fingerprint
-from opsd_train.errors import UserError
 from opsd_train.evaluation.grading import Grader, Pending
 from opsd_train.evaluation.heldout import HeldOut
 from opsd_train.learning_rate import make_schedule

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from opsd_train.batches import Sample
-from opsd_train.config import Config
+from opsd_train.config.load import Config
 from opsd_train.data import Problem
 from opsd_train.methods.base import Method
 from opsd_train.prompts import PromptBuilder

@@ -5,7 +5,7 @@ import math
 import statistics
 from typing import Any
 
-from opsd_train.sections import WatchConfig
+from opsd_train.config.schema import WatchConfig
 
 RECENT = 5
 # A start that happens to be flat must not make noise a warning.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from benchmarks.resident import WORKER_ENV
 from benchmarks.train_step.rounds import measure
 from benchmarks.train_step.table import table
 from benchmarks.train_step.workload import Settings, build
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 
 OUT = Path("runs/benchmarks/train_step.json")
 

@@ -15,7 +15,7 @@ from benchmarks.environment import ROOT
 from benchmarks.resident import WORKER_ENV
 from benchmarks.train_step.registry import CONTENDERS
 from benchmarks.train_step.workload import Settings
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 
 
 class WorkerProcess:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from opsd_train.batches import Sample, even_groups
-from opsd_train.config import Config
+from opsd_train.config.load import Config
 from opsd_train.data import Problem
 from opsd_train.evaluation.accuracy import Evaluation
 from opsd_train.methods.base import Method

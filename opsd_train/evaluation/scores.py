@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.evaluation.finding import normalise
 from opsd_train.evaluation.intervals import bootstrap
 

@@ -8,7 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opsd_train.config import Config, config_from, load_recipe, suggest
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import Config, config_from, load_recipe, suggest
+from opsd_train.config.schema import ColumnsConfig, DataConfig
 from opsd_train.data import (
     load_problems,
     problems_from_rows,
@@ -17,9 +19,7 @@ from opsd_train.data import (
 )
 from opsd_train.data_files import is_data_file
 from opsd_train.data_fingerprint import difference, fingerprint, recorded
-from opsd_train.errors import UserError
 from opsd_train.evaluation.settings import EvalConfig, FileColumnsConfig
-from opsd_train.sections import ColumnsConfig, DataConfig
 from opsd_train.seeds import stable_seed
 
 HELDOUT = "heldout"

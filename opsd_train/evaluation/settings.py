@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from opsd_train.data_files import is_data_file
-from opsd_train.sections import (
+from opsd_train.config.schema import (
     Count,
     ModelConfig,
     NonNegativeReal,
@@ -18,6 +17,7 @@ from opsd_train.sections import (
     RolloutConfig,
     section,
 )
+from opsd_train.data_files import is_data_file
 
 
 @section

@@ -21,12 +21,12 @@ from typing import Any
 
 import yaml
 
-from opsd_train.config import to_yaml
-from opsd_train.errors import UserError
+from opsd_train.config.changes import flat
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import to_yaml
 from opsd_train.evaluation.sets import EvalProblem
 from opsd_train.evaluation.settings import EvalConfig
 from opsd_train.metrics import read_rows, replace_file
-from opsd_train.recipe_changes import flat
 
 Rows = list[dict[str, Any]]
 Key = tuple[str, str, int]  # set, problem, sample

@@ -15,10 +15,10 @@ from opsd_kernels import (
     policy_gradient_loss,
 )
 from opsd_train.batches import Sample
+from opsd_train.config.schema import LossConfig
 from opsd_train.families import LmHead
 from opsd_train.methods.base import Stats
 from opsd_train.model import Policy, WithHead
-from opsd_train.sections import LossConfig
 
 
 def teacher_hidden(policy: Policy, samples: Sequence[Sample], own_prompt: bool = True) -> Tensor:

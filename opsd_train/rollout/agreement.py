@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.families import LmHead, head_logits
 from opsd_train.model import Policy
 from opsd_train.rollout.request import Completion, Request, Sampling

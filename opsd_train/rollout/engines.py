@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opsd_train.config import Config
+from opsd_train.config.load import Config
 from opsd_train.context_checks import context_of
 from opsd_train.methods import METHODS
 from opsd_train.model import Policy

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import RolloutConfig
 from opsd_train.families import LmHead, lm_head, proof_tokens, rounding, tolerance
 from opsd_train.model import Policy
 from opsd_train.rollout.kv_cache import drop_rows, make_room
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.sampler import sampler, uniforms
 from opsd_train.rollout.stop import stop_ids
-from opsd_train.sections import RolloutConfig
 
 
 class TransformersEngine:

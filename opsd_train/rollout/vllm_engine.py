@@ -15,8 +15,8 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from opsd_train import sections
-from opsd_train.errors import UserError
+from opsd_train.config import schema as sections
+from opsd_train.config.errors import UserError
 from opsd_train.parallel import whole
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.stop import stop_ids

@@ -10,10 +10,10 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import ModelConfig
 from opsd_train.model import PACKAGED, unpack
 from opsd_train.rollout.request import Completion, Request, Sampling
-from opsd_train.sections import ModelConfig
 
 
 class VllmModel:

@@ -25,9 +25,9 @@ from transformers.utils import logging as transformers_logging
 
 from opsd_kernels import reference
 from opsd_train.batches import Sample
-from opsd_train.config import Config, config_from
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import Config, config_from
 from opsd_train.data import load_problems
-from opsd_train.errors import UserError
 from opsd_train.families import LmHead
 from opsd_train.methods import make_method
 from opsd_train.methods.base import Method

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.evaluation.scores import pass_at
 
 Results = dict[str, Any]

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from opsd_train.config import Config, config_from, load_recipe, to_yaml
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import Config, config_from, load_recipe, to_yaml
 from opsd_train.study.settings import Arm, Experiment, Sampling, Shared, Size
 
 

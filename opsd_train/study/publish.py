@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.metrics import replace_file
 from opsd_train.study.outcomes import load_results
 from opsd_train.study.page import write_page

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from opsd_train.config import config_from, load_recipe
-from opsd_train.sections import Positive, PositiveReal, section
+from opsd_train.config.load import config_from, load_recipe
+from opsd_train.config.schema import Positive, PositiveReal, section
 
 Changes = list[str]  # "key=value", as on the command line
 Kind = Literal["accuracy", "tokens", "passk", "memory"]

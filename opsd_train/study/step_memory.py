@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from opsd_train.config import Config, config_from, load_recipe
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import Config, config_from, load_recipe
 from opsd_train.dry_run import expected
-from opsd_train.errors import UserError
 from opsd_train.metrics import replace_file
 from opsd_train.model import load_model_config
 from opsd_train.study.base import copy_words

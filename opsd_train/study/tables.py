@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.metrics import duration
 from opsd_train.study.comparison import ArmResult, Comparison, compare
 from opsd_train.study.outcomes import Results

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from opsd_kernels import fused_linear_cross_entropy
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.evaluation.grading import Answer
 from opsd_train.families import LmHead, lm_head
 from opsd_train.rollout import Completion, Request, Sampling

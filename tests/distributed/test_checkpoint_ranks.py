@@ -15,7 +15,7 @@ from verdicts import made_up
 
 from opsd_train.checkpoint import Checkpoints
 from opsd_train.clock import Clock
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.parallel import whole
 from opsd_train.run import Run
 from opsd_train.run_folder import RunFolder

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 FAILING = """
 import os, sys
 from opsd_train.__main__ import run
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.trainer import Trainer
 
 step = Trainer.step

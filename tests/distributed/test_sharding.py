@@ -10,7 +10,7 @@ from sharding import OVERRIDES
 from steps import Course
 from tiny import config
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 
 pytestmark = pytest.mark.dist
 

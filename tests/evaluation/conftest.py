@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_train.config import config_from
+from opsd_train.config.load import config_from
 from opsd_train.run import train
 from tests.train.tiny import recipe, save_model
 from tests.train.verdicts import one_grader

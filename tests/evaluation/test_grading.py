@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.evaluation.finding import answer_part, last_box
 from opsd_train.evaluation.grading import Answer, Grade, grade
 

@@ -10,7 +10,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.evaluation.finding import normalise
 from opsd_train.evaluation.intervals import bootstrap
 from opsd_train.evaluation.scores import GradedSample, compare, majority_at, rows, summarise

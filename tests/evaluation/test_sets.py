@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from opsd_train.config import config_from, load_recipe
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import config_from, load_recipe
 from opsd_train.data import load_problems
-from opsd_train.errors import UserError
 from opsd_train.evaluation.sets import load_set, set_label
 from opsd_train.evaluation.settings import EvalConfig
 from tests.train.tiny import config as run_config
@@ -172,7 +172,7 @@ def test_held_out_problems_are_those_that_training_evaluates(tmp_path):
 
 
 def test_held_out_problems_of_another_run(tmp_path):
-    from opsd_train.config import to_yaml
+    from opsd_train.config.load import to_yaml
 
     (tmp_path / "config.yaml").write_text(to_yaml(run_config("model", tmp_path)))
     assert set_label(str(tmp_path)) == "heldout"

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from opsd_train.config import config_from, load_recipe
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import config_from, load_recipe
 from opsd_train.evaluation.sets import EvalProblem
 from opsd_train.evaluation.settings import EvalConfig, default_folder
 from opsd_train.evaluation.store import Evaluated, GenerationFile, Store

@@ -15,7 +15,7 @@ import tiny
 from method_cases import Outcome, assert_same, grads_of, make_policy, make_samples, settings
 
 from opsd_kernels import reference
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.methods.opsd import Opsd
 from opsd_train.model import _checkpoint_activations
 from opsd_train.study import base, step_memory

@@ -12,7 +12,7 @@ import made_up
 import numpy as np
 import pytest
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.study.comparison import Comparison, compare
 from opsd_train.study.efficiency import Ratio
 from opsd_train.study.outcomes import base_outcomes, run_outcomes

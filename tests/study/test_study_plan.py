@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from opsd_train.config import config_from, load_recipe, recipe_names
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import config_from, load_recipe, recipe_names
 from opsd_train.study.plan import Plan, fingerprint, make_plan
 from opsd_train.study.settings import Arm, Experiment, load_experiments, load_shared
 

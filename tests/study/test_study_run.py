@@ -11,8 +11,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import tiny
 
-from opsd_train.config import config_from
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import config_from
 from opsd_train.metrics import read_rows
 from opsd_train.study import run as study_run
 from opsd_train.study.settings import Experiment, Shared

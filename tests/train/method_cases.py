@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from opsd_train.adapters import add_adapters
 from opsd_train.batches import Sample, micro_batches
-from opsd_train.config import Config
+from opsd_train.config.load import Config
+from opsd_train.config.schema import GrpoConfig, LoraConfig, LossConfig
 from opsd_train.data import Problem
 from opsd_train.methods import METHODS
 from opsd_train.methods.base import Method, Stats
 from opsd_train.model import Policy
-from opsd_train.sections import GrpoConfig, LoraConfig, LossConfig
 
 PAD, VOCAB, TEACHER_VOCAB = 0, 261, 288
 LORA = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])

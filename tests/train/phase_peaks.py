@@ -18,7 +18,7 @@ from verdicts import made_up
 
 from benchmarks import resident
 from opsd_train.clock import Clock
-from opsd_train.config import Config, config_from
+from opsd_train.config.load import Config, config_from
 from opsd_train.dry_run import expected
 from opsd_train.run_folder import RunFolder
 from opsd_train.trainer import Trainer

@@ -11,7 +11,7 @@ from tiny import make_model
 from torch import nn
 
 from opsd_train.adapters import add_adapters, left_out
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.model import Policy
 
 

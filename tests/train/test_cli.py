@@ -217,7 +217,7 @@ def test_mistakes_are_one_line_and_code_2(arguments, words, capsys):
 
 def test_an_error_of_many_lines_becomes_one(trainer, monkeypatch, capsys):
     def fail(config, **options):
-        raise opsd_train.errors.UserError("two\n  lines")
+        raise opsd_train.config.errors.UserError("two\n  lines")
 
     monkeypatch.setattr(trainer, "train", fail)
     assert main([]) == 2

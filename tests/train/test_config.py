@@ -6,7 +6,8 @@ import dataclasses
 import pytest
 import yaml
 
-from opsd_train.config import (
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import (
     ELSEWHERE,
     RECIPES,
     config_from,
@@ -17,7 +18,6 @@ from opsd_train.config import (
     recipe_names,
     to_yaml,
 )
-from opsd_train.errors import UserError
 
 RECIPE = {
     "output_dir": "runs/test",

@@ -9,9 +9,9 @@ from method_cases import settings
 from tiny import make_model, make_tokenizer, recipe
 
 from opsd_train import cli
+from opsd_train.config.errors import UserError
 from opsd_train.context_checks import check_context, heldout_sides
 from opsd_train.data import Problem
-from opsd_train.errors import UserError
 from opsd_train.methods import METHODS
 from opsd_train.prompts import Measured
 

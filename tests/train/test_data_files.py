@@ -8,11 +8,11 @@ import yaml
 from tiny import recipe
 
 from opsd_train import cli
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import DataConfig
 from opsd_train.data import load_problems
-from opsd_train.errors import UserError
 from opsd_train.evaluation.sets import load_set
 from opsd_train.evaluation.settings import EvalConfig, default_folder
-from opsd_train.sections import DataConfig
 
 ROWS = [
     {"question": f"{i} + 1? π\u2028", "answer": f"{i + 1}", "solution": f"so {i + 1}"}
@@ -64,7 +64,7 @@ def test_files_as_people_have_them(tmp_path: Path, name: str) -> None:
 
 
 def evaluation(*overrides: str) -> EvalConfig:
-    from opsd_train.config import config_from, load_recipe
+    from opsd_train.config.load import config_from, load_recipe
 
     return config_from(
         load_recipe("demo/eval", "eval") | {"output_dir": "x"}, overrides, EvalConfig

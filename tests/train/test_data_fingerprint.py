@@ -9,9 +9,9 @@ from course import assert_same_course
 from tiny import recipe
 
 from opsd_train import cli
+from opsd_train.config.errors import UserError
 from opsd_train.data import Problem
 from opsd_train.data_fingerprint import difference, fingerprint
-from opsd_train.errors import UserError
 from opsd_train.evaluation.sets import load_set
 from opsd_train.evaluation.settings import EvalConfig
 
@@ -101,7 +101,7 @@ def test_resume_with_other_data_is_refused(
 
 
 def settings() -> EvalConfig:
-    from opsd_train.config import config_from, load_recipe
+    from opsd_train.config.load import config_from, load_recipe
 
     return config_from(load_recipe("demo/eval", "eval") | {"output_dir": "x"}, [], EvalConfig)
 

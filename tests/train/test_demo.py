@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from opsd_train.config import config_from, load_recipe
+from opsd_train.config.load import config_from, load_recipe
 from opsd_train.run import train
 
 

@@ -20,7 +20,7 @@ from method_cases import (
 )
 from tiny import make_model, make_tokenizer
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.model import Policy, load_teacher, load_tokenizer
 from opsd_train.world import World
 

@@ -19,7 +19,7 @@ from transformers import (
 
 from opsd_train import cli
 from opsd_train.checkpoint import Checkpoints, training_tensors
-from opsd_train.config import Config, to_yaml
+from opsd_train.config.load import Config, to_yaml
 from opsd_train.export import export
 from opsd_train.model import Policy, load_policy, load_tokenizer
 from opsd_train.weights import save_adapter

@@ -30,13 +30,13 @@ from opsd_kernels import fused_linear_logprob
 from opsd_train import families
 from opsd_train.adapters import add_adapters
 from opsd_train.batches import make_batch
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import LoraConfig, RolloutConfig
 from opsd_train.families import completion_hidden, lm_head, packs, prove
 from opsd_train.methods.common import head_options
 from opsd_train.model import Policy
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine
-from opsd_train.sections import LoraConfig, RolloutConfig
 
 PROMPTS = [[5, 9, 33, 70], [8, 17], [3, 120, 44, 91, 60, 28, 77]]
 COMPLETIONS = [[12, 99, 45], [7, 66, 23, 101, 54, 36], [88]]

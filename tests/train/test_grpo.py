@@ -24,8 +24,8 @@ from method_cases import (
 )
 
 from opsd_train.batches import Sample
+from opsd_train.config.schema import GrpoConfig
 from opsd_train.methods.grpo import Constants, surrogate
-from opsd_train.sections import GrpoConfig
 
 ALL = (*GRPO, "grpo.mask_truncated=false")
 

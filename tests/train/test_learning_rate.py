@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from opsd_train.config.schema import OptimConfig
 from opsd_train.learning_rate import make_schedule
-from opsd_train.sections import OptimConfig
 
 STEPS = 8
 NAMES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}

@@ -10,8 +10,8 @@ from family_models import FAMILIES, SIZES
 from tiny import config, make_tokenizer, recipe, save_model
 
 from opsd_train import cli, families, model
+from opsd_train.config.errors import UserError
 from opsd_train.dry_run import dry_run
-from opsd_train.errors import UserError
 from opsd_train.export import export
 from opsd_train.model import attention, load_model, load_policy, load_teacher, load_tokenizer
 from opsd_train.run import train

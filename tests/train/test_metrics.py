@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.metrics import RunLogger, duration, summary_lines
 
 ROW = {

@@ -5,10 +5,10 @@ import tracemalloc
 import pytest
 from tiny import CHAT, make_tokenizer
 
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import PromptsConfig
 from opsd_train.data import Problem
-from opsd_train.errors import UserError
 from opsd_train.prompts import PromptBuilder
-from opsd_train.sections import PromptsConfig
 
 PROBLEM = Problem("p-1", "2 + 3 =", "5", "2 + 3 is 5")
 THINKING = CHAT + (

@@ -10,7 +10,7 @@ import torch
 from verdicts import made_up
 
 from opsd_train import run
-from opsd_train.config import Config, config_from, load_recipe, recipe_names
+from opsd_train.config.load import Config, config_from, load_recipe, recipe_names
 from opsd_train.data import Problem
 from opsd_train.prompts import PromptBuilder
 

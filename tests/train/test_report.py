@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import pytest
 
 from opsd_train.cli import main
-from opsd_train.config import config_from, load_recipe, to_yaml
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.load import config_from, load_recipe, to_yaml
 from opsd_train.evaluation.intervals import wilson
 from opsd_train.plots import position_means, smoothed, window_for, window_sizes
 from opsd_train.report import write_report

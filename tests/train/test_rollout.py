@@ -12,13 +12,13 @@ from tiny import make_model, make_tokenizer
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import RolloutConfig
 from opsd_train.model import Policy
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.rollout.sampler import draw
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.transformers_engine import TransformersEngine
-from opsd_train.sections import RolloutConfig
 
 PROMPTS = [[7, 30, 91], [5], [40, 2, 200, 13, 77, 120, 9], [61, 62, 63, 64], [99, 18, 3]]
 SAMPLED = Sampling(max_new_tokens=12, temperature=1.0)

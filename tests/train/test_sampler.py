@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from opsd_train.config import config_from, load_recipe
+from opsd_train.config.load import config_from, load_recipe
+from opsd_train.config.schema import CurriculumConfig
 from opsd_train.data import Problem
 from opsd_train.sampler import FLOOR, Curriculum, Shuffled, make_sampler
-from opsd_train.sections import CurriculumConfig
 from opsd_train.seeds import stable_seed
 
 

@@ -17,7 +17,7 @@ from verdicts import children, wait_until_gone
 
 from opsd_train import cli
 from opsd_train.clock import Clock
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 from opsd_train.methods.opsd import Opsd
 from opsd_train.model import check_vocabulary
 from opsd_train.run import train

@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from opsd_train import sections
-from opsd_train.errors import UserError
+from opsd_train.config import schema as sections
+from opsd_train.config.errors import UserError
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.vllm_engine import VllmEngine
 from tests.train.tiny import make_model

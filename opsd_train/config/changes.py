@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from opsd_train.errors import UserError
+from opsd_train.config.errors import UserError
 
 FREE = (
     # where and how often things are written, measured and warned of

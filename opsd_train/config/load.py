@@ -14,8 +14,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from opsd_train.errors import UserError
-from opsd_train.sections import (
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import (
     CheckpointConfig,
     CurriculumConfig,
     DataConfig,
@@ -35,7 +35,7 @@ from opsd_train.sections import (
     section,
 )
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 # What transformers, TRL and peft call a key; for suggestions only.
 ELSEWHERE = {
