@@ -9,11 +9,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from opsd_train.config import schema as sections
+from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 
 
-def add_adapters(model: nn.Module, lora: sections.LoraConfig) -> PeftModel:
+def add_adapters(model: nn.Module, lora: schema.LoraConfig) -> PeftModel:
     """LoRA in fp32 on the frozen base; switched off, what is left is the initial policy.
 
     Raises UserError for targets that match nothing, that peft has no adapter for, or that hold
@@ -49,7 +49,7 @@ def add_adapters(model: nn.Module, lora: sections.LoraConfig) -> PeftModel:
     return adapted
 
 
-def left_out(adapted: PeftModel, lora: sections.LoraConfig) -> list[str]:
+def left_out(adapted: PeftModel, lora: schema.LoraConfig) -> list[str]:
     """A line for each group of weights that the targets seem to mean and that stay frozen."""
     core, tuner, lines = adapted.get_base_model(), adapted.base_model, []
     frozen = 0

@@ -27,7 +27,7 @@ from opsd_train import swiglu
 from opsd_train.adapters import add_adapters, left_out
 from opsd_train.batches import Batch, make_batch
 from opsd_train.chat_tokens import warn_of_other_turn_end
-from opsd_train.config import schema as sections
+from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config
 from opsd_train.families import LmHead, completion_hidden, lm_head, packs, prove
@@ -106,8 +106,8 @@ class Policy:
 
 
 def load_policy(
-    config: sections.ModelConfig,
-    lora: sections.LoraConfig | None,
+    config: schema.ModelConfig,
+    lora: schema.LoraConfig | None,
     tokenizer: Any,
     world: World,
     shard_mode: str,
@@ -153,7 +153,7 @@ def load_teacher(config: Config, tokenizer: Any, world: World, shard_mode: str) 
     return Policy(model, tokenizer.pad_token_id, dtype, packed)
 
 
-def load_tokenizer(config: sections.ModelConfig) -> Any:
+def load_tokenizer(config: schema.ModelConfig) -> Any:
     """The model's tokenizer, with a padding token."""
     tokenizer = _from_pretrained(transformers.AutoTokenizer, config)
     if tokenizer.eos_token_id is None:
@@ -163,7 +163,7 @@ def load_tokenizer(config: sections.ModelConfig) -> Any:
     return tokenizer
 
 
-def load_model_config(config: sections.ModelConfig) -> Any:
+def load_model_config(config: schema.ModelConfig) -> Any:
     """Sizes of the model without its weights."""
     if config.name_or_path == PACKAGED:
         return copy.deepcopy(_packaged_config(config))
@@ -171,12 +171,12 @@ def load_model_config(config: sections.ModelConfig) -> Any:
 
 
 @functools.cache
-def _packaged_config(config: sections.ModelConfig) -> Any:
+def _packaged_config(config: schema.ModelConfig) -> Any:
     """Read once: transformers goes through the whole file for it."""
     return _from_pretrained(transformers.AutoConfig, config)
 
 
-def load_generation_config(config: sections.ModelConfig) -> Any:
+def load_generation_config(config: schema.ModelConfig) -> Any:
     """What the model's makers say of generation; where they say nothing, what its sizes imply."""
     if config.name_or_path != PACKAGED:
         with suppress(OSError):
@@ -184,7 +184,7 @@ def load_generation_config(config: sections.ModelConfig) -> Any:
     return transformers.GenerationConfig.from_model_config(load_model_config(config))
 
 
-def load_model(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype) -> nn.Module:
+def load_model(config: schema.ModelConfig, tokenizer: Any, dtype: torch.dtype) -> nn.Module:
     """The base model with weights in `dtype`, checked against the tokenizer."""
     model = _from_pretrained(
         transformers.AutoModelForCausalLM,
@@ -199,7 +199,7 @@ def load_model(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype)
     return model
 
 
-def unpack(config: sections.ModelConfig, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:
+def unpack(config: schema.ModelConfig, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:
     """The model and tokenizer as a folder that other programs read, and that loads at once."""
     load_model(config, tokenizer, dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -211,7 +211,7 @@ def _checkpoint_activations(core: nn.Module) -> None:
     enable({"use_reentrant": False})
 
 
-def attention(config: sections.ModelConfig) -> str | None:
+def attention(config: schema.ModelConfig) -> str | None:
     """Name in transformers of what model.attention asks for; None: sdpa, or eager without it."""
     name, there = config.attention, is_flash_attn_2_available()
     if name == "auto" and not there:
@@ -242,7 +242,7 @@ def _with_head(core: nn.Module, batch: Batch, function: WithHead) -> Any:
     return function(completion_hidden(core, batch), lm_head(core), batch.targets)
 
 
-def _from_pretrained(kind: Any, config: sections.ModelConfig, **options: Any) -> Any:
+def _from_pretrained(kind: Any, config: schema.ModelConfig, **options: Any) -> Any:
     name = config.name_or_path
     if name == PACKAGED:
         name, options["gguf_file"] = _packaged_gguf()

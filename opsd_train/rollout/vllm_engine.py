@@ -15,7 +15,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from opsd_train.config import schema as sections
+from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.parallel import whole
 from opsd_train.rollout.request import Completion, Request, Sampling
@@ -33,9 +33,9 @@ class VllmEngine:
         self,
         model: nn.Module,
         tokenizer: Any,
-        config: sections.RolloutConfig,
+        config: schema.RolloutConfig,
         *,
-        model_config: sections.ModelConfig,
+        model_config: schema.ModelConfig,
         scratch: Path,
         max_model_len: int,
         seed: int,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from opsd_train import cli
 from opsd_train.adapters import add_adapters
 from opsd_train.checkpoint import Checkpoints, restore_training, training_tensors
-from opsd_train.config import schema as sections
+from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import to_yaml
 from opsd_train.model import Policy
@@ -38,7 +38,7 @@ class Training:
     def __init__(self, full: bool = False) -> None:
         model = make_model()
         if not full:
-            lora = sections.LoraConfig(rank=2, alpha=4, target_modules=["q_proj", "down_proj"])
+            lora = schema.LoraConfig(rank=2, alpha=4, target_modules=["q_proj", "down_proj"])
             model = add_adapters(model, lora)
         self.policy = Policy(model, 0, torch.float32)
         self.optimizer = torch.optim.AdamW(self.policy.parameters, lr=1e-2, weight_decay=0.1)

