@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opsd_train.config.errors import UserError
 from opsd_train.data import Problem
-from opsd_train.world import World
+from opsd_train.distributed.context import World
 
 
 @dataclass(frozen=True)

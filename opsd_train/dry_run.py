@@ -18,6 +18,7 @@ from opsd_train.config.load import Config, to_yaml
 from opsd_train.config.schema import GrpoConfig, LoraConfig, ModelConfig, OpsdConfig
 from opsd_train.context_checks import check_context, heldout_sides
 from opsd_train.data import Problem, load_problems
+from opsd_train.distributed.context import resolve_device
 from opsd_train.memory import Generation, Phase, Setup, Sizes, Work, predict, sizes_of
 from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
@@ -27,7 +28,6 @@ from opsd_train.model import (
     load_tokenizer,
 )
 from opsd_train.prompts import Measured, PromptBuilder
-from opsd_train.world import resolve_device
 
 _MIB = 2**20
 

@@ -30,9 +30,9 @@ from opsd_train.chat_tokens import warn_of_other_turn_end
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config
+from opsd_train.distributed.context import World, resolve_device
+from opsd_train.distributed.fsdp import gathered, shard, shard_layers
 from opsd_train.families import LmHead, completion_hidden, lm_head, packs, prove
-from opsd_train.parallel import gathered, shard, shard_layers
-from opsd_train.world import World, resolve_device
 
 # peft 0.21 reads an attribute that transformers 5 renamed; nothing a user can act on.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")

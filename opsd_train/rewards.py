@@ -10,8 +10,8 @@ from typing import Any
 
 from opsd_train.batches import Sample
 from opsd_train.data import Problem
+from opsd_train.distributed.context import World
 from opsd_train.evaluation.grading import Answer, Grade, Grader, Pending, grade_one
-from opsd_train.world import World
 
 _MOST_PROCESSES = 4  # a check takes milliseconds, and each process 120 MiB
 

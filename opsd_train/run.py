@@ -17,16 +17,16 @@ from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, to_yaml
 from opsd_train.data import majority_answer
 from opsd_train.data_fingerprint import difference
+from opsd_train.distributed.context import start
+from opsd_train.distributed.signals import StopRequest, stop_requests
 from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.metrics import RunLogger
 from opsd_train.report import write_report
 from opsd_train.rewards import failures
 from opsd_train.run_folder import RunFolder, claim, release
-from opsd_train.stopping import StopRequest, stop_requests
 from opsd_train.trackers import Tracker, open_trackers
 from opsd_train.trainer import Trainer
 from opsd_train.weights import save_adapter, save_weights
-from opsd_train.world import start
 
 
 def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:

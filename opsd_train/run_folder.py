@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from opsd_train.batches import Sample
-from opsd_train.world import World
+from opsd_train.distributed.context import World
 
 
 @dataclass(frozen=True)

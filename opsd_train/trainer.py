@@ -21,12 +21,13 @@ from opsd_train.config.load import Config
 from opsd_train.context_checks import check_context, heldout_sides
 from opsd_train.data import load_problems
 from opsd_train.data_fingerprint import fingerprint
+from opsd_train.distributed.context import World
+from opsd_train.distributed.fsdp import set_last_backward, whole
 from opsd_train.evaluation.grading import Grader, Pending
 from opsd_train.evaluation.heldout import HeldOut
 from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
 from opsd_train.model import load_policy, load_tokenizer
-from opsd_train.parallel import set_last_backward, whole
 from opsd_train.prompts import PromptBuilder
 from opsd_train.rewards import Rewards, failures, grading_processes, with_grades
 from opsd_train.rollout.engines import make_engine
@@ -36,7 +37,6 @@ from opsd_train.seeds import stable_seed
 from opsd_train.step_stats import StepStats
 from opsd_train.trajectories import Trajectories
 from opsd_train.watch import Watch
-from opsd_train.world import World
 
 STEP_PHASES = ("rollout", "grading", "teacher", "student", "optimizer")
 

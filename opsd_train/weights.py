@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opsd_train.distributed.context import World
+from opsd_train.distributed.fsdp import whole
 from opsd_train.model import Policy
-from opsd_train.parallel import whole
-from opsd_train.world import World
 
 
 def save_weights(policy: Policy, tokenizer: Any, run_dir: Path, world: World) -> Path:

@@ -10,10 +10,10 @@ from benchmarks.train_step.steps import Step, StepHooks, trainable_dtypes
 from benchmarks.train_step.workload import Workload
 from opsd_train import model
 from opsd_train.clock import Clock
+from opsd_train.distributed.context import World, resolve_device
 from opsd_train.methods import common
 from opsd_train.run_folder import RunFolder
 from opsd_train.trainer import Trainer
-from opsd_train.world import World, resolve_device
 
 
 class OpsdTrain:

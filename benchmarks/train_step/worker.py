@@ -22,7 +22,7 @@ from benchmarks.train_step.registry import CONTENDERS
 from benchmarks.train_step.steps import Contender, Step, StepHooks
 from benchmarks.train_step.workload import Settings, Workload, build
 from opsd_train.config.errors import UserError
-from opsd_train.world import resolve_device
+from opsd_train.distributed.context import resolve_device
 
 
 class Worker:

@@ -34,11 +34,11 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
     # Imported here because --regrade needs neither torch nor a model.
     from transformers.utils import logging as transformers_logging
 
+    from opsd_train.distributed.context import start
     from opsd_train.evaluation.asking import Asking
     from opsd_train.evaluation.generate import generate, patient_barrier
     from opsd_train.evaluation.source import find_source
     from opsd_train.model import load_tokenizer
-    from opsd_train.world import start
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

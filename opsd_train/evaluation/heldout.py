@@ -9,13 +9,13 @@ import torch
 from opsd_train.batches import Sample, even_groups
 from opsd_train.config.load import Config
 from opsd_train.data import Problem
+from opsd_train.distributed.context import World
 from opsd_train.evaluation.accuracy import Evaluation
 from opsd_train.methods.base import Method
 from opsd_train.prompts import PromptBuilder
 from opsd_train.rewards import Rewards
 from opsd_train.step_stats import StepStats
 from opsd_train.trajectories import Trajectories
-from opsd_train.world import World
 
 
 class HeldOut:

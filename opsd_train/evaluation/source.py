@@ -16,6 +16,7 @@ from opsd_train.checkpoint import Checkpoints
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, config_from, load_recipe
 from opsd_train.config.schema import ModelConfig
+from opsd_train.distributed.context import World
 from opsd_train.evaluation.settings import EvalConfig
 from opsd_train.export import load_weights
 from opsd_train.model import Policy, load_generation_config, load_model
@@ -23,7 +24,6 @@ from opsd_train.rollout import Engine
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.transformers_engine import TransformersEngine
 from opsd_train.rollout.vllm_model import VllmModel, base_weights, import_vllm
-from opsd_train.world import World
 
 
 @dataclass(frozen=True)

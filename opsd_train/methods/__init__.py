@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opsd_train.config.load import Config
+from opsd_train.distributed.context import World
 from opsd_train.methods.base import Method
 from opsd_train.methods.context_distill import ContextDistill
 from opsd_train.methods.distill import Distill
@@ -13,7 +14,6 @@ from opsd_train.methods.opsd import Opsd
 from opsd_train.methods.sft import Sft
 from opsd_train.methods.star import Star
 from opsd_train.model import Policy, load_teacher
-from opsd_train.world import World
 
 METHODS = {
     "opsd": Opsd,

@@ -17,7 +17,7 @@ from torch import nn
 
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
-from opsd_train.parallel import whole
+from opsd_train.distributed.fsdp import whole
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.vllm_model import VllmModel, base_weights, import_vllm

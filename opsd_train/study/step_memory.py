@@ -23,13 +23,13 @@ import torch
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, config_from, load_recipe
+from opsd_train.distributed.context import resolve_device
 from opsd_train.dry_run import expected
 from opsd_train.metrics import replace_file
 from opsd_train.model import load_model_config
 from opsd_train.study.base import copy_words
 from opsd_train.study.one_step import METHODS, StepMethod
 from opsd_train.study.settings import load_shared
-from opsd_train.world import resolve_device
 
 LOGIT_BYTES = 56
 """Plain logits at their fullest, per token and vocabulary entry, counted in generalized_jsd.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from opsd_train.world import World, start
+from opsd_train.distributed.context import World, start
 
 SIZE = 2
 PATIENCE = 120  # seconds; a rank that waits for another one waits for ever ...

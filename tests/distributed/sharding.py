@@ -14,11 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from opsd_kernels import fused_linear_cross_entropy
 from opsd_train.config.errors import UserError
+from opsd_train.distributed.context import World
 from opsd_train.evaluation.grading import Answer
 from opsd_train.families import LmHead, lm_head
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.trainer import Trainer
-from opsd_train.world import World
 
 PROMPT = [5, 17, 40, 9]
 LONG = Sampling(60)

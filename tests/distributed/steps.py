@@ -14,11 +14,11 @@ from torch import Tensor
 from verdicts import made_up
 
 from opsd_train.clock import Clock
+from opsd_train.distributed.context import World
+from opsd_train.distributed.fsdp import whole
 from opsd_train.evaluation.grading import Answer
-from opsd_train.parallel import whole
 from opsd_train.run_folder import RunFolder
 from opsd_train.trainer import Trainer
-from opsd_train.world import World
 
 BASE = ["steps=2", "micro_batch_tokens=1000", "evaluation.problems=0", "optim.grad_clip=1e9"]
 

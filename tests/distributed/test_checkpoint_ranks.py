@@ -16,11 +16,11 @@ from verdicts import made_up
 from opsd_train.checkpoint import Checkpoints
 from opsd_train.clock import Clock
 from opsd_train.config.errors import UserError
-from opsd_train.parallel import whole
+from opsd_train.distributed.context import World
+from opsd_train.distributed.fsdp import whole
 from opsd_train.run import Run
 from opsd_train.run_folder import RunFolder
 from opsd_train.trainer import Trainer
-from opsd_train.world import World
 
 pytestmark = pytest.mark.dist
 

@@ -12,7 +12,7 @@ import yaml
 from tiny import recipe
 from torch import distributed
 
-from opsd_train.world import World, start
+from opsd_train.distributed.context import World, start
 
 pytestmark = pytest.mark.dist
 

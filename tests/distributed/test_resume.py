@@ -24,7 +24,7 @@ from course import assert_same_course, rows, timeless
 from tiny import recipe
 
 from opsd_train.checkpoint import Checkpoints
-from opsd_train.world import World
+from opsd_train.distributed.context import World
 
 ROOT = Path(__file__).parents[2]
 EVERY = 2

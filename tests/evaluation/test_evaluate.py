@@ -13,6 +13,7 @@ from opsd_train import cli
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.data import load_problems
+from opsd_train.distributed.context import World
 from opsd_train.evaluation import evaluate as evaluation
 from opsd_train.evaluation.evaluate import evaluate, print_difference, regrade
 from opsd_train.evaluation.generate import generate
@@ -22,7 +23,6 @@ from opsd_train.evaluation.source import find_source
 from opsd_train.evaluation.store import GenerationFile, Store
 from opsd_train.export import export
 from opsd_train.rollout.transformers_engine import TransformersEngine
-from opsd_train.world import World
 
 SMALL = (
     "model.dtype=float32",

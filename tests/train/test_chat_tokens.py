@@ -15,12 +15,12 @@ from opsd_train.chat_tokens import control_tokens, turn_end
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import PromptsConfig, RolloutConfig
 from opsd_train.data import Problem
+from opsd_train.distributed.context import World
 from opsd_train.model import load_teacher, load_tokenizer
 from opsd_train.prompts import PromptBuilder
 from opsd_train.rollout import Completion
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.trajectories import Trajectories
-from opsd_train.world import World
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 LETTERS = "abcdefghijklmnopqrstuvwxyzTISQ0123456789 .,:!?|<>/_[]()+=\n"

@@ -21,11 +21,11 @@ from opsd_train.checkpoint import Checkpoints, restore_training, training_tensor
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import to_yaml
+from opsd_train.distributed.context import World
 from opsd_train.model import Policy
 from opsd_train.run import train
 from opsd_train.trainer import Trainer
 from opsd_train.weights import save_adapter, save_weights
-from opsd_train.world import World
 
 ALONE = World(torch.device("cpu"))
 RECIPE = "steps: 3\noptim: {lr: 0.01, schedule: constant}\n"

@@ -7,10 +7,10 @@ import pytest
 from course import assert_same_course, rows, timeless
 from tiny import config
 
+from opsd_train.distributed.signals import StopRequest
 from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.evaluation.intervals import wilson
 from opsd_train.run import train
-from opsd_train.stopping import StopRequest
 
 CHANGES = ("steps=5", "evaluation.every=2", "optim.lr=5e-2")
 

@@ -20,10 +20,10 @@ from transformers import (
 from opsd_train import cli
 from opsd_train.checkpoint import Checkpoints, training_tensors
 from opsd_train.config.load import Config, to_yaml
+from opsd_train.distributed.context import World
 from opsd_train.export import export
 from opsd_train.model import Policy, load_policy, load_tokenizer
 from opsd_train.weights import save_adapter
-from opsd_train.world import World
 
 ALONE = World(torch.device("cpu"))
 TOKENS = torch.arange(10, 60)[None]

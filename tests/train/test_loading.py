@@ -11,11 +11,11 @@ from tiny import config, make_tokenizer, recipe, save_model
 
 from opsd_train import cli, families, model
 from opsd_train.config.errors import UserError
+from opsd_train.distributed.context import World
 from opsd_train.dry_run import dry_run
 from opsd_train.export import export
 from opsd_train.model import attention, load_model, load_policy, load_teacher, load_tokenizer
 from opsd_train.run import train
-from opsd_train.world import World
 
 ALONE = World(torch.device("cpu"))
 

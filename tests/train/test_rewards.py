@@ -16,6 +16,7 @@ from opsd_train import trainer as training
 from opsd_train.clock import Clock
 from opsd_train.config.schema import DataConfig
 from opsd_train.data import Problem, load_problems
+from opsd_train.distributed.context import World
 from opsd_train.evaluation import evaluate as evaluation
 from opsd_train.evaluation import workers
 from opsd_train.evaluation.grading import Grade, Grader
@@ -26,7 +27,6 @@ from opsd_train.methods import METHODS
 from opsd_train.rewards import Rewards, failures, grading_processes, is_correct
 from opsd_train.run_folder import RunFolder
 from opsd_train.trainer import Trainer
-from opsd_train.world import World
 
 MINUS = "\u2212"
 

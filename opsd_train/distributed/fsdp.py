@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from opsd_train.distributed.context import World
 from opsd_train.families import layers
-from opsd_train.world import World
 
 
 def shard(core: nn.Module, world: World, mode: str, dtype: torch.dtype) -> None:
