@@ -8,8 +8,8 @@ from typing import Any
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config
+from opsd_train.data.prompts import Measured
 from opsd_train.methods import METHODS
-from opsd_train.prompts import Measured
 
 
 @dataclass(frozen=True)

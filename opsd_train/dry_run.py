@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 
 from opsd_kernels import plan
 from opsd_train.adapters import add_adapters
-from opsd_train.batches import Sample, micro_batches
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, to_yaml
 from opsd_train.config.schema import GrpoConfig, LoraConfig, ModelConfig, OpsdConfig
 from opsd_train.context_checks import check_context, heldout_sides
-from opsd_train.data import Problem, load_problems
+from opsd_train.data.batches import Sample, micro_batches
+from opsd_train.data.problems import Problem, load_problems
+from opsd_train.data.prompts import Measured, PromptBuilder
 from opsd_train.distributed.context import resolve_device
 from opsd_train.memory import Generation, Phase, Setup, Sizes, Work, predict, sizes_of
 from opsd_train.methods import METHODS
@@ -27,7 +28,6 @@ from opsd_train.model import (
     load_model_config,
     load_tokenizer,
 )
-from opsd_train.prompts import Measured, PromptBuilder
 
 _MIB = 2**20
 

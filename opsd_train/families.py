@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opsd_train.batches import Batch, make_batch
 from opsd_train.config.errors import UserError
+from opsd_train.data.batches import Batch, make_batch
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from transformers.utils import is_flash_attn_2_available
 
 from opsd_train import swiglu
 from opsd_train.adapters import add_adapters, left_out
-from opsd_train.batches import Batch, make_batch
-from opsd_train.chat_tokens import warn_of_other_turn_end
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config
+from opsd_train.data.batches import Batch, make_batch
+from opsd_train.data.chat_tokens import warn_of_other_turn_end
 from opsd_train.distributed.context import World, resolve_device
 from opsd_train.distributed.fsdp import gathered, shard, shard_layers
 from opsd_train.families import LmHead, completion_hidden, lm_head, packs, prove

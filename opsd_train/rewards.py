@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from opsd_train.batches import Sample
-from opsd_train.data import Problem
+from opsd_train.data.batches import Sample
+from opsd_train.data.problems import Problem
 from opsd_train.distributed.context import World
 from opsd_train.evaluation.grading import Answer, Grade, Grader, Pending, grade_one
 

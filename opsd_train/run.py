@@ -15,8 +15,8 @@ from opsd_train.checkpoint import Checkpoints, Loaded, restore_training, trainin
 from opsd_train.clock import Clock, peak_memory_mib
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, to_yaml
-from opsd_train.data import majority_answer
-from opsd_train.data_fingerprint import difference
+from opsd_train.data.fingerprint import difference
+from opsd_train.data.problems import majority_answer
 from opsd_train.distributed.context import start
 from opsd_train.distributed.signals import StopRequest, stop_requests
 from opsd_train.evaluation.accuracy import over_checkpoints

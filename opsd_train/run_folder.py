@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from opsd_train.batches import Sample
+from opsd_train.data.batches import Sample
 from opsd_train.distributed.context import World
 
 

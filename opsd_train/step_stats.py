@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_train.batches import Sample
+from opsd_train.data.batches import Sample
 from opsd_train.sample_table import token_pieces
 
 # Columns of the methods whose means are logged, and the names they are logged under.

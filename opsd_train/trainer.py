@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 
-from opsd_train.batches import Sample, even_groups
 from opsd_train.clock import Clock, peak_memory_mib
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config
 from opsd_train.context_checks import check_context, heldout_sides
-from opsd_train.data import load_problems
-from opsd_train.data_fingerprint import fingerprint
+from opsd_train.data.batches import Sample, even_groups
+from opsd_train.data.fingerprint import fingerprint
+from opsd_train.data.order import make_sampler
+from opsd_train.data.problems import load_problems
+from opsd_train.data.prompts import PromptBuilder
+from opsd_train.data.seeds import stable_seed
 from opsd_train.distributed.context import World
 from opsd_train.distributed.fsdp import set_last_backward, whole
 from opsd_train.evaluation.grading import Grader, Pending
@@ -28,12 +31,9 @@ from opsd_train.evaluation.heldout import HeldOut
 from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
 from opsd_train.model import load_policy, load_tokenizer
-from opsd_train.prompts import PromptBuilder
 from opsd_train.rewards import Rewards, failures, grading_processes, with_grades
 from opsd_train.rollout.engines import make_engine
 from opsd_train.run_folder import RunFolder
-from opsd_train.sampler import make_sampler
-from opsd_train.seeds import stable_seed
 from opsd_train.step_stats import StepStats
 from opsd_train.trajectories import Trajectories
 from opsd_train.watch import Watch

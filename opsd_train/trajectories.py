@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from opsd_train.batches import Sample
 from opsd_train.config.load import Config
-from opsd_train.data import Problem
+from opsd_train.data.batches import Sample
+from opsd_train.data.problems import Problem
+from opsd_train.data.prompts import PromptBuilder
+from opsd_train.data.seeds import stable_seed
 from opsd_train.methods.base import Method
-from opsd_train.prompts import PromptBuilder
 from opsd_train.rollout import Completion, Engine, Request, Sampling
 from opsd_train.rollout.agreement import check_agreement
-from opsd_train.seeds import stable_seed
 
 Job = tuple[int, Problem, int]  # position in the step, problem, which of its samples
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from opsd_train.data.seeds import stable_seed
 from opsd_train.distributed.context import World
 from opsd_train.evaluation.asking import Asking, check_context
 from opsd_train.evaluation.sets import EvalProblem
@@ -17,7 +18,6 @@ from opsd_train.evaluation.source import Source, open_engine
 from opsd_train.evaluation.store import GenerationFile, Key, Rows, Store
 from opsd_train.model import load_model_config
 from opsd_train.rollout import Completion, Request, Sampling
-from opsd_train.seeds import stable_seed
 
 _VLLM_BATCH = 256  # completions between two writes; vLLM itself fills its batches from them
 

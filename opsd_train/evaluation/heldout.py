@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from opsd_train.batches import Sample, even_groups
 from opsd_train.config.load import Config
-from opsd_train.data import Problem
+from opsd_train.data.batches import Sample, even_groups
+from opsd_train.data.problems import Problem
+from opsd_train.data.prompts import PromptBuilder
 from opsd_train.distributed.context import World
 from opsd_train.evaluation.accuracy import Evaluation
 from opsd_train.methods.base import Method
-from opsd_train.prompts import PromptBuilder
 from opsd_train.rewards import Rewards
 from opsd_train.step_stats import StepStats
 from opsd_train.trajectories import Trajectories

@@ -11,16 +11,16 @@ from typing import Any
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, config_from, load_recipe, suggest
 from opsd_train.config.schema import ColumnsConfig, DataConfig
-from opsd_train.data import (
+from opsd_train.data.files import is_data_file
+from opsd_train.data.fingerprint import difference, fingerprint, recorded
+from opsd_train.data.problems import (
     load_problems,
     problems_from_rows,
     task_entries,
     task_registry,
 )
-from opsd_train.data_files import is_data_file
-from opsd_train.data_fingerprint import difference, fingerprint, recorded
+from opsd_train.data.seeds import stable_seed
 from opsd_train.evaluation.settings import EvalConfig, FileColumnsConfig
-from opsd_train.seeds import stable_seed
 
 HELDOUT = "heldout"
 

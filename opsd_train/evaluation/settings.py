@@ -17,7 +17,7 @@ from opsd_train.config.schema import (
     RolloutConfig,
     section,
 )
-from opsd_train.data_files import is_data_file
+from opsd_train.data.files import is_data_file
 
 
 @section

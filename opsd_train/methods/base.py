@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from opsd_train.batches import Sample
 from opsd_train.config.load import Config
+from opsd_train.data.batches import Sample
 from opsd_train.model import Policy
 
 Stats = dict[str, Tensor]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from opsd_train.batches import Sample
+from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import cross_entropy
 

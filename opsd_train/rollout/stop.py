@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from opsd_train.chat_tokens import turn_end
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import RolloutConfig
+from opsd_train.data.chat_tokens import turn_end
 
 
 def stop_ids(tokenizer: Any, generation_config: Any, config: RolloutConfig) -> list[int]:

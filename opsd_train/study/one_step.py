@@ -24,16 +24,16 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from opsd_kernels import reference
-from opsd_train.batches import Sample
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, config_from
-from opsd_train.data import load_problems
+from opsd_train.data.batches import Sample
+from opsd_train.data.problems import load_problems
+from opsd_train.data.prompts import PromptBuilder
 from opsd_train.distributed.context import World, resolve_device
 from opsd_train.families import LmHead
 from opsd_train.methods import make_method
 from opsd_train.methods.base import Method
 from opsd_train.model import Policy, load_policy, load_tokenizer
-from opsd_train.prompts import PromptBuilder
 
 StepMethod = Literal["ours", "plain"]
 METHODS: tuple[StepMethod, ...] = ("ours", "plain")

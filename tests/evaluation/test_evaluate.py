@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opsd_train import cli
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
-from opsd_train.data import load_problems
+from opsd_train.data.problems import load_problems
 from opsd_train.distributed.context import World
 from opsd_train.evaluation import evaluate as evaluation
 from opsd_train.evaluation.evaluate import evaluate, print_difference, regrade

@@ -8,7 +8,7 @@ import pytest
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
-from opsd_train.data import load_problems
+from opsd_train.data.problems import load_problems
 from opsd_train.evaluation.sets import load_set, set_label
 from opsd_train.evaluation.settings import EvalConfig
 from tests.train.tiny import config as run_config

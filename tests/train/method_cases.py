@@ -12,10 +12,10 @@ from tiny import config, make_model
 from torch import Tensor, nn
 
 from opsd_train.adapters import add_adapters
-from opsd_train.batches import Sample, micro_batches
 from opsd_train.config.load import Config
 from opsd_train.config.schema import GrpoConfig, LoraConfig, LossConfig
-from opsd_train.data import Problem
+from opsd_train.data.batches import Sample, micro_batches
+from opsd_train.data.problems import Problem
 from opsd_train.methods import METHODS
 from opsd_train.methods.base import Method, Stats
 from opsd_train.model import Policy

@@ -11,13 +11,13 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from opsd_train import trajectories as trajectories_module
-from opsd_train.chat_tokens import control_tokens, turn_end
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import PromptsConfig, RolloutConfig
-from opsd_train.data import Problem
+from opsd_train.data.chat_tokens import control_tokens, turn_end
+from opsd_train.data.problems import Problem
+from opsd_train.data.prompts import PromptBuilder
 from opsd_train.distributed.context import World
 from opsd_train.model import load_teacher, load_tokenizer
-from opsd_train.prompts import PromptBuilder
 from opsd_train.rollout import Completion
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.trajectories import Trajectories

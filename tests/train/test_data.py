@@ -9,7 +9,7 @@ import pytest
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import ColumnsConfig, DataConfig
-from opsd_train.data import Problem, load_problems, majority_answer
+from opsd_train.data.problems import Problem, load_problems, majority_answer
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 

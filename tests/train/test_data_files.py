@@ -10,7 +10,7 @@ from tiny import recipe
 from opsd_train import cli
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import DataConfig
-from opsd_train.data import load_problems
+from opsd_train.data.problems import load_problems
 from opsd_train.evaluation.sets import load_set
 from opsd_train.evaluation.settings import EvalConfig, default_folder
 

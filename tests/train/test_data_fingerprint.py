@@ -10,8 +10,8 @@ from tiny import recipe
 
 from opsd_train import cli
 from opsd_train.config.errors import UserError
-from opsd_train.data import Problem
-from opsd_train.data_fingerprint import difference, fingerprint
+from opsd_train.data.fingerprint import difference, fingerprint
+from opsd_train.data.problems import Problem
 from opsd_train.evaluation.sets import load_set
 from opsd_train.evaluation.settings import EvalConfig
 

@@ -23,8 +23,8 @@ from method_cases import (
     truth,
 )
 
-from opsd_train.batches import Sample
 from opsd_train.config.schema import GrpoConfig
+from opsd_train.data.batches import Sample
 from opsd_train.methods.grpo import Constants, surrogate
 
 ALL = (*GRPO, "grpo.mask_truncated=false")

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_kernels.backends import blocked_torch, cpp_backend
 from opsd_kernels.testing import assert_close
-from opsd_train.batches import even_groups, micro_batches
+from opsd_train.data.batches import even_groups, micro_batches
 from opsd_train.distributed.context import World
 from opsd_train.methods import METHODS
 from opsd_train.methods import common as losses

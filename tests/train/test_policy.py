@@ -21,8 +21,8 @@ from tiny import make_model
 from torch import Tensor
 
 from opsd_train.adapters import add_adapters
-from opsd_train.batches import even_groups, make_batch, micro_batches
 from opsd_train.config.errors import UserError
+from opsd_train.data.batches import even_groups, make_batch, micro_batches
 from opsd_train.distributed.context import World
 from opsd_train.distributed.fsdp import Snapshot
 from opsd_train.families import completion_hidden, lm_head

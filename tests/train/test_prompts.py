@@ -7,8 +7,8 @@ from tiny import CHAT, make_tokenizer
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import PromptsConfig
-from opsd_train.data import Problem
-from opsd_train.prompts import PromptBuilder
+from opsd_train.data.problems import Problem
+from opsd_train.data.prompts import PromptBuilder
 
 PROBLEM = Problem("p-1", "2 + 3 =", "5", "2 + 3 is 5")
 THINKING = CHAT + (

@@ -11,8 +11,8 @@ from verdicts import made_up
 
 from opsd_train import run
 from opsd_train.config.load import Config, config_from, load_recipe, recipe_names
-from opsd_train.data import Problem
-from opsd_train.prompts import PromptBuilder
+from opsd_train.data.problems import Problem
+from opsd_train.data.prompts import PromptBuilder
 
 PAPER = [name for name in recipe_names() if name.startswith("paper/")]
 DEMO = [name for name in recipe_names() if name.startswith("demo/")]

@@ -15,7 +15,7 @@ from opsd_train import run
 from opsd_train import trainer as training
 from opsd_train.clock import Clock
 from opsd_train.config.schema import DataConfig
-from opsd_train.data import Problem, load_problems
+from opsd_train.data.problems import Problem, load_problems
 from opsd_train.distributed.context import World
 from opsd_train.evaluation import evaluate as evaluation
 from opsd_train.evaluation import workers

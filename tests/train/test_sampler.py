@@ -8,9 +8,9 @@ import pytest
 
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.config.schema import CurriculumConfig
-from opsd_train.data import Problem
-from opsd_train.sampler import FLOOR, Curriculum, Shuffled, make_sampler
-from opsd_train.seeds import stable_seed
+from opsd_train.data.order import FLOOR, Curriculum, Shuffled, make_sampler
+from opsd_train.data.problems import Problem
+from opsd_train.data.seeds import stable_seed
 
 
 def problems(count: int) -> list[Problem]:

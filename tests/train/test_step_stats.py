@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny import make_tokenizer
 
-from opsd_train.batches import Sample
-from opsd_train.data import Problem
+from opsd_train.data.batches import Sample
+from opsd_train.data.problems import Problem
 from opsd_train.sample_table import largest, token_pieces
 from opsd_train.step_stats import MOST_POSITIONS, StepStats
 

@@ -11,9 +11,9 @@ from typing import Any
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import suggest
 from opsd_train.config.schema import DataConfig
-from opsd_train.data_files import shown
-from opsd_train.data_rows import texts_from_rows
-from opsd_train.distinct import Distinct, normal_form
+from opsd_train.data.distinct import Distinct, normal_form
+from opsd_train.data.files import shown
+from opsd_train.data.rows import texts_from_rows
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opsd_train.config.errors import UserError
-from opsd_train.data import Problem
+from opsd_train.data.problems import Problem
 from opsd_train.distributed.context import World
 
 

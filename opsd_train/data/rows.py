@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import DataConfig
-from opsd_train.data_files import MESSAGES, Row, read_rows, role_columns, short, shown
+from opsd_train.data.files import MESSAGES, Row, read_rows, role_columns, short, shown
 
 Texts = dict[str, str]  # by role: question, answer, solution
 

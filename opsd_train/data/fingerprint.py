@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from opsd_train.data import Problem
-from opsd_train.data_files import shown
+from opsd_train.data.files import shown
+from opsd_train.data.problems import Problem
 
 _BYTES = 8  # of a problem's hash
 _PARTS = ("train", "heldout")

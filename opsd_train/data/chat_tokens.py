@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from opsd_train.config.errors import UserError
-from opsd_train.data import Problem
+from opsd_train.data.problems import Problem
 
 THINKING = ("<think>", "</think>")
 _MARK = "\ufdd0"  # Unicode keeps it out of texts

@@ -8,8 +8,8 @@ from typing import Any
 
 from opsd_train.config.load import Config
 from opsd_train.config.schema import CurriculumConfig
-from opsd_train.data import Problem
-from opsd_train.seeds import stable_seed
+from opsd_train.data.problems import Problem
+from opsd_train.data.seeds import stable_seed
 
 FLOOR = 0.02  # of the largest weight possible: a problem far from the target still comes up
 

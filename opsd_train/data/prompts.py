@@ -11,10 +11,10 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
-from opsd_train.chat_tokens import THINKING, ControlTokens, turn_end
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import PromptsConfig
-from opsd_train.data import Problem
+from opsd_train.data.chat_tokens import THINKING, ControlTokens, turn_end
+from opsd_train.data.problems import Problem
 
 _NAMES = {"student": "student prompt", "teacher": "teacher prompt", "solution": "solution"}
 PROBE = Problem(id="probe", question="1 + 1 =", answer="2", solution="1 + 1 = 2")

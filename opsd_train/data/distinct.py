@@ -4,7 +4,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
-from opsd_train.data_files import short
+from opsd_train.data.files import short
 
 
 class Distinct:
