@@ -17,8 +17,8 @@ from opsd_train.config.load import config_from, load_recipe
 from opsd_train.data.batches import make_batch
 from opsd_train.data.problems import load_problems
 from opsd_train.data.prompts import PromptBuilder
-from opsd_train.families import completion_hidden, lm_head
-from opsd_train.model import Policy, load_model, load_tokenizer
+from opsd_train.model.families import completion_hidden, lm_head
+from opsd_train.model.policy import Policy, load_model, load_tokenizer
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine
 

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
 from opsd_train.config.changes import refuse_changes
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import World
-from opsd_train.model import Policy
+from opsd_train.model.policy import Policy
 
 # DCP says so even where it was told that the process is alone.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")

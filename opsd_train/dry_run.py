@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opsd_kernels import plan
-from opsd_train.adapters import add_adapters
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, to_yaml
 from opsd_train.config.schema import GrpoConfig, LoraConfig, ModelConfig, OpsdConfig
@@ -23,7 +22,8 @@ from opsd_train.distributed.context import resolve_device
 from opsd_train.memory import Generation, Phase, Setup, Sizes, Work, predict, sizes_of
 from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
-from opsd_train.model import (
+from opsd_train.model.adapters import add_adapters
+from opsd_train.model.policy import (
     attention,
     load_model_config,
     load_tokenizer,

@@ -17,7 +17,7 @@ from opsd_train.checkpoint import Checkpoints
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, config_from, load_recipe
 from opsd_train.distributed.context import World
-from opsd_train.model import load_model, load_tokenizer
+from opsd_train.model.policy import load_model, load_tokenizer
 from opsd_train.weights import write_model
 
 

@@ -30,7 +30,7 @@ from opsd_train.evaluation.grading import Grader, Pending
 from opsd_train.evaluation.heldout import HeldOut
 from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
-from opsd_train.model import load_policy, load_tokenizer
+from opsd_train.model.policy import load_policy, load_tokenizer
 from opsd_train.rewards import Rewards, failures, grading_processes, with_grades
 from opsd_train.rollout.engines import make_engine
 from opsd_train.run_folder import RunFolder

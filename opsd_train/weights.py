@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opsd_train.distributed.context import World
 from opsd_train.distributed.fsdp import whole
-from opsd_train.model import Policy
+from opsd_train.model.policy import Policy
 
 
 def save_weights(policy: Policy, tokenizer: Any, run_dir: Path, world: World) -> Path:

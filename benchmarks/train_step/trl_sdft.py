@@ -17,7 +17,7 @@ from benchmarks.train_step.steps import Step, StepHooks, trainable_dtypes
 from benchmarks.train_step.workload import Workload
 from opsd_train.config.load import Config
 from opsd_train.distributed.context import resolve_device
-from opsd_train.model import load_model
+from opsd_train.model.policy import load_model
 
 
 class TrlSdft:

@@ -14,7 +14,7 @@ from opsd_train.config.load import Config, config_from, load_recipe
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.data.prompts import PromptBuilder
-from opsd_train.model import load_tokenizer
+from opsd_train.model.policy import load_tokenizer
 
 _RECIPE = "demo/opsd"
 

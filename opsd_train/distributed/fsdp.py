@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from opsd_train.distributed.context import World
-from opsd_train.families import layers
+from opsd_train.model.families import layers
 
 
 def shard(core: nn.Module, world: World, mode: str, dtype: torch.dtype) -> None:

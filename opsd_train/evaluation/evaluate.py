@@ -38,7 +38,7 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
     from opsd_train.evaluation.asking import Asking
     from opsd_train.evaluation.generate import generate, patient_barrier
     from opsd_train.evaluation.source import find_source
-    from opsd_train.model import load_tokenizer
+    from opsd_train.model.policy import load_tokenizer
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

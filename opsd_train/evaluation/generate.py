@@ -16,7 +16,7 @@ from opsd_train.evaluation.sets import EvalProblem
 from opsd_train.evaluation.settings import EvalConfig, SamplingConfig
 from opsd_train.evaluation.source import Source, open_engine
 from opsd_train.evaluation.store import GenerationFile, Key, Rows, Store
-from opsd_train.model import load_model_config
+from opsd_train.model.policy import load_model_config
 from opsd_train.rollout import Completion, Request, Sampling
 
 _VLLM_BATCH = 256  # completions between two writes; vLLM itself fills its batches from them

@@ -19,7 +19,7 @@ from opsd_train.config.schema import ModelConfig
 from opsd_train.distributed.context import World
 from opsd_train.evaluation.settings import EvalConfig
 from opsd_train.export import load_weights
-from opsd_train.model import Policy, load_generation_config, load_model
+from opsd_train.model.policy import Policy, load_generation_config, load_model
 from opsd_train.rollout import Engine
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.transformers_engine import TransformersEngine

@@ -13,7 +13,7 @@ from opsd_train.methods.grpo import Grpo
 from opsd_train.methods.opsd import Opsd
 from opsd_train.methods.sft import Sft
 from opsd_train.methods.star import Star
-from opsd_train.model import Policy, load_teacher
+from opsd_train.model.policy import Policy, load_teacher
 
 METHODS = {
     "opsd": Opsd,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opsd_train.config.load import Config
 from opsd_train.data.batches import Sample
-from opsd_train.model import Policy
+from opsd_train.model.policy import Policy
 
 Stats = dict[str, Tensor]
 

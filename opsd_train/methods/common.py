@@ -16,9 +16,9 @@ from opsd_kernels import (
 )
 from opsd_train.config.schema import LossConfig
 from opsd_train.data.batches import Sample
-from opsd_train.families import LmHead
 from opsd_train.methods.base import Stats
-from opsd_train.model import Policy, WithHead
+from opsd_train.model.families import LmHead
+from opsd_train.model.policy import Policy, WithHead
 
 
 def teacher_hidden(policy: Policy, samples: Sequence[Sample], own_prompt: bool = True) -> Tensor:

@@ -9,10 +9,10 @@ from torch import Tensor
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config
 from opsd_train.data.batches import Sample
-from opsd_train.families import lm_head
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import distillation, teacher_hidden
-from opsd_train.model import Policy
+from opsd_train.model.families import lm_head
+from opsd_train.model.policy import Policy
 
 
 class Distill(Method):

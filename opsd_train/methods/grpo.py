@@ -13,11 +13,11 @@ from opsd_kernels import fused_linear_logprob
 from opsd_train.config.load import Config
 from opsd_train.config.schema import GrpoConfig
 from opsd_train.data.batches import Sample
-from opsd_train.families import LmHead
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import head_options, student_run
 from opsd_train.methods.reference import ReferencePolicy
-from opsd_train.model import Policy
+from opsd_train.model.families import LmHead
+from opsd_train.model.policy import Policy
 
 
 @dataclass(frozen=True)

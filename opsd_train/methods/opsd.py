@@ -14,11 +14,11 @@ from torch import Tensor
 from opsd_train.config.load import Config
 from opsd_train.config.schema import OpsdConfig
 from opsd_train.data.batches import Sample
-from opsd_train.families import LmHead
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import distillation, teacher_hidden
 from opsd_train.methods.reference import ReferencePolicy
-from opsd_train.model import Policy
+from opsd_train.model.families import LmHead
+from opsd_train.model.policy import Policy
 
 Prepared = tuple[Tensor, LmHead | None]  # the teacher's hidden states (N, D); its head if another
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from opsd_train.distributed.fsdp import Snapshot
-from opsd_train.families import LmHead
-from opsd_train.model import Policy
+from opsd_train.model.families import LmHead
+from opsd_train.model.policy import Policy
 
 
 class ReferencePolicy:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from opsd_train.config.errors import UserError
-from opsd_train.families import LmHead, head_logits
-from opsd_train.model import Policy
+from opsd_train.model.families import LmHead, head_logits
+from opsd_train.model.policy import Policy
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.sampler import logprobs_of
 

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import RolloutConfig
-from opsd_train.families import LmHead, lm_head, proof_tokens, rounding, tolerance
-from opsd_train.model import Policy
+from opsd_train.model.families import LmHead, lm_head, proof_tokens, rounding, tolerance
+from opsd_train.model.policy import Policy
 from opsd_train.rollout.kv_cache import drop_rows, make_room
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.sampler import sampler, uniforms

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import ModelConfig
-from opsd_train.model import PACKAGED, unpack
+from opsd_train.model.policy import PACKAGED, unpack
 from opsd_train.rollout.request import Completion, Request, Sampling
 
 

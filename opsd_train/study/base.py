@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from opsd_train.config.schema import ModelConfig
-from opsd_train.model import PACKAGED, load_tokenizer, unpack
+from opsd_train.model.policy import PACKAGED, load_tokenizer, unpack
 
 
 def unpacked(config: ModelConfig, folder: Path) -> str:

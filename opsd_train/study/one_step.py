@@ -30,10 +30,10 @@ from opsd_train.data.batches import Sample
 from opsd_train.data.problems import load_problems
 from opsd_train.data.prompts import PromptBuilder
 from opsd_train.distributed.context import World, resolve_device
-from opsd_train.families import LmHead
 from opsd_train.methods import make_method
 from opsd_train.methods.base import Method
-from opsd_train.model import Policy, load_policy, load_tokenizer
+from opsd_train.model.families import LmHead
+from opsd_train.model.policy import Policy, load_policy, load_tokenizer
 
 StepMethod = Literal["ours", "plain"]
 METHODS: tuple[StepMethod, ...] = ("ours", "plain")

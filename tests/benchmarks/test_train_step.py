@@ -15,8 +15,8 @@ from benchmarks.train_step.steps import StepHooks
 from benchmarks.train_step.table import table
 from benchmarks.train_step.worker import make
 from benchmarks.train_step.workload import Settings, build
-from opsd_train import model as policy_model
 from opsd_train.methods import common
+from opsd_train.model import policy as policy_model
 from opsd_train.rollout import Completion
 
 TOKENS, PROMPTS = 4, 16

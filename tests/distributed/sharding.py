@@ -16,7 +16,7 @@ from opsd_kernels import fused_linear_cross_entropy
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import World
 from opsd_train.evaluation.grading import Answer
-from opsd_train.families import LmHead, lm_head
+from opsd_train.model.families import LmHead, lm_head
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.trainer import Trainer
 

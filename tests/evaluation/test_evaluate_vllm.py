@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from opsd_train.config.load import config_from, load_recipe, to_yaml
 from opsd_train.evaluation.evaluate import evaluate
 from opsd_train.evaluation.settings import EvalConfig
-from opsd_train.model import load_model, load_tokenizer
+from opsd_train.model.policy import load_model, load_tokenizer
 
 OVERRIDES = (
     "model.device=cpu",

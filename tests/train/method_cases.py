@@ -11,14 +11,14 @@ import torch
 from tiny import config, make_model
 from torch import Tensor, nn
 
-from opsd_train.adapters import add_adapters
 from opsd_train.config.load import Config
 from opsd_train.config.schema import GrpoConfig, LoraConfig, LossConfig
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem
 from opsd_train.methods import METHODS
 from opsd_train.methods.base import Method, Stats
-from opsd_train.model import Policy
+from opsd_train.model.adapters import add_adapters
+from opsd_train.model.policy import Policy
 
 PAD, VOCAB, TEACHER_VOCAB = 0, 261, 288
 LORA = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])

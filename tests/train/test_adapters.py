@@ -10,9 +10,9 @@ from method_cases import LORA
 from tiny import make_model
 from torch import nn
 
-from opsd_train.adapters import add_adapters, left_out
 from opsd_train.config.errors import UserError
-from opsd_train.model import Policy
+from opsd_train.model.adapters import add_adapters, left_out
+from opsd_train.model.policy import Policy
 
 
 def refusal(model: nn.Module, targets: list[str] | str) -> str:

@@ -17,7 +17,7 @@ from opsd_train.data.chat_tokens import control_tokens, turn_end
 from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import PromptBuilder
 from opsd_train.distributed.context import World
-from opsd_train.model import load_teacher, load_tokenizer
+from opsd_train.model.policy import load_teacher, load_tokenizer
 from opsd_train.rollout import Completion
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.trajectories import Trajectories

@@ -16,13 +16,13 @@ from tiny import config, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from opsd_train import cli
-from opsd_train.adapters import add_adapters
 from opsd_train.checkpoint import Checkpoints, restore_training, training_tensors
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import to_yaml
 from opsd_train.distributed.context import World
-from opsd_train.model import Policy
+from opsd_train.model.adapters import add_adapters
+from opsd_train.model.policy import Policy
 from opsd_train.run import train
 from opsd_train.trainer import Trainer
 from opsd_train.weights import save_adapter, save_weights

@@ -22,7 +22,7 @@ from tiny import make_model, make_tokenizer
 
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import World
-from opsd_train.model import Policy, load_teacher, load_tokenizer
+from opsd_train.model.policy import Policy, load_teacher, load_tokenizer
 
 CPU = World(torch.device("cpu"))
 ON_POLICY = CASES["distill"]

@@ -14,13 +14,13 @@ from family_models import make_family
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks import resident
-from opsd_train.adapters import add_adapters
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import LoraConfig
 from opsd_train.dry_run import dry_run, expected
 from opsd_train.memory import saved_per_token, sizes_of
-from opsd_train.model import Policy
-from opsd_train.swiglu import save_memory
+from opsd_train.model.adapters import add_adapters
+from opsd_train.model.policy import Policy
+from opsd_train.model.swiglu import save_memory
 
 TESTS = Path(__file__).parent
 # Tensors of 64 KiB and more leave the resident set when they are freed.

@@ -22,7 +22,7 @@ from opsd_train.checkpoint import Checkpoints, training_tensors
 from opsd_train.config.load import Config, to_yaml
 from opsd_train.distributed.context import World
 from opsd_train.export import export
-from opsd_train.model import Policy, load_policy, load_tokenizer
+from opsd_train.model.policy import Policy, load_policy, load_tokenizer
 from opsd_train.weights import save_adapter
 
 ALONE = World(torch.device("cpu"))

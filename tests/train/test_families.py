@@ -27,14 +27,14 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from opsd_kernels import fused_linear_logprob
-from opsd_train import families
-from opsd_train.adapters import add_adapters
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import LoraConfig, RolloutConfig
 from opsd_train.data.batches import make_batch
-from opsd_train.families import completion_hidden, lm_head, packs, prove
 from opsd_train.methods.common import head_options
-from opsd_train.model import Policy
+from opsd_train.model import families
+from opsd_train.model.adapters import add_adapters
+from opsd_train.model.families import completion_hidden, lm_head, packs, prove
+from opsd_train.model.policy import Policy
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine
 

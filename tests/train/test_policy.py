@@ -20,13 +20,13 @@ from method_cases import (
 from tiny import make_model
 from torch import Tensor
 
-from opsd_train.adapters import add_adapters
 from opsd_train.config.errors import UserError
 from opsd_train.data.batches import even_groups, make_batch, micro_batches
 from opsd_train.distributed.context import World
 from opsd_train.distributed.fsdp import Snapshot
-from opsd_train.families import completion_hidden, lm_head
-from opsd_train.model import Policy, load_policy, load_tokenizer
+from opsd_train.model.adapters import add_adapters
+from opsd_train.model.families import completion_hidden, lm_head
+from opsd_train.model.policy import Policy, load_policy, load_tokenizer
 
 CPU = World(torch.device("cpu"))
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

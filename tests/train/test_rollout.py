@@ -14,7 +14,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GenerationConfig
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import RolloutConfig
-from opsd_train.model import Policy
+from opsd_train.model.policy import Policy
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.rollout.sampler import draw
 from opsd_train.rollout.stop import stop_ids

@@ -17,7 +17,7 @@ from method_cases import (
 )
 from transformers import Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
-from opsd_train.model import Policy
+from opsd_train.model.policy import Policy
 
 POLICIES = pytest.mark.parametrize(
     "policy",

@@ -8,7 +8,7 @@ from tiny import make_model
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from opsd_train.swiglu import save_memory
+from opsd_train.model.swiglu import save_memory
 
 IDS = torch.arange(24).view(2, 12)
 

@@ -21,7 +21,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.data.seeds import stable_seed
 from opsd_train.distributed.context import World, resolve_device
 from opsd_train.methods.opsd import Opsd
-from opsd_train.model import check_vocabulary
+from opsd_train.model.policy import check_vocabulary
 from opsd_train.run import train
 from opsd_train.run_folder import RunFolder, claim, release
 from opsd_train.trainer import Trainer

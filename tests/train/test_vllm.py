@@ -84,7 +84,7 @@ def test_without_vllm_the_fix_is_named(tmp_path, monkeypatch):
 def smollm(tmp_path_factory):
     """Model, tokenizer, prompts and one engine: it takes half a minute to start."""
     pytest.importorskip("vllm", reason="make vllm")
-    from opsd_train.model import load_model, load_tokenizer
+    from opsd_train.model.policy import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
     model = adapted(

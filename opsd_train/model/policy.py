@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers.utils import is_flash_attn_2_available
 
-from opsd_train import swiglu
-from opsd_train.adapters import add_adapters, left_out
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config
@@ -32,7 +30,9 @@ from opsd_train.data.batches import Batch, make_batch
 from opsd_train.data.chat_tokens import warn_of_other_turn_end
 from opsd_train.distributed.context import World, resolve_device
 from opsd_train.distributed.fsdp import gathered, shard, shard_layers
-from opsd_train.families import LmHead, completion_hidden, lm_head, packs, prove
+from opsd_train.model import swiglu
+from opsd_train.model.adapters import add_adapters, left_out
+from opsd_train.model.families import LmHead, completion_hidden, lm_head, packs, prove
 
 # peft 0.21 reads an attribute that transformers 5 renamed; nothing a user can act on.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
