@@ -14,7 +14,6 @@ from opsd_kernels import plan
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, to_yaml
 from opsd_train.config.schema import GrpoConfig, LoraConfig, ModelConfig, OpsdConfig
-from opsd_train.context_checks import check_context, heldout_sides
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.data.prompts import Measured, PromptBuilder
@@ -28,6 +27,7 @@ from opsd_train.model.policy import (
     load_model_config,
     load_tokenizer,
 )
+from opsd_train.rollout.context_checks import check_context, heldout_sides
 
 _MIB = 2**20
 

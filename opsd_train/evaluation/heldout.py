@@ -14,8 +14,8 @@ from opsd_train.distributed.context import World
 from opsd_train.evaluation.accuracy import Evaluation
 from opsd_train.methods.base import Method
 from opsd_train.rewards import Rewards
+from opsd_train.rollout.trajectories import Trajectories
 from opsd_train.step_stats import StepStats
-from opsd_train.trajectories import Trajectories
 
 
 class HeldOut:

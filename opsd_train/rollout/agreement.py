@@ -11,7 +11,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.model.families import LmHead, head_logits
 from opsd_train.model.policy import Policy
 from opsd_train.rollout.request import Completion, Request, Sampling
-from opsd_train.rollout.sampler import logprobs_of
+from opsd_train.rollout.token_sampling import logprobs_of
 
 TOKENS = 64  # compared at most: their logits are the only full ones of a run
 # Mean gap, in nats a token, that rounding makes: logits of 20 are off by 0.06 in bfloat16.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from opsd_train.config.load import Config
-from opsd_train.context_checks import context_of
 from opsd_train.methods import METHODS
 from opsd_train.model.policy import Policy
 from opsd_train.rollout import Engine
+from opsd_train.rollout.context_checks import context_of
 from opsd_train.rollout.transformers_engine import TransformersEngine
 from opsd_train.rollout.vllm_engine import VllmEngine
 from opsd_train.run_folder import RunFolder

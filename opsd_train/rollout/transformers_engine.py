@@ -16,8 +16,8 @@ from opsd_train.model.families import LmHead, lm_head, proof_tokens, rounding, t
 from opsd_train.model.policy import Policy
 from opsd_train.rollout.kv_cache import drop_rows, make_room
 from opsd_train.rollout.request import Completion, Request, Sampling
-from opsd_train.rollout.sampler import sampler, uniforms
 from opsd_train.rollout.stop import stop_ids
+from opsd_train.rollout.token_sampling import sampler, uniforms
 
 
 class TransformersEngine:

@@ -9,7 +9,7 @@ from tiny import config, recipe
 
 from opsd_train import cli
 from opsd_train.rollout import transformers_engine
-from opsd_train.rollout.sampler import sampler
+from opsd_train.rollout.token_sampling import sampler
 from opsd_train.run import train
 
 SHORT = ("steps=1", "evaluation.problems=0", "rollout.max_new_tokens=12")

@@ -10,7 +10,6 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opsd_train import trajectories as trajectories_module
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import PromptsConfig, RolloutConfig
 from opsd_train.data.chat_tokens import control_tokens, turn_end
@@ -19,8 +18,9 @@ from opsd_train.data.prompts import PromptBuilder
 from opsd_train.distributed.context import World
 from opsd_train.model.policy import load_teacher, load_tokenizer
 from opsd_train.rollout import Completion
+from opsd_train.rollout import trajectories as trajectories_module
 from opsd_train.rollout.stop import stop_ids
-from opsd_train.trajectories import Trajectories
+from opsd_train.rollout.trajectories import Trajectories
 
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 LETTERS = "abcdefghijklmnopqrstuvwxyzTISQ0123456789 .,:!?|<>/_[]()+=\n"

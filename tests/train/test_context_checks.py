@@ -10,10 +10,10 @@ from tiny import make_model, make_tokenizer, recipe
 
 from opsd_train import cli
 from opsd_train.config.errors import UserError
-from opsd_train.context_checks import check_context, heldout_sides
 from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import Measured
 from opsd_train.methods import METHODS
+from opsd_train.rollout.context_checks import check_context, heldout_sides
 
 TOKENS = {"student": (30, 20), "teacher": (50, 60), "solution": (40, 45)}  # of two problems
 NEW, ANSWER = 10, 15

@@ -16,8 +16,8 @@ from opsd_train.config.errors import UserError
 from opsd_train.config.schema import RolloutConfig
 from opsd_train.model.policy import Policy
 from opsd_train.rollout import Completion, Request, Sampling
-from opsd_train.rollout.sampler import draw
 from opsd_train.rollout.stop import stop_ids
+from opsd_train.rollout.token_sampling import draw
 from opsd_train.rollout.transformers_engine import TransformersEngine
 
 PROMPTS = [[7, 30, 91], [5], [40, 2, 200, 13, 77, 120, 9], [61, 62, 63, 64], [99, 18, 3]]
