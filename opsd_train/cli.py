@@ -171,7 +171,7 @@ def _export(options: argparse.Namespace) -> None:
     words = options.words
     if not 1 <= len(words) <= 2:
         raise UserError("usage: python -m opsd_train export RUN_DIR [OUT] [--merged]")
-    from opsd_train.export import export
+    from opsd_train.checkpoint.export import export
 
     out = Path(words[1]) if len(words) > 1 else None
     print(export(Path(words[0]), out, merged=options.merged))

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers.utils import logging as transformers_logging
 
-from opsd_train.checkpoint import Checkpoints, Loaded, restore_training, training_tensors
+from opsd_train.checkpoint.save import Checkpoints, Loaded, restore_training, training_tensors
+from opsd_train.checkpoint.weights import save_adapter, save_weights
 from opsd_train.clock import Clock, peak_memory_mib
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, to_yaml
@@ -26,7 +27,6 @@ from opsd_train.rewards import failures
 from opsd_train.run_folder import RunFolder, claim, release
 from opsd_train.trackers import Tracker, open_trackers
 from opsd_train.trainer import Trainer
-from opsd_train.weights import save_adapter, save_weights
 
 
 def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:

@@ -12,13 +12,13 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from opsd_train.checkpoint import Checkpoints
+from opsd_train.checkpoint.export import load_weights
+from opsd_train.checkpoint.save import Checkpoints
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, config_from, load_recipe
 from opsd_train.config.schema import ModelConfig
 from opsd_train.distributed.context import World
 from opsd_train.evaluation.settings import EvalConfig
-from opsd_train.export import load_weights
 from opsd_train.model.policy import Policy, load_generation_config, load_model
 from opsd_train.rollout import Engine
 from opsd_train.rollout.stop import stop_ids

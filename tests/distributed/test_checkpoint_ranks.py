@@ -13,7 +13,7 @@ from tiny import config
 from torch import Tensor
 from verdicts import made_up
 
-from opsd_train.checkpoint import Checkpoints
+from opsd_train.checkpoint.save import Checkpoints
 from opsd_train.clock import Clock
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import World

@@ -23,7 +23,7 @@ import yaml
 from course import assert_same_course, rows, timeless
 from tiny import recipe
 
-from opsd_train.checkpoint import Checkpoints
+from opsd_train.checkpoint.save import Checkpoints
 from opsd_train.distributed.context import World
 
 ROOT = Path(__file__).parents[2]

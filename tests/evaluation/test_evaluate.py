@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opsd_train import cli
+from opsd_train.checkpoint.export import export
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.data.problems import load_problems
@@ -21,7 +22,6 @@ from opsd_train.evaluation.grading import grade_one
 from opsd_train.evaluation.settings import EvalConfig
 from opsd_train.evaluation.source import find_source
 from opsd_train.evaluation.store import GenerationFile, Store
-from opsd_train.export import export
 from opsd_train.rollout.transformers_engine import TransformersEngine
 
 SMALL = (

@@ -16,7 +16,8 @@ from tiny import config, make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from opsd_train import cli
-from opsd_train.checkpoint import Checkpoints, restore_training, training_tensors
+from opsd_train.checkpoint.save import Checkpoints, restore_training, training_tensors
+from opsd_train.checkpoint.weights import save_adapter, save_weights
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import to_yaml
@@ -25,7 +26,6 @@ from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
 from opsd_train.run import train
 from opsd_train.trainer import Trainer
-from opsd_train.weights import save_adapter, save_weights
 
 ALONE = World(torch.device("cpu"))
 RECIPE = "steps: 3\noptim: {lr: 0.01, schedule: constant}\n"

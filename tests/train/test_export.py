@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from opsd_train import cli
-from opsd_train.checkpoint import Checkpoints, training_tensors
+from opsd_train.checkpoint.export import export
+from opsd_train.checkpoint.save import Checkpoints, training_tensors
+from opsd_train.checkpoint.weights import save_adapter
 from opsd_train.config.load import Config, to_yaml
 from opsd_train.distributed.context import World
-from opsd_train.export import export
 from opsd_train.model.policy import Policy, load_policy, load_tokenizer
-from opsd_train.weights import save_adapter
 
 ALONE = World(torch.device("cpu"))
 TOKENS = torch.arange(10, 60)[None]
@@ -151,7 +151,7 @@ def test_refusals(tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> Non
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("opsd_train.export.write_model", full_disk)
+    monkeypatch.setattr("opsd_train.checkpoint.export.write_model", full_disk)
     assert "cannot write" in error(run, str(out), "--merged")
     assert not os.listdir(out) and not (tmp_path / "out.tmp").exists()
 

@@ -10,10 +10,10 @@ from family_models import FAMILIES, SIZES
 from tiny import config, make_tokenizer, recipe, save_model
 
 from opsd_train import cli
+from opsd_train.checkpoint.export import export
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import World
 from opsd_train.dry_run import dry_run
-from opsd_train.export import export
 from opsd_train.model import families
 from opsd_train.model import policy as model
 from opsd_train.model.policy import attention, load_model, load_policy, load_teacher, load_tokenizer

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from opsd_train.checkpoint import Checkpoints
+from opsd_train.checkpoint.save import Checkpoints
+from opsd_train.checkpoint.weights import write_model
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, config_from, load_recipe
 from opsd_train.distributed.context import World
 from opsd_train.model.policy import load_model, load_tokenizer
-from opsd_train.weights import write_model
 
 
 def export(run_dir: Path, out: Path | None = None, *, merged: bool = False) -> Path:
