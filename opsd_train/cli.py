@@ -156,7 +156,7 @@ def _recipes(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     _expect_words(options.words, "report RUN_DIR", 1)
-    from opsd_train.report import write_report
+    from opsd_train.reporting.html import write_report
 
     print(write_report(options.words[0]))
 

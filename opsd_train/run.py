@@ -13,7 +13,6 @@ from transformers.utils import logging as transformers_logging
 
 from opsd_train.checkpoint.save import Checkpoints, Loaded, restore_training, training_tensors
 from opsd_train.checkpoint.weights import save_adapter, save_weights
-from opsd_train.clock import Clock, peak_memory_mib
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, to_yaml
 from opsd_train.data.fingerprint import difference
@@ -21,11 +20,12 @@ from opsd_train.data.problems import majority_answer
 from opsd_train.distributed.context import start
 from opsd_train.distributed.signals import StopRequest, stop_requests
 from opsd_train.evaluation.accuracy import over_checkpoints
-from opsd_train.metrics import RunLogger
-from opsd_train.report import write_report
+from opsd_train.reporting.html import write_report
+from opsd_train.reporting.metrics_log import RunLogger
+from opsd_train.reporting.run_folder import RunFolder, claim, release
+from opsd_train.reporting.timers import Clock, peak_memory_mib
+from opsd_train.reporting.trackers import Tracker, open_trackers
 from opsd_train.rewards import failures
-from opsd_train.run_folder import RunFolder, claim, release
-from opsd_train.trackers import Tracker, open_trackers
 from opsd_train.trainer import Trainer
 
 

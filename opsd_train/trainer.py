@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from opsd_train.clock import Clock, peak_memory_mib
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config
 from opsd_train.data.batches import Sample, even_groups
@@ -30,13 +29,14 @@ from opsd_train.evaluation.heldout import HeldOut
 from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
 from opsd_train.model.policy import load_policy, load_tokenizer
+from opsd_train.reporting.collapse import Watch
+from opsd_train.reporting.run_folder import RunFolder
+from opsd_train.reporting.step_stats import StepStats
+from opsd_train.reporting.timers import Clock, peak_memory_mib
 from opsd_train.rewards import Rewards, failures, grading_processes, with_grades
 from opsd_train.rollout.context_checks import check_context, heldout_sides
 from opsd_train.rollout.engines import make_engine
 from opsd_train.rollout.trajectories import Trajectories
-from opsd_train.run_folder import RunFolder
-from opsd_train.step_stats import StepStats
-from opsd_train.watch import Watch
 
 STEP_PHASES = ("rollout", "grading", "teacher", "student", "optimizer")
 

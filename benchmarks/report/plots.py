@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from benchmarks.report.data import Case, Contender, Device
 from benchmarks.report.tables import DTYPES, MARK, PHASES, TIMES, slug, suspicious
-from opsd_train.plots import STYLE
+from opsd_train.reporting.plots import STYLE
 
 OURS, NEUTRAL = "#2563eb", "#64748b"
 PEERS = "#c2570c #15803d #7c3aed #db2777 #0f172a #d4a106 #0891b2 #dc2626 #7c2d12".split()

@@ -8,11 +8,11 @@ from typing import Any
 from benchmarks.train_step.meters import Phases, forward_phase
 from benchmarks.train_step.steps import Step, StepHooks, trainable_dtypes
 from benchmarks.train_step.workload import Workload
-from opsd_train.clock import Clock
 from opsd_train.distributed.context import World, resolve_device
 from opsd_train.methods import common
 from opsd_train.model import policy as model
-from opsd_train.run_folder import RunFolder
+from opsd_train.reporting.run_folder import RunFolder
+from opsd_train.reporting.timers import Clock
 from opsd_train.trainer import Trainer
 
 

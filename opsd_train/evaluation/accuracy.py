@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opsd_train.evaluation.intervals import paired_difference, wilson
+from opsd_train.reporting.intervals import paired_difference, wilson
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from opsd_train.evaluation.scores import GradedSample, compare, rows, summarise
 from opsd_train.evaluation.sets import HUB, load_set, set_label
 from opsd_train.evaluation.settings import EvalConfig, GradingConfig
 from opsd_train.evaluation.store import Evaluated, Store
-from opsd_train.metrics import duration
+from opsd_train.reporting.metrics_log import duration
 
 Scores = dict[str, Any]  # by set
 _SECONDS_BETWEEN_LINES = 30.0

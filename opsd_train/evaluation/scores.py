@@ -13,7 +13,7 @@ import numpy as np
 
 from opsd_train.config.errors import UserError
 from opsd_train.evaluation.finding import normalise
-from opsd_train.evaluation.intervals import bootstrap
+from opsd_train.reporting.intervals import bootstrap
 
 
 class GradedSample(TypedDict):

@@ -26,7 +26,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.config.load import to_yaml
 from opsd_train.evaluation.sets import EvalProblem
 from opsd_train.evaluation.settings import EvalConfig
-from opsd_train.metrics import read_rows, replace_file
+from opsd_train.reporting.metrics_log import read_rows, replace_file
 
 Rows = list[dict[str, Any]]
 Key = tuple[str, str, int]  # set, problem, sample

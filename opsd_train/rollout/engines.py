@@ -7,11 +7,11 @@ from typing import Any
 from opsd_train.config.load import Config
 from opsd_train.methods import METHODS
 from opsd_train.model.policy import Policy
+from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.rollout import Engine
 from opsd_train.rollout.context_checks import context_of
 from opsd_train.rollout.transformers_engine import TransformersEngine
 from opsd_train.rollout.vllm_engine import VllmEngine
-from opsd_train.run_folder import RunFolder
 
 
 def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolder) -> Engine:

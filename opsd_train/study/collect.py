@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from opsd_train.evaluation.sets import HELDOUT
-from opsd_train.metrics import read_rows
+from opsd_train.reporting.metrics_log import read_rows
 from opsd_train.study.diagnostics import diagnose
 from opsd_train.study.plan import Plan, Planned, Run, Sampled
 

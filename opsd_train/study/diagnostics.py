@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from opsd_train.metrics import read_rows
-from opsd_train.plots import position_means
-from opsd_train.sample_table import Pieces, Rows
+from opsd_train.reporting.metrics_log import read_rows
+from opsd_train.reporting.plots import position_means
+from opsd_train.reporting.sample_table import Pieces, Rows
 
 KINDS = ("task", "style", "end")
 MOST_TOKENS = 12

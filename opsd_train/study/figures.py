@@ -17,7 +17,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
-from opsd_train.plots import NEUTRAL, STUDENT, STYLE, TEACHER, Picture, to_picture
+from opsd_train.reporting.plots import NEUTRAL, STUDENT, STYLE, TEACHER, Picture, to_picture
 from opsd_train.study.comparison import ACCURACY, Comparison, Contrast
 from opsd_train.study.outcomes import BASE, Results
 from opsd_train.study.reading import MINUS, points

@@ -10,9 +10,9 @@ from typing import Any
 
 import jinja2
 
-from opsd_train.metrics import duration, replace_file
-from opsd_train.plots import Picture
-from opsd_train.report import visible
+from opsd_train.reporting.html import visible
+from opsd_train.reporting.metrics_log import duration, replace_file
+from opsd_train.reporting.plots import Picture
 from opsd_train.study.comparison import ACCURACY, Comparison, compare
 from opsd_train.study.figures import OWN, experiment_figures, positions
 from opsd_train.study.outcomes import Results, load_results

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from opsd_train.config.errors import UserError
-from opsd_train.metrics import replace_file
+from opsd_train.reporting.metrics_log import replace_file
 from opsd_train.study.outcomes import load_results
 from opsd_train.study.page import write_page
 from opsd_train.study.tables import readme

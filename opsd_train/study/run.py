@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import suggest
-from opsd_train.metrics import duration, replace_file
+from opsd_train.reporting.metrics_log import duration, replace_file
 from opsd_train.study.base import copy_words, unpacked
 from opsd_train.study.collect import collect, summary_of
 from opsd_train.study.jobs import BUSY, Job, run_jobs

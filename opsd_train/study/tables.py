@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opsd_train.config.errors import UserError
-from opsd_train.metrics import duration
+from opsd_train.reporting.metrics_log import duration
 from opsd_train.study.comparison import ArmResult, Comparison, compare
 from opsd_train.study.outcomes import Results
 from opsd_train.study.reading import (

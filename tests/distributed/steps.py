@@ -13,11 +13,11 @@ from tiny import config
 from torch import Tensor
 from verdicts import made_up
 
-from opsd_train.clock import Clock
 from opsd_train.distributed.context import World
 from opsd_train.distributed.fsdp import whole
 from opsd_train.evaluation.grading import Answer
-from opsd_train.run_folder import RunFolder
+from opsd_train.reporting.run_folder import RunFolder
+from opsd_train.reporting.timers import Clock
 from opsd_train.trainer import Trainer
 
 BASE = ["steps=2", "micro_batch_tokens=1000", "evaluation.problems=0", "optim.grad_clip=1e9"]

@@ -14,12 +14,12 @@ from torch import Tensor
 from verdicts import made_up
 
 from opsd_train.checkpoint.save import Checkpoints
-from opsd_train.clock import Clock
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import World
 from opsd_train.distributed.fsdp import whole
+from opsd_train.reporting.run_folder import RunFolder
+from opsd_train.reporting.timers import Clock
 from opsd_train.run import Run
-from opsd_train.run_folder import RunFolder
 from opsd_train.trainer import Trainer
 
 pytestmark = pytest.mark.dist

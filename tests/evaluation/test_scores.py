@@ -12,8 +12,8 @@ import pytest
 
 from opsd_train.config.errors import UserError
 from opsd_train.evaluation.finding import normalise
-from opsd_train.evaluation.intervals import bootstrap
 from opsd_train.evaluation.scores import GradedSample, compare, majority_at, rows, summarise
+from opsd_train.reporting.intervals import bootstrap
 
 
 def problem(name: str, answers: list[str | None], right: str = "5") -> list[GradedSample]:

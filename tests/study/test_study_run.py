@@ -13,7 +13,7 @@ import tiny
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from
-from opsd_train.metrics import read_rows
+from opsd_train.reporting.metrics_log import read_rows
 from opsd_train.study import run as study_run
 from opsd_train.study.settings import Experiment, Shared
 

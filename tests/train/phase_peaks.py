@@ -17,11 +17,11 @@ from transformers.utils import logging as transformers_logging
 from verdicts import made_up
 
 from benchmarks import resident
-from opsd_train.clock import Clock
 from opsd_train.config.load import Config, config_from
 from opsd_train.distributed.context import World, resolve_device
 from opsd_train.dry_run import expected
-from opsd_train.run_folder import RunFolder
+from opsd_train.reporting.run_folder import RunFolder
+from opsd_train.reporting.timers import Clock
 from opsd_train.trainer import Trainer
 
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

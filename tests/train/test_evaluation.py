@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from opsd_train.evaluation.intervals import Z, paired_difference, wilson
+from opsd_train.reporting.intervals import Z, paired_difference, wilson
 
 
 @pytest.mark.parametrize(("correct", "count"), [(0, 10), (3, 10), (100, 200), (48, 48)])

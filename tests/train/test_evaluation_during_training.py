@@ -9,7 +9,7 @@ from tiny import config
 
 from opsd_train.distributed.signals import StopRequest
 from opsd_train.evaluation.accuracy import over_checkpoints
-from opsd_train.evaluation.intervals import wilson
+from opsd_train.reporting.intervals import wilson
 from opsd_train.run import train
 
 CHANGES = ("steps=5", "evaluation.every=2", "optim.lr=5e-2")

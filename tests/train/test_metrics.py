@@ -9,7 +9,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opsd_train.config.errors import UserError
-from opsd_train.metrics import RunLogger, duration, summary_lines
+from opsd_train.reporting.metrics_log import RunLogger, duration, summary_lines
 
 ROW = {
     "loss": 0.5,

@@ -9,9 +9,9 @@ import pytest
 from opsd_train.cli import main
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe, to_yaml
-from opsd_train.evaluation.intervals import wilson
-from opsd_train.plots import position_means, smoothed, window_for, window_sizes
-from opsd_train.report import write_report
+from opsd_train.reporting.html import write_report
+from opsd_train.reporting.intervals import wilson
+from opsd_train.reporting.plots import position_means, smoothed, window_for, window_sizes
 
 RESULT = {"accuracy": 0.4, "interval": [0.31, 0.5], "correct": 40, "problems": 100}
 SUMMARY = {

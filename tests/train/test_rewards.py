@@ -13,7 +13,6 @@ from verdicts import Verdicts
 
 from opsd_train import run
 from opsd_train import trainer as training
-from opsd_train.clock import Clock
 from opsd_train.config.schema import DataConfig
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.distributed.context import World
@@ -24,8 +23,9 @@ from opsd_train.evaluation.sets import EvalProblem
 from opsd_train.evaluation.settings import GradingConfig
 from opsd_train.evaluation.store import GenerationFile, Store
 from opsd_train.methods import METHODS
+from opsd_train.reporting.run_folder import RunFolder
+from opsd_train.reporting.timers import Clock
 from opsd_train.rewards import Rewards, failures, grading_processes, is_correct
-from opsd_train.run_folder import RunFolder
 from opsd_train.trainer import Trainer
 
 MINUS = "\u2212"

@@ -10,8 +10,8 @@ from tiny import make_tokenizer
 
 from opsd_train.data.batches import Sample
 from opsd_train.data.problems import Problem
-from opsd_train.sample_table import largest, token_pieces
-from opsd_train.step_stats import MOST_POSITIONS, StepStats
+from opsd_train.reporting.sample_table import largest, token_pieces
+from opsd_train.reporting.step_stats import MOST_POSITIONS, StepStats
 
 TOKENIZER = make_tokenizer()
 

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from opsd_train.config.errors import UserError
-from opsd_train.trackers import open_trackers
+from opsd_train.reporting.trackers import open_trackers
 
 ROW = {"loss": 0.5, "tokens": 3, "top_tokens": [["a", 0.5, 2]], "warnings": ["!"], "kl": None}
 

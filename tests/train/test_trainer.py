@@ -16,14 +16,14 @@ from tiny import config, make_model, make_tokenizer, recipe
 from verdicts import children, wait_until_gone
 
 from opsd_train import cli
-from opsd_train.clock import Clock
 from opsd_train.config.errors import UserError
 from opsd_train.data.seeds import stable_seed
 from opsd_train.distributed.context import World, resolve_device
 from opsd_train.methods.opsd import Opsd
 from opsd_train.model.policy import check_vocabulary
+from opsd_train.reporting.run_folder import RunFolder, claim, release
+from opsd_train.reporting.timers import Clock
 from opsd_train.run import train
-from opsd_train.run_folder import RunFolder, claim, release
 from opsd_train.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

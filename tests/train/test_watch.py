@@ -6,7 +6,7 @@ import random
 import pytest
 
 from opsd_train.config.schema import WatchConfig
-from opsd_train.watch import RECENT, WATCHED, Watch
+from opsd_train.reporting.collapse import RECENT, WATCHED, Watch
 
 FIRST = [1.0, 1.2, 0.8, 1.0, 1.1, 0.9]  # mean 1, std 0.129: the band is 0.484 to 1.516
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from opsd_train.data.batches import Sample
-from opsd_train.sample_table import token_pieces
+from opsd_train.reporting.sample_table import token_pieces
 
 # Columns of the methods whose means are logged, and the names they are logged under.
 MEANS = {

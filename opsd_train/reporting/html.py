@@ -7,12 +7,12 @@ from typing import Any
 
 import jinja2
 
-from opsd_train.accuracy_plots import accuracy_figures
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import load_recipe
-from opsd_train.metrics import duration, read_rows, replace_file
-from opsd_train.plots import figures, machine_figures
-from opsd_train.sample_table import BROKEN, Rows, largest
+from opsd_train.reporting.accuracy_plots import accuracy_figures
+from opsd_train.reporting.metrics_log import duration, read_rows, replace_file
+from opsd_train.reporting.plots import figures, machine_figures
+from opsd_train.reporting.sample_table import BROKEN, Rows, largest
 
 RESULTS = (
     ("before", "Student before"),

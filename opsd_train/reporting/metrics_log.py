@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from opsd_train.config.errors import UserError
-from opsd_train.sample_table import Rows, sample_table
-from opsd_train.trackers import Tracker, numbers
+from opsd_train.reporting.sample_table import Rows, sample_table
+from opsd_train.reporting.trackers import Tracker, numbers
 
 # Shown after each step where the row has them; short, so that the bar fits in 80 columns.
 SHOWN = {

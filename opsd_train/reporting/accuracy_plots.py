@@ -8,8 +8,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from opsd_train.evaluation.intervals import wilson
-from opsd_train.plots import (
+from opsd_train.reporting.intervals import wilson
+from opsd_train.reporting.plots import (
     NEUTRAL,
     STUDENT,
     STYLE,
