@@ -20,12 +20,12 @@ from opsd_train.data.problems import majority_answer
 from opsd_train.distributed.context import start
 from opsd_train.distributed.signals import StopRequest, stop_requests
 from opsd_train.evaluation.accuracy import over_checkpoints
+from opsd_train.evaluation.rewards import failures
 from opsd_train.reporting.html import write_report
 from opsd_train.reporting.metrics_log import RunLogger
 from opsd_train.reporting.run_folder import RunFolder, claim, release
 from opsd_train.reporting.timers import Clock, peak_memory_mib
 from opsd_train.reporting.trackers import Tracker, open_trackers
-from opsd_train.rewards import failures
 from opsd_train.trainer import Trainer
 
 

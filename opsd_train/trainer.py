@@ -26,6 +26,7 @@ from opsd_train.distributed.context import World
 from opsd_train.distributed.fsdp import set_last_backward, whole
 from opsd_train.evaluation.grading import Grader, Pending
 from opsd_train.evaluation.heldout import HeldOut
+from opsd_train.evaluation.rewards import Rewards, failures, grading_processes, with_grades
 from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
 from opsd_train.model.policy import load_policy, load_tokenizer
@@ -33,7 +34,6 @@ from opsd_train.reporting.collapse import Watch
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.step_stats import StepStats
 from opsd_train.reporting.timers import Clock, peak_memory_mib
-from opsd_train.rewards import Rewards, failures, grading_processes, with_grades
 from opsd_train.rollout.context_checks import check_context, heldout_sides
 from opsd_train.rollout.engines import make_engine
 from opsd_train.rollout.trajectories import Trajectories

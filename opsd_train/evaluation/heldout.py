@@ -12,9 +12,9 @@ from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import PromptBuilder
 from opsd_train.distributed.context import World
 from opsd_train.evaluation.accuracy import Evaluation
+from opsd_train.evaluation.rewards import Rewards
 from opsd_train.methods.base import Method
 from opsd_train.reporting.step_stats import StepStats
-from opsd_train.rewards import Rewards
 from opsd_train.rollout.trajectories import Trajectories
 
 

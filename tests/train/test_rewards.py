@@ -19,13 +19,13 @@ from opsd_train.distributed.context import World
 from opsd_train.evaluation import evaluate as evaluation
 from opsd_train.evaluation import workers
 from opsd_train.evaluation.grading import Grade, Grader
+from opsd_train.evaluation.rewards import Rewards, failures, grading_processes, is_correct
 from opsd_train.evaluation.sets import EvalProblem
 from opsd_train.evaluation.settings import GradingConfig
 from opsd_train.evaluation.store import GenerationFile, Store
 from opsd_train.methods import METHODS
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.timers import Clock
-from opsd_train.rewards import Rewards, failures, grading_processes, is_correct
 from opsd_train.trainer import Trainer
 
 MINUS = "\u2212"
