@@ -143,7 +143,7 @@ def _train(options: argparse.Namespace) -> int:
         from opsd_train.run import train
 
         return train(config, resume=options.resume, shard=options.shard)
-    from opsd_train.dry_run import dry_run
+    from opsd_train.dry_run.plan import dry_run
 
     print(dry_run(config, options.shard))
     return 0

@@ -24,7 +24,7 @@ import torch
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import Config, config_from, load_recipe
 from opsd_train.distributed.context import resolve_device
-from opsd_train.dry_run import expected
+from opsd_train.dry_run.plan import expected
 from opsd_train.model.policy import load_model_config
 from opsd_train.reporting.metrics_log import replace_file
 from opsd_train.study.base import copy_words

@@ -19,7 +19,7 @@ from verdicts import made_up
 from benchmarks import resident
 from opsd_train.config.load import Config, config_from
 from opsd_train.distributed.context import World, resolve_device
-from opsd_train.dry_run import expected
+from opsd_train.dry_run.plan import expected
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.timers import Clock
 from opsd_train.trainer import Trainer

@@ -169,9 +169,9 @@ def test_how_a_study_is_started(monkeypatch):
 
 
 def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
-    module = types.ModuleType("opsd_train.dry_run")
+    module = types.ModuleType("opsd_train.dry_run.plan")
     module.dry_run = lambda config, shard: f"plan for {config.steps} steps, {shard}"
-    monkeypatch.setitem(sys.modules, "opsd_train.dry_run", module)
+    monkeypatch.setitem(sys.modules, "opsd_train.dry_run.plan", module)
     monkeypatch.setattr(opsd_train, "dry_run", module, raising=False)
     assert main(["demo/opsd", "--dry-run", "steps=900"]) == 0
     assert capsys.readouterr().out == "plan for 900 steps, full\n"

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from benchmarks import resident
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import LoraConfig
-from opsd_train.dry_run import dry_run, expected
-from opsd_train.memory import saved_per_token, sizes_of
+from opsd_train.dry_run.memory import saved_per_token, sizes_of
+from opsd_train.dry_run.plan import dry_run, expected
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
 from opsd_train.model.swiglu import save_memory

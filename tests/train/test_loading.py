@@ -13,7 +13,7 @@ from opsd_train import cli
 from opsd_train.checkpoint.export import export
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import World
-from opsd_train.dry_run import dry_run
+from opsd_train.dry_run.plan import dry_run
 from opsd_train.model import families
 from opsd_train.model import policy as model
 from opsd_train.model.policy import attention, load_model, load_policy, load_teacher, load_tokenizer

@@ -18,7 +18,7 @@ from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.data.prompts import Measured, PromptBuilder
 from opsd_train.distributed.context import resolve_device
-from opsd_train.memory import Generation, Phase, Setup, Sizes, Work, predict, sizes_of
+from opsd_train.dry_run.memory import Generation, Phase, Setup, Sizes, Work, predict, sizes_of
 from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
 from opsd_train.model.adapters import add_adapters
