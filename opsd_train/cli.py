@@ -15,7 +15,6 @@ from typing import Any
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import (
-    Config,
     Kind,
     config_from,
     known_keys,
@@ -23,6 +22,7 @@ from opsd_train.config.load import (
     recipe_description,
     recipe_names,
 )
+from opsd_train.config.schema import Config
 
 DEFAULT_RECIPE = "demo/opsd"
 PROGRAM = "python -m opsd_train"
@@ -38,11 +38,9 @@ WRONG_PLACE = {
 }
 TRAINING = "RECIPE"  # the command without a word of its own
 EVAL_USAGE = "python -m opsd_train eval MODEL_OR_RUN --set SET,SET"
-STUDY_USAGE = "python -m opsd_train study [--quick] [--only EXPERIMENT,...] [output_dir=FOLDER]"
 KINDS: dict[Kind, str] = {
     "train": "Training:",
     "eval": "Evaluation (eval --recipe):",
-    "study": "The study:",
 }
 
 USAGE = """\
@@ -58,8 +56,6 @@ python -m opsd_train eval MODEL_OR_RUN --set SET,SET [--recipe RECIPE] KEY=VALUE
     reasoning_gym, a file (.jsonl .json .csv .parquet); RECIPE: paper/eval, demo/eval or a .yaml
 python -m opsd_train eval ... --against FOLDER        and the difference to another evaluation
 python -m opsd_train eval ... --regrade               check what is kept again, without a model
-python -m opsd_train study [--quick] [--only EXPERIMENT,...] [--jobs N] [output_dir=FOLDER]
-                                              the paper's experiments on a small model, and a page
 python -m opsd_train recipes                  list the recipes
 python -m opsd_train report RUN_DIR           write RUN_DIR/report.html again
 python -m opsd_train export RUN_DIR [OUT]     write the newest checkpoint's adapter (PEFT)
@@ -199,19 +195,6 @@ def _eval(options: argparse.Namespace) -> None:
         print_difference(folder, options.against)
 
 
-def _study(options: argparse.Namespace) -> int:
-    words = options.words
-    folder = words[0].removeprefix("output_dir=") if len(words) == 1 else None
-    if len(words) > 1 or (folder is not None and folder == words[0]):
-        raise UserError(f"usage: {STUDY_USAGE}")
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}: at least one")
-    from opsd_train.study.run import study
-
-    only = options.only.split(",") if options.only else []
-    return study(quick=options.quick, only=only, jobs=options.jobs, output_dir=folder)
-
-
 @dataclass(frozen=True)
 class Command:
     """What runs it, and the options that it alone takes (as argparse takes them)."""
@@ -234,7 +217,6 @@ COMMANDS = {
         _eval,
         {"--set": {}, "--recipe": {"default": "paper/eval"}, "--against": {}, "--regrade": _FLAG},
     ),
-    "study": Command(_study, {"--quick": _FLAG, "--only": {}, "--jobs": {"type": int}}),
     "recipes": Command(_recipes, {}),
     "report": Command(_report, {}),
     "export": Command(_export, {"--merged": _FLAG}),

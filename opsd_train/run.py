@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 from opsd_train.checkpoint.save import Checkpoints, Loaded, restore_training, training_tensors
 from opsd_train.checkpoint.weights import save_adapter, save_weights
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config, to_yaml
+from opsd_train.config.load import to_yaml
+from opsd_train.config.schema import Config
 from opsd_train.data.fingerprint import difference
 from opsd_train.data.problems import majority_answer
 from opsd_train.distributed.context import start

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample, even_groups
 from opsd_train.data.fingerprint import fingerprint
 from opsd_train.data.order import make_sampler

@@ -16,7 +16,8 @@ from transformers.utils import logging as transformers_logging
 from opsd_train.checkpoint.save import Checkpoints
 from opsd_train.checkpoint.weights import write_model
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config, config_from, load_recipe
+from opsd_train.config.load import config_from, load_recipe
+from opsd_train.config.schema import Config
 from opsd_train.distributed.context import World
 from opsd_train.model.policy import load_model, load_tokenizer
 

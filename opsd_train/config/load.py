@@ -1,150 +1,22 @@
-"""The configuration: recipes in YAML, overrides from the command line, one checked Config."""
+"""Recipes in YAML with overrides from the command line, read into one checked Config."""
 
 import dataclasses
-import difflib
 import json
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, ValidationError
 
-from opsd_train.config.errors import UserError
-from opsd_train.config.schema import (
-    CheckpointConfig,
-    CurriculumConfig,
-    DataConfig,
-    DistillConfig,
-    EvaluationConfig,
-    GrpoConfig,
-    LoraConfig,
-    LossConfig,
-    ModelConfig,
-    OpsdConfig,
-    OptimConfig,
-    Positive,
-    PromptsConfig,
-    ReportConfig,
-    RolloutConfig,
-    WatchConfig,
-    section,
-)
+from opsd_train.config.errors import UserError, explain, suggest, yaml_reason
+from opsd_train.config.schema import Config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-
-# What transformers, TRL and peft call a key; for suggestions only.
-ELSEWHERE = {
-    "adam_weight_decay": "optim.weight_decay",
-    "attn_implementation": "model.attention",
-    "bf16": "model.dtype",
-    "dataset": "data.path",
-    "dataset_name": "data.path",
-    "eval_steps": "evaluation.every",
-    "learning_rate": "optim.lr",
-    "logging_steps": "report.sample_every",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_r": "lora.rank",
-    "lora_target_modules": "lora.target_modules",
-    "lr_scheduler_type": "optim.schedule",
-    "max_completion_length": "rollout.max_new_tokens",
-    "max_grad_norm": "optim.grad_clip",
-    "max_prompt_length": "prompts.max_prompt_tokens",
-    "max_steps": "steps",
-    "model_name_or_path": "model.name_or_path",
-    "num_generations": "rollout.samples_per_prompt",
-    "per_device_train_batch_size": "problems_per_step",
-    "r": "lora.rank",
-    "report_to": "report.trackers",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "torch_dtype": "model.dtype",
-    "warmup_ratio": "optim.warmup_steps",
-}
-
-METHODS = ("opsd", "sft", "grpo", "distill", "star", "context_distill")
-
-
-@section
-class Config:
-    """Everything a run is made of."""
-
-    method: Literal[METHODS] = "opsd"
-    """Training method."""
-    seed: int = 0
-    """Seed of everything random but the data."""
-    output_dir: str
-    """The run folder."""
-    steps: Positive
-    """Steps: each one draws problems, and takes one optimizer step (grpo.updates may ask more)."""
-    problems_per_step: Positive
-    """Problems in one step, over all processes."""
-    micro_batch_tokens: Positive
-    """Most tokens, padding included, that one forward pass of one process takes."""
-    model: ModelConfig
-    lora: LoraConfig | None = None
-    """null: all weights are trained."""
-    data: DataConfig
-    prompts: PromptsConfig
-    rollout: RolloutConfig
-    loss: LossConfig = Field(default_factory=LossConfig)
-    opsd: OpsdConfig | None = None
-    """Settings of method opsd; null: their defaults."""
-    distill: DistillConfig | None = None
-    """Settings of method distill, which needs them."""
-    grpo: GrpoConfig | None = None
-    """Settings of method grpo; null: their defaults."""
-    curriculum: CurriculumConfig | None = None
-    """Draw problems near the student's success rate; null: shuffled passes over all of them."""
-    optim: OptimConfig
-    evaluation: EvaluationConfig
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    watch: WatchConfig = Field(default_factory=WatchConfig)
-    report: ReportConfig = Field(default_factory=ReportConfig)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Config":
-        for reason in self._misfits():
-            raise ValueError(reason)
-        return self
-
-    def _misfits(self) -> Iterator[str]:
-        """What does not go together, each a line for the user."""
-        if self.evaluation.problems > self.data.heldout_size:
-            yield (
-                f"evaluation.problems={self.evaluation.problems} is more than "
-                f"data.heldout_size={self.data.heldout_size}"
-            )
-        if self.optim.warmup_steps > self.steps:
-            yield f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}"
-        for name in ("opsd", "distill", "grpo"):
-            if getattr(self, name) is not None and self.method != name:
-                yield f"{name}.* are settings of method {name}; this recipe's is {self.method}"
-        if self.method == "distill" and self.distill is None:
-            yield "method=distill needs distill.teacher"
-        if self.method not in ("opsd", "distill") and self.loss != LossConfig():
-            yield f"loss.* shapes the divergence of opsd and distill, not {self.method}"
-        solutions = self.method == "sft" or (self.distill and not self.distill.on_policy)
-        if solutions and self.curriculum:
-            yield "curriculum needs rollouts of the student, and this recipe trains on solutions"
-        if solutions and self.rollout.samples_per_prompt > 1:
-            yield "rollout.samples_per_prompt: this recipe trains on solutions, one a problem"
-        if self.method == "grpo":
-            yield from self._grpo_misfits(self.grpo or GrpoConfig())
-
-    def _grpo_misfits(self, grpo: GrpoConfig) -> Iterator[str]:
-        if self.rollout.samples_per_prompt < 2:
-            yield "grpo compares samples of a problem: rollout.samples_per_prompt must be 2 or more"
-        if grpo.importance_cap and (self.rollout.top_p < 1 or self.rollout.top_k > 0):
-            yield (
-                "grpo.importance_cap: with rollout.top_p or top_k the sampler's probabilities are "
-                "not those of the policy; set it to null or sample from all tokens"
-            )
 
 
 class _Loader(yaml.SafeLoader):
@@ -168,7 +40,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-Kind = Literal["train", "eval", "study"]  # what a recipe is for
+Kind = Literal["train", "eval"]  # what a recipe is for
 Recipe = TypeVar("Recipe")
 
 
@@ -179,8 +51,6 @@ def recipe_names(kind: Kind = "train") -> list[str]:
 
 
 def _kind(file: Path) -> Kind:
-    if file.parts[0] == "study":
-        return "study"
     return "eval" if file.stem == "eval" else "train"
 
 
@@ -198,7 +68,7 @@ def load_recipe(name: str, kind: Kind = "train") -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the recipe {path}: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {_yaml_reason(error)}") from None
+        raise UserError(f"{path} is not valid YAML: {yaml_reason(error)}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"{path} is not a recipe: it holds no keys")
     if "base" in recipe:
@@ -232,7 +102,7 @@ def config_from(
         # As JSON, because strict types and nested sections do not go together otherwise.
         return TypeAdapter(cls).validate_json(_as_json(merged), strict=True)
     except ValidationError as error:
-        raise UserError(_explain(error, list(known_keys(cls)))) from None
+        raise UserError(explain(error, list(known_keys(cls)))) from None
 
 
 def to_yaml(config: Any) -> str:
@@ -257,21 +127,6 @@ def known_keys(cls: type = Config, prefix: str = "") -> dict[str, str]:
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) or (annotation,)
-
-
-def suggest(word: str, known: list[str]) -> str:
-    """A tail for an error message: the known word nearest to a wrong one, or nothing."""
-    tails = {name.rpartition(".")[2]: name for name in known}
-    elsewhere = ELSEWHERE.get(word.rpartition(".")[2])
-    near = (
-        [elsewhere]
-        if elsewhere in known
-        else [tails[word]]
-        if word in tails  # the right key without its section
-        else difflib.get_close_matches(word, known, n=1)
-        or [tails[tail] for tail in difflib.get_close_matches(word, tails, n=1)]
-    )
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _default_output_dir(name: str, kind: Kind) -> str:
@@ -317,7 +172,7 @@ def _yaml_value(key: str, text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"{key}: cannot read {text!r}: {_yaml_reason(error)}; quote it") from None
+        raise UserError(f"{key}: cannot read {text!r}: {yaml_reason(error)}; quote it") from None
 
 
 def _text_keys(cls: type, prefix: str = "") -> dict[str, bool]:
@@ -337,27 +192,3 @@ def _text_keys(cls: type, prefix: str = "") -> dict[str, bool]:
 def _as_json(value: Any) -> str:
     # YAML also knows dates; as text they give the same "wrong type" error as any other text.
     return json.dumps(value, default=str)
-
-
-def _yaml_reason(error: yaml.YAMLError) -> str:
-    return " ".join(str(getattr(error, "problem", None) or error).split())
-
-
-def _explain(error: ValidationError, known: list[str]) -> str:
-    """One line about the first problem; an unknown key goes first, since it explains the others."""
-    problems = sorted(error.errors(), key=lambda p: p["type"] != "unexpected_keyword_argument")
-    first = problems[0]
-    key = ".".join(str(part) for part in first["loc"])
-    reason = first["msg"].replace("Input should be", "should be")
-    if first["type"] == "unexpected_keyword_argument":
-        line = f"unknown key {key}{suggest(key, known)}"
-    elif first["type"] == "missing":
-        line = f"missing key {key}"
-    elif first["type"] == "value_error":
-        line = reason.removeprefix("Value error, ")
-    elif first["type"] == "dataclass_type":
-        line = f"{key}: should be a section of keys, got {first['input']!r}"
-    else:
-        line = f"{key}: {reason}, got {first['input']!r}"
-    more = len(problems) - 1
-    return line + (f" (and {more} more)" if more else "")

@@ -1,5 +1,6 @@
-"""The sections of the configuration: one frozen dataclass each, every key with its meaning."""
+"""The configuration: one frozen dataclass for each section, every key with its meaning."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -10,6 +11,8 @@ Count = Annotated[int, Field(ge=0)]
 PositiveReal = Annotated[float, Field(gt=0)]
 NonNegativeReal = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+METHODS = ("opsd", "sft", "grpo", "distill", "star", "context_distill")
 
 section = dataclass(
     frozen=True,
@@ -280,3 +283,80 @@ class WatchConfig:
     """Steps whose values are taken as normal; no warning before they are done."""
     width: PositiveReal = 4.0
     """Warn when a smoothed metric is this many of their standard deviations away."""
+
+
+@section
+class Config:
+    """Everything a run is made of."""
+
+    method: Literal[METHODS] = "opsd"
+    """Training method."""
+    seed: int = 0
+    """Seed of everything random but the data."""
+    output_dir: str
+    """The run folder."""
+    steps: Positive
+    """Steps: each one draws problems, and takes one optimizer step (grpo.updates may ask more)."""
+    problems_per_step: Positive
+    """Problems in one step, over all processes."""
+    micro_batch_tokens: Positive
+    """Most tokens, padding included, that one forward pass of one process takes."""
+    model: ModelConfig
+    lora: LoraConfig | None = None
+    """null: all weights are trained."""
+    data: DataConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig
+    loss: LossConfig = Field(default_factory=LossConfig)
+    opsd: OpsdConfig | None = None
+    """Settings of method opsd; null: their defaults."""
+    distill: DistillConfig | None = None
+    """Settings of method distill, which needs them."""
+    grpo: GrpoConfig | None = None
+    """Settings of method grpo; null: their defaults."""
+    curriculum: CurriculumConfig | None = None
+    """Draw problems near the student's success rate; null: shuffled passes over all of them."""
+    optim: OptimConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    watch: WatchConfig = Field(default_factory=WatchConfig)
+    report: ReportConfig = Field(default_factory=ReportConfig)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        for reason in self._conflicts():
+            raise ValueError(reason)
+        return self
+
+    def _conflicts(self) -> Iterator[str]:
+        """What does not go together, each a line for the user."""
+        if self.evaluation.problems > self.data.heldout_size:
+            yield (
+                f"evaluation.problems={self.evaluation.problems} is more than "
+                f"data.heldout_size={self.data.heldout_size}"
+            )
+        if self.optim.warmup_steps > self.steps:
+            yield f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}"
+        for name in ("opsd", "distill", "grpo"):
+            if getattr(self, name) is not None and self.method != name:
+                yield f"{name}.* are settings of method {name}; this recipe's is {self.method}"
+        if self.method == "distill" and self.distill is None:
+            yield "method=distill needs distill.teacher"
+        if self.method not in ("opsd", "distill") and self.loss != LossConfig():
+            yield f"loss.* shapes the divergence of opsd and distill, not {self.method}"
+        solutions = self.method == "sft" or (self.distill and not self.distill.on_policy)
+        if solutions and self.curriculum:
+            yield "curriculum needs rollouts of the student, and this recipe trains on solutions"
+        if solutions and self.rollout.samples_per_prompt > 1:
+            yield "rollout.samples_per_prompt: this recipe trains on solutions, one a problem"
+        if self.method == "grpo":
+            yield from self._grpo_conflicts(self.grpo or GrpoConfig())
+
+    def _grpo_conflicts(self, grpo: GrpoConfig) -> Iterator[str]:
+        if self.rollout.samples_per_prompt < 2:
+            yield "grpo compares samples of a problem: rollout.samples_per_prompt must be 2 or more"
+        if grpo.importance_cap and (self.rollout.top_p < 1 or self.rollout.top_k > 0):
+            yield (
+                "grpo.importance_cap: with rollout.top_p or top_k the sampler's probabilities are "
+                "not those of the policy; set it to null or sample from all tokens"
+            )

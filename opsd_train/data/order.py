@@ -6,8 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from opsd_train.config.load import Config
-from opsd_train.config.schema import CurriculumConfig
+from opsd_train.config.schema import Config, CurriculumConfig
 from opsd_train.data.problems import Problem
 from opsd_train.data.seeds import stable_seed
 

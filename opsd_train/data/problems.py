@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsd_train.config.errors import UserError
-from opsd_train.config.load import suggest
+from opsd_train.config.errors import UserError, suggest
 from opsd_train.config.schema import DataConfig
 from opsd_train.data.distinct import Distinct, normal_form
 from opsd_train.data.files import shown

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from opsd_kernels import plan
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config, to_yaml
-from opsd_train.config.schema import GrpoConfig, LoraConfig, ModelConfig, OpsdConfig
+from opsd_train.config.load import to_yaml
+from opsd_train.config.schema import Config, GrpoConfig, LoraConfig, ModelConfig, OpsdConfig
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.data.prompts import Measured, PromptBuilder

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import PromptBuilder
 from opsd_train.evaluation.sets import EvalProblem, is_heldout, recipe_of, set_label

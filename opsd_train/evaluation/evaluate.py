@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.evaluation.grading import Answer, grade
 from opsd_train.evaluation.scores import GradedSample, compare, rows, summarise
 from opsd_train.evaluation.sets import HUB, load_set, set_label

@@ -8,8 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from opsd_train.config.errors import UserError
-from opsd_train.config.load import suggest
+from opsd_train.config.errors import UserError, suggest
 from opsd_train.evaluation.finding import answer_part, last_box
 from opsd_train.evaluation.workers import Crew, Failure
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample, even_groups
 from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import PromptBuilder

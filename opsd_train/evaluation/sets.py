@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config, config_from, load_recipe, suggest
-from opsd_train.config.schema import ColumnsConfig, DataConfig
+from opsd_train.config.errors import UserError, suggest
+from opsd_train.config.load import config_from, load_recipe
+from opsd_train.config.schema import ColumnsConfig, Config, DataConfig
 from opsd_train.data.files import is_data_file
 from opsd_train.data.fingerprint import difference, fingerprint, recorded
 from opsd_train.data.problems import (

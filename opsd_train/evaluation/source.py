@@ -15,8 +15,8 @@ from torch import nn
 from opsd_train.checkpoint.export import load_weights
 from opsd_train.checkpoint.save import Checkpoints
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config, config_from, load_recipe
-from opsd_train.config.schema import ModelConfig
+from opsd_train.config.load import config_from, load_recipe
+from opsd_train.config.schema import Config, ModelConfig
 from opsd_train.distributed.context import World
 from opsd_train.evaluation.settings import EvalConfig
 from opsd_train.model.policy import Policy, load_generation_config, load_model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.distributed.context import World
 from opsd_train.methods.base import Method
 from opsd_train.methods.context_distill import ContextDistill

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.model.policy import Policy
 

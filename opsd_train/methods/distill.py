@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import distillation, teacher_hidden

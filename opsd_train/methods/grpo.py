@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import fused_linear_logprob
-from opsd_train.config.load import Config
-from opsd_train.config.schema import GrpoConfig
+from opsd_train.config.schema import Config, GrpoConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import head_options, student_run

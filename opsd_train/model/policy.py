@@ -25,7 +25,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.data.batches import Batch, make_batch
 from opsd_train.data.chat_tokens import warn_of_other_turn_end
 from opsd_train.distributed.context import World, resolve_device

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.data.prompts import Measured
 from opsd_train.methods import METHODS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.methods import METHODS
 from opsd_train.model.policy import Policy
 from opsd_train.reporting.run_folder import RunFolder

@@ -11,8 +11,7 @@ import torch
 from tiny import config, make_model
 from torch import Tensor, nn
 
-from opsd_train.config.load import Config
-from opsd_train.config.schema import GrpoConfig, LoraConfig, LossConfig
+from opsd_train.config.schema import Config, GrpoConfig, LoraConfig, LossConfig
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem
 from opsd_train.methods import METHODS

@@ -17,7 +17,8 @@ from transformers.utils import logging as transformers_logging
 from verdicts import made_up
 
 from benchmarks import resident
-from opsd_train.config.load import Config, config_from
+from opsd_train.config.load import config_from
+from opsd_train.config.schema import Config
 from opsd_train.distributed.context import World, resolve_device
 from opsd_train.dry_run.plan import expected
 from opsd_train.reporting.run_folder import RunFolder

@@ -64,7 +64,7 @@ def test_listing_recipes_in_a_real_process():
     (demo,) = (line for line in lines if line.startswith("demo/opsd "))
     assert len(demo) > 40
     headings = [line for line in lines if line.endswith(":")]
-    assert headings == ["Training:", "Evaluation (eval --recipe):", "The study:"]
+    assert headings == ["Training:", "Evaluation (eval --recipe):"]
     first, second, third = (lines.index(heading) for heading in headings)
     assert first < lines.index(demo) < second < third
     assert any(line.startswith("paper/eval ") for line in lines[second:third])
@@ -153,21 +153,6 @@ def test_grading_again_and_the_difference(evaluation):
     assert evaluation.asked[1] == ("against", "here", "runs/y")
 
 
-def test_how_a_study_is_started(monkeypatch):
-    import opsd_train.study
-
-    asked, module = [], types.ModuleType("opsd_train.study.run")
-    module.study = lambda **options: asked.append(options) or 1
-    monkeypatch.setitem(sys.modules, "opsd_train.study.run", module)
-    monkeypatch.setattr(opsd_train.study, "run", module, raising=False)
-    assert main(["study", "--quick", "--only", "methods,tokens", "--jobs", "3"]) == 1
-    assert main(["study", "output_dir=here"]) == 1
-    assert asked == [
-        {"quick": True, "only": ["methods", "tokens"], "jobs": 3, "output_dir": None},
-        {"quick": False, "only": [], "jobs": None, "output_dir": "here"},
-    ]
-
-
 def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
     module = types.ModuleType("opsd_train.dry_run.plan")
     module.dry_run = lambda config, shard: f"plan for {config.steps} steps, {shard}"
@@ -186,12 +171,15 @@ def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
         (["demo/opsd", "fast"], "expected key=value, got 'fast'"),
         (["demo/opsd", "steps=many"], "steps: should be a valid integer, got 'many'"),
         (["--dryrun"], "unrecognized arguments: --dryrun"),
-        (["study", "--dry-run"], "--dry-run is an option of python -m opsd_train RECIPE, not of s"),
-        (["demo/opsd", "--quick", "--set", "x"], "--quick is an option of python -m opsd_train st"),
+        (["eval", "--dry-run"], "--dry-run is an option of python -m opsd_train RECIPE, not of e"),
+        (
+            ["demo/opsd", "--merged", "--set", "x"],
+            "--merged is an option of python -m opsd_train ex",
+        ),
         (["demo/opsd", "--set=x"], "--set is an option of python -m opsd_train eval, not of RECI"),
         (["eval", "m", "--set", "aime24", "--merged"], "--merged is an option of python -m opsd_t"),
         (["export", "run", "--resume"], "--resume is an option of python -m opsd_train RECIPE"),
-        (["report", "run", "--jobs", "2"], "--jobs is an option of python -m opsd_train study"),
+        (["report", "run", "--shard", "none"], "--shard is an option of python -m opsd_train REC"),
         (["recipes", "--regrade"], "--regrade is an option of python -m opsd_train eval, not of"),
         (["--shard", "none", "--against", "x"], "--against is an option of python -m opsd_train"),
         (["train"], "unknown recipe 'train'"),
@@ -205,9 +193,6 @@ def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
         (["eval", "m", "--set", "aime24", "--recipe", "demo/opsd"], "unknown recipe 'demo/opsd'"),
         (["eval", "m", "--set", "aime24", "sampling.k=3"], "unknown key sampling.k"),
         (["eval", "m", "--set", "aime24", "steps=3"], "unknown key steps"),
-        (["study", "methods"], "usage: python -m opsd_train study [--quick]"),
-        (["study", "a", "b"], "usage: python -m opsd_train study [--quick]"),
-        (["study", "--jobs", "0"], "--jobs 0: at least one"),
     ],
 )
 def test_mistakes_are_one_line_and_code_2(arguments, words, capsys):

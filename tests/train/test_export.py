@@ -21,7 +21,8 @@ from opsd_train import cli
 from opsd_train.checkpoint.export import export
 from opsd_train.checkpoint.save import Checkpoints, training_tensors
 from opsd_train.checkpoint.weights import save_adapter
-from opsd_train.config.load import Config, to_yaml
+from opsd_train.config.load import to_yaml
+from opsd_train.config.schema import Config
 from opsd_train.distributed.context import World
 from opsd_train.model.policy import Policy, load_policy, load_tokenizer
 

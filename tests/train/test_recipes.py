@@ -10,7 +10,8 @@ import torch
 from verdicts import made_up
 
 from opsd_train import run
-from opsd_train.config.load import Config, config_from, load_recipe, recipe_names
+from opsd_train.config.load import config_from, load_recipe, recipe_names
+from opsd_train.config.schema import Config
 from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import PromptBuilder
 

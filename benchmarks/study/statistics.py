@@ -30,7 +30,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from opsd_train.study.outcomes import Outcomes
+from benchmarks.study.outcomes import Outcomes
 
 REPLICATES = 4000
 SEED = 7

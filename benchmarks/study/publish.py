@@ -1,6 +1,6 @@
 """A finished study's results, page and pictures beside the README, and its tables in the README.
 
-    python -m opsd_train.study.publish STUDY_FOLDER [README.md]
+    python -m benchmarks.study.publish STUDY_FOLDER [README.md]
 
 They go into docs/study/ beside the README, whose part between the study's markers is written again.
 """
@@ -12,11 +12,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.study.outcomes import load_results
+from benchmarks.study.page import write_page
+from benchmarks.study.tables import readme
 from opsd_train.config.errors import UserError
 from opsd_train.reporting.metrics_log import replace_file
-from opsd_train.study.outcomes import load_results
-from opsd_train.study.page import write_page
-from opsd_train.study.tables import readme
 
 
 def publish(folder: Path, readme_file: Path) -> Path:
@@ -34,7 +34,7 @@ def publish(folder: Path, readme_file: Path) -> Path:
 
 def main(arguments: Sequence[str]) -> int:
     if not 1 <= len(arguments) <= 2:
-        print("usage: python -m opsd_train.study.publish STUDY_FOLDER [README.md]", file=sys.stderr)
+        print("usage: python -m benchmarks.study.publish STUDY_FOLDER [README.md]", file=sys.stderr)
         return 2
     folder, *rest = map(Path, arguments)
     try:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from opsd_train.study.outcomes import Outcomes
-from opsd_train.study.statistics import (
+from benchmarks.study.outcomes import Outcomes
+from benchmarks.study.statistics import (
     average,
     mean_curve,
     measure,

@@ -17,11 +17,11 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from benchmarks.study.comparison import ACCURACY, Comparison, Contrast
+from benchmarks.study.outcomes import BASE, Results
+from benchmarks.study.reading import MINUS, points
+from benchmarks.study.statistics import Estimate, Measured, average, mean_curve
 from opsd_train.reporting.plots import NEUTRAL, STUDENT, STYLE, TEACHER, Picture, to_picture
-from opsd_train.study.comparison import ACCURACY, Comparison, Contrast
-from opsd_train.study.outcomes import BASE, Results
-from opsd_train.study.reading import MINUS, points
-from opsd_train.study.statistics import Estimate, Measured, average, mean_curve
 
 WIDTH, PANEL_HEIGHT = 10.4, 2.9
 OWN = "opsd"  # the arm that every experiment compares with

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from opsd_train.study.outcomes import Outcomes
-from opsd_train.study.statistics import by_seed, seed_weights
+from benchmarks.study.outcomes import Outcomes
+from benchmarks.study.statistics import by_seed, seed_weights
 
 # Draws without a ratio are left out of its interval; with more than this share there is none.
 MOST_UNDEFINED = 0.05

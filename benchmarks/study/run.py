@@ -12,16 +12,15 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-from opsd_train.config.errors import UserError
-from opsd_train.config.load import suggest
+from benchmarks.study.base import copy_words, unpacked
+from benchmarks.study.collect import collect, summary_of
+from benchmarks.study.jobs import BUSY, Job, run_jobs
+from benchmarks.study.page import write_page
+from benchmarks.study.plan import Plan, Planned, fingerprint, make_plan
+from benchmarks.study.settings import load_experiments, load_shared
+from benchmarks.study.step_memory import measure
+from opsd_train.config.errors import UserError, suggest
 from opsd_train.reporting.metrics_log import duration, replace_file
-from opsd_train.study.base import copy_words, unpacked
-from opsd_train.study.collect import collect, summary_of
-from opsd_train.study.jobs import BUSY, Job, run_jobs
-from opsd_train.study.page import write_page
-from opsd_train.study.plan import Plan, Planned, fingerprint, make_plan
-from opsd_train.study.settings import load_experiments, load_shared
-from opsd_train.study.step_memory import measure
 
 
 def study(
@@ -106,6 +105,6 @@ def _keep_plan(plan: Plan) -> None:
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise UserError(
                 f"{path} is of other settings than {run.id} has now; go on with another folder: "
-                "output_dir=..."
+                "--out ..."
             )
         replace_file(path, text)

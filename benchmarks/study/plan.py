@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from benchmarks.study.settings import Arm, Experiment, Sampling, Shared, Size
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config, config_from, load_recipe, to_yaml
-from opsd_train.study.settings import Arm, Experiment, Sampling, Shared, Size
+from opsd_train.config.load import config_from, load_recipe, to_yaml
+from opsd_train.config.schema import Config
 
 
 @dataclass(frozen=True)

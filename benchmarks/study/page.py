@@ -10,15 +10,12 @@ from typing import Any
 
 import jinja2
 
-from opsd_train.reporting.html import visible
-from opsd_train.reporting.metrics_log import duration, replace_file
-from opsd_train.reporting.plots import Picture
-from opsd_train.study.comparison import ACCURACY, Comparison, compare
-from opsd_train.study.figures import OWN, experiment_figures, positions
-from opsd_train.study.outcomes import Results, load_results
-from opsd_train.study.reading import NONE, decisive, percent, ratio_readings, reading, verdict
-from opsd_train.study.statistics import REPLICATES
-from opsd_train.study.tables import (
+from benchmarks.study.comparison import ACCURACY, Comparison, compare
+from benchmarks.study.figures import OWN, experiment_figures, positions
+from benchmarks.study.outcomes import Results, load_results
+from benchmarks.study.reading import NONE, decisive, percent, ratio_readings, reading, verdict
+from benchmarks.study.statistics import REPLICATES
+from benchmarks.study.tables import (
     Table,
     accuracy_table,
     experiment_tables,
@@ -28,6 +25,9 @@ from opsd_train.study.tables import (
     page_markdown,
     unfinished,
 )
+from opsd_train.reporting.html import visible
+from opsd_train.reporting.metrics_log import duration, replace_file
+from opsd_train.reporting.plots import Picture
 
 SVG = "data:image/svg+xml;base64,"
 

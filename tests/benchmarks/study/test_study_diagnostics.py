@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from opsd_train.study.diagnostics import diagnose, kinds
+from benchmarks.study.diagnostics import diagnose, kinds
 
 QUESTION = "State the sum of x and 41 :"
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.study.plan import Plan, fingerprint, make_plan
+from benchmarks.study.settings import RECIPES, Arm, Experiment, load_experiments, load_shared
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import config_from, load_recipe, recipe_names
-from opsd_train.study.plan import Plan, fingerprint, make_plan
-from opsd_train.study.settings import Arm, Experiment, load_experiments, load_shared
+from opsd_train.config.load import config_from, load_recipe
 
 FOLDER = Path("runs/somewhere")
 
@@ -24,8 +24,8 @@ def experiment(**changes: object) -> Experiment:
 
 
 def test_every_recipe_of_the_study_is_run() -> None:
-    names = {f"study/{name}" for name in load_shared().experiments}
-    assert names | {"study/shared"} == set(recipe_names("study"))
+    files = {file.stem for file in RECIPES.glob("*.yaml")}
+    assert {*load_shared().experiments, "shared"} == files
 
 
 @pytest.mark.parametrize("quick", [True, False])

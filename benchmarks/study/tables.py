@@ -12,11 +12,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from opsd_train.config.errors import UserError
-from opsd_train.reporting.metrics_log import duration
-from opsd_train.study.comparison import ArmResult, Comparison, compare
-from opsd_train.study.outcomes import Results
-from opsd_train.study.reading import (
+from benchmarks.study.comparison import ArmResult, Comparison, compare
+from benchmarks.study.outcomes import Results
+from benchmarks.study.reading import (
     NONE,
     decisive,
     difference_text,
@@ -26,7 +24,9 @@ from opsd_train.study.reading import (
     reading,
     share_text,
 )
-from opsd_train.study.statistics import Measured
+from benchmarks.study.statistics import Measured
+from opsd_train.config.errors import UserError
+from opsd_train.reporting.metrics_log import duration
 
 MAIN = "Table 2"
 _PART = re.compile(r"<!-- study -->\n.*?<!-- /study -->", re.DOTALL)

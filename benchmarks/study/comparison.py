@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from opsd_train.study.efficiency import Ratio, token_ratio
-from opsd_train.study.outcomes import (
+from benchmarks.study.efficiency import Ratio, token_ratio
+from benchmarks.study.outcomes import (
     BASE,
     Outcomes,
     Results,
@@ -16,7 +16,7 @@ from opsd_train.study.outcomes import (
     run_outcomes,
     sampling_outcomes,
 )
-from opsd_train.study.statistics import (
+from benchmarks.study.statistics import (
     Estimate,
     Measured,
     average,

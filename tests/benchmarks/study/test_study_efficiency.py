@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from opsd_train.study.efficiency import geometric_mean, reach, token_ratio
-from opsd_train.study.outcomes import Outcomes
+from benchmarks.study.efficiency import geometric_mean, reach, token_ratio
+from benchmarks.study.outcomes import Outcomes
 
 PROBLEMS = 1000
 

@@ -1,5 +1,6 @@
 """The study's recipes: what its experiments share, and each experiment."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -7,6 +8,7 @@ from pydantic import Field
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.config.schema import Positive, PositiveReal, section
 
+RECIPES = Path(__file__).parent / "recipes"
 Changes = list[str]  # "key=value", as on the command line
 Kind = Literal["accuracy", "tokens", "passk", "memory"]
 
@@ -102,8 +104,8 @@ class Experiment:
 
 
 def load_shared() -> Shared:
-    """recipes/study/shared.yaml."""
-    return config_from(load_recipe("study/shared", "study"), cls=Shared)
+    """recipes/shared.yaml."""
+    return config_from(load_recipe(str(RECIPES / "shared.yaml")), cls=Shared)
 
 
 def load_experiments(shared: Shared) -> dict[str, Experiment]:
@@ -112,6 +114,6 @@ def load_experiments(shared: Shared) -> dict[str, Experiment]:
 
 
 def _load(name: str) -> Experiment:
-    recipe = load_recipe(f"study/{name}", "study")
+    recipe = load_recipe(str(RECIPES / f"{name}.yaml"))
     del recipe["output_dir"]  # a run's; the study has one folder
     return config_from(recipe, cls=Experiment)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from opsd_train.study.outcomes import load_results
-from opsd_train.study.tables import readme
+from benchmarks.study.outcomes import load_results
+from benchmarks.study.tables import readme
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "docs" / "study"
@@ -11,7 +11,7 @@ PUBLISHED = ROOT / "docs" / "study"
 
 def test_the_readme_says_what_the_results_say() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    hint = "run python -m opsd_train.study.publish STUDY_FOLDER"
+    hint = "run python -m benchmarks.study.publish STUDY_FOLDER"
     assert readme(text, load_results(PUBLISHED)) == text, hint
 
 

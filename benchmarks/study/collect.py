@@ -16,19 +16,20 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.study.diagnostics import diagnose
+from benchmarks.study.plan import Plan, Planned, Run, Sampled
 from opsd_train.evaluation.sets import HELDOUT
 from opsd_train.reporting.metrics_log import read_rows
-from opsd_train.study.diagnostics import diagnose
-from opsd_train.study.plan import Plan, Planned, Run, Sampled
 
 _PACKAGES = ("torch", "transformers", "peft", "reasoning-gym", "math-verify")
 _COMMAND = "python -m opsd_train"
+_STUDY = "python -m benchmarks.study"
 
 
 def collect(plan: Plan, name: str) -> dict[str, Any]:
     """Results of all that is finished, and the names of what is not."""
     runs = {run.id: _run(run, plan.runs[run.start]) for run in plan.runs.values()}
-    command = f"{_COMMAND} study" + (" --quick" if name == "quick" else "")
+    command = _STUDY + (" --quick" if name == "quick" else "")
     memory, notes = plan.folder / "memory.json", plan.folder / "notes.yaml"
     return {
         "name": name,

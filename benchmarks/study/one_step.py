@@ -1,6 +1,6 @@
 """One full-vocabulary OPSD micro-step in a process of its own, and how far memory grows in it.
 
-    echo '{"config": {...}, "method": "plain", "tokens": 512}' | python -m opsd_train.study.one_step
+    echo '{"config": {...}, "method": "plain", "tokens": 512}' | python -m benchmarks.study.one_step
 
 `ours` is the trainer's method. `plain` keeps the logits of both models and leaves the divergence to
 autograd, operation by operation as TRL's GKDTrainer and the authors' code (siyan-zhao/OPSD) do it.
@@ -25,7 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from opsd_kernels import reference
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config, config_from
+from opsd_train.config.load import config_from
+from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.data.problems import load_problems
 from opsd_train.data.prompts import PromptBuilder

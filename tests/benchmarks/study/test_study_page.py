@@ -12,12 +12,11 @@ import made_up
 import numpy as np
 import pytest
 
-from opsd_train.config.errors import UserError
-from opsd_train.study.comparison import Comparison, compare
-from opsd_train.study.efficiency import Ratio
-from opsd_train.study.outcomes import base_outcomes, run_outcomes
-from opsd_train.study.page import write_page
-from opsd_train.study.reading import (
+from benchmarks.study.comparison import Comparison, compare
+from benchmarks.study.efficiency import Ratio
+from benchmarks.study.outcomes import base_outcomes, run_outcomes
+from benchmarks.study.page import write_page
+from benchmarks.study.reading import (
     MINUS,
     NONE,
     TIMES,
@@ -28,8 +27,9 @@ from opsd_train.study.reading import (
     times,
     verdict,
 )
-from opsd_train.study.statistics import Estimate
-from opsd_train.study.tables import accuracy_table, main_comparison, readme, readme_block
+from benchmarks.study.statistics import Estimate
+from benchmarks.study.tables import accuracy_table, main_comparison, readme, readme_block
+from opsd_train.config.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ def test_the_readme_has_the_table_and_a_line_an_experiment(whole):
     for row in rows:
         assert f"| {' | '.join(row)} |" in block
     flat = " ".join(block.split())
-    assert whole["device"] in flat and "`python -m opsd_train study`" in flat
+    assert whole["device"] in flat and "`python -m benchmarks.study`" in flat
     for paper in ("Table 2", "Figure 3", "Table 3", "Figure 4"):
         assert f"({paper}), points: " in flat
     assert "step of 2,048 tokens: 6,225 MiB with plain logits, 1,617 MiB" in flat
@@ -267,7 +267,7 @@ def test_bad_folders(tmp_path):
 
 
 def test_the_page_needs_no_torch():
-    modules = "sys, opsd_train.study.page, opsd_train.study.diagnostics"
+    modules = "sys, benchmarks.study.page, benchmarks.study.diagnostics"
     code = f"import {modules}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from opsd_train.study.comparison import ACCURACY, Comparison, Contrast
-from opsd_train.study.efficiency import Ratio, geometric_mean
-from opsd_train.study.statistics import Estimate
+from benchmarks.study.comparison import ACCURACY, Comparison, Contrast
+from benchmarks.study.efficiency import Ratio, geometric_mean
+from benchmarks.study.statistics import Estimate
 
 NONE, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
 

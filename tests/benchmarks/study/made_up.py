@@ -37,7 +37,7 @@ def made_up(problems: int = 198, seeds: int = 3, tasks: list[str] | None = None)
     tasks = tasks or list(TASKS)
     results = {
         "name": "full",
-        "command": "python -m opsd_train study",
+        "command": "python -m benchmarks.study",
         "commit": "e2ecd41aa",
         "date": "2026-11-25 01:10",
         "device": "AMD EPYC, 2 cores, 23.5 GiB",
@@ -189,7 +189,7 @@ def experiments(tasks: list[str], seeds: int) -> list[dict]:
             "paper_says": says,
             "question": question,
             "kind": kind,
-            "command": f"python -m opsd_train study --only {name}",
+            "command": f"python -m benchmarks.study --only {name}",
             "arms": arms,
             "contrasts": contrasts,
             "paper_ahead": list(ahead),
@@ -266,7 +266,7 @@ def memory() -> dict:
     return {
         "points": points,
         "note": "Peak memory of one OPSD step, SmolLM2-135M, LoRA; beyond 4,096 tokens predicted.",
-        "command": "python -m opsd_train.study.step_memory",
+        "command": "python -m benchmarks.study.step_memory",
     }
 
 

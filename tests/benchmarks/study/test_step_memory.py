@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import tiny
 from method_cases import Outcome, assert_same, grads_of, make_policy, make_samples, settings
 
+from benchmarks.study import base, step_memory
+from benchmarks.study.one_step import generalized_jsd, growth, our_loss, plain_loss
+from benchmarks.study.step_memory import FARTHEST, LOGIT_BYTES, Law, measure, run_one
 from opsd_kernels import reference
 from opsd_train.config.errors import UserError
 from opsd_train.methods.opsd import Opsd
 from opsd_train.model.policy import _checkpoint_activations
-from opsd_train.study import base, step_memory
-from opsd_train.study.one_step import generalized_jsd, growth, our_loss, plain_loss
-from opsd_train.study.step_memory import FARTHEST, LOGIT_BYTES, Law, measure, run_one
 
 MIB = 2**20
 VOCAB = 8192

@@ -3,7 +3,7 @@
 import fcntl
 from pathlib import Path
 
-from opsd_train.study.jobs import BUSY, Job, run_jobs
+from benchmarks.study.jobs import BUSY, Job, run_jobs
 
 
 def test_jobs_run_in_order_of_need_and_keep_their_output(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Peak memory of a full-vocabulary OPSD micro-step over its tokens: plain logits against ours.
 
-    python -m opsd_train.study.step_memory [--quick] [--out FOLDER]
+    python -m benchmarks.study.step_memory [--quick] [--out FOLDER]
 
 Every point is measured in a fresh process (one_step.py), one after another, and kept in
 FOLDER/memory.jsonl: a second call measures what is missing. FOLDER/memory.json has the result.
@@ -21,15 +21,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.study.base import copy_words
+from benchmarks.study.one_step import METHODS, StepMethod
+from benchmarks.study.settings import load_shared
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config, config_from, load_recipe
+from opsd_train.config.load import config_from, load_recipe
+from opsd_train.config.schema import Config
 from opsd_train.distributed.context import resolve_device
 from opsd_train.dry_run.plan import expected
 from opsd_train.model.policy import load_model_config
 from opsd_train.reporting.metrics_log import replace_file
-from opsd_train.study.base import copy_words
-from opsd_train.study.one_step import METHODS, StepMethod
-from opsd_train.study.settings import load_shared
 
 LOGIT_BYTES = 56
 """Plain logits at their fullest, per token and vocabulary entry, counted in generalized_jsd.
@@ -130,7 +131,7 @@ def _beyond(largest: int) -> Iterator[int]:
 
 def _command(sizes: list[int]) -> str:
     quick = sizes == load_shared().quick.memory_tokens
-    return "python -m opsd_train.study.step_memory" + " --quick" * quick
+    return "python -m benchmarks.study.step_memory" + " --quick" * quick
 
 
 def _config(folder: Path, changes: Sequence[str], tokens: int, sequences: int = 1) -> Config:
@@ -187,7 +188,7 @@ def run_one(config: Config, method: StepMethod, tokens: int) -> float:
     """MiB that one step takes, in a process of its own."""
     asked = json.dumps({"config": asdict(config), "method": method, "tokens": tokens})
     done = subprocess.run(
-        [sys.executable, "-m", "opsd_train.study.one_step"],
+        [sys.executable, "-m", "benchmarks.study.one_step"],
         input=asked,
         env=os.environ | _ENV,
         capture_output=True,
