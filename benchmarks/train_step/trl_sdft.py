@@ -15,7 +15,7 @@ from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from benchmarks.train_step.meters import Phases, forward_phase
 from benchmarks.train_step.steps import Step, StepHooks, trainable_dtypes
 from benchmarks.train_step.workload import Workload
-from opsd_train.config.load import Config
+from opsd_train.config.schema import Config
 from opsd_train.distributed.context import resolve_device
 from opsd_train.model.policy import load_model
 

@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 
 from opsd_train.config.errors import UserError
-from opsd_train.config.load import Config, config_from, load_recipe
+from opsd_train.config.load import config_from, load_recipe
+from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.data.prompts import PromptBuilder

@@ -1,13 +1,13 @@
 """docs/gpu.md holds what the two GPU commands measured, each table with device and commit."""
 
 import pytest
-from report_json import case, environment, run, write, write_results
 
 from benchmarks.report import gpu
 from benchmarks.report.__main__ import main
 from benchmarks.report.data import ReportError
 from benchmarks.report.files import load
 from benchmarks.report.readme import rewrite
+from tests.helpers.report_json import case, environment, run, write, write_results
 
 PARTS = ("gpu_losses", *gpu.STAGES)
 PAGE = "\n".join(f"<!-- benchmark: {part} -->\n<!-- /benchmark: {part} -->" for part in PARTS)

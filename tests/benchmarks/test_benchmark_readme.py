@@ -5,10 +5,20 @@ import subprocess
 import sys
 
 import pytest
-from report_json import README, ROOT, case, change, device, losses, run, write, write_results
 
 from benchmarks.report import readme as readme_tables
 from benchmarks.report.tables import headline
+from tests.helpers.report_json import (
+    README,
+    ROOT,
+    case,
+    change,
+    device,
+    losses,
+    run,
+    write,
+    write_results,
+)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-from report_json import README, case, change, device, losses, run, write, write_results
 
 from benchmarks.report import plots as report_plots
 from benchmarks.report.__main__ import main
@@ -22,6 +21,16 @@ from benchmarks.report.tables import (
     suspicious,
     time_text,
     worst_gradient,
+)
+from tests.helpers.report_json import (
+    README,
+    case,
+    change,
+    device,
+    losses,
+    run,
+    write,
+    write_results,
 )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import runpy
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from benchmarks.train_step.workload import Settings, build
 from opsd_train.methods import common
 from opsd_train.model import policy as policy_model
 from opsd_train.rollout import Completion
+from tests.helpers.tiny import save_model
 
 TOKENS, PROMPTS = 4, 16
 FULL_LOGITS = "TRL SDFTTrainer, full logits"
@@ -25,8 +25,7 @@ FULL_LOGITS = "TRL SDFTTrainer, full logits"
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    tiny = runpy.run_path(str(Path(__file__).parents[1] / "train" / "tiny.py"))
-    return str(tiny["save_model"](tmp_path_factory.mktemp("model")))
+    return str(save_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

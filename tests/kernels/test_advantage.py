@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import STUDENT, check
 from torch import Tensor
 
 from opsd_kernels import reference
 from opsd_kernels.fused_advantage import fused_linear_advantage, policy_gradient_loss
 from opsd_kernels.testing import assert_close, make_pair
+from tests.helpers.kernel_cases import STUDENT, check
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import run
 from torch import Tensor
 
 from opsd_kernels import reference
@@ -12,6 +11,7 @@ from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import assert_close, cast, make_pair, single
+from tests.helpers.kernel_cases import run
 
 DTYPE = torch.bfloat16
 

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import move, prepare, run, same_bits
 from torch.utils import deterministic
-from triton_cases import KINDS, TRAINED
 
 from opsd_kernels.testing import make_pair
+from tests.helpers.kernel_cases import move, prepare, run, same_bits
+from tests.helpers.triton_cases import KINDS, TRAINED
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import SINGLE, check, run
 from torch import Tensor
 
 from opsd_kernels import layouts
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import assert_close, make_pair, single
+from tests.helpers.kernel_cases import SINGLE, check, run
 
 TOKENS, VOCAB = 13, 301
 CLASSES = torch.rand(VOCAB, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 2

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from kernel_cases import STUDENT, check, run
 
 from opsd_kernels import reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import assert_close, make_pair
+from tests.helpers.kernel_cases import STUDENT, check, run
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

@@ -6,12 +6,12 @@ Logits rounded to 16 bits would differ by their rounding instead (a JSD gradient
 
 import pytest
 import torch
-from kernel_cases import LOSSES, PER_TOKEN, move, prepare, run
 from torch import Tensor
 
 from opsd_kernels import plan, reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import assert_close, cast, make_pair
+from tests.helpers.kernel_cases import LOSSES, PER_TOKEN, move, prepare, run
 
 BOUND = 5e-3
 

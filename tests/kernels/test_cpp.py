@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import LOSSES, STUDENT, check, prepare, run, same_bits
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -19,6 +18,7 @@ from opsd_kernels import extension, plan, reference
 from opsd_kernels.backends import cpp_backend
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import assert_close, cast, make_pair
+from tests.helpers.kernel_cases import LOSSES, STUDENT, check, prepare, run, same_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

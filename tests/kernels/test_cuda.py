@@ -7,17 +7,26 @@ same dtype on the same device, under the same matmul settings.
 import argparse
 from collections.abc import Callable, Iterator
 
-import memory_probe
 import pytest
-import test_compile
 import torch
-from kernel_cases import LOSSES, PER_TOKEN, REDUCED, STUDENT, check, move, prepare, run, same_bits
-from test_gemm_count import case, gemms
 from torch import Tensor
 
 from opsd_kernels import plan, reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import assert_close, cast, make_pair, random_upstream
+from tests.helpers import compiled, memory_probe
+from tests.helpers.gemm_counter import case, gemms
+from tests.helpers.kernel_cases import (
+    LOSSES,
+    PER_TOKEN,
+    REDUCED,
+    STUDENT,
+    check,
+    move,
+    prepare,
+    run,
+    same_bits,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -102,7 +111,7 @@ def test_every_option_and_statistic(trained: bool) -> None:
     options |= {"token_clip": 0.05, "vocab_size": 290}
 
     def flatly(fn: Callable) -> Callable:
-        return lambda **p: test_compile.flat(fn(**p, **move(options, p["student_input"].device)))
+        return lambda **p: compiled.flat(fn(**p, **move(options, p["student_input"].device)))
 
     wrt = STUDENT if trained else STUDENT[:1]
     check(flatly(fused_linear_jsd), flatly(reference.linear_jsd), pair, wrt, device=DEVICE)
@@ -244,7 +253,7 @@ def test_gemm_count(names: tuple, reduction: str, expected: int, dtype: torch.dt
     assert found == pytest.approx(expected)
 
 
-COMPILED = [fn for fn in test_compile.FUNCTIONS if fn is not test_compile.jsd_options]
+COMPILED = [fn for fn in compiled.FUNCTIONS if fn is not compiled.jsd_options]
 
 
 @TRAINED
@@ -252,21 +261,21 @@ COMPILED = [fn for fn in test_compile.FUNCTIONS if fn is not test_compile.jsd_op
 def test_compiled_equals_eager(fn: Callable, trained: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
-    pair = move(test_compile.case(), DEVICE)
-    test_compile.equal_bits(fn, compiled, pair, STUDENT if trained else STUDENT[:1])
+    pair = move(compiled.case(), DEVICE)
+    compiled.equal_bits(fn, compiled, pair, STUDENT if trained else STUDENT[:1])
 
 
 @pytest.mark.slow
 @TRAINED
-@pytest.mark.parametrize("fn", [test_compile.forward_kl, test_compile.reverse_kl])
+@pytest.mark.parametrize("fn", [compiled.forward_kl, compiled.reverse_kl])
 def test_inductor(fn: Callable, trained: bool) -> None:
     """Sum and none: Triton's own division by the token count may round the mean otherwise."""
     torch._dynamo.reset()
     wrt = STUDENT if trained else STUDENT[:1]
-    pair = move(test_compile.case(dtype=torch.bfloat16), DEVICE)
+    pair = move(compiled.case(dtype=torch.bfloat16), DEVICE)
     eager, eager_grads = run(fn, pair, wrt)
     found, grads = run(torch.compile(fn, fullgraph=True), pair, wrt)
-    summed_outside = fn is test_compile.forward_kl and not trained
+    summed_outside = fn is compiled.forward_kl and not trained
     torch.testing.assert_close(found[0], eager[0], rtol=1e-6 if summed_outside else 0, atol=0)
     same_bits(([], eager_grads), ([], grads))
 

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from kernel_cases import STUDENT, move, run, same_bits
 from torch import Tensor
-from triton_cases import TRAINED
 
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import make_pair
+from tests.helpers.kernel_cases import STUDENT, move, run, same_bits
+from tests.helpers.triton_cases import TRAINED
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 
 import pytest
-import test_triton_extremes
 import torch
-from kernel_cases import STUDENT, check, move, prepare, run, same_bits
 from torch import Tensor
-from triton_cases import KINDS, SCHEDULES, TRAINED, compare
 
 from opsd_kernels import reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import make_pair
+from tests.helpers.kernel_cases import STUDENT, check, move, prepare, run, same_bits
+from tests.helpers.triton_cases import KINDS, SCHEDULES, TRAINED, check_nan_stays_nan, compare
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,7 +111,7 @@ def test_operands_that_start_anywhere(offset: int, schedule: str) -> None:
 @SCHEDULES
 @pytest.mark.parametrize("name", KINDS)
 def test_nan_stays_nan(name: str, schedule: str) -> None:
-    test_triton_extremes.test_nan_stays_nan(name, schedule, "cuda")
+    check_nan_stays_nan(name, schedule, "cuda")
 
 
 # --------------------------------------------------------- settings that refuse, and other devices

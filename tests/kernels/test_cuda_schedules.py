@@ -5,12 +5,12 @@
 
 import pytest
 import torch
-from kernel_cases import LOSSES, STUDENT, check, move, prepare, run, same_bits
-from triton_cases import TRAINED, policy_gradient
 
 from opsd_kernels import plan, reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import assert_close, cast, make_pair
+from tests.helpers.kernel_cases import LOSSES, STUDENT, check, move, prepare, run, same_bits
+from tests.helpers.triton_cases import TRAINED, policy_gradient
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from kernel_cases import LOSSES, STUDENT, prepare, run
-from test_compile import Recorder, equal_bits
 from torch import Tensor
 
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.ops import divergence, logprob
 from opsd_kernels.testing import make_pair
+from tests.helpers.compiled import Recorder, equal_bits
+from tests.helpers.kernel_cases import LOSSES, STUDENT, prepare, run
 
 OPERATORS = ("divergence_tokens", "divergence_sum", "logprob_tokens", "logprob_sum")
 

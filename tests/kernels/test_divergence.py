@@ -4,12 +4,12 @@ import functools
 
 import pytest
 import torch
-from kernel_cases import ALONE_AND_TOGETHER, STUDENT, check, run
 
 from opsd_kernels import reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_kl import fused_linear_forward_kl, fused_linear_reverse_kl
 from opsd_kernels.testing import make_pair, random_upstream
+from tests.helpers.kernel_cases import ALONE_AND_TOGETHER, STUDENT, check, run
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

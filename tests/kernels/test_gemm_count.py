@@ -4,9 +4,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import run, workspace_for
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from opsd_kernels import plan
 from opsd_kernels.fused_advantage import fused_linear_advantage
@@ -14,46 +11,11 @@ from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_kl import fused_linear_forward_kl, fused_linear_reverse_kl
 from opsd_kernels.fused_logprob import fused_linear_logprob
-from opsd_kernels.testing import make_pair, single
+from opsd_kernels.testing import single
+from tests.helpers.gemm_counter import HEAD, D, N, V, case, gemms
+from tests.helpers.kernel_cases import run, workspace_for
 
 pytestmark = pytest.mark.usefixtures("torch_backend")
-
-N, D, V = 96, 48, 640
-GEMM = 2 * N * D * V
-HEAD = ("student_input", "student_weight")
-# Where the operand shapes (rows, inner) and (inner, columns) stand among the profiled arguments.
-OPERANDS = {
-    "aten::mm": (0, 1),
-    "aten::bmm": (0, 1),
-    "aten::addmm": (1, 2),
-    "aten::addmm_": (1, 2),
-    "aten::baddbmm": (1, 2),
-    "aten::baddbmm_": (1, 2),
-    "aten::_addmm_activation": (1, 2),
-    "aten::mv": (0, 1),
-    "aten::addmv": (1, 2),
-    "aten::addmv_": (1, 2),
-}
-
-
-def gemms(fn: Callable[[], object]) -> float:
-    """Products of fn in units of 2 N D V; an operator inside a counted one is not counted again."""
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        fn()
-    flops = 0
-    for event in recorded.events():
-        outer = event.cpu_parent
-        while outer is not None and outer.name not in OPERANDS:
-            outer = outer.cpu_parent
-        if event.name in OPERANDS and outer is None:
-            first, second = (event.input_shapes[i] for i in OPERANDS[event.name])
-            columns = second[-1] if len(second) > 1 else 1
-            flops += 2 * torch.Size(first).numel() * columns
-    return flops / GEMM
-
-
-def case(**options: object) -> dict[str, Tensor]:
-    return make_pair(N, D, V, dtype=torch.float32, **options)
 
 
 def test_the_counter_counts() -> None:

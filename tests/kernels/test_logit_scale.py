@@ -5,11 +5,11 @@ Scales of 1/16, 1/8 and 4 are what Granite, Cohere and Falcon-H1 have; 1 is the 
 
 import pytest
 import torch
-from kernel_cases import LOSSES, STUDENT, check, prepare, run, same_bits
 
 from opsd_kernels import reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import make_pair, single
+from tests.helpers.kernel_cases import LOSSES, STUDENT, check, prepare, run, same_bits
 
 # (student's scale, teacher's, softcap, bias, trained head): each value beside each other once.
 CASES = [

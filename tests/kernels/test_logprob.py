@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import SINGLE, check, reference_entropy, run
 
 from opsd_kernels import reference
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import assert_close, make_pair, random_upstream, single
+from tests.helpers.kernel_cases import SINGLE, check, reference_entropy, run
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

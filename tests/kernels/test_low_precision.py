@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import SINGLE, STUDENT, check, reference_entropy, run, workspace_for
 from torch import Tensor
 
 from opsd_kernels import reference
@@ -18,6 +17,7 @@ from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import assert_close, cast, make_pair, single
+from tests.helpers.kernel_cases import SINGLE, STUDENT, check, reference_entropy, run, workspace_for
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

@@ -12,7 +12,7 @@ MIB = 1 << 20
 SLACK = 32 * MIB
 WORKSPACE = 48
 SIZES = (768, 192, 32768)
-PROBE = Path(__file__).with_name("memory_probe.py")
+PROBE = Path(__file__).parents[1] / "helpers" / "memory_probe.py"
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc/self/clear_refs"

@@ -4,13 +4,13 @@ import inspect
 
 import pytest
 import torch
-from kernel_cases import STUDENT, run
 
 from opsd_kernels.fused_jsd import FusedLinearJSD, fused_linear_jsd
 from opsd_kernels.fused_kl import fused_linear_forward_kl, fused_linear_reverse_kl
 from opsd_kernels.ops import common
 from opsd_kernels.plan import Plan, plan
 from opsd_kernels.testing import make_pair
+from tests.helpers.kernel_cases import STUDENT, run
 
 LIGER = ["student_input", "student_weight", "teacher_input", "teacher_weight", "shift_labels"]
 

@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from kernel_cases import STUDENT, run
 
 from opsd_kernels.backends import blocked_torch
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import make_pair
+from tests.helpers.kernel_cases import STUDENT, run
 
 LEGACY, NEW = "torch.backends.cuda.matmul.allow_tf32", "torch.backends.cuda.matmul.fp32_precision"
 GENERIC = "torch.backends.fp32_precision"

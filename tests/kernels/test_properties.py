@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import SINGLE, STUDENT, run, workspace_for
 from torch import Tensor
 
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import cast, make_pair, single
+from tests.helpers.kernel_cases import SINGLE, STUDENT, run, workspace_for
 
 pytest.importorskip("hypothesis", reason="needs hypothesis: pip install hypothesis")
 from hypothesis import given, settings

@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from kernel_cases import LOSSES, REDUCED, STUDENT, check, prepare, run, same_bits
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -14,6 +13,7 @@ from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.reduction import row_scale
 from opsd_kernels.testing import assert_close, make_pair, single
+from tests.helpers.kernel_cases import LOSSES, REDUCED, STUDENT, check, prepare, run, same_bits
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 
 import pytest
-import test_compile
 import torch
-from kernel_cases import STUDENT, check, move, run, same_bits
 from torch import Tensor
 
 from opsd_kernels import reference
 from opsd_kernels.backends.triton_config import ResidentBlocks
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import make_pair
+from tests.helpers import compiled
+from tests.helpers.kernel_cases import STUDENT, check, move, run, same_bits
 
 BETAS = pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
 ON_A_GPU = [
@@ -85,7 +85,7 @@ class TestPrograms:
 
         def flatly(fn: Callable) -> Callable:
             chosen = {k: v for k, v in options.items() if fn is fused_linear_jsd or k != "schedule"}
-            return lambda **p: test_compile.flat(fn(**p, **chosen))
+            return lambda **p: compiled.flat(fn(**p, **chosen))
 
         how = {"device": "cuda", "max_factor": 4.0}
         check(flatly(fused_linear_jsd), flatly(reference.linear_jsd), pair, STUDENT, **how)

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import STUDENT, run
 from torch import Tensor
 
 from opsd_kernels import reference
 from opsd_kernels.testing import assert_close, cast, make_pair, measure
+from tests.helpers.kernel_cases import STUDENT, run
 
 
 def halve_last_row(x: Tensor) -> Tensor:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from kernel_cases import STUDENT, check, workspace_for
 from torch import Tensor
-from triton_cases import DTYPES, EACH, KINDS, RULES, SCHEDULES, TRAINED, compare
 
 from opsd_kernels import plan, reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import make_pair
+from tests.helpers.kernel_cases import STUDENT, check, workspace_for
+from tests.helpers.triton_cases import DTYPES, EACH, KINDS, RULES, SCHEDULES, TRAINED, compare
 
 # fp16 changes the products and what is stored, not the way there.
 TYPED = [(*each, torch.float32) for each in EACH] + [(*each, torch.float16) for each in EACH[1::2]]

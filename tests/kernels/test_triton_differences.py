@@ -9,12 +9,12 @@ import math
 
 import pytest
 import torch
-from kernel_cases import STUDENT, move, run, same_bits
 from torch import Tensor
 
 from opsd_kernels import plan, reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import cast, make_pair
+from tests.helpers.kernel_cases import STUDENT, move, run, same_bits
 
 BOUND = 2e-3
 BETAS = pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])

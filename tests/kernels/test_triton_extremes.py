@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from kernel_cases import STUDENT, check, move, prepare, run
-from triton_cases import EACH, KINDS, SCHEDULES, TRAINED, compare, policy_gradient
 
 from opsd_kernels import reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import cast, make_pair
+from tests.helpers.kernel_cases import STUDENT, check, move, prepare, run
+from tests.helpers.triton_cases import (
+    EACH,
+    KINDS,
+    SCHEDULES,
+    TRAINED,
+    check_nan_stays_nan,
+    compare,
+)
 
 
 @SCHEDULES
@@ -50,14 +57,7 @@ def test_banned_vocabulary(beta: float, banned: str, schedule: str, triton_devic
 @SCHEDULES
 @pytest.mark.parametrize("name", KINDS)
 def test_nan_stays_nan(name: str, schedule: str, triton_device: str) -> None:
-    pair = move(make_pair(20, 24, 101, seed=11, dtype=torch.float32), triton_device)
-    pair["student_input"][7] = torch.nan
-    loss, inputs, wrt, options = prepare(name, pair, False, None)
-    fn = policy_gradient(schedule=schedule) if name == "policy gradient" else loss.fn
-    more = {} if name == "policy gradient" else {"schedule": schedule}
-    values, grads = run(fn, inputs, wrt, **options, **more)
-    rows = values[0].isnan().nonzero().flatten().tolist() if values[0].dim() else [7]
-    assert rows == [7] and grads[wrt[0]][7].isnan().all()
+    check_nan_stays_nan(name, schedule, triton_device)
 
 
 @SCHEDULES

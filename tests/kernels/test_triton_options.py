@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import SINGLE, STUDENT, check, move
-from test_compile import flat
-from triton_cases import KINDS, SCHEDULES, TRAINED, compare
 
 from opsd_kernels import reference
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import make_pair, single
+from tests.helpers.compiled import flat
+from tests.helpers.kernel_cases import SINGLE, STUDENT, check, move
+from tests.helpers.triton_cases import KINDS, SCHEDULES, TRAINED, compare
 
 
 @SCHEDULES

@@ -8,13 +8,13 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from kernel_cases import STUDENT, check, prepare, run, same_bits
 from torch import Tensor
-from triton_cases import KINDS, SCHEDULES, compare
 
 from opsd_kernels import reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import make_pair
+from tests.helpers.kernel_cases import STUDENT, check, prepare, run, same_bits
+from tests.helpers.triton_cases import KINDS, SCHEDULES, compare
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="shows through Triton's interpreter"

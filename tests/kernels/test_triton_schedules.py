@@ -5,17 +5,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import STUDENT, move, prepare, run, same_bits
-from test_compile import equal_bits
-from test_gemm_count import GEMM, HEAD, gemms
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton_cases import KINDS, SCHEDULES, TRAINED, compare, policy_gradient
 
 from opsd_kernels import plan
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import make_pair
+from tests.helpers.compiled import equal_bits
+from tests.helpers.gemm_counter import GEMM, HEAD, gemms
+from tests.helpers.kernel_cases import STUDENT, move, prepare, run, same_bits
+from tests.helpers.triton_cases import KINDS, SCHEDULES, TRAINED, compare, policy_gradient
 
 INTERPRETED = not torch.cuda.is_available()
 # A pair that passes twice, and one head; the others run with the exhaustive tests.

@@ -5,17 +5,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import STUDENT, move, run, same_bits
-from test_gemm_count import GEMM, HEAD, gemms
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton_cases import DTYPES, KINDS, TRAINED, compare
 
 from opsd_kernels import layouts, plan, reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.testing import cast, make_pair
+from tests.helpers.gemm_counter import GEMM, HEAD, gemms
+from tests.helpers.kernel_cases import STUDENT, move, run, same_bits
+from tests.helpers.triton_cases import DTYPES, KINDS, TRAINED, compare
 
 TILED = {"schedule": "tiled"}
 

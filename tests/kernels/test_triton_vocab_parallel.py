@@ -7,23 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from kernel_cases import STUDENT
-from test_vocab_parallel import SIZES, TOKENS, inputs, losses
-from torch import Tensor
 
-from opsd_kernels.testing import assert_close, cast
-
-
-def gradients(
-    p: dict[str, Tensor], group: dist.ProcessGroup | None, schedule: str
-) -> list[dict[str, Tensor]]:
-    names = STUDENT[:2]
-    leaves = {name: p[name].requires_grad_() for name in names}
-    result = []
-    for value in losses(p, group, schedule):
-        grads = torch.autograd.grad(value, leaves.values())
-        result.append({"value": value.detach(), **dict(zip(names, grads, strict=True))})
-    return result
+from opsd_kernels.testing import cast
+from tests.helpers.vocabulary_shards import SIZES, compare_shards, gradients, inputs
 
 
 def rank_main(rank: int, sizes: tuple[int, ...], schedule: str, folder: str) -> None:
@@ -54,18 +40,3 @@ def test_shards_equal_the_whole(ranks: int, schedule: str, tmp_path: Path) -> No
     pytest.importorskip("triton")
     mp.spawn(rank_main, (SIZES[ranks], schedule, str(tmp_path)), nprocs=ranks)
     compare_shards([torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)])
-
-
-def compare_shards(shards: list[list[dict[str, Tensor]]]) -> None:
-    """Each rank's values and gradients of each loss, against one process."""
-    rounded = cast(inputs(), torch.float32)
-    truths = gradients(cast(rounded, torch.float64), None, "auto")
-    plains = gradients(rounded, None, "auto")  # blocked PyTorch in fp32
-    for index, (truth, plain) in enumerate(zip(truths, plains, strict=True)):
-        parts = [made[index] for made in shards]
-        assert all(torch.equal(x["value"], parts[0]["value"]) for x in parts)
-        whole = torch.cat([x["student_weight"] for x in parts])
-        found = {**parts[0], "student_weight": whole}
-        for name, true in truth.items():
-            rule = {"max_factor": 4.0, "atol": TOKENS * 1e-6 if name == "value" else 0.0}
-            assert_close(found[name], true, plain[name], **rule, name=f"{index} {name}")

@@ -3,15 +3,15 @@
 from pathlib import Path
 
 import pytest
-import test_triton_vocab_parallel as parallel
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from kernel_cases import LOSSES, move, prepare, run
-from test_vocab_parallel import SIZES, inputs
-from triton_cases import SCHEDULES, TRAINED, policy_gradient
 
 from opsd_kernels.testing import cast, make_pair
+from tests.helpers import vocabulary_shards as parallel
+from tests.helpers.kernel_cases import LOSSES, move, prepare, run
+from tests.helpers.triton_cases import SCHEDULES, TRAINED, policy_gradient
+from tests.helpers.vocabulary_shards import SIZES, inputs
 
 pytestmark = [
     pytest.mark.gpu,

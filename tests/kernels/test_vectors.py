@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import SINGLE, STUDENT, check, move
 from torch import Tensor
 
 from opsd_kernels import reference
@@ -16,6 +15,7 @@ from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.ops import divergence, logprob
 from opsd_kernels.testing import make_pair, single
+from tests.helpers.kernel_cases import SINGLE, STUDENT, check, move
 
 
 def _filler(x: Tensor) -> Tensor:

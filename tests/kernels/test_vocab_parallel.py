@@ -11,45 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import opsd_kernels as k
-from opsd_kernels.testing import make_pair
-
-TOKENS, HIDDEN, VOCAB = 13, 8, 101
-SIZES = {2: (60, 41), 3: (50, 1, 50)}
-
-
-def losses(
-    p: dict[str, Tensor], group: dist.ProcessGroup | None, schedule: str = "auto"
-) -> list[Tensor]:
-    """One loss of every kind; `p` holds whole heads or shards."""
-    both = (p["student_input"], p["student_weight"], p["teacher_input"], p["teacher_weight"])
-    one = both[:2]
-    label, bias = p["shift_labels"], {"student_bias": p["student_bias"]}
-    run = {"process_group": group, "schedule": schedule}
-    clipped, stats = k.fused_linear_jsd(
-        *both, label, **bias, **run, token_clip=0.01, student_softcap=20.0, return_stats=True
-    )
-    scaled = k.fused_linear_jsd(
-        *both, label, **bias, **run, student_logit_scale=4.0, teacher_logit_scale=0.125
-    )
-    logprob, entropy = k.fused_linear_logprob(*one, label, **run, return_entropy=True)
-    lse = k.fused_linear_logprob(*one, label, **run, return_lse=True)[1]
-    weighted, counts = k.fused_linear_cross_entropy(
-        *one, label, **run, class_weight=torch.linspace(0, 2, VOCAB), label_smoothing=0.1,
-        z_loss=0.01, return_stats=True,
-    )  # fmt: skip
-    advantage, sampled = k.fused_linear_advantage(*both, label, **run)
-    return [
-        k.fused_linear_jsd(*both, label, **bias, **run, beta=0.3, reduction="none").sum(),
-        k.fused_linear_forward_kl(*both, label, **bias, **run),
-        k.fused_linear_reverse_kl(*both, label, **bias, **run, temperature=1.3),
-        clipped + sum(column.sum() for column in stats.values()),
-        scaled,
-        (2 * logprob + entropy).sum(),
-        lse.sum(),
-        k.fused_linear_cross_entropy(*one, label, **run, label_smoothing=0.1),
-        weighted + 0.01 * counts["predicted"].double().mean() + counts["accuracy"],
-        k.policy_gradient_loss(advantage, sampled, label),
-    ]
+from tests.helpers.vocabulary_shards import SIZES, TOKENS, VOCAB, inputs, losses
 
 
 def gradients(p: dict[str, Tensor], names: list[str], group) -> list[dict[str, Tensor]]:
@@ -85,13 +47,6 @@ def rank_main(rank: int, sizes: tuple[int, ...], names: list[str], folder: str) 
         message = str(error)
     torch.save((made, message), Path(folder) / f"rank{rank}.pt")
     dist.destroy_process_group()
-
-
-def inputs() -> dict[str, Tensor]:
-    pair = make_pair(TOKENS, HIDDEN, VOCAB, masked=3, seed=11)
-    return {
-        name: value.double() if value.is_floating_point() else value for name, value in pair.items()
-    }
 
 
 @pytest.mark.dist

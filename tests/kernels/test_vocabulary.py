@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import SINGLE, STUDENT, check, run
 from torch import Tensor
 
 from opsd_kernels import reference
@@ -14,6 +13,7 @@ from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import assert_close, cast, make_pair, single
+from tests.helpers.kernel_cases import SINGLE, STUDENT, check, run
 
 pytestmark = pytest.mark.usefixtures("cpu_backend")
 

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import save_model
-from verdicts import one_grader
+
+from tests.helpers.tiny import save_model
+from tests.helpers.verdicts import one_grader
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny import config, make_model, make_tokenizer, recipe
-from verdicts import children, wait_until_gone
 
 from opsd_train import cli
 from opsd_train.config.errors import UserError
@@ -25,6 +23,8 @@ from opsd_train.reporting.run_folder import RunFolder, claim, release
 from opsd_train.reporting.timers import Clock
 from opsd_train.run import train
 from opsd_train.trainer import Trainer
+from tests.helpers.tiny import config, make_model, make_tokenizer, recipe
+from tests.helpers.verdicts import children, wait_until_gone
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,16 +3,11 @@
 import json
 import multiprocessing
 import subprocess
-import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-import tiny
-from method_cases import Outcome, assert_same, grads_of, make_policy, make_samples, settings
 
 from benchmarks.study import base, step_memory
 from benchmarks.study.one_step import generalized_jsd, growth, our_loss, plain_loss
@@ -21,6 +16,15 @@ from opsd_kernels import reference
 from opsd_train.config.errors import UserError
 from opsd_train.methods.opsd import Opsd
 from opsd_train.model.policy import _checkpoint_activations
+from tests.helpers import tiny
+from tests.helpers.method_cases import (
+    Outcome,
+    assert_same,
+    grads_of,
+    make_policy,
+    make_samples,
+    settings,
+)
 
 MIB = 2**20
 VOCAB = 8192

@@ -8,7 +8,6 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import made_up
 import numpy as np
 import pytest
 
@@ -30,6 +29,7 @@ from benchmarks.study.reading import (
 from benchmarks.study.statistics import Estimate
 from benchmarks.study.tables import accuracy_table, main_comparison, readme, readme_block
 from opsd_train.config.errors import UserError
+from tests.helpers import study_results as made_up
 
 
 @pytest.fixture(scope="module")

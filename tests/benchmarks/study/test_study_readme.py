@@ -5,7 +5,7 @@ from pathlib import Path
 from benchmarks.study.outcomes import load_results
 from benchmarks.study.tables import readme
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PUBLISHED = ROOT / "docs" / "study"
 
 

@@ -2,20 +2,17 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-import tiny
 
 from benchmarks.study import run as study_run
 from benchmarks.study.settings import Experiment, Shared
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from
 from opsd_train.reporting.metrics_log import read_rows
+from tests.helpers import tiny
 
 TASK = "data.task_config={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}"
 SIZE = {"seeds": [0, 1], "changes": ["steps=2", "evaluation.every=1"], "memory_tokens": [8, 16]}

@@ -1,0 +1,267 @@
+"""Every training method on the tiny model, and its formula over full logits, sample by sample."""
+
+import copy
+import functools
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from opsd_train.config.schema import Config, GrpoConfig, LoraConfig, LossConfig
+from opsd_train.data.batches import Sample, micro_batches
+from opsd_train.data.problems import Problem
+from opsd_train.methods import METHODS
+from opsd_train.methods.base import Method, Stats
+from opsd_train.model.adapters import add_adapters
+from opsd_train.model.policy import Policy
+from tests.helpers.tiny import config, make_model
+
+PAD, VOCAB, TEACHER_VOCAB = 0, 261, 288
+LORA = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+GRPO = ("method=grpo", "rollout.samples_per_prompt=4", "rollout.temperature=1.2")
+CASES = {
+    "opsd forward KL": ("loss.beta=0.0",),
+    "opsd JSD": ("loss.beta=0.5", "loss.temperature=1.3"),
+    "opsd reverse KL": ("loss.beta=1.0",),
+    "opsd clipped": ("loss.beta=0.0", "loss.token_clip=0.05"),
+    "opsd sampled token": ("loss.objective=sampled_token", "loss.temperature=1.3"),
+    "sft": ("method=sft",),
+    "star": ("method=star",),
+    "context_distill": ("method=context_distill",),
+    "grpo": (*GRPO, "grpo.kl_weight=0.05", "grpo.updates=2"),
+    "distill": ("method=distill", "distill.teacher=t", "loss.beta=0.5"),
+    "distill sampled token": (
+        *("method=distill", "distill.teacher=t", "loss.objective=sampled_token"),
+    ),
+}
+
+
+def settings(*overrides: str) -> Config:
+    return config("model", "runs/none", *overrides)
+
+
+def make_policy(
+    lora: bool = True,
+    dtype: torch.dtype = torch.float32,
+    trained: bool = True,
+    vocab_size: int = VOCAB,
+    tied: bool = True,
+) -> Policy:
+    """The tiny model as load_policy makes it; `trained` gives fresh adapters weights that count."""
+    model = make_model(vocab_size, dtype if lora else torch.float32, tied=tied)
+    if lora:
+        model = add_adapters(model, LORA)
+    policy = Policy(model, PAD, dtype)
+    if trained and lora:
+        change(policy, seed=1, std=0.3, only="lora_B")
+    return policy
+
+
+def make_teacher(dtype: torch.dtype = torch.float32, vocab_size: int = TEACHER_VOCAB) -> Policy:
+    """Another model: wider, its vocabulary padded further."""
+    model = make_model(vocab_size, dtype, hidden_size=48).requires_grad_(False)
+    return Policy(model, PAD, dtype)
+
+
+def make_method(config: Config, policy: Policy, teacher: Policy | None = None) -> Method:
+    kind = METHODS[config.method]
+    if config.method == "distill":
+        return kind(config, policy, teacher or make_teacher())
+    return kind(config, policy)
+
+
+def change(policy: Policy, seed: int, std: float = 0.02, only: str = "") -> None:
+    """Another set of trained weights, as after an optimizer step."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in policy.model.named_parameters():
+        if parameter.requires_grad and only in name:
+            parameter.data += std * torch.randn(parameter.shape, generator=generator)
+
+
+def make_samples(
+    count: int = 8, same_prompt: bool = False, vocab_size: int = VOCAB
+) -> list[Sample]:
+    """Samples of all lengths, four to a group: right and wrong, finished and cut off."""
+    generator = torch.Generator().manual_seed(2)
+
+    def tokens(low: int, high: int) -> list[int]:
+        size = int(torch.randint(low, high, (), generator=generator))
+        return torch.randint(1, vocab_size, (size,), generator=generator).tolist()
+
+    samples = []
+    for index in range(count):
+        student, teacher, completion = tokens(3, 12), tokens(5, 20), tokens(1, 9)
+        noise = torch.randn(len(completion), generator=generator)
+        samples.append(
+            Sample(
+                Problem(f"p{index}", "", "", ""),
+                student,
+                student if same_prompt else teacher,
+                completion,
+                logprobs=(noise - 5).tolist(),
+                finished=index % 4 != 3,
+                correct=index % 4 in (0, 3),
+            )
+        )
+    return samples
+
+
+def counted(samples: Sequence[Sample]) -> int:
+    """The divisor: tokens of the samples that count."""
+    return sum(len(sample.completion) for sample in samples if sample.weight > 0)
+
+
+@dataclass
+class Outcome:
+    loss: float
+    stats: Stats
+    grads: dict[str, Tensor]
+
+
+def run(
+    method: Method, samples: Sequence[Sample], budget: int = 10**6, num_tokens: int | None = None
+) -> Outcome:
+    """Prepare, loss and backward over as many micro-batches as the budget makes; no update."""
+    groups = list(micro_batches(samples, budget))
+    return finish(method, groups, method.prepare(groups), num_tokens or counted(samples))
+
+
+def finish(method: Method, groups: list, prepared: list, num_tokens: int) -> Outcome:
+    """Loss and backward over prepared micro-batches."""
+    method.policy.model.zero_grad()
+    total, columns = 0.0, []
+    for group, ready in zip(groups, prepared, strict=True):
+        loss, stats = method.loss(group, ready, num_tokens)
+        loss.backward()
+        total += loss.item()
+        assert all(
+            column.shape == (sum(len(s.completion) for s in group),) and not column.requires_grad
+            for column in stats.values()
+        )
+        columns.append(stats)
+    stats = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+    return Outcome(total, stats, grads_of(method.policy.model))
+
+
+def grads_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every trained parameter's gradient; one that has none is left out."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+# ------------------------------------------------------------------------------------- the formulas
+
+
+def double(policy: Policy) -> nn.Module:
+    """A copy of the whole model as it is now, in fp64."""
+    return copy.deepcopy(policy.model).double()
+
+
+def logits_alone(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
+    """(T, V) logits that predict the completion, of one sample run by itself."""
+    ids = torch.tensor([[*prompt, *completion]])
+    return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+
+
+def log_probs(
+    model: nn.Module, prompt: list[int], completion: list[int], temperature: float = 1.0
+) -> Tensor:
+    logits = logits_alone(model, prompt, completion)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return torch.log_softmax(logits[:, :VOCAB] / temperature, -1)
+
+
+def chosen(log_probabilities: Tensor, completion: list[int]) -> Tensor:
+    return log_probabilities[range(len(completion)), completion]
+
+
+def divergence(ls: Tensor, lt: Tensor, y: list[int], loss: LossConfig) -> Tensor:
+    """Equations 6-9 per token."""
+    if loss.objective == "sampled_token":
+        return -(chosen(lt, y) - chosen(ls, y)).detach() * chosen(ls, y)
+    s, t = ls.exp(), lt.exp()
+    if loss.beta == 0:
+        entries = t * (lt - ls)
+    elif loss.beta == 1:
+        entries = s * (ls - lt)
+    else:
+        lm = (loss.beta * t + (1 - loss.beta) * s).log()
+        entries = loss.beta * t * (lt - lm) + (1 - loss.beta) * s * (ls - lm)
+    return entries.clamp(max=loss.token_clip or math.inf).sum(-1)
+
+
+def surrogate(
+    logprob: Tensor, old: Tensor, reference: Tensor, sample: Sample, grpo: GrpoConfig
+) -> Tensor:
+    """Equations 4 and 5 per token, with the importance weight and k3, one token at a time."""
+    values = []
+    for index, new in enumerate(logprob):
+        ratio, a = torch.exp(new - old[index]), sample.advantage
+        bounded = min(max(ratio, 1 - grpo.clip_low), 1 + grpo.clip_high)
+        value = -min(ratio * a, bounded * a)
+        if grpo.importance_cap is not None:
+            correction = torch.exp(old[index] - sample.logprobs[index]).item()
+            value = value * min(correction, grpo.importance_cap)
+        gap = reference[index] - new
+        value = value + grpo.kl_weight * (torch.exp(gap) - gap - 1)
+        values.append(value)
+    return torch.stack(values)
+
+
+def plain_loss(
+    config: Config,
+    model: nn.Module,
+    samples: Sequence[Sample],
+    teacher: nn.Module | None = None,
+    old: nn.Module | None = None,
+) -> Tensor:
+    """The method's loss; without a `teacher`, the model itself with its adapters off."""
+    reference = nullcontext if teacher else getattr(model, "disable_adapter", nullcontext)
+    total = 0.0
+    for sample in samples:
+        prompt, y = sample.student_prompt, sample.completion
+        read = functools.partial(log_probs, completion=y)
+        if config.method in ("opsd", "distill"):
+            temperature = config.loss.temperature
+            ls = read(model, prompt, temperature=temperature)
+            with torch.no_grad(), reference():
+                theirs = sample.teacher_prompt if config.method == "opsd" else prompt
+                lt = read(teacher or model, theirs, temperature=temperature)
+            value = divergence(ls, lt.to(ls.dtype), y, config.loss)
+        elif config.method == "grpo":
+            grpo, temperature = config.grpo or GrpoConfig(), config.rollout.temperature
+            logprob = chosen(read(model, prompt, temperature=temperature), y)
+            with torch.no_grad():
+                past = chosen(read(old or model, prompt, temperature=temperature), y)
+                with reference():
+                    initial = chosen(read(teacher or model, prompt, temperature=temperature), y)
+            value = surrogate(logprob, past, initial, sample, grpo)
+        else:
+            value = -chosen(read(model, prompt), y)
+        total = total + sample.weight * value.sum()
+    return total / counted(samples)
+
+
+def truth(config: Config, model: nn.Module, samples: Sequence[Sample], **models) -> Outcome:
+    """The formula's loss and gradients."""
+    model.zero_grad()
+    loss = plain_loss(config, model, samples, **models)
+    loss.backward()
+    return Outcome(loss.item(), {}, grads_of(model))
+
+
+def assert_same(found: Outcome, wanted: Outcome, rel: float = 1e-4) -> None:
+    """Equal losses, and for every trained weight a gradient that is there and equal."""
+    assert abs(found.loss - wanted.loss) <= rel * abs(wanted.loss), (found.loss, wanted.loss)
+    assert found.grads.keys() == wanted.grads.keys() and len(found.grads) >= 12
+    for name, grad in found.grads.items():
+        size = wanted.grads[name].abs().max()
+        assert size > 0, f"{name}: the formula gives no gradient; the test would see nothing"
+        error = (grad - wanted.grads[name]).abs().max()
+        assert error <= rel * size, f"{name}: off by {error / size:.1e} of its size"
+
+
+def reweighted(samples: Sequence[Sample], weights: Sequence[float]) -> list[Sample]:
+    return [replace(sample, weight=weight) for sample, weight in zip(samples, weights, strict=True)]

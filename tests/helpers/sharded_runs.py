@@ -1,0 +1,175 @@
+"""What both ranks can tell about a sharded model, each a function for `Pair.run`."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import torch
+from peft import PeftModel
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from opsd_kernels import fused_linear_cross_entropy
+from opsd_train.config.errors import UserError
+from opsd_train.distributed.context import World
+from opsd_train.evaluation.grading import Answer
+from opsd_train.model.families import LmHead, lm_head
+from opsd_train.rollout import Completion, Request, Sampling
+from opsd_train.trainer import Trainer
+from tests.helpers.steps import Course, make_trainer
+
+PROMPT = [5, 17, 40, 9]
+LONG = Sampling(60)
+OVERRIDES = ("rollout.batch_tokens=100",)  # one sequence of LONG at a time
+
+
+def heads(world: World, course: Course) -> dict[str, Any]:
+    """What a loss gets for a head, and what the head is outside of the model's forward."""
+    policy = make_trainer(world, course).policy
+
+    def describe(hidden: Tensor, head: LmHead, target: Tensor) -> dict[str, Any]:
+        weight = head.weight
+        return {
+            "plain": type(weight.data) is Tensor and not isinstance(weight, DTensor),
+            "value": weight.detach().float().clone(),
+            "types": {weight.dtype, hidden.dtype},
+            "trained": weight.requires_grad,
+        }
+
+    inside = policy.run([PROMPT], [[3, 4]], describe)
+    if world.size == 1:
+        return inside
+    policy.core.reshard()  # as after every backward pass
+    outside = lm_head(policy.core).weight
+    hidden, target = torch.zeros(2, 32), torch.tensor([3, 4])
+    try:
+        fused_linear_cross_entropy(hidden, outside, target)
+        refused = False
+    except Exception:
+        refused = True
+    return inside | {"outside": type(outside).__name__, "refused": refused}
+
+
+def structure(world: World, course: Course) -> dict[str, Any]:
+    """Which modules are units, and what the parameters are."""
+    policy = make_trainer(world, course).policy
+    core, named = policy.core, dict(policy.model.named_parameters())
+    units = {name: m for name, m in core.named_modules() if isinstance(m, FSDPModule)}
+    return {
+        "units": sorted(units),
+        "peft": isinstance(policy.model, PeftModel),
+        "peft_sharded": isinstance(policy.model, FSDPModule) and policy.model is not core,
+        "plain": [name for name, p in named.items() if not isinstance(p, DTensor)],
+        "trained_types": {p.dtype for p in policy.parameters},
+        "frozen_types": {p.dtype for p in named.values() if not p.requires_grad},
+        "adapters": [name for name in named if "lora_" in name],
+        "tied": core.get_output_embeddings().weight is core.get_input_embeddings().weight,
+    }
+
+
+def evaluated(world: World, course: Course) -> dict[str, Any]:
+    """Greedy answers and the divergence on held-out problems, after two steps."""
+    trainer = make_trainer(world, course)
+    for step in (1, 2):
+        trainer.step(step)
+    # Any answer counts whose last token is even, so that not all are wrong.
+    trainer.grader.right = _even
+    student, teacher = (trainer.heldout.evaluate(side) for side in ("student", "teacher"))
+    return {
+        "student": student.completions,
+        "teacher": teacher.completions,
+        "correct": student.correct,
+        "divergence": trainer.heldout.divergence(student),
+    }
+
+
+def generated_by_one_rank(world: World, course: Course) -> list[Completion]:
+    """Rank 0 generates nothing while the last rank does; then all go on together."""
+    trainer = make_trainer(world, course)
+    made: list[Completion] = []
+    with trainer.policy.generating():
+        if world.rank == world.size - 1:
+            made = _generate(trainer)
+    assert trainer.step(1) is not None
+    return made
+
+
+def generated_at_different_lengths(world: World, course: Course) -> list[Completion]:
+    """Rank 0 makes one token; the last rank many, over several batches."""
+    trainer = make_trainer(world, course)
+    last = world.rank == world.size - 1
+    with trainer.policy.generating():
+        made = _generate(trainer, LONG if last else Sampling(1))
+    assert trainer.step(1) is not None
+    return made
+
+
+def failing_generation(world: World, course: Course) -> dict[str, Any]:
+    """A step after a generation that failed, and one after none."""
+    trainer = make_trainer(world, course)
+    kept = [parameter.detach().clone() for parameter in trainer.policy.parameters]
+    outer = trainer.policy.generating()
+    with outer:
+        try:
+            with trainer.policy.generating():  # not needed, but not harmful either
+                inside = _types(trainer.policy.core)
+                _generate(trainer, Sampling(1000))  # more than a batch holds
+        except UserError:
+            failed = True
+        still = _types(trainer.policy.core)
+    after = [parameter.detach() for parameter in trainer.policy.parameters]
+    return {
+        "failed": failed,
+        "inside": inside,
+        "still": still,
+        "same": all(map(_equal, kept, after)),
+        "loss": trainer.step(1)[0].get("loss"),
+    }
+
+
+def reductions(world: World, course: Course) -> tuple[int, int]:
+    """How often gradients are added up in a step, and over how many micro-batches."""
+    trainer, calls, groups = make_trainer(world, course), [], []
+    accumulate, all_reduce = trainer._accumulate, distributed.all_reduce
+
+    def counting(made: list, *rest: Any) -> None:
+        groups.extend(made)
+        with mock.patch("torch.distributed.all_reduce", noting):
+            accumulate(made, *rest)
+
+    def noting(*args: Any, **options: Any) -> Any:
+        calls.append(args)
+        return all_reduce(*args, **options)
+
+    trainer._accumulate = counting
+    trainer.step(1)
+    return len(calls), len(groups)
+
+
+def refusal(world: World, course: Course) -> str:
+    """What a recipe that cannot be run is told."""
+    try:
+        make_trainer(world, course)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _generate(trainer: Trainer, sampling: Sampling = LONG) -> list[Completion]:
+    requests = [Request([*PROMPT, extra], seed=extra) for extra in range(3)]
+    return trainer.trajectories.engine.generate(requests, sampling)
+
+
+def _types(core: nn.Module) -> set[tuple[str, torch.dtype]]:
+    return {("shard" if isinstance(p, DTensor) else "whole", p.dtype) for p in core.parameters()}
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    one, two = (t.to_local() if isinstance(t, DTensor) else t for t in (one, two))
+    return torch.equal(one, two)
+
+
+def _even(answer: Answer) -> bool:
+    return sum(answer.text.encode()) % 2 == 0

@@ -1,0 +1,133 @@
+"""Steps of a trainer on one rank or several, and everything about them that must be the same."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from opsd_train.distributed.context import World
+from opsd_train.distributed.fsdp import whole
+from opsd_train.evaluation.grading import Answer
+from opsd_train.reporting.run_folder import RunFolder
+from opsd_train.reporting.timers import Clock
+from opsd_train.trainer import Trainer
+from tests.helpers.tiny import config
+from tests.helpers.verdicts import made_up
+
+BASE = ["steps=2", "micro_batch_tokens=1000", "evaluation.problems=0", "optim.grad_clip=1e9"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """A recipe on a model of `models`, with an answer check that does not look at the answers.
+
+    `right`: of a step's samples in order, "even" ones, the "first" alone, or "none".
+    """
+
+    models: Path
+    model: str = "tied"
+    overrides: tuple[str, ...] = ()
+    shard: str = "full"
+    right: str = "even"
+    most_weighted: int | None = None  # samples of a step that keep their weight
+    steps: int = 2
+
+
+@dataclass
+class Outcome:
+    """What a course came to; tensors are whole."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)  # on rank 0
+    samples: list[list[tuple[str, list[int]]]] = field(default_factory=list)  # of this rank
+    shown: list[list[str]] = field(default_factory=list)  # completions of the table, on rank 0
+    gradients: list[dict[str, Tensor]] = field(default_factory=list)  # of each optimizer step
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    initial: dict[str, Tensor] = field(default_factory=dict)
+    trained: list[int] = field(default_factory=list)  # micro-batches of each step ...
+    idle: list[int] = field(default_factory=list)  # ... and those without a loss token
+
+
+def make_trainer(world: World, course: Course) -> Trainer:
+    folder = Path(tempfile.mkdtemp())
+    made = config(course.models / course.model, folder, *BASE, *course.overrides)
+    with made_up():
+        return Trainer(made, world, RunFolder(folder, world), Clock(), course.shard)
+
+
+def follow(world: World, course: Course) -> Outcome:
+    """Take the steps."""
+    trainer, outcome = make_trainer(world, course), Outcome()
+    named = {
+        name: parameter
+        for name, parameter in trainer.policy.model.named_parameters()
+        if parameter.requires_grad
+    }
+    outcome.initial = _whole(named)
+
+    def note_gradients(*_: Any) -> None:
+        gradients = {n: p.grad for n, p in named.items() if p.grad is not None}
+        outcome.gradients.append(_whole(gradients))
+
+    trainer.optimizer.register_step_pre_hook(note_gradients)
+    trainer.trajectories.make = _noting(trainer.trajectories.make, outcome.samples)
+    trainer.method.loss = _counting(trainer.method.loss, outcome)
+    trainer.method.weigh = _limited(trainer.method.weigh, course.most_weighted)
+    for step in range(1, course.steps + 1):
+        outcome.trained.append(0)
+        outcome.idle.append(0)
+        trainer.grader.right = _check(world, course.right)
+        row, stats = trainer.step(step)
+        outcome.rows.append(row)
+        outcome.shown.append([r["completion"] for r in stats.sample_rows(trainer.tokenizer, 100)])
+    outcome.weights = _whole(named)
+    return outcome
+
+
+def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+
+
+def _noting(make: Callable, samples: list) -> Callable:
+    def noting(*args: Any) -> list:
+        made = make(*args)
+        samples.append([(s.problem.id, s.completion, s.logprobs) for s in made])
+        return made
+
+    return noting
+
+
+def _counting(loss: Callable, outcome: Outcome) -> Callable:
+    def counting(samples: list, *rest: Any) -> Any:
+        count = outcome.trained if samples[0].weight > 0 else outcome.idle
+        count[-1] += 1
+        return loss(samples, *rest)
+
+    return counting
+
+
+def _limited(weigh: Callable, most: int | None) -> Callable:
+    def limited(samples: list) -> list:
+        weighed = weigh(samples)
+        active = [index for index, sample in enumerate(weighed) if sample.weight > 0]
+        for index in active[most:] if most is not None else []:
+            weighed[index] = replace(weighed[index], weight=0.0)
+        return weighed
+
+    return limited
+
+
+def _check(world: World, right: str) -> Callable[[Answer], bool]:
+    """Called for this rank's samples in order, which are every size-th of the step's."""
+    numbers = itertools.count(world.rank, world.size)
+
+    def check(_: Answer) -> bool:
+        number = next(numbers)
+        return {"even": number % 2 == 0, "first": number == 0, "none": False}[right]
+
+    return check

@@ -1,0 +1,126 @@
+"""Checkpoints of two ranks: bit for bit on two, whole on one, and all or nothing when one fails."""
+
+import errno
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from opsd_train.checkpoint.save import Checkpoints
+from opsd_train.config.errors import UserError
+from opsd_train.distributed.context import World
+from opsd_train.distributed.fsdp import whole
+from opsd_train.reporting.run_folder import RunFolder
+from opsd_train.reporting.timers import Clock
+from opsd_train.run import Run
+from opsd_train.trainer import Trainer
+from tests.helpers.course import timeless
+from tests.helpers.pair import Pair, alone
+from tests.helpers.tiny import config
+from tests.helpers.verdicts import made_up
+
+pytestmark = pytest.mark.dist
+
+DROPOUT = "lora={rank: 2, alpha: 4, dropout: 0.3, target_modules: [q_proj, down_proj]}"
+EMA = "opsd={teacher: ema, ema_decay: 0.5}"
+Tensors = dict[str, Tensor]
+
+
+def make_run(world: World, model: Path, folder: Path, overrides: list[str], shard: str) -> Run:
+    made = config(model, folder, "evaluation.problems=0", "steps=9", *overrides)
+    with made_up():
+        return Run(Trainer(made, world, RunFolder(folder, world), Clock(), shard))
+
+
+def state(run: Run) -> Tensors:
+    """Trained weights, optimizer state and the teacher's weights, gathered."""
+    trainer = run.trainer
+    tensors = dict(enumerate(trainer.policy.parameters)) | trainer.method.state()
+    for index, parameter in enumerate(trainer.policy.parameters):
+        entries = trainer.optimizer.state[parameter].items()
+        tensors |= {f"{index}.{name}": value for name, value in entries}
+    return {str(name): whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+
+
+def step(run: Run) -> dict:
+    row, _ = run.trainer.step(run.done + 1)
+    run.done += 1
+    return timeless(row)
+
+
+def train(world: World, *made_of) -> tuple[Tensors, dict, Tensors]:
+    """A step, a checkpoint, another step: the state before and after it, and its metrics."""
+    run = make_run(world, *made_of)
+    step(run)
+    run._save()
+    return state(run), step(run), state(run)
+
+
+def resume(world: World, *made_of) -> tuple[Tensors, dict, Tensors]:
+    run = make_run(world, *made_of)
+    run.resume()
+    assert run.done == 1
+    return state(run), step(run), state(run)
+
+
+def same(one: Tensors, two: Tensors) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("shard, overrides", [("full", ["lora=null", EMA]), ("none", [DROPOUT])])
+def test_goes_on(pair: Pair, models: Path, tmp_path: Path, capsys, shard, overrides) -> None:
+    made_of = (models / "tied", tmp_path, overrides, shard)
+    straight, resumed = pair.run(train, *made_of), pair.run(resume, *made_of)
+    for (before, row, after), (before_again, row_again, after_again) in zip(
+        straight, resumed, strict=True
+    ):
+        assert same(before, before_again) and same(after, after_again) and row == row_again
+        assert not same(before, after) and before.keys() == after.keys()
+    assert straight[0][1]["loss"] > 0
+
+    # On another number of ranks: the same weights, and random streams that start anew.
+    before, row, _ = resume(alone(), *made_of)
+    assert same(before, straight[0][0])
+    assert "is of 2 processes and continues on 1" in capsys.readouterr().err
+    if "lora=null" in overrides:  # nothing random is left
+        assert row["loss"] == pytest.approx(straight[0][1]["loss"], rel=1e-4)
+
+
+def save(world: World, folder: Path, number: int, failing: str | None) -> str | None:
+    """Save on both ranks, while the disk is full for rank 1; what the user is told."""
+
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    checkpoints = Checkpoints(folder, 2, world)
+    arguments = (number, {"w": torch.ones(5)}, {}, {"rank": world.rank}, "steps: 1")
+    if failing is None or world.rank == 0:
+        try:
+            checkpoints.save(*arguments)
+        except UserError as error:
+            return str(error)
+        return None
+    with mock.patch(failing, full_disk), pytest.raises(UserError) as caught:
+        checkpoints.save(*arguments)
+    return str(caught.value)
+
+
+def load(world: World, folder: Path) -> tuple[int, int]:
+    loaded = Checkpoints(folder, 2, world).newest("steps: 1")
+    return loaded.step, loaded.rank_facts["rank"]
+
+
+def test_a_full_disk_on_one_rank_and_a_damaged_file(pair: Pair, tmp_path: Path) -> None:
+    for number in (1, 2):
+        assert pair.run(save, tmp_path, number, None) == [None, None]
+    for failing in ("torch.save", "os.fsync"):
+        told = pair.run(save, tmp_path, 3, failing)
+        assert all("step_000003: No space left on device" in text for text in told)
+        found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        assert found == ["step_000001", "step_000002"]
+    assert pair.run(load, tmp_path) == [(2, 0), (2, 1)]
+    os.truncate(tmp_path / "checkpoints" / "step_000002" / "rank_1.pt", 40)
+    assert pair.run(load, tmp_path) == [(1, 0), (1, 1)]
