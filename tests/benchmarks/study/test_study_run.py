@@ -106,7 +106,7 @@ def test_a_failed_run_is_told_and_does_not_stop_the_others(
 def test_other_settings_in_the_same_folder_are_refused(study: Path) -> None:
     (study / "plan").mkdir(parents=True)
     (study / "plan" / "sums-opsd-s0.yaml").write_text("steps: 7\n")
-    with pytest.raises(UserError, match=r"sums-opsd-s0 has now.*output_dir"):
+    with pytest.raises(UserError, match=r"sums-opsd-s0 has now.*--out"):
         study_run.study(quick=True)
 
 

@@ -11,36 +11,8 @@ from pathlib import Path
 import pytest
 
 from opsd_train.evaluation.workers import Crew, Failure, run_each
+from tests.helpers.misbehaving import behave, doze
 from tests.helpers.verdicts import children, wait_until_gone
-
-
-def behave(what: object) -> object:
-    """Runs in the other process: does what it is told."""
-    if what == "hang":
-        time.sleep(1000)
-    elif what == "die":
-        os.kill(os.getpid(), signal.SIGSEGV)
-    elif what == "exit":
-        os._exit(3)
-    elif what == "raise":
-        raise KeyError("numbers")
-    elif what == "recurse":
-        return behave_deeper(0)
-    elif what == "eat":
-        return len(bytearray(8 * 2**30))
-    elif what == "modules":
-        return "torch" in sys.modules
-    elif what == "spin":
-        return 3 ** (10**9)  # no signal handler of Python's runs before it ends
-    elif isinstance(what, tuple):
-        time.sleep(what[1])
-    elif what == "process":
-        return os.getpid()
-    return what
-
-
-def behave_deeper(depth: int) -> int:
-    return behave_deeper(depth + 1) + 1
 
 
 def test_only_the_item_at_fault_is_lost() -> None:
@@ -60,11 +32,6 @@ def test_only_the_item_at_fault_is_lost() -> None:
 def test_time_is_that_of_each_item_not_of_a_chunk() -> None:
     """40 items of 50 ms in one message take longer than the limit of 1 s for each."""
     assert run_each(doze, [0.05] * 40, 1.0, 1) == [0.05] * 40
-
-
-def doze(seconds: float) -> float:
-    time.sleep(seconds)
-    return seconds
 
 
 def test_a_worker_has_no_torch_though_the_parent_has() -> None:
@@ -154,7 +121,7 @@ def test_signals_to_all_processes_end_no_check(crew: Crew) -> None:
 SCRIPT = """
 import sys
 from opsd_train.evaluation.workers import Crew
-from tests.evaluation.test_workers import behave
+from tests.helpers.misbehaving import behave
 print("main runs", flush=True)
 crew = Crew(behave, 1, 1)
 print(crew.submit(["process"])[0].result(), flush=True)
