@@ -65,18 +65,18 @@ Tensor divergence_sums(Tensor& logits, const Tensor& merged, int64_t per_head, d
 }
 
 void divergence_gradient(Tensor& logits, const Tensor& merged, int64_t per_head,
-                         const Tensor& totals, const MaybeTensor& scale,
+                         const Tensor& sum_share, const MaybeTensor& scale,
                          double softcap, double temperature, double beta,
                          int64_t kind, bool kept, bool bf16) {
   const PairRows pairs(logits, merged, per_head, softcap, temperature, beta, kind);
-  const Tensor sum_shares = totals.contiguous();
+  const Tensor shares = sum_share.contiguous();
   const Tensor factor = scale ? scale->to(at::kFloat).contiguous() : Tensor();
-  const float* sum_shares_at = sum_shares.const_data_ptr<float>();
+  const float* shares_at = shares.const_data_ptr<float>();
   const float* factor_at = scale ? factor.const_data_ptr<float>() : nullptr;
   at::parallel_for(0, pairs.rows(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       PairRow x = pairs[row];
-      x.sum_shares = sum_shares_at[row];
+      x.sum_share = shares_at[row];
       x.factor = (factor_at ? factor_at[row] : 1.0f) / static_cast<float>(temperature);
       kept ? row_math().kept_gradient(x, bf16) : row_math().kl_gradient(x, bf16);
     }

@@ -121,11 +121,11 @@ static Sums sums(const PairRow& a, bool keep) {
 static void kept_gradient(const PairRow& a, bool bf16) {
   const bool forward = a.kind == FORWARD_KL, reverse = a.kind == REVERSE_KL;
   const float sign = forward ? -1.0f : reverse ? 1.0f : -a.one_minus_beta;
-  const Floats factor = splat(sign * a.factor), sum_shares = splat(a.sum_shares);
+  const Floats factor = splat(sign * a.factor), sum_share = splat(a.sum_share);
   for (int64_t c = 0; c < a.cols; c += LANES) {
     const int64_t left = a.cols - c;
     const Floats share = load_part(a.z_s + c, left), s = load_part(a.z_t + c, left);
-    const Floats dz = (share - s * sum_shares) * factor;
+    const Floats dz = (share - s * sum_share) * factor;
     store_gradient(a.z_s, c, dz, left, bf16);
   }
 }
@@ -133,12 +133,12 @@ static void kept_gradient(const PairRow& a, bool bf16) {
 template <int64_t KIND>
 OPSD_INLINE void kl_gradient_of(const PairRow& a, bool bf16) {
   // An infinite reverse KL has no gradient (inf - inf); the value reports it.
-  const bool none = KIND == REVERSE_KL && a.sum_shares == __builtin_inff();
+  const bool none = KIND == REVERSE_KL && a.sum_share == __builtin_inff();
   for (int64_t c = 0; c < a.cols; c += LANES) {
     const int64_t left = a.cols - c;
     const Floats z_s = load_part(a.z_s + c, left);
     const Entry x = entry_of<KIND>(a, z_s, load_part(a.z_t + c, left));
-    Floats dz = KIND == FORWARD_KL ? x.s - x.share : x.entry - x.s * splat(a.sum_shares);
+    Floats dz = KIND == FORWARD_KL ? x.s - x.share : x.entry - x.s * splat(a.sum_share);
     if (a.inv_cap != 0.0f) dz *= slope_at(z_s, a.inv_cap);
     store_gradient(a.z_s, c, none ? splat(0.0f) : dz * splat(a.factor), left, bf16);
   }
@@ -159,8 +159,8 @@ static void logprob_gradient(const LogprobRow& a, bool bf16, void* out_entropy) 
     const Floats p = exp(log_p);
     Floats dz = splat(a.uniform);
     if (a.class_weight) dz *= load_part(a.class_weight + c, left);
-    dz -= splat(a.prob_rate) * p;
-    if (a.label >= c && a.label < c + LANES) dz[a.label - c] += a.label_rate;
+    dz -= splat(a.mass) * p;
+    if (a.label >= c && a.label < c + LANES) dz[a.label - c] += a.sharp;
     dz *= scale;
     if (a.with_entropy) {
       Floats entropy_dz = -p * (log_p + splat(a.entropy)) * inv_temperature;

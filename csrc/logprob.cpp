@@ -40,7 +40,7 @@ void logprob_gradient(Tensor& logits, const Tensor& merged, const Tensor& label,
       LogprobRow x{};
       x.z = z + row * cols, x.cols = cols, x.label = label_at[row];
       x.row_max = at[row], x.log_sum = logf(at[merged.stride(0) + row]);
-      x.label_rate = rate[row], x.prob_rate = rate[count + row];
+      x.sharp = rate[row], x.mass = rate[count + row];
       x.uniform = static_cast<float>(uniform), x.class_weight = weights;
       x.with_entropy = entropy.has_value(), x.entropy = entropies[row];
       x.scale = scales[row], x.entropy_scale = entropy_scales[row];

@@ -40,14 +40,14 @@ Tensor divergence_sums(Tensor& logits, const Tensor& merged, int64_t per_head, d
                        bool keep);
 
 // Writes d loss / d raw logits of the student over logits[0], as bfloat16 (`bf16`) or float32.
-// `kept`: divergence_sums ran with `keep`. totals (rows,): the sum of shares, or the value of a KL
+// `kept`: divergence_sums ran with `keep`. sum_share (rows,): the sum of shares, or the value of a KL
 // without a clip.
 void divergence_gradient(Tensor& logits, const Tensor& merged, int64_t per_head,
-                         const Tensor& totals, const MaybeTensor& scale, double softcap,
+                         const Tensor& sum_share, const MaybeTensor& scale, double softcap,
                          double temperature, double beta, int64_t kind, bool kept, bool bf16);
 
-// The same for a log-probability: dz = label_rate [at the label] + uniform class_weight -
-// prob_rate p, with label_rate and prob_rate from `rates` (2, rows). The entropy's gradient is added
+// The same for a log-probability: dz = sharp [at the label] + uniform class_weight -
+// mass p, with sharp and mass from `rates` (2, rows). The entropy's gradient is added
 // where entropy_scale is given, or else written to out_entropy (rows, cols).
 void logprob_gradient(Tensor& logits, const Tensor& merged, const Tensor& label, int64_t offset,
                       const MaybeTensor& entropy, const MaybeTensor& scale,

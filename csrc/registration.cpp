@@ -16,7 +16,7 @@ TORCH_LIBRARY(opsd_cpu, m) {
       "divergence_sums(Tensor(a!) logits, Tensor merged, int per_head, float softcap, "
       "float temperature, float beta, float? clip, int kind, bool keep) -> Tensor");
   m.def(
-      "divergence_gradient(Tensor(a!) logits, Tensor merged, int per_head, Tensor totals, "
+      "divergence_gradient(Tensor(a!) logits, Tensor merged, int per_head, Tensor sum_share, "
       "Tensor? scale, float softcap, float temperature, float beta, int kind, bool kept, "
       "bool bf16) -> ()");
   m.def(

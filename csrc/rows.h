@@ -71,7 +71,7 @@ struct PairRow {
   bool clipped;
   float clip;
   float inv_cap;       // the student's temperature / softcap, 0: no softcap
-  float sum_shares;    // or, of a KL without a clip, its value
+  float sum_share;    // or, of a KL without a clip, its value
   float factor;        // d loss / d value / temperature
 };
 
@@ -83,9 +83,9 @@ struct LogprobRow {
   float* z;
   int64_t cols, label;  // column of the label; outside [0, cols) where another shard owns it
   float row_max, log_sum;
-  float label_rate, uniform;  // dz = label_rate [at the label] + uniform w - prob_rate p
+  float sharp, uniform;  // dz = sharp [at the label] + uniform w - mass p
   const float* class_weight;  // w, or null: all 1
-  float prob_rate;
+  float mass;
   float scale, entropy_scale, entropy;
   bool with_entropy;     // the entropy has a gradient
   float temperature, inv_cap;
