@@ -31,7 +31,7 @@ from opsd_kernels.problem import DivergenceProblem, Head, Result
 _Tiles = FusedTiles | StoredTiles | ColumnTiles | DifferenceTiles
 
 
-class _Pass(BlockedPass):
+class _Pass(BlockedPass[_Tiles]):
     """Where the tiles come from, and the products that turn dz into gradients."""
 
     def __init__(self, *how: Any) -> None:
@@ -77,7 +77,7 @@ class _Pass(BlockedPass):
         width, padded = padded_columns(self.plan.slice_columns), padded_columns(count)
         z = self.buffer("logits", len(heads) * size, width)[:, :padded]
         if shared:  # one GEMM reads the head once for both models
-            both = self.buffer("hidden", 2 * size, *hidden[0].shape[1:], hidden[0].dtype)
+            both = self.buffer("hidden", 2 * size, hidden[0].shape[1], hidden[0].dtype)
             multiply(z[:, :count], both, parts[0].weight.t())
         else:
             for out, h, head in zip(z.split(size), hidden, parts, strict=True):
@@ -151,6 +151,7 @@ class _Pass(BlockedPass):
         total = sums[1, :, None] * (FP16_BOOST.value if half else 1.0)
         grad = chance.mul_(total).sub_(share).mul_(factor)
         rows = block if self.kept is None else self.kept[block]
+        assert self.grad_hidden is not None  # `joined` says so
         self.grad_hidden[rows] = grad.to(self.grad_hidden.dtype)
         return sums
 
@@ -167,8 +168,8 @@ class _Pass(BlockedPass):
         size, (vocab, depth) = len(h), weight.shape
         width = vocab if self.plan.schedule == "blocked" else self.plan.slice_columns
         # Which dz makes which gradient of the hidden states.
-        pairs = [(0, self.grad_hidden), (1, self.grad_entropy)]
-        pairs = [(i, grad) for i, grad in pairs if grad is not None]
+        grads = enumerate((self.grad_hidden, self.grad_entropy))
+        pairs = [(i, grad) for i, grad in grads if grad is not None]
         sums = {i: self._room_for_dh(i, size, depth) for i, _ in pairs}
         dz = self._room_for_dz(tiles, width)
         for first in range(0, vocab, width):
@@ -214,10 +215,11 @@ def _part(head: Head, columns: slice) -> Head:
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """out (+)= a @ b with fp32 sums, out fp32."""
+    how: dict[str, Any] = {}
     if a.dtype == torch.float32 or not a.is_cuda:
-        a, b, how = a.float(), b.float(), {}  # on the CPU under the interpreter
+        a, b = a.float(), b.float()  # on the CPU under the interpreter
     else:
-        how = {"out_dtype": torch.float32}
+        how["out_dtype"] = torch.float32
     if add:
         torch.addmm(out, a, b, out=out, **how)
     else:
