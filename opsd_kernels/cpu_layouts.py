@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opsd_kernels.layouts import MIB, ONE_BLOCK, Layout, Work, size_in_words
+from opsd_kernels.layouts import MIB, ONE_BLOCK, BlockLayout, Work, size_in_words
 
 # A tile of about 1 MiB of fp32 keeps the row arithmetic inside a core's L2 cache.
 _TILE_ELEMENTS = 2**18
@@ -19,7 +19,7 @@ _FROZEN_ROWS = 256
 _PACKED_ROWS, _UNSTORED_ROWS = 384, 1024
 
 
-def torch_layout(x: Work) -> Layout:
+def torch_layout(x: Work) -> BlockLayout:
     """PyTorch: fp32 logits, reduced in tiles; a 16-bit head is converted piece by piece."""
     tokens, depth, vocab = x.shape
     sizes = [max(size, 4) for size in x.itemsizes[: x.heads]]
@@ -46,13 +46,13 @@ def torch_layout(x: Work) -> Layout:
     if tokens <= limit:
         reason = ONE_BLOCK
     rows = x.rows(limit)
-    return Layout(
+    return BlockLayout(
         "blocked", rows, min(tile_rows, rows), vocab, tiles + rows * per_row,
         x.products("blocked"), reason, widened_rows=widened,
     )  # fmt: skip
 
 
-def cpp_layout(x: Work) -> Layout:
+def cpp_layout(x: Work) -> BlockLayout:
     """C++: the block's fp32 logits, if a later pass reads them, and the entropy's own gradient."""
     tokens, _, vocab = x.shape
     again = x.differentiated or x.two_passes
@@ -71,4 +71,4 @@ def cpp_layout(x: Work) -> Layout:
     if tokens <= limit:
         reason = ONE_BLOCK
     rows = x.rows(limit)
-    return Layout("blocked", rows, rows, vocab, rows * per_row, x.products("blocked"), reason)
+    return BlockLayout("blocked", rows, rows, vocab, rows * per_row, x.products("blocked"), reason)

@@ -44,15 +44,15 @@ _STATISTICS, _SUMS, _GRADIENT, _DIFFERENCES, _JOINED = 24, 52, 45, 37, 53
 
 @dataclass(frozen=True)
 class Work:
-    """What decides a layout."""
+    """The arguments of `plan` that decide a layout."""
 
     shape: tuple[int, int, int]  # tokens, hidden size, vocabulary
     heads: int
     itemsizes: tuple[int, int]  # of the student's inputs and the teacher's
-    hidden: bool  # needs the gradient of the hidden states, and so on
-    weight: bool
-    bias: bool
-    entropy: bool  # needs the entropy's own gradient of the hidden states
+    grad_hidden: bool  # which gradients are needed
+    grad_weight: bool
+    grad_bias: bool
+    grad_entropy: bool  # the entropy's own gradient of the hidden states
     reduced: bool  # to a scalar inside the call
     two_passes: bool  # reads the logits twice before the gradient
     clipped: bool
@@ -62,16 +62,16 @@ class Work:
 
     @property
     def trained(self) -> bool:
-        return self.weight or self.bias
+        return self.grad_weight or self.grad_bias
 
     @property
     def differentiated(self) -> bool:
-        return self.hidden or self.trained
+        return self.grad_hidden or self.trained
 
     @property
     def gradients(self) -> int:
         """Gradients of the hidden states: the loss's, and the entropy's."""
-        return 1 + int(self.entropy)
+        return 1 + int(self.grad_entropy)
 
     @property
     def takes_differences(self) -> bool:
@@ -87,15 +87,15 @@ class Work:
         logits = times
         if schedule in ("tiled", "streaming"):  # every pass multiplies its logits again
             logits = times * (1 + int(self.two_passes)) + int(self.differentiated)
-        dh = int(self.hidden) + int(self.entropy)
+        dh = int(self.grad_hidden) + int(self.grad_entropy)
         if schedule == "tiled" and self.joined:
             logits, dh = logits - 1, 2
-        return Products(self.heads * logits, dh, int(self.weight))
+        return Products(self.heads * logits, dh, int(self.grad_weight))
 
     @property
     def joined(self) -> bool:
         """Whether `tiled` makes the sums and the gradient of a JSD from the same logits."""
-        return self.two_passes and not self.clipped and self.hidden and not self.trained
+        return self.two_passes and not self.clipped and self.grad_hidden and not self.trained
 
     def rows(self, limit: int) -> int:
         """Rows of the largest of nearly equal blocks of at most `limit` rows."""
@@ -109,7 +109,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Layout:
+class BlockLayout:
     """One way to compute a loss."""
 
     schedule: str
@@ -150,13 +150,14 @@ def even_blocks(rows: int, limit: int) -> list[int]:
 
 
 def size_in_words(count: int) -> str:
+    """Bytes in MiB or KiB, for messages."""
     return f"{count / MIB:.0f} MiB" if count >= MIB else f"{count / 1024:.0f} KiB"
 
 
 @functools.lru_cache(maxsize=4096)
-def triton_layout(x: Work, schedule: str, precision: str) -> Layout:
+def triton_layout(x: Work, schedule: str, precision: str) -> BlockLayout:
     """The layout predicted to be fastest among those of the schedule and precision asked for."""
-    found: list[Layout] = []
+    found: list[BlockLayout] = []
     if schedule in ("auto", "blocked") and precision != "difference":
         found += _blocked(x)
     if schedule in ("auto", "blocked") and precision == "difference" and x.takes_differences:
@@ -181,7 +182,7 @@ def _limit(x: Work, per_row: int, budget: int) -> int:
 def _bytes_of_a_row(x: Work, columns: int, gradients: int) -> int:
     """Bytes per row of logits, the entropy's own dz, dh in fp32 and hidden states."""
     width = padded_columns(columns)
-    logits = width * (x.heads * 4 + int(x.entropy) * x.itemsizes[0])
+    logits = width * (x.heads * 4 + int(x.grad_entropy) * x.itemsizes[0])
     return _operand_bytes(x) + _dh_bytes(x, gradients) + logits
 
 
@@ -202,7 +203,7 @@ def _passes(x: Work, logit_bytes: float, first: float, statistics: int) -> list[
     if x.two_passes:
         found += [Pass(pair, _SUMS)] * times
     if x.differentiated:
-        dz = x.itemsizes[0] * (1 + 2 * int(x.entropy))
+        dz = x.itemsizes[0] * (1 + 2 * int(x.grad_entropy))
         found.append(Pass(pair + dz, _GRADIENT / 2 if one else _GRADIENT))
     return found
 
@@ -220,7 +221,7 @@ def _fitted(
     efficiency: float = 1.0,
     slices: int = 1,
     stored_bytes: float = 0.0,
-) -> Layout:
+) -> BlockLayout:
     """The layout with blocks of at most `limit` rows of `used` bytes, and its predicted time."""
     rows = x.rows(limit)
     reason = f"as many rows as {size_in_words(x.budget if budget is None else budget)} holds"
@@ -232,7 +233,7 @@ def _fitted(
         x.shape, x.itemsizes[0], blocks, products,
         passes=passes, efficiency=efficiency, slices=slices, stored_bytes=stored_bytes,
     )  # fmt: skip
-    return Layout(
+    return BlockLayout(
         schedule, rows, rows, columns, rows * used, products, reason, precision, predicted
     )
 
@@ -240,12 +241,12 @@ def _fitted(
 def _trained_budget(x: Work, used: int) -> int:
     """The budget; the default one may grow to the size of a trained head's accumulator."""
     _, depth, vocab = x.shape
-    if not x.weight or x.workspace_bytes is not None:
+    if not x.grad_weight or x.workspace_bytes is not None:
         return x.budget
     return max(x.budget, min(TRAINED_ROWS * used, vocab * depth * 4))
 
 
-def _blocked(x: Work) -> Iterator[Layout]:
+def _blocked(x: Work) -> Iterator[BlockLayout]:
     """fp32 logits of whole rows, which their gradient overwrites."""
     vocab = x.shape[2]
     used = _bytes_of_a_row(x, vocab, x.gradients)
@@ -253,7 +254,8 @@ def _blocked(x: Work) -> Iterator[Layout]:
     limit = _limit(x, used, budget)
     if limit:
         passes = _passes(x, 4, 4 * x.heads, _STATISTICS)
-        if x.heads == 2 and x.differentiated and not x.clipped:  # a resident pass
+        if x.heads == 2 and x.differentiated and not x.clipped:
+            # One resident pass, after forward's own statistics if backward runs the loss again.
             before = passes[:-1:2] if x.trained and not x.reduced else []
             passes = [*before, Pass(_RESIDENT[x.two_passes], 0)]
         yield _fitted(
@@ -261,7 +263,7 @@ def _blocked(x: Work) -> Iterator[Layout]:
         )
 
 
-def _differences(x: Work) -> Iterator[Layout]:
+def _differences(x: Work) -> Iterator[BlockLayout]:
     """16-bit differences of whole rows, made from fp32 logits a slice of the vocabulary at a time.
 
     A slice's logits stay in L2 until the statistics have read them; dh later overwrites them.
@@ -291,7 +293,7 @@ def _differences(x: Work) -> Iterator[Layout]:
             )  # fmt: skip
 
 
-def _tiled(x: Work) -> Iterator[Layout]:
+def _tiled(x: Work) -> Iterator[BlockLayout]:
     """fp32 logits of a slice of the vocabulary, multiplied again in every pass."""
     vocab = x.shape[2]
     dh = 2 if x.joined else x.gradients
@@ -313,7 +315,7 @@ def _tiled(x: Work) -> Iterator[Layout]:
         )  # fmt: skip
 
 
-def _streaming(x: Work) -> Iterator[Layout]:
+def _streaming(x: Work) -> Iterator[BlockLayout]:
     """No stored logits; as wide a slice of their gradient as leaves enough rows for a GEMM."""
     tokens, _, vocab = x.shape
 

@@ -125,10 +125,10 @@ def plan(
         shape=(num_tokens, hidden_size, vocab_size),
         heads=2 if loss == "divergence" else 1,
         itemsizes=(dtype.itemsize, (teacher_dtype or dtype).itemsize),
-        hidden=grad_input,
-        weight=grad_weight,
-        bias=grad_bias,
-        entropy=entropy_grad and grad_input and not (grad_weight or grad_bias),
+        grad_hidden=grad_input,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
+        grad_entropy=entropy_grad and grad_input and not (grad_weight or grad_bias),
         reduced=reduced,
         two_passes=two_passes and loss == "divergence",
         clipped=clipped,
@@ -175,8 +175,8 @@ def plan(
 def _accumulator_bytes(x: Work, dtype: torch.dtype) -> int:
     """Bytes of gradients that stay in fp32 until backward scales them."""
     tokens, depth, vocab = x.shape
-    found = vocab * depth * max(dtype.itemsize, 4) if x.weight else 0
-    if x.hidden and dtype == torch.float16:
+    found = vocab * depth * max(dtype.itemsize, 4) if x.grad_weight else 0
+    if x.grad_hidden and dtype == torch.float16:
         found += x.gradients * tokens * depth * 4
     return found
 
