@@ -64,7 +64,7 @@ def _passes(p: DivergenceProblem, run: BlockedPass[Any]) -> _Passes:
     joined = run.joined if kind == JSD and p.clip is None else None
     return _Passes(
         layout=layout,
-        # The shares of a row are centered at its reverse KL.
+        # The shares of a row are centered by its reverse KL, which the first pass then makes.
         first=layout if joined is None else replace(layout, kind=REVERSE_KL),
         summed=kind == JSD or p.clip is not None,
         # The constant in the gradient of rounded logits must be the value of the same logits.
