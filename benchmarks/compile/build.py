@@ -64,18 +64,21 @@ def build(target: int, launch: Launch) -> dict[str, object]:
 
 def describe(launch: Launch) -> str:
     """What tells this launch of a kernel from the others."""
-    constants, signature = launch.constant, dict(launch.signature)
+    constants = launch.constant
     words = []
     if launch.tile:
         words = ["streaming" if launch.fused else "blocked"]
-    words += [name.lower() for name, v in constants.items() if v is True and name != "FUSED"]
+    words += [name.lower() for name, v in constants.items() if v is True]
     if "KIND" in constants:
         words.append(("forward kl", "reverse kl", "jsd")[constants["KIND"]])
-    optional = ("clip", "label", "cap_s", "softcap", "entropy", "scale", "grad_entropy")
-    words += [
-        f"with {name}" for name in optional if signature.get(name, "constexpr") != "constexpr"
-    ]
-    return ", ".join(words)
+    # Without _s or _t, and without the tuple that the argument is in.
+    given = {
+        name.split(".")[-1].removesuffix("_s")
+        for name, kind in launch.types.items()
+        if kind != "constexpr"
+    }
+    optional = ("clip", "label", "softcap", "entropy", "scale", "dz_entropy")
+    return ", ".join(words + [f"with {name}" for name in optional if name in given])
 
 
 def resident(target: int, registers: int, warps: int, shared_bytes: int) -> int:

@@ -45,35 +45,43 @@ class Launch:
 
     module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, str | tuple[str, ...]], ...]
     constants: tuple[tuple[tuple[int, ...], object], ...]  # by position
     aligned: tuple[tuple[int, ...], ...]  # positions of arguments known to be multiples of 16
     options: tuple[tuple[str, object], ...]
 
     @property
     def constant(self) -> dict[str, object]:
-        """Constants by the name of their parameter."""
+        """Constants by the name of their parameter, without those inside tuples."""
         names = [name for name, _ in self.signature]
-        return {names[path[0]]: value for path, value in self.constants}
+        return {names[path[0]]: value for path, value in self.constants if len(path) == 1}
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Argument types by name; a field of a tuple is "parameter.field"."""
+        found = {}
+        for name, kind in self.signature:
+            if isinstance(kind, tuple):
+                found |= {f"{name}.{f}": t for f, t in zip(kind._fields, kind, strict=True)}
+            else:
+                found[name] = kind
+        return found
 
     @property
     def blocks(self) -> list[int]:
         """Rows, columns and inner size of a tile, as far as the kernel has them."""
-        names = (("R", "BLOCK_N"), ("C", "BLOCK_V"), ("K", "BLOCK_D"))
-        return [self.constant[n] for each in names for n in each if n in self.constant]
+        names = ("BLOCK_N", "BLOCK_V", "BLOCK_D")
+        return [self.constant[name] for name in names if name in self.constant]
 
     @property
     def tile(self) -> int:
         """Logits of one head that a program works on at a time; 0 where it works on none."""
-        found = self.constant
-        columns = found.get("C", found.get("BLOCK_V", 0))
-        return columns * found.get("R", found.get("BLOCK_N", 1))
+        return self.constant.get("BLOCK_V", 0) * self.constant.get("BLOCK_N", 1)
 
     @property
     def fused(self) -> bool:
         """Whether it multiplies its tiles, as `streaming` does, or finds them in memory."""
-        found = self.constant
-        return found.get("FUSED", "K" in found or "BLOCK_D" in found)
+        return "BLOCK_D" in self.constant
 
     @property
     def threads(self) -> int:

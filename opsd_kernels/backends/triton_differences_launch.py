@@ -87,8 +87,8 @@ class DifferenceTiles:
         triton_differences.difference_sums[(self.rows * self.splits,)](
             *self.differences, self.parts, merged, parts, self.rows, self.padded,
             self.differences.stride(1), merged.stride(0), beta, 1.0 - beta, self.span,
-            self.splits, self.tiles, **self.flags, LANES=32 * _WARPS, STEP=len(layout.names),
-            KIND=layout.kind,
+            self.splits, self.tiles, **self.flags, LANES=32 * _WARPS,
+            HEAD_STATISTICS=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
         value, shares, chances = summed(parts, group)
         return torch.stack([value, shares / chances])
@@ -108,5 +108,5 @@ class DifferenceTiles:
             *self.differences, self.parts, self.student.softcap, 1.0 / self.student.temperature,
             merged, totals, scale, out, self.rows, self.padded, self.differences.stride(1),
             merged.stride(0), beta, 1.0 - beta, self.span, self.tiles, **self.flags,
-            STEP=len(layout.names), KIND=layout.kind,
+            HEAD_STATISTICS=len(layout.names), KIND=layout.kind,
         )  # fmt: skip

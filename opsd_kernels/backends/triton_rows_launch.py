@@ -10,10 +10,11 @@ from opsd_kernels.backends import triton_resident, triton_row_gradients, triton_
 from opsd_kernels.backends.passes import JSD, Layout
 from opsd_kernels.backends.triton_config import device_of, resident_blocks, row_blocks, spans
 from opsd_kernels.backends.triton_launch import merge, summed
+from opsd_kernels.backends.triton_math import Epilogue
 from opsd_kernels.problem import Head
 
-# Parts of a row that the board has room for at least: one compilation for most vocabularies.
-_ROOM = 64
+# Least MAX_PARTS of the resident kernel: one compilation serves most vocabularies.
+_MIN_MAX_PARTS = 64
 
 
 class StoredTiles:
@@ -27,8 +28,8 @@ class StoredTiles:
         self.device = device_of(logits.device.index if logits.is_cuda else None)
         # Of the rows' stride: the vocabulary's last slice runs what the others do.
         self.blocks = row_blocks(logits.stride(1), self.device)
-        finish = [(head.bias, head.softcap, 1.0 / head.temperature) for head in heads]
-        self.sources = [*logits, *(a for each in finish for a in each)]
+        epilogues = [Epilogue(head.bias, head.softcap, 1.0 / head.temperature) for head in heads]
+        self.sources = [*logits, *epilogues]
         self.flags = {
             "BLOCK_V": self.blocks.columns, "num_warps": self.blocks.warps, "num_stages": 1,
             "enable_fp_fusion": True,
@@ -97,7 +98,7 @@ class StoredTiles:
         triton_rows.row_divergence_sums[grid](
             *self.sources, merged, parts, self.rows, self.cols, self.padded,
             self.logits.stride(1), merged.stride(0), beta, 1.0 - beta, clip, span,
-            splits, **self.flags, LANES=self.blocks.lanes, STEP=len(layout.names),
+            splits, **self.flags, LANES=self.blocks.lanes, HEAD_STATISTICS=len(layout.names),
             KIND=layout.kind,
         )  # fmt: skip
         return parts
@@ -113,7 +114,7 @@ class StoredTiles:
         triton_row_gradients.row_jsd_shares[(self.rows,)](
             *self.sources, merged, center, sums, *outs, self.rows, self.cols, self.padded,
             self.logits.stride(1), outs[0].stride(0), merged.stride(0), beta,
-            1.0 - beta, **self.flags, LANES=self.blocks.lanes, STEP=len(layout.names),
+            1.0 - beta, **self.flags, LANES=self.blocks.lanes, HEAD_STATISTICS=len(layout.names),
         )  # fmt: skip
         return sums
 
@@ -131,7 +132,7 @@ class StoredTiles:
         triton_row_gradients.row_divergence_gradient[(self.rows,)](
             *self.sources, merged, totals, scale, out, self.cols, self.padded,
             self.logits.stride(1), out.stride(0), merged.stride(0), beta, 1.0 - beta,
-            clip, **self.flags, STEP=len(layout.names), KIND=layout.kind,
+            clip, **self.flags, HEAD_STATISTICS=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
 
     def resident(
@@ -146,19 +147,19 @@ class StoredTiles:
         """Statistics into `out`, the gradient over the student's logits; a JSD's sums (2, rows)."""
         blocks = resident_blocks(self.padded, self.device)
         count = -(-self.padded // blocks.columns)
-        room = max(_ROOM, 1 << (count - 1).bit_length())
+        max_parts = max(_MIN_MAX_PARTS, 1 << (count - 1).bit_length())
         parts = self.logits.new_empty(layout.count, count, self.rows)
         sums = self.logits.new_empty(2, count, self.rows) if layout.kind == JSD else None
-        shape = self.rows, triton_resident.TOLD, room
-        board = torch.full(
-            shape, triton_resident.UNTOLD, dtype=torch.int32, device=self.logits.device
+        shape = self.rows, triton_resident.SLOTS, max_parts
+        exchange = torch.full(
+            shape, triton_resident.EMPTY, dtype=torch.int32, device=self.logits.device
         )
         dz = self.dz(self.hidden.dtype)
         teams = min(self.rows, blocks.programs * self.device.processors // count)
         triton_resident.resident_divergence[(teams * count,)](
-            *self.sources, label if layout.label else None, parts, sums, board, scale, dz,
+            *self.sources, label if layout.label else None, parts, sums, exchange, scale, dz,
             self.rows, self.cols, self.padded, self.logits.stride(1), dz.stride(0), offset, beta,
-            1.0 - beta, count, BLOCK_V=blocks.columns, ROOM=room, ENTROPY=layout.entropy,
+            1.0 - beta, count, BLOCK_V=blocks.columns, MAX_PARTS=max_parts, ENTROPY=layout.entropy,
             KIND=layout.kind, num_warps=blocks.warps, num_stages=1, enable_fp_fusion=True,
             **blocks.options,
         )  # fmt: skip
