@@ -18,7 +18,7 @@ _MIN_MAX_PARTS = 64
 
 
 class StoredTiles:
-    """A block's logits (heads, rows, padded) in fp32, -inf beyond the vocabulary."""
+    """A block's logits in memory: (heads, rows, padded) fp32, -inf beyond the vocabulary."""
 
     def __init__(self, logits: Tensor, heads: list[Head], hidden: Tensor) -> None:
         self.logits, self.hidden = logits, hidden
@@ -26,7 +26,7 @@ class StoredTiles:
         self.cols = heads[0].weight.shape[0]
         self.class_weight = heads[0].class_weight
         self.device = device_of(logits.device.index if logits.is_cuda else None)
-        # Of the rows' stride: the vocabulary's last slice runs what the others do.
+        # From the row stride, so that the last, narrower slice runs the same kernel as the others.
         self.blocks = row_blocks(logits.stride(1), self.device)
         epilogues = [Epilogue(head.bias, head.softcap, 1.0 / head.temperature) for head in heads]
         self.sources = [*logits, *epilogues]
@@ -36,11 +36,11 @@ class StoredTiles:
         }  # fmt: skip
 
     def dz(self, dtype: torch.dtype, head: int = 0) -> Tensor:
-        """(rows, padded) where something of that dtype takes the place of a head's logits."""
+        """(rows, padded) view of a head's logits as `dtype`, to be overwritten."""
         return self.logits[head].view(dtype)[:, : self.padded]
 
     def stacked(self) -> Tensor:
-        """(heads * rows, padded) what `dz` gives of each head, one under the other."""
+        """(heads * rows, padded): `dz` of each head in the input dtype, one below the other."""
         dtype = self.hidden.dtype
         return self.logits.flatten(0, 1).view(dtype)[:, : self.padded]
 
@@ -106,8 +106,8 @@ class StoredTiles:
     def shares(self, layout: Layout, merged: Tensor, center: Tensor, beta: float) -> Tensor:
         """(2, rows) value of the JSD and sum of the centered shares s (log(m/s) - center).
 
-        The shares take the place of the student's logits, s that of the teacher's; both are
-        multiplied by the softcap's slope.
+        The shares overwrite the student's logits and s the teacher's, both multiplied by the
+        softcap's slope.
         """
         sums = self.logits.new_empty(2, self.rows)
         outs = [self.dz(self.hidden.dtype, head) for head in range(2)]
@@ -144,7 +144,10 @@ class StoredTiles:
         beta: float,
         scale: Tensor | None,
     ) -> Tensor | None:
-        """Statistics into `out`, the gradient over the student's logits; a JSD's sums (2, rows)."""
+        """Statistics into `out`, gradient over the student's logits, in one kernel.
+
+        Returns a JSD's value and sum of shares, (2, rows), and None for a KL.
+        """
         blocks = resident_blocks(self.padded, self.device)
         count = -(-self.padded // blocks.columns)
         max_parts = max(_MIN_MAX_PARTS, 1 << (count - 1).bit_length())
