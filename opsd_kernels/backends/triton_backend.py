@@ -1,9 +1,9 @@
-"""The schedules of a GPU: Triton kernels for rows of logits, cuBLAS for the products.
+"""The GPU backend: Triton kernels for rows of logits, cuBLAS for matrix products, fp32 sums.
 
-`blocked` leaves a block's logits in memory and turns them into their gradient in place. `tiled`
-does so one slice of the vocabulary at a time and multiplies the slice anew in every pass.
-`streaming` multiplies tiles of logits inside its kernels in every pass and makes the gradient one
-slice of the vocabulary at a time. All sum products in fp32.
+`blocked` stores a block's logits and overwrites them with their gradient. `tiled` does so for one
+slice of the vocabulary at a time and multiplies the slice again in every pass. `streaming`
+multiplies tiles of logits inside its kernels in every pass, and stores only the gradient, one slice
+of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _Tiles = FusedTiles | StoredTiles | ColumnTiles | DifferenceTiles
 
 
 class _Pass(BlockedPass[_Tiles]):
-    """Where the tiles come from, and the products that turn dz into gradients."""
+    """Makes the tiles of a schedule, and the products that turn dz into gradients."""
 
     def __init__(self, *how: Any) -> None:
         super().__init__(*how)
@@ -67,9 +67,9 @@ class _Pass(BlockedPass[_Tiles]):
         shared: bool,
         columns: slice,
     ) -> StoredTiles:
-        """A slice of the vocabulary: its logits are multiplied into the one buffer for them."""
+        """Multiply a slice of the vocabulary's logits into the buffer that all slices share."""
         size, count = len(hidden[0]), columns.stop - columns.start
-        # Every block and pass visits the same slices, and a small one waits for the host.
+        # Kept: every block and pass visits the same slices, and cutting the heads takes host time.
         key = columns.start, columns.stop
         if key not in self.parts:
             self.parts[key] = [_part(head, columns) for head in heads]
@@ -86,7 +86,7 @@ class _Pass(BlockedPass[_Tiles]):
         return StoredTiles(z.unflatten(0, (len(heads), size)), parts, hidden[0])
 
     def operands(self, heads: list[Head], block: slice, stacked: bool = False) -> list[Tensor]:
-        """Each head's hidden states of the block; stacked: one after the other in "hidden"."""
+        """Each head's hidden states of the block; with `stacked`, adjacent in one buffer."""
         size = block.stop - block.start
         if self.kept is None and not stacked:
             return [head.hidden[block] for head in heads]
@@ -111,7 +111,7 @@ class _Pass(BlockedPass[_Tiles]):
         hidden = self.head.hidden
         device = device_of(hidden.device.index if hidden.is_cuda else None)
         columns = padded_columns(self.head.weight.shape[0])
-        # A row's programs wait for each other: a small GPU may not hold those of a wide row.
+        # The programs of a row wait for each other, so all of them must run at once.
         return columns <= device.processors * resident_blocks(columns, device).columns
 
     @property
@@ -131,9 +131,9 @@ class _Pass(BlockedPass[_Tiles]):
     ) -> Tensor:
         """(2, rows) value and sum of shares, from the logits that also make the gradient.
 
-        dz = (1 - beta) s (K - q) with K known at the end: one product of [s (q - center); s]
-        makes both parts of dh. K - center is small where q - center is, so that rounding s apart
-        from its share costs nothing.
+        dz = (1 - beta) s (K - q), and K is known only at the end. So one product of
+        [s (q - center); s] with the head makes both terms of dh. K - center is small where
+        q - center is, so rounding s separately from its share costs nothing.
         """
         size, depth = tiles.hidden.shape[0], self.head.weight.shape[1]
         dh = self.buffer("dh 0", 2 * size, depth)
@@ -145,7 +145,7 @@ class _Pass(BlockedPass[_Tiles]):
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
         share, chance = dh.split(size)
-        half = tiles.hidden.dtype == torch.float16  # shares are kept times the boost
+        half = tiles.hidden.dtype == torch.float16  # shares are stored times FP16_BOOST
         rate = 1.0 - p.beta if half else (1.0 - p.beta) / p.student.temperature
         factor = rate * (1.0 if scale is None else scale[:, None])
         total = sums[1, :, None] * (FP16_BOOST.value if half else 1.0)
@@ -156,7 +156,7 @@ class _Pass(BlockedPass[_Tiles]):
         return sums
 
     def result(self, stats: Tensor) -> Result:
-        """Gradients of fp16 inputs are sums of what `gradient_unit` says until here."""
+        """fp16 inputs: apply what `stored_grad_scale` left out, 1 / (FP16_BOOST * temperature)."""
         if self.head.hidden.dtype == torch.float16:
             for grad in (self.grad_hidden, self.grad_entropy, self.grad_weight, self.grad_bias):
                 if grad is not None:
@@ -187,14 +187,14 @@ class _Pass(BlockedPass[_Tiles]):
             grad[rows] = sums[i].to(grad.dtype)
 
     def _room_for_dh(self, index: int, size: int, depth: int) -> Tensor:
-        """fp32 sums; in place of a slice's logits where differences have been made of them."""
+        """Buffer for fp32 sums; a slice's logits, no longer needed once they are differences."""
         if self.plan.precision == "difference" and 2 * self.plan.slice_columns >= depth:
             logits = self.buffer("logits", 2 * size, padded_columns(self.plan.slice_columns))
             return logits.flatten()[: size * depth].view(size, depth)
         return self.buffer(f"dh {index}", size, depth)
 
     def _room_for_dz(self, tiles: _Tiles, width: int) -> list[Tensor]:
-        """Where a slice's dz goes, and the entropy's own; over the logits where there are some."""
+        """Buffers for a slice's dz, which overwrites stored logits, and for the entropy's own."""
         size, dtype = tiles.hidden.shape[0], tiles.hidden.dtype
         width = padded_columns(width)
         if isinstance(tiles, FusedTiles):
@@ -207,7 +207,7 @@ class _Pass(BlockedPass[_Tiles]):
 
 
 def _part(head: Head, columns: slice) -> Head:
-    """A slice of the vocabulary of a head."""
+    """The rows of a head's weight, bias and class weights in a slice of the vocabulary."""
     vectors = head.bias, head.class_weight
     bias, class_weight = (None if x is None else x[columns] for x in vectors)
     return replace(head, weight=head.weight[columns], bias=bias, class_weight=class_weight)
