@@ -42,8 +42,9 @@ def memory_text(study: Path = STUDY) -> str:
         raise ReportError(f"{study} has no peak memory that was measured with and without logits")
     tokens, plain, ours = found
     return (
-        f"At {tokens:,} tokens a step of SmolLM2-135M takes {mib_text(plain)} with plain logits "
-        f"and {mib_text(ours)} with opsd_kernels: {plain / ours:.0f}x less."
+        f"SmolLM2-135M, {tokens:,} tokens: beside the model a training step needs "
+        f"{mib_text(plain)} with plain logits and {mib_text(ours)} with opsd_kernels, "
+        f"{plain / ours:.0f}x less."
     )
 
 
