@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsd_kernels.backends import passes
+from opsd_kernels.backends import two_pass
 from opsd_kernels.backends.passes import BlockedPass, Gradient, Layout
 from opsd_kernels.backends.triton_columns import ColumnTiles
 from opsd_kernels.backends.triton_config import device_of, resident_blocks
@@ -31,7 +31,7 @@ from opsd_kernels.problem import DivergenceProblem, Head, Result
 _Tiles = FusedTiles | StoredTiles | ColumnTiles | DifferenceTiles
 
 
-class _Pass(BlockedPass):
+class _Pass(BlockedPass[_Tiles]):
     """Where the tiles come from, and the products that turn dz into gradients."""
 
     def __init__(self, *how: Any) -> None:
@@ -55,7 +55,7 @@ class _Pass(BlockedPass):
         if self.plan.precision == "fp32":
             return multiplied(slices[0])
         size = len(hidden[0])
-        codes = self.room("differences", 2 * size, padded_columns(vocab), torch.float16)
+        codes = self.buffer("differences", 2 * size, padded_columns(vocab), torch.float16)
         return DifferenceTiles(
             multiplied, slices, codes.unflatten(0, (2, size)), hidden[0], heads[0],
         )  # fmt: skip
@@ -75,9 +75,9 @@ class _Pass(BlockedPass):
             self.parts[key] = [_part(head, columns) for head in heads]
         parts = self.parts[key]
         width, padded = padded_columns(self.plan.slice_columns), padded_columns(count)
-        z = self.room("logits", len(heads) * size, width)[:, :padded]
+        z = self.buffer("logits", len(heads) * size, width)[:, :padded]
         if shared:  # one GEMM reads the head once for both models
-            both = self.room("hidden", 2 * size, *hidden[0].shape[1:], hidden[0].dtype)
+            both = self.buffer("hidden", 2 * size, hidden[0].shape[1], hidden[0].dtype)
             multiply(z[:, :count], both, parts[0].weight.t())
         else:
             for out, h, head in zip(z.split(size), hidden, parts, strict=True):
@@ -92,9 +92,9 @@ class _Pass(BlockedPass):
             return [head.hidden[block] for head in heads]
         shapes = [(size, head.hidden.shape[1], head.hidden.dtype) for head in heads]
         if stacked:
-            outs = self.room("hidden", 2 * size, *shapes[0][1:]).split(size)
+            outs = self.buffer("hidden", 2 * size, *shapes[0][1:]).split(size)
         else:
-            outs = [self.room(f"hidden {i}", *shape) for i, shape in enumerate(shapes)]
+            outs = [self.buffer(f"hidden {i}", *shape) for i, shape in enumerate(shapes)]
         for out, head in zip(outs, heads, strict=True):
             if self.kept is None:
                 out.copy_(head.hidden[block])
@@ -106,7 +106,7 @@ class _Pass(BlockedPass):
     def resident(self) -> bool:
         if self.plan.schedule != "blocked" or self.plan.precision != "fp32":
             return False
-        if self.group is not None or not self.wanted.any:
+        if self.group is not None or not self.needed.any:
             return False
         hidden = self.head.hidden
         device = device_of(hidden.device.index if hidden.is_cuda else None)
@@ -116,7 +116,7 @@ class _Pass(BlockedPass):
 
     @property
     def joined(self) -> Callable[..., Tensor] | None:
-        frozen = self.wanted.hidden and not (self.wanted.weight or self.wanted.bias)
+        frozen = self.needed.hidden and not (self.needed.weight or self.needed.bias)
         return self._joined if self.plan.schedule == "tiled" and frozen else None
 
     def _joined(
@@ -136,7 +136,7 @@ class _Pass(BlockedPass):
         from its share costs nothing.
         """
         size, depth = tiles.hidden.shape[0], self.head.weight.shape[1]
-        dh = self.room("dh 0", 2 * size, depth)
+        dh = self.buffer("dh 0", 2 * size, depth)
 
         def add(columns: slice, stacked: Tensor) -> None:
             multiply(dh, stacked, self.head.weight[columns], add=columns.start > 0)
@@ -151,6 +151,7 @@ class _Pass(BlockedPass):
         total = sums[1, :, None] * (FP16_BOOST.value if half else 1.0)
         grad = chance.mul_(total).sub_(share).mul_(factor)
         rows = block if self.kept is None else self.kept[block]
+        assert self.grad_hidden is not None  # `joined` says so
         self.grad_hidden[rows] = grad.to(self.grad_hidden.dtype)
         return sums
 
@@ -167,8 +168,8 @@ class _Pass(BlockedPass):
         size, (vocab, depth) = len(h), weight.shape
         width = vocab if self.plan.schedule == "blocked" else self.plan.slice_columns
         # Which dz makes which gradient of the hidden states.
-        pairs = [(0, self.grad_hidden), (1, self.grad_entropy)]
-        pairs = [(i, grad) for i, grad in pairs if grad is not None]
+        grads = enumerate((self.grad_hidden, self.grad_entropy))
+        pairs = [(i, grad) for i, grad in grads if grad is not None]
         sums = {i: self._room_for_dh(i, size, depth) for i, _ in pairs}
         dz = self._room_for_dz(tiles, width)
         for first in range(0, vocab, width):
@@ -188,21 +189,21 @@ class _Pass(BlockedPass):
     def _room_for_dh(self, index: int, size: int, depth: int) -> Tensor:
         """fp32 sums; in place of a slice's logits where differences have been made of them."""
         if self.plan.precision == "difference" and 2 * self.plan.slice_columns >= depth:
-            logits = self.room("logits", 2 * size, padded_columns(self.plan.slice_columns))
+            logits = self.buffer("logits", 2 * size, padded_columns(self.plan.slice_columns))
             return logits.flatten()[: size * depth].view(size, depth)
-        return self.room(f"dh {index}", size, depth)
+        return self.buffer(f"dh {index}", size, depth)
 
     def _room_for_dz(self, tiles: _Tiles, width: int) -> list[Tensor]:
         """Where a slice's dz goes, and the entropy's own; over the logits where there are some."""
         size, dtype = tiles.hidden.shape[0], tiles.hidden.dtype
         width = padded_columns(width)
         if isinstance(tiles, FusedTiles):
-            dz = [self.room("dz 0", size, width, dtype)]
+            dz = [self.buffer("dz 0", size, width, dtype)]
         elif isinstance(tiles, DifferenceTiles):
             dz = [tiles.dz(dtype)]
         else:
-            dz = [self.room("logits", size, width).view(dtype)[:, :width]]
-        return [*dz, self.room("dz 1", size, width, dtype)] if self.wanted.entropy else dz
+            dz = [self.buffer("logits", size, width).view(dtype)[:, :width]]
+        return [*dz, self.buffer("dz 1", size, width, dtype)] if self.needed.entropy else dz
 
 
 def _part(head: Head, columns: slice) -> Head:
@@ -214,15 +215,16 @@ def _part(head: Head, columns: slice) -> Head:
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """out (+)= a @ b with fp32 sums, out fp32."""
+    how: dict[str, Any] = {}
     if a.dtype == torch.float32 or not a.is_cuda:
-        a, b, how = a.float(), b.float(), {}  # on the CPU under the interpreter
+        a, b = a.float(), b.float()  # on the CPU under the interpreter
     else:
-        how = {"out_dtype": torch.float32}
+        how["out_dtype"] = torch.float32
     if add:
         torch.addmm(out, a, b, out=out, **how)
     else:
         torch.mm(a, b, out=out, **how)
 
 
-divergence = functools.partial(passes.divergence, _Pass)
-logprob = functools.partial(passes.logprob, _Pass)
+divergence = functools.partial(two_pass.divergence, _Pass)
+logprob = functools.partial(two_pass.logprob, _Pass)

@@ -6,6 +6,7 @@ statistics of slices merge as those of spans do.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -67,12 +68,12 @@ class ColumnTiles:
 
         `use(columns, [shares; s])` takes each slice's, (2 rows, columns) in the input dtype.
         """
-        total = 0.0
+        sums = []
         for columns in self.slices:
             tiles = self.multiplied(columns)
-            total = total + tiles.shares(layout, merged, center, beta)
+            sums.append(tiles.shares(layout, merged, center, beta))
             use(columns, tiles.stacked()[:, : columns.stop - columns.start])
-        return total
+        return functools.reduce(torch.add, sums)
 
     def divergence_gradient(
         self,

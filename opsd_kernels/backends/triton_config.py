@@ -104,7 +104,7 @@ def resident_blocks(columns: int, device: Device) -> ResidentBlocks:
         return ResidentBlocks(_power_of_two(columns, 128), 1, 16, {})
     block = min(4096, _power_of_two(columns, 1024))
     # 384 threads of 168 registers fill a processor; all programs must run at once.
-    how = {"maxnreg": 168, "launch_cooperative_grid": True}
+    how: dict[str, object] = {"maxnreg": 168, "launch_cooperative_grid": True}
     return ResidentBlocks(block, block // 1024, 3 * 4096 // block, how)
 
 
