@@ -19,7 +19,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def jsd(log_s: Tensor, log_t: Tensor) -> Tensor:
-    log_m = ((log_s.exp() + log_t.exp()) / 2).log()
+    log_m = torch.logaddexp(log_s, log_t) + log_s.new_tensor(0.5).log()
     return (kl(log_t, log_m) + kl(log_s, log_m)) / 2
 
 

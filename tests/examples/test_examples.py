@@ -200,7 +200,9 @@ def true_trainer_steps() -> Steps:
 
 
 @pytest.mark.parametrize(
-    "ranks", [1, pytest.param(2, marks=pytest.mark.dist)], ids=lambda n: f"{n}-ranks"
+    "ranks",
+    [1, pytest.param(2, marks=[pytest.mark.dist, pytest.mark.slow])],
+    ids=lambda n: f"{n}-ranks",
 )
 def test_trainer_steps_are_those_of_the_whole_batch(ranks: int, tmp_path: Path) -> None:
     """Micro-batches have 4 rows with different numbers of labels, 16 rows make a step."""
