@@ -67,8 +67,9 @@ def difference_statistics(
     b_gap = (b_z_t - b_z_s) - (max_t - max_s)
     b_gap = tl.where(b_gap == b_gap, b_gap, float("-inf"))  # NaN if both are banned
     o_code = i_n.to(tl.int64) * code_stride + first_tile * BLOCK_V + o_v
-    b_larger = tl.where(b_gap > 0, b_u_t, b_u_s)
-    tl.store(larger + o_code, b_larger.to(tl.float16), mask=o_v < padded)
+    tl.store(
+        larger + o_code, tl.where(b_gap > 0, b_u_t, b_u_s).to(tl.float16), mask=o_v < padded
+    )  # fmt: skip
     tl.store(gap + o_code, b_gap.to(tl.float16), mask=o_v < padded)
     b_exp_s, b_exp_t = exp(b_u_s), exp(b_u_t)
     b_u_s, b_u_t = tl.maximum(b_u_s, LOG_ZERO), tl.maximum(b_u_t, LOG_ZERO)
@@ -91,8 +92,8 @@ def difference_statistics(
             b_cross = b_exp_s * tl.clamp(-b_gap, LOG_ZERO, -LOG_ZERO)
             b_raw_gap = b_z_s - b_z_t
         tl.store(p_out, tl.sum(b_cross, 0))
-        infinite = tl.where(tl.max(b_raw_gap, 0) > -0.5 * LOG_ZERO, 1.0, 0.0)
-        tl.store(p_out + stat_stride, infinite)
+        # 1 where a column is possible under p and banned under q.
+        tl.store(p_out + stat_stride, tl.where(tl.max(b_raw_gap, 0) > -0.5 * LOG_ZERO, 1.0, 0.0))
 
 
 @triton.jit
