@@ -1,9 +1,10 @@
-"""Samples of a step, and their cut into micro-batches by a token budget."""
+"""The samples of a step, cut into batches by a token budget, and a batch as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from opsd_train.config.errors import UserError
 from opsd_train.data.problems import Problem
 from opsd_train.distributed.context import DistributedContext
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -50,25 +53,43 @@ class Batch:
     targets: Tensor  # (N,) int64, the completion tokens
 
 
+def token_batches(
+    items: Iterable[tuple[Item, int]], token_budget: int, packed: bool = False
+) -> Iterator[list[Item]]:
+    """Cut items, each given with its length in tokens, into batches of at most `token_budget`.
+
+    Items keep their order, and a batch takes as many as fit. A padded batch of N items counts N
+    times its longest one, a packed batch the sum of its lengths. An item longer than the budget
+    is a batch of its own: callers that cannot have one check first.
+    """
+    batch: list[Item] = []
+    total = width = 0  # of the batch: the sum of its lengths, the longest of them
+    for item, length in items:
+        total, width = total + length, max(width, length)
+        if batch and (total if packed else (len(batch) + 1) * width) > token_budget:
+            yield batch
+            batch, total, width = [], length, length
+        batch.append(item)
+    if batch:
+        yield batch
+
+
 def micro_batches(
-    samples: Sequence[Sample], token_budget: int, packed: bool = False
+    samples: Iterable[Sample], token_budget: int, packed: bool = False
 ) -> Iterator[list[Sample]]:
-    """Groups of similar length, each at most `token_budget` tokens: padding counts, where it is."""
-    group: list[Sample] = []
-    tokens = 0
-    for sample in sorted(samples, key=lambda sample: sample.longest):
+    """Samples of similar length in batches of at most `token_budget` tokens, shortest first.
+
+    Padding counts, unless the batches are packed. Raises UserError if a sample is longer than the
+    budget.
+    """
+    ordered = sorted(samples, key=lambda sample: sample.longest)
+    for sample in ordered:
         if sample.longest > token_budget:
             raise UserError(
                 f"micro_batch_tokens={token_budget} is less than one sample: problem "
                 f"{sample.problem.id} has {sample.longest} tokens; raise it"
             )
-        tokens = tokens + sample.longest if packed else (len(group) + 1) * sample.longest
-        if tokens > token_budget:
-            yield group
-            group, tokens = [], sample.longest
-        group.append(sample)
-    if group:
-        yield group
+    return token_batches(((s, s.longest) for s in ordered), token_budget, packed)
 
 
 def balanced_micro_batches(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
 from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import PromptBuilder
@@ -37,27 +36,6 @@ class EvalPrompts:
     def prompt(self, problem: EvalProblem) -> list[int]:
         """Token ids of a problem's prompt."""
         return self._builders[problem.set].student(_asked(problem))
-
-
-def check_context(config: EvalConfig, model_config: Any, longest: int) -> None:
-    """Raises UserError unless the longest prompt and its completion fit everywhere."""
-    sampling = config.sampling
-    needed = longest + sampling.max_new_tokens
-    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    what = (
-        f"the longest prompt has {longest} tokens, with sampling.max_new_tokens="
-        f"{sampling.max_new_tokens}"
-    )
-    if limit is not None and needed > limit:
-        raise UserError(
-            f"{what} more than the model's context of {limit}; set sampling.max_new_tokens to "
-            f"{limit - longest} or less"
-            if longest < limit
-            else f"{what} more than the model's context of {limit}; lower "
-            "prompts.max_prompt_tokens, with prompts.overlong=skip"
-        )
-    if sampling.engine == "transformers" and needed > sampling.batch_tokens:
-        raise UserError(f"{what} more than sampling.batch_tokens={sampling.batch_tokens}; raise it")
 
 
 def _asked(problem: EvalProblem) -> Problem:

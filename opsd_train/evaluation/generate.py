@@ -9,15 +9,17 @@ from typing import Any
 
 import torch.distributed as dist
 
+from opsd_train.data.batches import token_batches
 from opsd_train.data.seeds import stable_seed
 from opsd_train.distributed.context import DistributedContext
-from opsd_train.evaluation.eval_prompts import EvalPrompts, check_context
+from opsd_train.evaluation.eval_prompts import EvalPrompts
 from opsd_train.evaluation.sets import EvalProblem
 from opsd_train.evaluation.settings import EvalConfig, SamplingConfig
 from opsd_train.evaluation.source import Source, open_engine
 from opsd_train.evaluation.store import GenerationFile, Key, Rows, Store
 from opsd_train.model.policy import load_model_config
 from opsd_train.rollout import Completion, Request, Sampling
+from opsd_train.rollout.context_checks import LongestSequence, check_batch_tokens, check_fits
 
 _VLLM_BATCH = 256  # completions between two writes; vLLM itself fills its batches from them
 
@@ -51,7 +53,7 @@ def generate(
     """
     samples = _samples(config, store.problems(), prompts)
     longest = max(len(sample.prompt) for sample in samples)
-    check_context(config, load_model_config(source.model), longest)
+    _check_limits(config.sampling, source, longest)
     there = context.broadcast(set(store.generations()))
     mine = samples[context.rank :: context.size]
     batches = [
@@ -116,14 +118,17 @@ def _batches(samples: Sequence[EvalSample], sampling: SamplingConfig) -> Iterato
         for start in range(0, len(samples), _VLLM_BATCH):
             yield list(samples[start : start + _VLLM_BATCH])
         return
-    batch: list[EvalSample] = []
-    for sample in samples:  # from short to long: the last one is the widest
-        tokens = len(sample.prompt) + sampling.max_new_tokens
-        if batch and (len(batch) + 1) * tokens > sampling.batch_tokens:
-            yield batch
-            batch = []
-        batch.append(sample)
-    yield batch
+    lengths = (len(sample.prompt) + sampling.max_new_tokens for sample in samples)
+    yield from token_batches(zip(samples, lengths, strict=True), sampling.batch_tokens)
+
+
+def _check_limits(sampling: SamplingConfig, source: Source, longest: int) -> None:
+    """Raises UserError unless the longest prompt and its completion fit model and batches."""
+    new = sampling.max_new_tokens
+    sequence = LongestSequence("longest prompt has", longest, "sampling.max_new_tokens", new)
+    check_fits(sequence, load_model_config(source.model))
+    if sampling.engine == "transformers":
+        check_batch_tokens("sampling.batch_tokens", sampling.batch_tokens, longest, new)
 
 
 def _sampling(config: SamplingConfig) -> Sampling:

@@ -12,8 +12,10 @@ from transformers import DynamicCache
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import RolloutConfig
+from opsd_train.data.batches import token_batches
 from opsd_train.model.families import LmHead, lm_head, proof_tokens, rounding, tolerance
 from opsd_train.model.policy import Policy
+from opsd_train.rollout.context_checks import check_batch_tokens
 from opsd_train.rollout.kv_cache import drop_rows, preallocate
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.stop import stop_ids
@@ -38,7 +40,7 @@ class TransformersEngine:
         """One completion per request, in their order; each is the same alone or in a batch."""
         completions: dict[int, Completion] = {}
         with self._ready():
-            for batch in list(self._batches(requests, sampling.max_new_tokens)):
+            for batch in self._batches(requests, sampling.max_new_tokens):
                 made = self._decode([requests[index] for index in batch], sampling)
                 completions.update(zip(batch, made, strict=True))
         return [completions[index] for index in range(len(requests))]
@@ -100,22 +102,11 @@ class TransformersEngine:
 
     def _batches(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[list[int]]:
         """Indices of similar length, samples of one prompt side by side."""
-        budget = self.config.batch_tokens
-        batch: list[int] = []
-        prompts = [request.prompt for request in requests]
-        for index in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i])):
-            tokens = len(prompts[index]) + max_new_tokens
-            if tokens > budget:
-                raise UserError(
-                    f"rollout.batch_tokens={budget} is less than one sequence: a prompt of "
-                    f"{len(prompts[index])} tokens and {max_new_tokens} new ones; raise it"
-                )
-            if (len(batch) + 1) * tokens > budget:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+        budget, prompts = self.config.batch_tokens, [request.prompt for request in requests]
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+        for index in order:
+            check_batch_tokens("rollout.batch_tokens", budget, len(prompts[index]), max_new_tokens)
+        return token_batches(((i, len(prompts[i]) + max_new_tokens) for i in order), budget)
 
     def _decode(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         sample = sampler(sampling)
