@@ -21,12 +21,21 @@ from typing import Any
 
 import yaml
 
-from opsd_train.config.changes import flat
+from opsd_train.config.changes import changed_keys, flat
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import to_yaml
 from opsd_train.evaluation.sets import EvalProblem
 from opsd_train.evaluation.settings import EvalConfig
 from opsd_train.reporting.metrics_log import read_rows, replace_file
+
+FREE = (
+    "settings.output_dir",
+    "settings.grading.",
+    "settings.model.device",
+    "settings.sampling.batch_tokens",
+    "settings.sampling.vllm_memory",
+)
+"""Keys, and sections, that generations do not depend on: they may change between two calls."""
 
 Rows = list[dict[str, Any]]
 Key = tuple[str, str, int]  # set, problem, sample
@@ -64,17 +73,11 @@ class Store:
     def check_same(self, evaluated: Evaluated) -> None:
         """Raises UserError unless the folder is of this very evaluation."""
         text = (self.folder / "config.yaml").read_text(encoding="utf-8")
-        before, now = (_decisive(yaml.safe_load(t)) for t in (text, to_yaml(evaluated)))
-        changed = [
-            f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-            for key in before | now
-            if before.get(key) != now.get(key)
-        ]
-        if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        before, now = (flat(yaml.safe_load(t)) for t in (text, to_yaml(evaluated)))
+        if changed := changed_keys(before, now, FREE):
             raise UserError(
-                f"{self.folder} holds another evaluation: {'; '.join(changed[:3])}{more}; set it "
-                "back to go on with that one, or choose another folder: output_dir=..."
+                f"{self.folder} holds another evaluation: {changed}; set it back to go on with "
+                "that one, or choose another folder: output_dir=..."
             )
 
     def problems(self) -> list[EvalProblem]:
@@ -130,10 +133,3 @@ class GenerationFile:
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
-
-
-def _decisive(values: dict[str, Any]) -> dict[str, Any]:
-    """What the generations depend on, flat: {"settings.sampling.samples": 8, ...}."""
-    free = ("settings.output_dir", "settings.grading.", "settings.model.device")
-    free += ("settings.sampling.batch_tokens", "settings.sampling.vllm_memory")
-    return {key: value for key, value in flat(values).items() if not key.startswith(free)}

@@ -18,6 +18,7 @@ from torch import nn
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.fsdp import full_tensor
+from opsd_train.model.adapters import trained_weights, write_adapter
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.vllm_model import VllmModel, base_weights, import_vllm
@@ -67,7 +68,9 @@ class VllmEngine:
         """Write the adapter as it is now, under a new name; the next rollout loads it."""
         number = next(self._ids)
         old, self._folder = self._folder, self._scratch / f"adapter-{number}"
-        _write_adapter(self._model, self._folder)
+        trained = trained_weights(self._model)
+        weights = {name: full_tensor(p.detach()) for name, p in trained.items()}
+        write_adapter(self._model, weights, self._folder)
         if old is not None:
             shutil.rmtree(old)
         self._generator.adapt(self._folder, number)
@@ -79,11 +82,3 @@ class VllmEngine:
     def close(self) -> None:
         """End vLLM and free what it holds."""
         self._generator.close()
-
-
-def _write_adapter(model: PeftModel, folder: Path) -> None:
-    """As peft writes it, from whole tensors where the model's are sharded."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {name: full_tensor(tensor) for name, tensor in trained.items()}
-    # Without embeddings: peft would ask the hub whether they were resized.
-    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
