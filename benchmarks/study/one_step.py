@@ -60,6 +60,7 @@ def our_loss(method: Method, sample: Sample) -> Tensor:
 
 def plain_loss(policy: Policy, sample: Sample, beta: float) -> Tensor:
     """The same loss from the (N, V) logits of both models, in the compute type, at completions."""
+    assert sample.teacher_prompt is not None  # the recipe's method is opsd
     completions = [sample.completion]
     policy.model.eval()
     with torch.no_grad(), policy.without_adapters():

@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: its own template's, or those of the run a set comes from."""
+"""The prompts of an evaluation: from its own template, or as the run of a held-out set has them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from opsd_train.evaluation.settings import EvalConfig
 
 
 class EvalPrompts:
-    """Prompts as token ids, for the problems of the named sets."""
+    """Prompts as token ids, for the problems of the named sets.
+
+    `run` is the recipe of the run that is evaluated, None for a model. Raises UserError for a
+    template that does not compile, and for "heldout" without a run.
+    """
 
     def __init__(
         self, tokenizer: Any, config: EvalConfig, names: Sequence[str], run: Config | None
@@ -26,7 +30,11 @@ class EvalPrompts:
             self._builders[set_label(name)] = PromptBuilder(tokenizer, prompts)
 
     def fitting(self, problems: Sequence[EvalProblem]) -> list[EvalProblem]:
-        """The problems whose prompts keep to max_prompt_tokens; see prompts.overlong."""
+        """The problems whose prompts keep to max_prompt_tokens.
+
+        prompts.overlong=error: longer ones raise UserError; skip: they are left out, with a line
+        on stderr.
+        """
         kept = []
         for label, builder in self._builders.items():
             asked = {_asked(problem): problem for problem in problems if problem.set == label}
