@@ -115,14 +115,24 @@ def to_yaml(config: Any) -> str:
 def known_keys(cls: type = Config, prefix: str = "") -> dict[str, str]:
     """Every key with its description, sections flattened: {"optim.lr": "Peak learning rate.", …}"""
     keys = {}
+    texts = _descriptions(cls)
     for name, field in cls.__pydantic_fields__.items():
         # "Section | None" is a section too; its own text says what null means.
         section_type = next(filter(dataclasses.is_dataclass, _alternatives(field.annotation)), None)
-        if section_type is None or field.description:
-            keys[prefix + name] = field.description
+        if section_type is None or texts[name]:
+            keys[prefix + name] = texts[name]
         if section_type is not None:
             keys |= known_keys(section_type, f"{prefix}{name}.")
     return keys
+
+
+def _descriptions(cls: type) -> dict[str, str]:
+    """Each key's text; pydantic knows those of a section's own keys, not of those it inherits."""
+    found: dict[str, str] = {}
+    for section in reversed(cls.__mro__):
+        for name, field in getattr(section, "__pydantic_fields__", {}).items():
+            found[name] = field.description or found.get(name, "")
+    return found
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -190,15 +190,15 @@ class PromptsConfig:
 
 
 @section
-class RolloutConfig:
+class EngineConfig:
+    """The engine and its sampling: the keys that rollouts and evaluations share."""
+
     engine: Literal["transformers", "vllm"] = "transformers"
     """What generates the completions."""
-    samples_per_prompt: Positive = 1
-    """Completions of each problem in a step."""
     max_new_tokens: Positive
     """Longest completion."""
-    temperature: PositiveReal = 1.0
-    """Sampling temperature."""
+    temperature: NonNegativeReal = 1.0
+    """Sampling temperature; 0 takes the likeliest token."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample from the smallest set of tokens with this probability; 1 is all of them."""
     top_k: Count = 0
@@ -207,8 +207,17 @@ class RolloutConfig:
     """Tokens that end a completion, beside the model's own end tokens."""
     batch_tokens: Positive
     """transformers: most tokens, prompts and completion limits together, generated at a time."""
-    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)]
     """vllm: share of the GPU's memory it may take."""
+
+
+@section
+class RolloutConfig(EngineConfig):
+    samples_per_prompt: Positive = 1
+    """Completions of each problem in a step."""
+    temperature: PositiveReal = 1.0
+    """Sampling temperature."""
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
 
 @section

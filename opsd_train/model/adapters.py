@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
@@ -69,6 +70,18 @@ def left_out(adapted: PeftModel, lora: schema.LoraConfig) -> list[str]:
                 "name stay frozen"
             )
     return [f"lora.target_modules: {line}" for line in lines]
+
+
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by name: of a model with adapters, the adapter's weights."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_adapter(adapted: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """The adapter in PEFT's own format; `weights`: whole tensors, by the names of
+    `trained_weights`."""
+    # Without embeddings: peft would ask the hub whether they were resized.
+    adapted.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
 
 
 def _matching(model: nn.Module, target: str) -> Iterator[nn.Module]:
