@@ -21,6 +21,17 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
     return "cpu"
 
 
+@pytest.fixture
+def wide_tiles(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter a fused kernel's tiles of 256 columns, for vocabularies of thousands: it
+    takes as long for a narrow tile as for a wide one."""
+    if triton_device == "cpu":
+        from opsd_kernels.backends import triton_launch
+
+        sizes = triton_launch.Blocks(16, 256, 16, 1, 1, 2)
+        monkeypatch.setattr(triton_launch, "blocks", lambda **_: sizes)
+
+
 @pytest.fixture(scope="module", params=["cpp", "torch"])
 def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends of the CPU, one after the other."""
@@ -103,3 +114,4 @@ def pytest_configure(config: pytest.Config) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
             importlib.import_module("opsd_kernels.backends.triton_backend")
+        importlib.import_module("tests.helpers.interpreter").patch_once()

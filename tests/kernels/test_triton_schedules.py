@@ -126,6 +126,7 @@ def inside(monkeypatch) -> Iterator[Allocations]:
 
 @TRAINED
 @pytest.mark.parametrize("name", SOME_KINDS)
+@pytest.mark.usefixtures("wide_tiles")
 def test_streaming_never_holds_the_logits(
     name: str, trained: bool, triton_device: str, request: pytest.FixtureRequest
 ) -> None:
