@@ -3,12 +3,11 @@
 import os
 import sys
 
-
-def run() -> int:
+if __name__ == "__main__":
     try:
         from opsd_train.cli import main
 
-        return main()
+        code = main()
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("opsd"):
             raise
@@ -17,11 +16,8 @@ def run() -> int:
             'pip install -e ".[train,demo]"',
             file=sys.stderr,
         )
-        return 2
+        code = 2
     except BrokenPipeError:  # `... --help | head`; what is left to print has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(run())
+        code = 1
+    sys.exit(code)

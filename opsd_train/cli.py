@@ -72,7 +72,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit code; bad input gives one line on stderr and 2."""
     try:
-        return _dispatch(sys.argv[1:] if argv is None else argv)
+        name, options = _parse(sys.argv[1:] if argv is None else argv)
+        if not options.help:
+            return COMMANDS[name].run(options) or 0
+        print(_help())
+        return 0
     except UserError as error:
         return _fail(error)
     except OSError as error:
@@ -100,7 +104,8 @@ def _fail(reason: UserError | str) -> int:
     return 2
 
 
-def _dispatch(argv: Sequence[str]) -> int:
+def _parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
+    """The command's name and its options."""
     arguments = list(argv)
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     if name in COMMANDS:
@@ -108,11 +113,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     else:  # a recipe, a change of one, or the value of an option
         name = TRAINING
     _refuse_others_options(name, arguments)
-    options = _parser(name).parse_intermixed_args(arguments)
-    if options.help:
-        print(_help())
-        return 0
-    return COMMANDS[name].run(options) or 0
+    return name, _parser(name).parse_intermixed_args(arguments)
 
 
 def _parser(name: str) -> _Parser:

@@ -1,30 +1,34 @@
-"""A run from start to report: its folder, its evaluations, its checkpoints, its end."""
+"""What surrounds training: the run folder, resuming, evaluations, checkpoints, the report."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging as transformers_logging
 
-from opsd_train.checkpoint.save import Checkpoints, Loaded, restore_training, training_tensors
+from opsd_train.checkpoint.resume import Checkpoints, Loaded, restore_training
+from opsd_train.checkpoint.save import training_tensors
 from opsd_train.checkpoint.weights import save_adapter, save_weights
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import to_yaml
 from opsd_train.config.schema import Config
 from opsd_train.data.fingerprint import difference
 from opsd_train.data.problems import majority_answer
+from opsd_train.data.seeds import random_state, set_random_state
 from opsd_train.distributed.context import start
-from opsd_train.distributed.signals import StopRequest, stop_requests
+from opsd_train.distributed.signals import stop_requests
 from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.evaluation.rewards import failures
 from opsd_train.reporting.html import write_report
 from opsd_train.reporting.metrics_log import RunLogger
 from opsd_train.reporting.run_folder import RunFolder, claim, release
+from opsd_train.reporting.step_stats import StepStats
 from opsd_train.reporting.timers import Clock, peak_memory_mib
 from opsd_train.reporting.trackers import Tracker, open_trackers
 from opsd_train.trainer import Trainer
@@ -39,67 +43,174 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     clock = Clock()
-    world = start(config.model.device)
+    context = start(config.model.device)
     path = Path(config.output_dir)
-    claimed = world.leads and not resume
-    folder = RunFolder(world.broadcast(claim(path) if claimed else path), world)
+    claimed = context.is_main and not resume
+    folder = RunFolder(context.broadcast(claim(path) if claimed else path), context)
     try:
         with clock.phase("load"):
-            names = config.report.trackers if world.leads else []
+            names = config.report.trackers if context.is_main else []
             trackers = open_trackers(names, folder.path, dataclasses.asdict(config))
-            run = Run(Trainer(config, world, folder, clock, shard))
-            if resume:
-                run.resume()
+            run = TrainingRun(Trainer(config, context, folder, clock, shard))
+            resumed = run.resume() if resume else None
     except BaseException:
         if claimed:
             release(folder.path)
         raise
     try:
-        code = run.go(trackers)
+        with run.recording(resumed, trackers), run.interruptible(), stop_requests() as stop:
+            run.end(
+                run.trainer.fit(stop, evaluate=run.evaluate, log=run.log, save=run.save_checkpoint)
+            )
     finally:
         run.trainer.close()
-    world.leave()
-    return code
+    context.leave()
+    return run.exit_code
 
 
-class Run:
-    """One trainer's way to the end of its recipe."""
+class TrainingRun:
+    """Reads and writes the run folder of a trainer, which keeps all state of the training."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self.trainer, self.config, self.world = trainer, trainer.config, trainer.world
+        self.trainer, self.config, self.context = trainer, trainer.config, trainer.context
         self.folder = trainer.folder.path
         self.recipe = to_yaml(self.config)
-        self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep, self.world)
-        self.done = 0  # steps
-        self.resumed: int | None = None  # the step after which it goes on
-        self.results: dict[str, Any] = {}  # for the summary
-        self.evaluations: list[dict[str, Any]] = []  # the rows of evaluations.jsonl
+        self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep, self.context)
         self.logger: RunLogger | None = None  # on rank 0
+        self.status, self.exit_code = "failed", 1  # until it ends
 
-    def resume(self) -> None:
-        """Take everything over from the newest checkpoint that is whole."""
+    def resume(self) -> int | None:
+        """Take everything over from the newest whole checkpoint; returns its step, if any."""
         trainer = self.trainer
-        loaded: Loaded | None = self.checkpoints.newest(self.recipe)
+        loaded = self.checkpoints.newest(self.recipe)
         if loaded is None:
             self._say(f"{self.folder} has no checkpoint yet: starting from the beginning")
-            return
-        self._refuse_other_data(loaded)
+            return None
+        self._refuse_other_origin(loaded)
         tensors = training_tensors(trainer.policy, trainer.optimizer, trainer.method.state())
         loaded.fill(tensors)
         restore_training(trainer.policy, trainer.optimizer, tensors)
-        facts = loaded.facts
-        trainer.schedule.load_state_dict(facts["schedule"])
-        trainer.sampler.load_state_dict(facts["sampler"])
-        trainer.watch.load_state_dict(facts["watch"])
-        trainer.tokens = facts["tokens"]
-        trainer.clock.add(facts["seconds"])
-        self.results, self.evaluations = facts["results"], facts["evaluations"]
-        self.done = self.resumed = loaded.step
+        trainer.load_state_dict(loaded.step, loaded.facts)
         if loaded.rank_facts is not None:
-            _set_random_state(loaded.rank_facts["random"])
+            set_random_state(loaded.rank_facts["random"])
         self._say(f"resuming after step {loaded.step} from {loaded.path}")
+        return loaded.step
 
-    def _refuse_other_data(self, loaded: Loaded) -> None:
+    @contextmanager
+    def recording(self, resumed: int | None, trackers: list[Tracker]) -> Iterator[None]:
+        """Rank 0 writes metrics, and at the end, whatever it is, the summary and the report.
+
+        `resumed`: the step after which the run goes on.
+        """
+        if not self.context.is_main:
+            yield
+            return
+        with RunLogger(
+            self.folder,
+            self.config.steps,
+            resume_step=resumed,
+            evaluations=self.trainer.evaluations,
+            trackers=trackers,
+        ) as self.logger:
+            (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
+            self._say(f"run folder {self.folder}")
+            try:
+                yield
+            finally:
+                self.logger.summary({"status": self.status} | self._summary())
+                write_report(self.folder)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """On rank 0 a second signal ends the run as the first would have, only at once."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if not self.context.is_main:
+                raise
+            self._ended_by(signal.SIGINT)
+
+    def end(self, stopped_by: int | None) -> None:
+        """Training is done, or a signal stopped it: write the weights if it is done."""
+        if stopped_by is not None:
+            self._ended_by(stopped_by)
+            return
+        save_weights(self.trainer.policy, self.trainer.tokenizer, self.folder, self.context)
+        if self.context.is_main:
+            shutil.rmtree(self.folder / "scratch", ignore_errors=True)
+        self.status, self.exit_code = "finished", 0
+
+    def log(self, row: dict[str, Any], stats: StepStats) -> None:
+        """Record a step: its metrics, warnings and now and then some samples."""
+        if self.logger is None:
+            return
+        step, report = self.trainer.done, self.config.report
+        self.logger.log(step, row)
+        for warning in row["warnings"]:
+            self._say(f"warning: {warning}")
+        if step % report.sample_every == 0 or step == 1:
+            rows = stats.sample_rows(self.trainer.tokenizer, report.samples)
+            self.logger.samples(step, rows)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the step just done. Every rank calls it."""
+        trainer = self.trainer
+        self.checkpoints.save(
+            trainer.done,
+            training_tensors(trainer.policy, trainer.optimizer, trainer.method.state()),
+            trainer.state_dict(),
+            {"random": random_state()},
+            self.recipe,
+            self._write_adapter if trainer.policy.has_adapters else None,
+        )
+
+    def evaluate(self) -> None:
+        """Held-out accuracy and divergence; before training the teacher's accuracy too."""
+        trainer, heldout, results = self.trainer, self.trainer.heldout, self.trainer.results
+        step, clock = trainer.done, trainer.clock
+        seconds = clock.total() - clock.seconds["load"] - clock.seconds["evaluate"]
+        with clock.phase("evaluate"):
+            made = heldout.evaluate("student")
+            row = {"step": step, "tokens": trainer.tokens, "seconds": seconds} | made.row()
+            if trainer.method.divergence and self.config.evaluation.divergence:
+                row["divergence"] = heldout.divergence(made)
+            answer, share = majority_answer(heldout.problems)
+            results["majority"] = {"answer": answer, "accuracy": share}
+            if step == 0:
+                results |= {"before": made.summary(), "divergence_before": row.get("divergence")}
+                if self.config.evaluation.teacher:
+                    results["teacher"] = heldout.evaluate("teacher").summary()
+            if step == self.config.steps:
+                results |= {"after": made.summary(), "divergence_after": row.get("divergence")}
+            trainer.evaluations.append(row)
+            results |= over_checkpoints(trainer.evaluations)
+            self._show_evaluation(row, made.reasons)
+
+    def _show_evaluation(self, row: dict[str, Any], reasons: list[str | None]) -> None:
+        if self.logger:
+            self.logger.evaluation(row)
+        for line in failures(reasons):
+            self._say(f"warning: step {row['step']}, held-out problems: {line}")
+        self._say(f"step {row['step']}, held-out accuracy: {row['accuracy']:.1%}")
+
+    def _summary(self) -> dict[str, Any]:
+        trainer = self.trainer
+        results = {name: value for name, value in trainer.results.items() if value is not None}
+        return {
+            "steps": trainer.done,
+            **results,
+            "tokens": trainer.tokens,
+            "peak_memory_mib": peak_memory_mib(self.context.device),
+            "seconds": trainer.clock.seconds | {"total": trainer.clock.total()},
+            "report": str(self.folder / "report.html"),
+        }
+
+    def _refuse_other_origin(self, loaded: Loaded) -> None:
+        if "order" not in loaded.facts:
+            raise UserError(
+                f"{loaded.path} is of version 0.1, which this one cannot resume; start anew with "
+                "another output_dir"
+            )
         old = loaded.facts.get("data")
         if old is None:
             name = loaded.path.name
@@ -107,154 +218,14 @@ class Run:
         elif changed := difference(old, self.trainer.data, loaded.path):
             raise UserError(f"{changed}; restore it, or start anew with another output_dir")
 
-    def go(self, trackers: list[Tracker]) -> int:
-        """Train to the end, or until a signal; leave a folder that tells which."""
-        summary: dict[str, Any] = {"status": "failed"}
-        if not self.world.leads:
-            with stop_requests() as stop:
-                return _exit_code(self._train(stop))
-        with RunLogger(
-            self.folder,
-            self.config.steps,
-            resume_step=self.resumed,
-            evaluations=self.evaluations,
-            trackers=trackers,
-        ) as self.logger:
-            (self.folder / "config.yaml").write_text(self.recipe, encoding="utf-8")
-            self._say(f"run folder {self.folder}")
-            number = None
-            try:
-                with stop_requests() as stop:
-                    number = self._train(stop)
-                summary["status"] = "finished" if number is None else "interrupted"
-            except KeyboardInterrupt:
-                number = signal.SIGINT
-                summary["status"] = "interrupted"
-            finally:
-                self.logger.summary(summary | self._summary())
-                write_report(self.folder)
-        return _exit_code(number)
-
-    def _train(self, stop: StopRequest) -> int | None:
-        """Returns the signal that ended it early."""
-        config, world = self.config, self.world
-        self._evaluate_if_due()
-        while self.done < config.steps:
-            row, stats = self.trainer.step(self.done + 1)
-            self.done += 1
-            if self.logger:
-                self._log(row, stats)
-            signals = [number for number in world.all_gather(stop.signal) if number is not None]
-            if not signals:
-                self._evaluate_if_due()
-            every = config.checkpoint.every
-            if signals or self.done == config.steps or (every and self.done % every == 0):
-                self._save()
-            if signals:
-                return signals[0]
-        save_weights(self.trainer.policy, self.trainer.tokenizer, self.folder, world)
-        if world.leads:
-            shutil.rmtree(self.folder / "scratch", ignore_errors=True)
-        return None
-
-    def _log(self, row: dict[str, Any], stats: Any) -> None:
-        report = self.config.report
-        self.logger.log(self.done, row)
-        for warning in row["warnings"]:
-            self._say(f"warning: {warning}")
-        if self.done % report.sample_every == 0 or self.done == 1:
-            rows = stats.sample_rows(self.trainer.tokenizer, report.samples)
-            self.logger.samples(self.done, rows)
-
-    def _save(self) -> None:
-        trainer = self.trainer
-        facts = {
-            "data": trainer.data,
-            "schedule": trainer.schedule.state_dict(),
-            "sampler": trainer.sampler.state_dict(),
-            "watch": trainer.watch.state_dict(),
-            "tokens": trainer.tokens,
-            "seconds": trainer.clock.seconds | {"total": trainer.clock.total()},
-            "results": self.results,
-            "evaluations": self.evaluations,
-        }
-        self.checkpoints.save(
-            self.done,
-            training_tensors(trainer.policy, trainer.optimizer, trainer.method.state()),
-            facts,
-            {"random": _random_state()},
-            self.recipe,
-            self._write_adapter if trainer.policy.has_adapters else None,
-        )
+    def _ended_by(self, number: int) -> None:
+        self.status, self.exit_code = "interrupted", 128 + number
 
     def _write_adapter(self, folder: Path) -> None:
-        save_adapter(self.trainer.policy, folder, self.world)
-
-    def _evaluate_if_due(self) -> None:
-        """Before training, every so many steps, and after it; not twice at the same step."""
-        heldout, evaluation = self.trainer.heldout, self.config.evaluation
-        between = evaluation.every and self.done % evaluation.every == 0
-        due = between or self.done == self.config.steps
-        if self.done == 0:
-            due = evaluation.at_start
-        known = self.evaluations and self.evaluations[-1]["step"] == self.done
-        if heldout.problems and due and not known:
-            with self.trainer.clock.phase("evaluate"):
-                self._evaluate()
-
-    def _evaluate(self) -> None:
-        """Held-out accuracy and divergence; before training the teacher's accuracy too."""
-        trainer, heldout, results = self.trainer, self.trainer.heldout, self.results
-        clock = trainer.clock
-        seconds = clock.total() - clock.seconds["load"] - clock.seconds["evaluate"]
-        made = heldout.evaluate("student")
-        row = {"step": self.done, "tokens": trainer.tokens, "seconds": seconds} | made.row()
-        if trainer.method.divergence and self.config.evaluation.divergence:
-            row["divergence"] = heldout.divergence(made)
-        answer, share = majority_answer(heldout.problems)
-        results["majority"] = {"answer": answer, "accuracy": share}
-        if self.done == 0:
-            results |= {"before": made.summary(), "divergence_before": row.get("divergence")}
-            if self.config.evaluation.teacher:
-                results["teacher"] = heldout.evaluate("teacher").summary()
-        if self.done == self.config.steps:
-            results |= {"after": made.summary(), "divergence_after": row.get("divergence")}
-        self.evaluations.append(row)
-        results |= over_checkpoints(self.evaluations)
-        if self.logger:
-            self.logger.evaluation(row)
-        for line in failures(made.reasons):
-            self._say(f"warning: step {self.done}, held-out problems: {line}")
-        self._say(f"step {self.done}, held-out accuracy: {row['accuracy']:.1%}")
-
-    def _summary(self) -> dict[str, Any]:
-        trainer = self.trainer
-        return {
-            "steps": self.done,
-            **{name: value for name, value in self.results.items() if value is not None},
-            "tokens": trainer.tokens,
-            "peak_memory_mib": peak_memory_mib(self.world.device),
-            "seconds": trainer.clock.seconds | {"total": trainer.clock.total()},
-            "report": str(self.folder / "report.html"),
-        }
+        save_adapter(self.trainer.policy, folder, self.context)
 
     def _say(self, text: str) -> None:
         if self.logger:
             self.logger.console.print(text, markup=False, soft_wrap=True)
-        elif self.world.leads:
+        elif self.context.is_main:
             print(text)
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    cuda = torch.cuda.is_available()
-    return {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if cuda else {})
-
-
-def _set_random_state(state: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _exit_code(number: int | None) -> int:
-    return 0 if number is None else 128 + number

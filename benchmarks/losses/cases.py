@@ -100,11 +100,6 @@ class Case:
         return self.models + int(self.differentiated) + int(self.trained)
 
     @property
-    def logits_bytes(self) -> int:
-        """One model's logits in the case's dtype."""
-        return self.tokens * self.shape.vocab * self.torch_dtype.itemsize
-
-    @property
     def input_bytes(self) -> int:
         """Both models' hidden states and heads."""
         size = (self.tokens + self.shape.vocab) * self.shape.hidden

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from benchmarks.study.diagnostics import diagnose
-from benchmarks.study.plan import Plan, Planned, Run, Sampled
+from benchmarks.study.plan import Plan, Planned, PlannedRun, Sampled
 from opsd_train.evaluation.sets import HELDOUT
 from opsd_train.reporting.metrics_log import read_rows
 
@@ -45,13 +45,13 @@ def collect(plan: Plan, name: str) -> dict[str, Any]:
     }
 
 
-def summary_of(run: Run) -> dict[str, Any] | None:
+def summary_of(run: PlannedRun) -> dict[str, Any] | None:
     """A run's summary.json; None before it ended."""
     path = run.folder / "summary.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _run(run: Run, start: Run) -> dict[str, Any]:
+def _run(run: PlannedRun, start: PlannedRun) -> dict[str, Any]:
     summary = summary_of(run) or {"status": "missing", "steps": 0}
     ended = summary["status"] == "finished"
     return {
@@ -72,7 +72,7 @@ def _run(run: Run, start: Run) -> dict[str, Any]:
     }
 
 
-def _evaluations(run: Run, start: Run) -> list[dict[str, Any]]:
+def _evaluations(run: PlannedRun, start: PlannedRun) -> list[dict[str, Any]]:
     """The rows of a run, after the one before training, which `start` may have made for it."""
     own = read_rows(run.folder / "evaluations.jsonl")
     if run.id == start.id or not own:

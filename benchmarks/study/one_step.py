@@ -30,7 +30,7 @@ from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.data.problems import load_problems
 from opsd_train.data.prompts import PromptBuilder
-from opsd_train.distributed.context import World, resolve_device
+from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.methods import make_method
 from opsd_train.methods.base import Method
 from opsd_train.model.families import LmHead
@@ -55,9 +55,9 @@ def make_sample(config: Config, tokenizer: Any, tokens: int) -> Sample:
 def our_loss(method: Method, sample: Sample) -> Tensor:
     """What Trainer.step does for a micro-batch, up to the backward pass."""
     method.policy.model.eval()
-    (prepared,) = method.prepare([[sample]])
+    (precomputed,) = method.precompute([[sample]])
     method.policy.model.train()  # only then are activations checkpointed
-    return method.loss([sample], prepared, len(sample.completion))[0]
+    return method.loss([sample], precomputed, len(sample.completion))[0]
 
 
 def plain_loss(policy: Policy, sample: Sample, beta: float) -> Tensor:
@@ -113,10 +113,10 @@ class Step:
 
 def load_step(config: Config) -> Step:
     """The recipe's model and method on its device."""
-    world = World(resolve_device(config.model.device))
+    context = DistributedContext(resolve_device(config.model.device))
     tokenizer = load_tokenizer(config.model)
-    policy = load_policy(config.model, config.lora, tokenizer, world, "none")
-    return Step(config, tokenizer, policy, make_method(config, policy, tokenizer, world, "none"))
+    policy = load_policy(config.model, config.lora, tokenizer, context, "none")
+    return Step(config, tokenizer, policy, make_method(config, policy, tokenizer, context, "none"))
 
 
 def growth(work: Callable[[], Any], device: torch.device) -> int:

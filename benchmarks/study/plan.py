@@ -14,7 +14,7 @@ from opsd_train.config.schema import Config
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One training run; `changes` over the base recipe make its command."""
 
     id: str
@@ -86,7 +86,7 @@ class Plan:
     folder: Path
     size: Size
     labels: dict[str, str]  # of the tasks
-    runs: dict[str, Run] = field(default_factory=dict)
+    runs: dict[str, PlannedRun] = field(default_factory=dict)
     samplings: dict[str, Sampled] = field(default_factory=dict)
     experiments: list[Planned] = field(default_factory=list)
 
@@ -133,7 +133,9 @@ def _kept(arm: Arm, names: list[str] | None) -> bool:
     return names is None or arm.base_model or arm.name in names
 
 
-def _run(plan: Plan, shared: Shared, task: str, arm: Arm, seed: int, known: dict[str, str]) -> Run:
+def _run(
+    plan: Plan, shared: Shared, task: str, arm: Arm, seed: int, known: dict[str, str]
+) -> PlannedRun:
     """The arm's run, or the one of an earlier experiment with the same settings."""
     sizes = [*plan.size.changes, *shared.tasks[task].changes]
     changes = (*sizes, *arm.changes, f"seed={seed}")
@@ -145,7 +147,9 @@ def _run(plan: Plan, shared: Shared, task: str, arm: Arm, seed: int, known: dict
         if name in plan.runs:
             raise UserError(f"study: two different arms are called {arm.name!r} on task {task}")
         known[key] = name
-        plan.runs[name] = Run(name, task, arm.name, seed, shared.recipe, changes, config, name)
+        plan.runs[name] = PlannedRun(
+            name, task, arm.name, seed, shared.recipe, changes, config, name
+        )
     return plan.runs[known[key]]
 
 
@@ -165,7 +169,7 @@ def _sample(plan: Plan, planned: Planned, task: str, seed: int, sampling: Sampli
 
 def _share_starts(plan: Plan) -> None:
     """What several runs start from, and its teacher, is evaluated by one of them, OPSD's if any."""
-    starts: dict[str, Run] = {}
+    starts: dict[str, PlannedRun] = {}
     for run in sorted(plan.runs.values(), key=lambda run: run.config.method != "opsd"):
         starts.setdefault(_start(run.config), run)
     for name, run in plan.runs.items():

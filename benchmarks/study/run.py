@@ -14,11 +14,11 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.study.base import copy_words, unpacked
 from benchmarks.study.collect import collect, summary_of
-from benchmarks.study.jobs import BUSY, Job, run_jobs
 from benchmarks.study.page import write_page
 from benchmarks.study.plan import Plan, Planned, fingerprint, make_plan
 from benchmarks.study.settings import load_experiments, load_shared
 from benchmarks.study.step_memory import measure
+from benchmarks.study.subprocesses import BUSY, Subprocess, run_subprocesses
 from opsd_train.config.errors import UserError, suggest
 from opsd_train.reporting.metrics_log import duration, replace_file
 
@@ -66,7 +66,7 @@ def _run(plan: Plan, wanted: Sequence[Planned], count: int) -> dict[str, Path]:
     if jobs:
         kept = len(needed) - len(jobs)
         print(f"{plan.folder}: {len(jobs)} runs, {kept} are finished already; {count} at a time")
-    for number, ended in enumerate(run_jobs(jobs, count), 1):
+    for number, ended in enumerate(run_subprocesses(jobs, count), 1):
         name = ended.job.id
         failed = "is still run by an earlier study" if ended.code == BUSY else "FAILED"
         how = "finished" if ended.code == 0 else f"{failed} ({ended.code})"
@@ -78,21 +78,21 @@ def _run(plan: Plan, wanted: Sequence[Planned], count: int) -> dict[str, Path]:
     return failures
 
 
-def _jobs(plan: Plan, needed: set[str]) -> list[Job]:
+def _jobs(plan: Plan, needed: set[str]) -> list[Subprocess]:
     """Of what is needed, the unfinished runs in the plan's order, then the samplings."""
     logs = plan.folder / "logs"
     jobs = []
     for run in plan.runs.values():
         if run.id in needed and (summary_of(run) or {}).get("status") != "finished":
             argv = [*run.words, *copy_words(run.config.model, plan.folder), "--resume"]
-            jobs.append(Job(run.id, argv, logs / f"{run.id}.txt"))
+            jobs.append(Subprocess(run.id, argv, logs / f"{run.id}.txt"))
     missing = {job.id for job in jobs}
     for sampled in plan.samplings.values():
         if sampled.id in needed and not (sampled.folder / "scores.json").exists():
             needs = frozenset({sampled.problems_of, sampled.run or sampled.problems_of}) & missing
             model = plan.runs[sampled.problems_of].config.model
             argv = sampled.words(unpacked(model, plan.folder))
-            jobs.append(Job(sampled.id, argv, logs / f"{sampled.id}.txt", needs))
+            jobs.append(Subprocess(sampled.id, argv, logs / f"{sampled.id}.txt", needs))
     return jobs
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.train_step.meters import Phases, forward_phase
 from benchmarks.train_step.steps import Step, StepHooks, trainable_dtypes
 from benchmarks.train_step.workload import Workload
-from opsd_train.distributed.context import World, resolve_device
+from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.methods import common
 from opsd_train.model import policy as model
 from opsd_train.reporting.run_folder import RunFolder
@@ -21,11 +21,11 @@ class OpsdTrain:
 
     def __init__(self, work: Workload, phases: Phases) -> None:
         config = work.config
-        world = World(resolve_device(config.model.device))
-        folder = RunFolder(Path(config.output_dir), world)
-        self.trainer = Trainer(config, world, folder, Clock(), "full")
+        context = DistributedContext(resolve_device(config.model.device))
+        folder = RunFolder(Path(config.output_dir), context)
+        self.trainer = Trainer(config, context, folder, Clock(), "full")
         problems = [sample.problem for sample in work.samples]
-        self.trainer.sampler.draw = lambda step: problems
+        self.trainer.order.draw = lambda step: problems
         self.trainer.trajectories.engine.stop = frozenset()  # every completion has its full length
         self.steps = config.steps
         phases.wrap(self.trainer.trajectories, "make", "rollout")

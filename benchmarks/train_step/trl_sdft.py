@@ -97,7 +97,7 @@ def _arguments(work: Workload, device: torch.device, mode: str, mixed: bool) -> 
     return SDFTConfig(
         output_dir=config.output_dir,
         distillation_mode=mode,
-        distillation_alpha=config.loss.beta,  # both weigh KL(teacher||mixture)
+        distillation_alpha=config.loss.beta,  # both assign_weights KL(teacher||mixture)
         teacher_model_kind="base",
         per_device_train_batch_size=work.micro_batch,
         gradient_accumulation_steps=len(work.samples) // work.micro_batch,

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from opsd_train.checkpoint.save import Checkpoints
+from opsd_train.checkpoint.resume import Checkpoints
 from opsd_train.checkpoint.weights import write_model
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.config.schema import Config
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.model.policy import load_model, load_tokenizer
 
 
@@ -29,7 +29,7 @@ def export(run_dir: Path, out: Path | None = None, *, merged: bool = False) -> P
     out = out or run_dir / "export" / ("merged" if merged else "adapter")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; name another folder")
-    checkpoint = Checkpoints(run_dir, 1, World(torch.device("cpu"))).newest_whole()
+    checkpoint = Checkpoints(run_dir, 1, DistributedContext(torch.device("cpu"))).newest_whole()
     if checkpoint is None:
         raise UserError(f"{run_dir} has no checkpoint to export; is it the folder of a run?")
     config = config_from(load_recipe(str(checkpoint / "recipe.yaml")))

@@ -8,35 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opsd_train.distributed.context import World
-from opsd_train.distributed.fsdp import whole
+from opsd_train.distributed.context import DistributedContext
+from opsd_train.distributed.fsdp import full_tensor
 from opsd_train.model.policy import Policy
 
 
-def save_weights(policy: Policy, tokenizer: Any, run_dir: Path, world: World) -> Path:
+def save_weights(
+    policy: Policy, tokenizer: Any, run_dir: Path, context: DistributedContext
+) -> Path:
     """run_dir/adapter where adapters are trained, else run_dir/model. Every rank calls it."""
     if policy.has_adapters:
-        return save_adapter(policy, run_dir / "adapter", world)
+        return save_adapter(policy, run_dir / "adapter", context)
     folder = run_dir / "model"
-    state = _gather(policy.core.state_dict(keep_vars=True), world)
-    if world.leads:
+    state = _gather(policy.core.state_dict(keep_vars=True), context)
+    if context.is_main:
         write_model(policy.core, state, policy.dtype, folder)
         tokenizer.save_pretrained(str(folder))
     return folder
 
 
-def save_adapter(policy: Policy, folder: Path, world: World) -> Path:
+def save_adapter(policy: Policy, folder: Path, context: DistributedContext) -> Path:
     """The adapter in PEFT's own format. Every rank calls it."""
-    state = adapter_state(policy, world)
-    if world.leads:
+    state = adapter_state(policy, context)
+    if context.is_main:
         policy.model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
     return folder
 
 
-def adapter_state(policy: Policy, world: World) -> dict[str, Tensor]:
+def adapter_state(policy: Policy, context: DistributedContext) -> dict[str, Tensor]:
     """Name and whole value of each adapter weight, on rank 0. Every rank calls it."""
     trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-    return _gather(trained, world)
+    return _gather(trained, context)
 
 
 def write_model(
@@ -55,11 +57,11 @@ def write_model(
     model.config.dtype = kept
 
 
-def _gather(tensors: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+def _gather(tensors: dict[str, Tensor], context: DistributedContext) -> dict[str, Tensor]:
     """One tensor after another, so that the others hold one whole tensor at a time."""
     gathered: dict[Tensor, Tensor] = {}  # by tensor, so that tied weights stay tied
     for tensor in tensors.values():
         if tensor not in gathered:
-            value = whole(tensor.detach())
-            gathered[tensor] = value.cpu() if world.leads else value.new_empty(0)
-    return {name: gathered[t] for name, t in tensors.items()} if world.leads else {}
+            value = full_tensor(tensor.detach())
+            gathered[tensor] = value.cpu() if context.is_main else value.new_empty(0)
+    return {name: gathered[t] for name, t in tensors.items()} if context.is_main else {}

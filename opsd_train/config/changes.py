@@ -15,7 +15,7 @@ FREE = (
     "checkpoint.",
     "evaluation.",
     "report.",
-    "watch.",
+    "collapse.",
     # how the same sums are cut and where they run; results move by rounding only
     "micro_batch_tokens",
     "model.device",

@@ -36,6 +36,10 @@ ELSEWHERE = {
 }
 
 
+# Keys of version 0.1 and what they are called since 0.2.
+RENAMED = {"watch": "collapse"}
+
+
 class UserError(Exception):
     """Bad input. The message is one clear line; the command line prints it without a traceback."""
 
@@ -67,7 +71,9 @@ def explain(error: ValidationError, known: list[str]) -> str:
     key = ".".join(str(part) for part in first["loc"])
     reason = first["msg"].replace("Input should be", "should be")
     if first["type"] == "unexpected_keyword_argument":
-        line = f"unknown key {key}{suggest(key, known)}"
+        new = RENAMED.get(key)
+        hint = f"; since version 0.2 it is {new}" if new else suggest(key, known)
+        line = f"unknown key {key}{hint}"
     elif first["type"] == "missing":
         line = f"missing key {key}"
     elif first["type"] == "value_error":

@@ -218,7 +218,7 @@ class LossConfig:
     beta: Share = 0.5
     """0 is forward KL, 1 reverse KL, between them the generalised Jensen-Shannon divergence."""
     temperature: PositiveReal = 1.0
-    """Divides the logits of both sides in the loss."""
+    """Divides the logits of student and teacher in the loss."""
     token_clip: PositiveReal | None = None
     """Upper bound on each vocabulary entry's share of the divergence; null: none."""
 
@@ -278,7 +278,7 @@ class CheckpointConfig:
 
 
 @section
-class WatchConfig:
+class CollapseConfig:
     first_steps: Positive = 10
     """Steps whose values are taken as normal; no warning before they are done."""
     width: PositiveReal = 4.0
@@ -319,7 +319,7 @@ class Config:
     optim: OptimConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    watch: WatchConfig = Field(default_factory=WatchConfig)
+    collapse: CollapseConfig = Field(default_factory=CollapseConfig)
     report: ReportConfig = Field(default_factory=ReportConfig)
 
     @model_validator(mode="after")

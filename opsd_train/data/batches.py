@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opsd_train.config.errors import UserError
 from opsd_train.data.problems import Problem
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ def micro_batches(
         yield group
 
 
-def even_groups(
+def balanced_micro_batches(
     samples: Sequence[Sample],
     active: Sequence[Sample],
     token_budget: int,
-    world: World,
+    context: DistributedContext,
     packed: bool = False,
 ) -> list[list[Sample]]:
     """Micro-batches of the `active` ones of this rank's samples, as many on every rank.
@@ -87,7 +87,7 @@ def even_groups(
     first = samples[0]
     logprobs = first.logprobs and first.logprobs[:1]
     idle = replace(first, completion=first.completion[:1], logprobs=logprobs, weight=0.0)
-    return groups + [[idle]] * (int(world.max(len(groups))) - len(groups))
+    return groups + [[idle]] * (int(context.max(len(groups))) - len(groups))
 
 
 def make_batch(

@@ -13,7 +13,7 @@ from opsd_train.data.seeds import stable_seed
 FLOOR = 0.02  # of the largest weight possible: a problem far from the target still comes up
 
 
-class Sampler(ABC):
+class ProblemOrder(ABC):
     """Draws depend on the seed and on the results observed so far, so all ranks draw the same."""
 
     def __init__(self, problems: Sequence[Problem], size: int, seed: int) -> None:
@@ -36,7 +36,7 @@ class Sampler(ABC):
         """Continue from a state of `state_dict`."""
 
 
-class Shuffled(Sampler):
+class Shuffled(ProblemOrder):
     """Passes over all problems, each in an order of its own; a step may span two passes."""
 
     def __init__(self, problems: Sequence[Problem], size: int, seed: int) -> None:
@@ -66,7 +66,7 @@ class Shuffled(Sampler):
         return self._order[index]
 
 
-class Curriculum(Sampler):
+class Curriculum(ProblemOrder):
     """Draws problems near a success rate of the student, without replacement within a step.
 
     A problem's rate is a moving average over its results. It starts from the overall rate, a moving
@@ -122,7 +122,7 @@ class Curriculum(Sampler):
         return new if rate is None else self.config.memory * rate + (1 - self.config.memory) * new
 
 
-def make_sampler(config: Config, problems: Sequence[Problem]) -> Sampler:
+def make_order(config: Config, problems: Sequence[Problem]) -> ProblemOrder:
     """The sampler a recipe asks for."""
     if config.curriculum is None:
         return Shuffled(problems, config.problems_per_step, config.seed)

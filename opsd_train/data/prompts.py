@@ -28,9 +28,9 @@ class Measured:
     problems: list[Problem]
     tokens: dict[str, array]
 
-    def longest(self, *sides: str) -> tuple[int, Problem]:
-        """Most tokens of these sides' texts together, and the problem that has them."""
-        sums = list(map(sum, zip(*(self.tokens[side] for side in sides), strict=True)))
+    def longest(self, *texts: str) -> tuple[int, Problem]:
+        """Most tokens of these texts together, and the problem that has them."""
+        sums = list(map(sum, zip(*(self.tokens[side] for side in texts), strict=True)))
         index = max(range(len(sums)), key=sums.__getitem__)
         return sums[index], self.problems[index]
 
@@ -74,18 +74,18 @@ class PromptBuilder:
         """The reference solution as a completion: its token ids and those that end it."""
         return self._encode("solution", [problem])[0]
 
-    def filter(self, problems: list[Problem], sides: Sequence[str]) -> list[Problem]:
-        """The problems whose `sides` keep to their limits; see `measure`."""
-        return self.measure(problems, sides).problems
+    def filter(self, problems: list[Problem], texts: Sequence[str]) -> list[Problem]:
+        """The problems whose `texts` keep to their limits; see `measure`."""
+        return self.measure(problems, texts).problems
 
-    def measure(self, problems: list[Problem], sides: Sequence[str]) -> Measured:
-        """The problems whose `sides` ("student", "teacher", "solution") keep to their limits, with
+    def measure(self, problems: list[Problem], texts: Sequence[str]) -> Measured:
+        """The problems whose `texts` ("student", "teacher", "solution") keep to their limits, with
         their lengths; see prompts.overlong for the rest."""
         kept, worst, where = [], 0, ""
-        lengths = {side: self._lengths(problems, side) for side in sides}
+        lengths = {side: self._lengths(problems, side) for side in texts}
         for index, problem in enumerate(problems):
             excess, side = max(
-                ((lengths[side][index] - self._limit(side), side) for side in sides),
+                ((lengths[side][index] - self._limit(side), side) for side in texts),
                 key=itemgetter(0),
             )
             if excess <= 0:
@@ -96,7 +96,7 @@ class PromptBuilder:
         dropped = len(problems) - len(kept)
         if dropped == 0:
             return Measured(problems, lengths)
-        limits = " or ".join(dict.fromkeys(self._limit_text(side) for side in sides))
+        limits = " or ".join(dict.fromkeys(self._limit_text(side) for side in texts))
         line = (
             f"{dropped} of {len(problems)} problems are longer than {limits} (the worst: {where})"
         )
@@ -105,7 +105,7 @@ class PromptBuilder:
         if not kept:
             raise UserError(f"{line}; none is left")
         print(f"skipped: {line}", file=sys.stderr)
-        tokens = {side: array("i", map(lengths[side].__getitem__, kept)) for side in sides}
+        tokens = {side: array("i", map(lengths[side].__getitem__, kept)) for side in texts}
         return Measured([problems[index] for index in kept], tokens)
 
     def _lengths(self, problems: Sequence[Problem], side: str) -> array:

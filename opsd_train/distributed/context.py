@@ -13,7 +13,7 @@ from opsd_train.config.errors import UserError
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """This process's place among all; without torchrun it is alone, and every call is local."""
 
     device: torch.device
@@ -21,7 +21,7 @@ class World:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the run folder."""
         return self.rank == 0
 
@@ -43,13 +43,13 @@ class World:
         """Every rank's value, in rank order, on rank 0; nothing on the others."""
         if self.size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.leads else None
+        values: list[Any] | None = [None] * self.size if self.is_main else None
         dist.gather_object(value, values)
         return values or []
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value."""
-        return self.all_gather(value if self.leads else None)[0]
+        return self.all_gather(value if self.is_main else None)[0]
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -69,18 +69,18 @@ class World:
         return total.item()
 
 
-def start(device: str) -> World:
+def start(device: str) -> DistributedContext:
     """Join the other processes where torchrun started some; `device` as in the recipe."""
     local, rank = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     found = resolve_device(device, local)
     if size == 1:
-        return World(found)
+        return DistributedContext(found)
     if not dist.is_initialized():
         if found.type == "cuda":
             torch.cuda.set_device(found)
         dist.init_process_group("cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo")
-    return World(found, rank, size)
+    return DistributedContext(found, rank, size)
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:

@@ -16,20 +16,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.model.families import layers
 
 
-def shard(core: nn.Module, world: World, mode: str, dtype: torch.dtype) -> None:
+def shard(core: nn.Module, context: DistributedContext, mode: str, dtype: torch.dtype) -> None:
     """Shard a causal LM over the ranks ("full"), or keep a copy on each ("none").
 
     Parameters are gathered in `dtype`, gradients summed (the loss has the global divisor) in fp32.
     """
-    kind = world.device.type
+    kind = context.device.type
     if mode == "full":
-        mesh = init_device_mesh(kind, (world.size,))
+        mesh = init_device_mesh(kind, (context.size,))
     else:  # shards of one rank: replicas whose gradients are all-reduced, by the same code
-        mesh = init_device_mesh(kind, (world.size, 1), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(kind, (context.size, 1), mesh_dim_names=("replicate", "shard"))
     options = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
@@ -39,14 +39,14 @@ def shard(core: nn.Module, world: World, mode: str, dtype: torch.dtype) -> None:
     for layer in layers(core):
         fully_shard(layer, **options)
     fully_shard(core, **options)
-    for module in _units(core):
+    for module in fsdp_modules(core):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot pre-multiply
 
 
-def shard_layers(core: nn.Module, world: World) -> None:
+def shard_layers(core: nn.Module, context: DistributedContext) -> None:
     """Shard the layers of a frozen teacher; its head stays whole on every rank."""
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    mesh = init_device_mesh(context.device.type, (context.size,))
     for layer in layers(core):
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
@@ -62,7 +62,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, any other as it is; every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -82,7 +82,7 @@ def sharded_like(values: Tensor, parameter: Tensor) -> Tensor:
 
 
 @contextmanager
-def gathered(core: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def full_parameters(core: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """For generation: all weights whole and in `dtype`, and no rank waits for another.
 
     What was trained comes back bit for bit, also after an error; within itself it does nothing.
@@ -90,13 +90,13 @@ def gathered(core: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     if all(p.dtype == dtype and not isinstance(p, DTensor) for p in core.parameters()):
         yield
         return
-    with _unsharded(core) if _units(core) else _cast(core, dtype):
+    with _unsharded(core) if fsdp_modules(core) else _cast(core, dtype):
         yield
 
 
 @contextmanager
 def _unsharded(core: nn.Module) -> Iterator[None]:
-    units = _units(core)
+    units = fsdp_modules(core)
     try:
         for unit in units:
             unit.set_reshard_after_forward(False, recurse=False)
@@ -149,7 +149,7 @@ class Snapshot:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for unit in _units(self._core):
+        for unit in fsdp_modules(self._core):
             unit.reshard()  # what was gathered before is not what is wanted now
         for trained, value in zip(self._trained, self.values, strict=True):
             kept = trained.clone()
@@ -157,5 +157,5 @@ class Snapshot:
             value.copy_(kept)
 
 
-def _units(core: nn.Module) -> list[FSDPModule]:
+def fsdp_modules(core: nn.Module) -> list[FSDPModule]:
     return [module for module in core.modules() if isinstance(module, FSDPModule)]

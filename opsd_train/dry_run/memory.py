@@ -81,7 +81,7 @@ class Setup:
     file_itemsize: int  # of the weights in the model's file
     checkpointing: bool
     loss: dict[str, Any]  # options of opsd_kernels.plan
-    teacher: Sizes | None = None  # the model that `prepare` runs; None: nothing
+    teacher: Sizes | None = None  # the model that `precompute` runs; None: nothing
     teacher_itemsize: int = 0  # of another model's weights; 0: it is the policy itself
     keeps_states: bool = False  # the teacher's hidden states wait for the student's forward
     copied: bool = False  # the trained weights, for a teacher that is an older policy

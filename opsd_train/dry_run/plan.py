@@ -27,7 +27,7 @@ from opsd_train.model.policy import (
     load_model_config,
     load_tokenizer,
 )
-from opsd_train.rollout.context_checks import check_context, heldout_sides
+from opsd_train.rollout.context_checks import check_context, heldout_texts
 
 _MIB = 2**20
 
@@ -95,17 +95,17 @@ def _work(config: Config) -> tuple[Work, int, int]:
     """The largest step that can come, the number of problems, the longest prompt's tokens."""
     kind, (train, heldout) = METHODS[config.method], load_problems(config.data)
     builder = PromptBuilder(load_tokenizer(config.model), config.prompts)
-    measured = builder.measure(train, kind.sides(config))
-    asked = builder.measure(heldout[: config.evaluation.problems], heldout_sides(config))
+    measured = builder.measure(train, kind.required_texts(config))
+    asked = builder.measure(heldout[: config.evaluation.problems], heldout_texts(config))
     check_context(config, _model_configs(config), measured, asked)
     source, rollout = kind.source(config), config.rollout
-    each = 1 if source == "reference" else rollout.samples_per_prompt
+    each = 1 if source == "solution" else rollout.samples_per_prompt
     count = -(-config.problems_per_step // _processes())
     largest = [_sample(builder, problem, config) for problem in _longest(config, measured, count)]
     step = [sample for sample in largest for _ in range(each)]
     groups = list(micro_batches(step, config.micro_batch_tokens))
     ours = rollout.engine == "transformers"
-    generates = ours and source != "reference"
+    generates = ours and source != "solution"
     lengths = [len(getattr(s, f"{source}_prompt")) for s in step] if generates else []
     work = Work(
         tokens=max(_padded(group, "student_prompt") for group in groups),
@@ -164,7 +164,7 @@ def _evaluation(config: Config, asked: Measured) -> Generation | None:
 
 def _sample(builder: PromptBuilder, problem: Problem, config: Config) -> Sample:
     kind = METHODS[config.method]
-    reference = kind.source(config) == "reference"
+    reference = kind.source(config) == "solution"
     teacher = builder.teacher(problem) if kind.teacher_prompt else None
     made = builder.solution(problem) if reference else [0] * config.rollout.max_new_tokens
     return Sample(problem, builder.student(problem), teacher, made)

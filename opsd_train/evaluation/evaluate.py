@@ -35,7 +35,7 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
     from transformers.utils import logging as transformers_logging
 
     from opsd_train.distributed.context import start
-    from opsd_train.evaluation.asking import Asking
+    from opsd_train.evaluation.eval_prompts import EvalPrompts
     from opsd_train.evaluation.generate import generate, patient_barrier
     from opsd_train.evaluation.source import find_source
     from opsd_train.model.policy import load_tokenizer
@@ -45,20 +45,20 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
     labels = list(map(set_label, sets))
     if len(set(labels)) < len(labels):
         raise UserError(f"--set has a set twice: {', '.join(labels)}")
-    world, store = start(config.model.device), Store(config.output_dir)
+    context, store = start(config.model.device), Store(config.output_dir)
     found = find_source(source, config.model)
-    asking = Asking(load_tokenizer(found.model), config, sets, found.run)
+    prompts = EvalPrompts(load_tokenizer(found.model), config, sets, found.run)
     evaluated = Evaluated(source, found.weights_name, list(sets), config)
-    if world.leads:
-        _open(store, evaluated, asking, found.run)
-    wait_for_all = patient_barrier(world)
-    with _Progress(store.folder, shown=world.leads) as progress:
-        generate(config, found, store, asking, world, progress.show)
+    if context.is_main:
+        _open(store, evaluated, prompts, found.run)
+    wait_for_all = patient_barrier(context)
+    with _Progress(store.folder, shown=context.is_main) as progress:
+        generate(config, found, store, prompts, context, progress.show)
     wait_for_all()
-    if world.leads:
+    if context.is_main:
         shutil.rmtree(store.folder / "scratch", ignore_errors=True)
-    scores = score(store, config.grading) if world.leads else {}
-    world.leave()
+    scores = score(store, config.grading) if context.is_main else {}
+    context.leave()
     return scores
 
 
@@ -136,13 +136,13 @@ def print_difference(folder: str | Path, other: str | Path) -> dict[str, dict[st
     return differences
 
 
-def _open(store: Store, evaluated: Evaluated, asking: Any, run: Config | None) -> None:
+def _open(store: Store, evaluated: Evaluated, prompts: Any, run: Config | None) -> None:
     """A new folder with its problems, or one with the same evaluation, to go on with."""
     if store.exists:
         store.check_same(evaluated)
         return
     problems = [p for name in evaluated.sets for p in load_set(name, evaluated.settings, run)]
-    store.begin(evaluated, asking.fitting(problems))
+    store.begin(evaluated, prompts.fitting(problems))
 
 
 def _by_problem(graded: Sequence[GradedSample]) -> dict[str, list[list[GradedSample]]]:

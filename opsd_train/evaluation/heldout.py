@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from opsd_train.config.schema import Config
-from opsd_train.data.batches import Sample, even_groups
+from opsd_train.data.batches import Sample, balanced_micro_batches
 from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import PromptBuilder
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation.accuracy import Evaluation
 from opsd_train.evaluation.rewards import Rewards
 from opsd_train.methods.base import Method
@@ -29,23 +29,23 @@ class HeldOut:
         trajectories: Trajectories,
         method: Method,
         rewards: Rewards,
-        world: World,
+        context: DistributedContext,
     ) -> None:
         self._config, self.problems, self._prompts = config, list(problems), prompts
         self._trajectories, self._method = trajectories, method
-        self._rewards, self._world = rewards, world
+        self._rewards, self._context = rewards, context
 
     def evaluate(self, side: str) -> Evaluation:
         """Solve each problem once, greedily, under the prompt of `side`."""
-        mine = self.problems[self._world.rank :: self._world.size]
+        mine = self.problems[self._context.rank :: self._context.size]
         prompts = [getattr(self._prompts, side)(problem) for problem in mine]
         made = self._trajectories.greedy(prompts, self._config.evaluation.max_new_tokens)
         tokens = [completion.tokens for completion in made]
         grades = self._rewards.collect(self._rewards.submit(mine, tokens))
-        parts = self._world.all_gather(tokens)
+        parts = self._context.all_gather(tokens)
         completions: list[list[int]] = [[] for _ in self.problems]
         for rank, part in enumerate(parts):
-            completions[rank :: self._world.size] = part
+            completions[rank :: self._context.size] = part
         reasons = [grade.reason for grade in grades]
         return Evaluation(completions, [grade.correct for grade in grades], reasons)
 
@@ -56,18 +56,18 @@ class HeldOut:
             Sample(problem, self._prompts.student(problem), self._teacher(problem), completion)
             for problem, completion in zip(self.problems, evaluation.completions, strict=True)
         ]
-        samples = everything[self._world.rank :: self._world.size]  # none on some, if few
+        samples = everything[self._context.rank :: self._context.size]  # none on some, if few
         policy, budget = self._method.policy, self._config.micro_batch_tokens
         policy.model.eval()
-        groups = even_groups(everything, samples, budget, self._world, policy.packed)
+        groups = balanced_micro_batches(everything, samples, budget, self._context, policy.packed)
         stats = StepStats()
-        for group, prepared in zip(groups, self._method.prepare(groups), strict=True):
-            loss, columns = self._method.loss(group, prepared, 1)
+        for group, precomputed in zip(groups, self._method.precompute(groups), strict=True):
+            loss, columns = self._method.loss(group, precomputed, 1)
             if group[0].weight > 0:
                 stats.add(group, loss, columns)
         total = sum(len(sample.completion) for sample in samples)
         mean = stats.mean("divergence") or 0.0
-        return self._world.sum(mean * total) / self._world.sum(total)
+        return self._context.sum(mean * total) / self._context.sum(total)
 
     def _teacher(self, problem: Problem) -> list[int] | None:
         return self._prompts.teacher(problem) if self._method.teacher_prompt else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from opsd_train.data.batches import Sample
 from opsd_train.data.problems import Problem
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation.grading import Answer, Grade, Grader, Pending, grade_one
 
 _MOST_PROCESSES = 4  # a check takes milliseconds, and each process 120 MiB
@@ -19,8 +19,8 @@ _MOST_PROCESSES = 4  # a check takes milliseconds, and each process 120 MiB
 class Rewards:
     """Every rank grades its own completions; every rank knows all the grades."""
 
-    def __init__(self, grader: Grader, tokenizer: Any, world: World) -> None:
-        self._grader, self._tokenizer, self._world = grader, tokenizer, world
+    def __init__(self, grader: Grader, tokenizer: Any, context: DistributedContext) -> None:
+        self._grader, self._tokenizer, self._context = grader, tokenizer, context
 
     def submit(self, problems: Sequence[Problem], completions: Sequence[list[int]]) -> Pending:
         """Begins to grade this rank's completions (token ids), one for each problem."""
@@ -29,10 +29,10 @@ class Rewards:
 
     def collect(self, pending: Pending) -> list[Grade]:
         """The grades of all ranks, which took turns: number i is of rank i % size."""
-        parts = self._world.all_gather(pending.result())
+        parts = self._context.all_gather(pending.result())
         grades: list[Grade] = [None] * sum(map(len, parts))
         for rank, part in enumerate(parts):
-            grades[rank :: self._world.size] = part
+            grades[rank :: self._context.size] = part
         return grades
 
 

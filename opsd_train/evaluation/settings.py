@@ -36,7 +36,7 @@ class EvalPromptsConfig:
     """What to do with problems that are longer: stop, or leave them out and say so."""
 
     def for_builder(self) -> PromptsConfig:
-        """The same for prompts.PromptBuilder, which knows two sides."""
+        """The same for prompts.PromptBuilder, which takes a student's and a teacher's."""
         return PromptsConfig(
             student=self.student,
             teacher=self.student,

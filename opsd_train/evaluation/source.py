@@ -13,11 +13,11 @@ from peft import PeftModel
 from torch import nn
 
 from opsd_train.checkpoint.export import load_weights
-from opsd_train.checkpoint.save import Checkpoints
+from opsd_train.checkpoint.resume import Checkpoints
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.config.schema import Config, ModelConfig
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation.settings import EvalConfig
 from opsd_train.model.policy import Policy, load_generation_config, load_model
 from opsd_train.rollout import Engine
@@ -86,7 +86,7 @@ def _of_run(folder: Path, model: ModelConfig, weights: Path) -> Source:
 
 def _newest(folder: Path) -> Path:
     """The newest checkpoint; what the end of a run wrote where its checkpoints are gone."""
-    checkpoint = Checkpoints(folder, 1, World(torch.device("cpu"))).newest_whole()
+    checkpoint = Checkpoints(folder, 1, DistributedContext(torch.device("cpu"))).newest_whole()
     if checkpoint is not None:
         return checkpoint
     for name, file in (("adapter", "adapter_config.json"), ("model", "config.json")):
@@ -100,7 +100,7 @@ def open_engine(
     config: EvalConfig,
     source: Source,
     tokenizer: Any,
-    world: World,
+    context: DistributedContext,
     *,
     scratch: Path,  # a folder of this process's own
     longest: int,  # tokens of a prompt and its completion
@@ -108,7 +108,7 @@ def open_engine(
     """sampling.engine with the model, closed at the end."""
     if config.sampling.engine == "transformers":
         policy = Policy(
-            load_source(source, tokenizer, world.device),
+            load_source(source, tokenizer, context.device),
             tokenizer.pad_token_id,
             getattr(torch, source.model.dtype),
         )
@@ -117,7 +117,7 @@ def open_engine(
         yield engine
         return
     import_vllm()  # before weights are written out for it
-    engine = _vllm(config, source, tokenizer, world, scratch.resolve(), longest)
+    engine = _vllm(config, source, tokenizer, context, scratch.resolve(), longest)
     try:
         yield engine
     finally:
@@ -125,14 +125,19 @@ def open_engine(
 
 
 def _vllm(
-    config: EvalConfig, source: Source, tokenizer: Any, world: World, scratch: Path, longest: int
+    config: EvalConfig,
+    source: Source,
+    tokenizer: Any,
+    context: DistributedContext,
+    scratch: Path,
+    longest: int,
 ) -> VllmModel:
     sampling, adapter = config.sampling, source.adapter
     generation_config = load_generation_config(source.model)
     engine = VllmModel(
         _weights_for_vllm(source, tokenizer, scratch),
         dtype=source.model.dtype,
-        device=world.device,
+        device=context.device,
         stop_ids=stop_ids(tokenizer, generation_config, sampling.for_engine()),
         max_model_len=longest,
         memory=sampling.vllm_memory,

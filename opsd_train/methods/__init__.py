@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from opsd_train.config.schema import Config
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.methods.base import Method
 from opsd_train.methods.context_distill import ContextDistill
 from opsd_train.methods.distill import Distill
@@ -26,10 +26,10 @@ METHODS = {
 
 
 def make_method(
-    config: Config, policy: Policy, tokenizer: Any, world: World, shard_mode: str
+    config: Config, policy: Policy, tokenizer: Any, context: DistributedContext, shard_mode: str
 ) -> Method:
     """The recipe's method, with the teacher that it needs."""
     if config.distill is None:
         return METHODS[config.method](config, policy)
-    teacher = load_teacher(config, tokenizer, world, shard_mode)
+    teacher = load_teacher(config, tokenizer, context, shard_mode)
     return METHODS[config.method](config, policy, teacher)

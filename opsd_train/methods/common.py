@@ -18,7 +18,7 @@ from opsd_train.config.schema import LossConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Stats
 from opsd_train.model.families import LmHead
-from opsd_train.model.policy import Policy, WithHead
+from opsd_train.model.policy import LossFn, Policy
 
 
 def teacher_hidden(policy: Policy, samples: Sequence[Sample], own_prompt: bool = True) -> Tensor:
@@ -61,7 +61,7 @@ def distillation(
     """
     weights = token_weights(samples, policy.device)
 
-    def with_head(student: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
+    def loss_fn(student: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
         other = teacher or head
         pair = (student, head.weight, hidden, other.weight, target)
         options = _pair_options(head, other, config.temperature)
@@ -79,7 +79,7 @@ def distillation(
         loss = policy_gradient_loss(advantage, logprob, token_weight=weights, num_tokens=num_tokens)
         return loss, {"divergence": -advantage, "logprob": logprob.detach()}
 
-    return student_run(policy, samples, with_head)
+    return student_run(policy, samples, loss_fn)
 
 
 def cross_entropy(
@@ -88,7 +88,7 @@ def cross_entropy(
     """Cross-entropy of the completions under the student's prompts."""
     weights = token_weights(samples, policy.device)
 
-    def with_head(student: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
+    def loss_fn(student: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
         loss, stats = fused_linear_cross_entropy(
             student,
             head.weight,
@@ -100,10 +100,10 @@ def cross_entropy(
         )
         return loss, {name: stats[name] for name in ("logprob", "entropy")}
 
-    return student_run(policy, samples, with_head)
+    return student_run(policy, samples, loss_fn)
 
 
-def student_run(policy: Policy, samples: Sequence[Sample], function: WithHead) -> Any:
+def student_run(policy: Policy, samples: Sequence[Sample], function: LossFn) -> Any:
     """`function` of the completions under the student's prompts; see Policy.run."""
     prompts = [sample.student_prompt for sample in samples]
     return policy.run(prompts, [sample.completion for sample in samples], function)

@@ -23,6 +23,6 @@ class ContextDistill(Method):
         return "teacher"
 
     def loss(
-        self, samples: Sequence[Sample], prepared: None, num_tokens: int
+        self, samples: Sequence[Sample], precomputed: None, num_tokens: int
     ) -> tuple[Tensor, Stats]:
         return cross_entropy(self.policy, samples, num_tokens)

@@ -29,18 +29,18 @@ class Distill(Method):
 
     @classmethod
     def source(cls, config: Config) -> str:
-        return "student" if config.distill.on_policy else "reference"
+        return "student" if config.distill.on_policy else "solution"
 
-    def prepare(self, groups: Sequence[Sequence[Sample]]) -> list[Tensor]:
+    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Tensor]:
         for sample in (sample for group in groups for sample in group):
             self._check_tokens(sample)
         return [teacher_hidden(self.teacher, group, own_prompt=False) for group in groups]
 
     def loss(
-        self, samples: Sequence[Sample], prepared: Tensor, num_tokens: int
+        self, samples: Sequence[Sample], precomputed: Tensor, num_tokens: int
     ) -> tuple[Tensor, Stats]:
         head = lm_head(self.teacher.core)  # whole on every rank: only the layers are sharded
-        return distillation(self.policy, samples, prepared, head, self.config.loss, num_tokens)
+        return distillation(self.policy, samples, precomputed, head, self.config.loss, num_tokens)
 
     def _check_tokens(self, sample: Sample) -> None:
         """A student may sample from the padding of its vocabulary, which the teacher's lacks."""

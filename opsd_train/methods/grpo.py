@@ -14,7 +14,7 @@ from opsd_train.config.schema import Config, GrpoConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import head_options, student_run
-from opsd_train.methods.reference import ReferencePolicy
+from opsd_train.methods.ref_policy import RefPolicy
 from opsd_train.model.families import LmHead
 from opsd_train.model.policy import Policy
 
@@ -24,7 +24,7 @@ class Constants:
     """(N,) log-probabilities that do not change while a rollout is trained on; None: not needed."""
 
     old: Tensor | None  # of the policy that the rollout began with
-    reference: Tensor | None  # of the initial policy
+    ref: Tensor | None  # of the initial policy
 
 
 class Grpo(Method):
@@ -38,14 +38,14 @@ class Grpo(Method):
         self.settings = config.grpo or GrpoConfig()
         self.updates = self.settings.updates
         self.temperature = config.rollout.temperature
-        self.reference = ReferencePolicy(policy, "initial") if self.settings.kl_weight else None
+        self.ref_policy = RefPolicy(policy, "initial") if self.settings.kl_weight else None
 
-    def weigh(self, samples: list[Sample]) -> list[Sample]:
+    def assign_weights(self, samples: list[Sample]) -> list[Sample]:
         size = self.config.rollout.samples_per_prompt
         groups = [samples[first : first + size] for first in range(0, len(samples), size)]
         return [sample for group in groups for sample in self._weigh_group(group)]
 
-    def prepare(self, groups: Sequence[Sequence[Sample]]) -> list[Constants]:
+    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Constants]:
         nothing = [None] * len(groups)
         with torch.no_grad():
             # With one update the old policy is the present one, and the ratio starts at 1.
@@ -54,32 +54,32 @@ class Grpo(Method):
                 if self.updates > 1
                 else None
             )
-            reference = None
-            if self.reference is not None:
-                with self.reference.active():
-                    reference = [student_run(self.policy, group, self._logprob) for group in groups]
-        return [Constants(*pair) for pair in zip(old or nothing, reference or nothing, strict=True)]
+            ref = None
+            if self.ref_policy is not None:
+                with self.ref_policy.active():
+                    ref = [student_run(self.policy, group, self._logprob) for group in groups]
+        return [Constants(*pair) for pair in zip(old or nothing, ref or nothing, strict=True)]
 
     def loss(
-        self, samples: Sequence[Sample], prepared: Constants, num_tokens: int
+        self, samples: Sequence[Sample], precomputed: Constants, num_tokens: int
     ) -> tuple[Tensor, Stats]:
-        def with_head(hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
+        def loss_fn(hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
             logprob, stats = self._logprob(hidden, head, target, return_stats=True)
-            loss, columns = surrogate(logprob, samples, prepared, self.settings, num_tokens)
+            loss, columns = surrogate(logprob, samples, precomputed, self.settings, num_tokens)
             # What the rollout began with: a mismatch with the sampler is not our own updates.
-            began = logprob.detach() if prepared.old is None else prepared.old
+            began = logprob.detach() if precomputed.old is None else precomputed.old
             return loss, {"logprob": began, "entropy": stats["entropy"], **columns}
 
-        return student_run(self.policy, samples, with_head)
+        return student_run(self.policy, samples, loss_fn)
 
-    def facts(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def extra_metrics(self, samples: Sequence[Sample]) -> dict[str, float]:
         size = self.config.rollout.samples_per_prompt
         groups = [samples[first : first + size] for first in range(0, len(samples), size)]
         same = sum(len({sample.correct for sample in group}) == 1 for group in groups)
         return {"groups_dropped": same / len(groups)}
 
     def state(self) -> dict[str, Tensor]:
-        return self.reference.state() if self.reference else {}
+        return self.ref_policy.state() if self.ref_policy else {}
 
     def _weigh_group(self, group: list[Sample]) -> list[Sample]:
         rewards = torch.tensor([float(sample.correct) for sample in group])
@@ -132,8 +132,8 @@ def surrogate(
         sampler = torch.tensor([p for sample in samples for p in sample.logprobs]).to(logprob)
         stats["importance"] = (old - sampler).exp().clamp(max=settings.importance_cap)
         value = value * stats["importance"]
-    if constants.reference is not None:
-        difference = constants.reference - logprob
+    if constants.ref is not None:
+        difference = constants.ref - logprob
         k3 = difference.exp() - difference - 1
         stats["kl"] = k3.detach()
         value = value + settings.kl_weight * k3

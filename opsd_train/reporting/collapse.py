@@ -5,7 +5,7 @@ import math
 import statistics
 from typing import Any
 
-from opsd_train.config.schema import WatchConfig
+from opsd_train.config.schema import CollapseConfig
 
 RECENT = 5
 # A start that happens to be flat must not make noise a warning.
@@ -21,7 +21,7 @@ _CLIPPED = "more and more of the loss is clipped away: lower optim.lr, or raise 
 _ELSEWHERE = "the sampler drifts away from the trainer: is its adapter the newest one?"
 
 # Advice by side. A divergence that falls is what training is for: no warning below.
-WATCHED = {
+MONITORED = {
     "completion_length": {"below": _SHRINK, "above": _GROW},
     "student_entropy": {"below": _SURE, "above": _UNSURE},
     "entropy": {"below": _SURE, "above": _UNSURE},
@@ -32,16 +32,16 @@ WATCHED = {
 }
 
 
-class Watch:
+class CollapseMonitor:
     """Compares a running mean of each watched metric with mean ± width x std of its first steps."""
 
-    def __init__(self, config: WatchConfig) -> None:
+    def __init__(self, config: CollapseConfig) -> None:
         self.config = config
         self._metrics: dict[str, dict[str, Any]] = {}
 
     def observe(self, step: int, row: dict[str, Any]) -> list[str]:
         """Warnings after this step, one line each; one for each time a metric leaves its band."""
-        warnings = [self._judge(step, name, row[name]) for name in WATCHED if _usable(row, name)]
+        warnings = [self._judge(step, name, row[name]) for name in MONITORED if _usable(row, name)]
         return [warning for warning in warnings if warning]
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,14 +64,18 @@ class Watch:
         side = "above" if away > 0 else "below"
         if abs(away) < self.config.width / 2:
             known["outside"] = None  # only well inside, so that the edge does not warn twice
-        if abs(away) <= self.config.width or side == known["outside"] or side not in WATCHED[name]:
+        if (
+            abs(away) <= self.config.width
+            or side == known["outside"]
+            or side not in MONITORED[name]
+        ):
             return None
         known["outside"] = side
         low, high = middle - self.config.width * spread, middle + self.config.width * spread
         return (
             f"step {step}: {name} is {now:.4g} (mean of {len(known['recent'])} steps), {side} the "
             f"band {max(low, 0.0):.4g} to {high:.4g} of its first {self.config.first_steps} "
-            f"steps; {WATCHED[name][side]}"
+            f"steps; {MONITORED[name][side]}"
         )
 
 

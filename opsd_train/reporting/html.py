@@ -38,6 +38,11 @@ def write_report(run_dir: str | Path) -> Path:
     config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     config = load_recipe(str(run_dir / "config.yaml"))
     rows = read_rows(run_dir / "metrics.jsonl")
+    if any("surprise_by_position" in row for row in rows):
+        raise UserError(
+            f"{run_dir} is of version 0.1: its metric surprise_by_position is nll_by_position "
+            "since 0.2; write its report with that version"
+        )
     evaluations = read_rows(run_dir / "evaluations.jsonl")
     samples = _sample_steps(read_rows(run_dir / "samples.jsonl"))
     scale = _shade_scale(samples)
@@ -170,7 +175,7 @@ def visible(token: str) -> str:
 
 
 def _value_name(rows: Rows) -> str:
-    return "surprise" if any("surprise_by_position" in row for row in rows) else "divergence"
+    return "nll" if any("nll_by_position" in row for row in rows) else "divergence"
 
 
 def _sample_steps(rows: Rows) -> list[tuple[int, Rows]]:

@@ -56,7 +56,6 @@ def _one(metric: str) -> tuple[tuple[str, str, str], ...]:
 
 
 LEARNING = (
-    Curves("Reward", "Mean over the rollouts of the step.", _one("reward")),
     Curves("Loss", "Per optimizer step.", _one("loss")),
     Curves("Divergence", "Student to teacher, mean over the step's tokens.", _one("divergence")),
     Curves(
@@ -94,7 +93,6 @@ LEARNING = (
     ),
     Curves("KL from the initial policy", "Estimator k3, mean per token.", _one("kl")),
 )
-_PHASE_COLORS = (STUDENT, TEACHER, NEUTRAL, "#15803d", "#7e22ce", "#be123c")
 MACHINE = (
     Curves("Learning rate", "Of the step.", _one("lr"), size="small"),
     Curves("Gradient norm", "Before clipping.", _one("grad_norm"), size="small"),
@@ -108,6 +106,7 @@ MACHINE = (
     Curves(
         "Sampler KL", "From sampler to trainer, estimator k3.", _one("sampler_kl"), size="small"
     ),
+    Curves("Peak memory", "MiB.", _one("peak_mib"), size="small"),
 )
 
 
@@ -115,20 +114,14 @@ def figures(rows: Rows) -> list[Picture]:
     """The plots about learning that there is data for."""
     with matplotlib.rc_context(STYLE):
         found = [_lines(curves, rows) for curves in LEARNING]
-        found += [_by_position(rows, name) for name in ("divergence", "surprise")]
+        found += [_by_position(rows, name) for name in ("divergence", "nll")]
     return [picture for picture in found if picture]
 
 
 def machine_figures(rows: Rows) -> list[Picture]:
     """The small plots about the optimizer and the machine."""
-    names = sorted({name for row in rows for name in row if name.startswith("peak_mib")})
-    if len(names) > 1 and names[0] == "peak_mib":
-        del names[0]  # the largest of the phases
-    labels = [name.removeprefix("peak_mib_") for name in names]
-    peaks = zip(names, labels, _PHASE_COLORS, strict=False)
-    memory = Curves("Peak memory", "MiB.", tuple(peaks), size="small")
     with matplotlib.rc_context(STYLE):
-        found = [_lines(curves, rows) for curves in (*MACHINE, memory)]
+        found = [_lines(curves, rows) for curves in MACHINE]
     return [picture for picture in found if picture]
 
 
@@ -160,6 +153,9 @@ def _lines(curves: Curves, rows: Rows) -> Picture | None:
     return to_picture(curves.title, curves.note, figure, curves.size)
 
 
+_TITLES = {"divergence": "Divergence", "nll": "Negative log-likelihood"}
+
+
 def _by_position(rows: Rows, value: str) -> Picture | None:
     name = f"{value}_by_position"
     rows = [row for row in rows if row.get(name)]
@@ -178,7 +174,7 @@ def _by_position(rows: Rows, value: str) -> Picture | None:
     if axes.dataLim.ymin >= 0:
         axes.set_ylim(bottom=0)
     axes.legend()
-    return to_picture(f"{value.title()} by position", "Start and end of the run compared.", figure)
+    return to_picture(f"{_TITLES[value]} by position", "Start and end of the run compared.", figure)
 
 
 def position_means(rows: Rows, name: str) -> tuple[list[float], list[float]]:

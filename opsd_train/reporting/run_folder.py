@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from opsd_train.data.batches import Sample
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 
 
 @dataclass(frozen=True)
@@ -18,16 +18,16 @@ class RunFolder:
     """A run's folder, as one of its processes sees it."""
 
     path: Path
-    world: World
+    context: DistributedContext
 
     @property
     def scratch(self) -> Path:
         """A folder of this process for files that need not outlive it."""
-        return self.path / "scratch" / f"rank_{self.world.rank}"
+        return self.path / "scratch" / f"rank_{self.context.rank}"
 
     def keep_batch(self, step: int, samples: Sequence[Sample]) -> Path:
         """Save the samples of a step whose loss or gradient is not finite."""
-        rank = f"_rank_{self.world.rank}" if self.world.size > 1 else ""
+        rank = f"_rank_{self.context.rank}" if self.context.size > 1 else ""
         path = self.path / f"nonfinite_step_{step}{rank}.pt"
         rows = [
             {

@@ -45,7 +45,7 @@ def largest(pieces: Pieces) -> set[int]:
 
 def sample_table(step: int, rows: Rows) -> Table:
     """Completions with their largest tokens marked."""
-    name = "divergence" if any("divergence" in row for row in rows) else "surprise"
+    name = "divergence" if any("divergence" in row for row in rows) else "nll"
     table = Table(title=f"step {step}", show_lines=True, title_justify="left")
     for column in ("question", "completion", "answer"):
         table.add_column(column, overflow="fold")

@@ -33,7 +33,8 @@ MOST_POSITIONS = 256
 class StepStats:
     """Collects (N,) statistics per micro-batch; completions' tokens come in sample order.
 
-    The value of a token is its divergence where the method has one, else its surprise, -log p.
+    The value of a token is its divergence where the method has one, else its negative
+    log-likelihood, -log p.
     """
 
     def __init__(self) -> None:
@@ -90,14 +91,10 @@ class StepStats:
 
     @property
     def value_name(self) -> str | None:
-        """What a token's value is: "divergence", "surprise", or None before any statistics."""
+        """What a token's value is: "divergence", "nll", or None before any statistics."""
         if self._columns.get("divergence"):
             return "divergence"
-        return "surprise" if self._logprobs() is not None else None
-
-    def by_sample(self) -> list[tuple[Sample, float]]:
-        """Each sample with the mean value of its tokens, in an order that ranks do not change."""
-        return [(sample, values.mean().item()) for sample, values in self._values_by_sample()]
+        return "nll" if self._logprobs() is not None else None
 
     def by_position(self) -> tuple[int, list[float]]:
         """Mean value along the completion: positions per entry (a power of 2), and the entries."""

@@ -22,7 +22,7 @@ class _Longest:
     new: int = 0
 
 
-def heldout_sides(config: Config) -> tuple[str, ...]:
+def heldout_texts(config: Config) -> tuple[str, ...]:
     """The prompts under which held-out problems are read."""
     kind, evaluation = METHODS[config.method], config.evaluation
     divergence = kind.divergence and kind.teacher_prompt and evaluation.divergence
@@ -35,7 +35,8 @@ def check_context(
     """Raises UserError if a sequence of training or evaluation is longer than a model reads.
 
     `readers`: the models' configurations by their role, "model" and with distill "teacher".
-    `train` is measured on the sides of the method, `heldout` on `heldout_sides`; it may be empty.
+    `train` has the lengths of the texts that the method requires, `heldout` those of
+    `heldout_texts`; it may be empty.
     """
     found = [*_training(config, train), *_evaluation(config, heldout)]
     for reader, model_config in readers.items():
@@ -52,19 +53,19 @@ def context_of(model_config: Any) -> int | None:
 
 def _training(config: Config, train: Measured) -> Iterator[_Longest]:
     kind = METHODS[config.method]
-    if kind.source(config) == "reference":
+    if kind.source(config) == "solution":
         tokens, problem = train.longest("student", "solution")
         yield _Longest(f"prompt and solution of {problem.id} have", tokens)
         return
     # A teacher reads, or writes, the same completions after its own prompt.
-    for side in kind.sides(config):
+    for side in kind.required_texts(config):
         tokens, problem = train.longest(side)
         new = config.rollout.max_new_tokens
         yield _Longest(f"{side} prompt of {problem.id} has", tokens, "rollout.max_new_tokens", new)
 
 
 def _evaluation(config: Config, heldout: Measured) -> Iterator[_Longest]:
-    for side in heldout_sides(config) if heldout.problems else ():
+    for side in heldout_texts(config) if heldout.problems else ():
         tokens, problem = heldout.longest(side)
         new = config.evaluation.max_new_tokens
         what = f"{side} prompt of the held-out {problem.id} has"

@@ -31,6 +31,6 @@ def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolde
             seed=config.seed,
         )
     engine = TransformersEngine(policy, tokenizer, config.rollout)
-    if METHODS[config.method].source(config) != "reference" or config.evaluation.problems:
+    if METHODS[config.method].source(config) != "solution" or config.evaluation.problems:
         engine.prove(config.model.name_or_path)
     return engine

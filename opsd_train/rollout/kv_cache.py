@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """A prefilled layer with room for the tokens to come: nothing is copied to grow."""
 
     def __init__(
@@ -19,8 +19,8 @@ class RoomyLayer(DynamicLayer):
         super().__init__()
         self.dtype, self.device = dtype, prefilled.device
         self.is_initialized = True
-        self._keys = _with_room(prefilled.keys, rows, room, dtype)
-        self._values = _with_room(prefilled.values, rows, room, dtype)
+        self._keys = _preallocated(prefilled.keys, rows, room, dtype)
+        self._values = _preallocated(prefilled.values, rows, room, dtype)
         self._show(len(rows), prefilled.get_seq_length())
 
     def update(
@@ -44,11 +44,11 @@ class RoomyLayer(DynamicLayer):
         self.values = self._values[:rows, :, :length]
 
 
-def make_room(cache: DynamicCache, rows: Tensor, room: int, dtype: torch.dtype) -> None:
+def preallocate(cache: DynamicCache, rows: Tensor, room: int, dtype: torch.dtype) -> None:
     """Row i of the prefilled cache becomes a copy of rows[i], with room for `room` more tokens."""
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            cache.layers[index] = RoomyLayer(layer, rows, room, dtype)
+            cache.layers[index] = PreallocatedLayer(layer, rows, room, dtype)
         else:  # sliding windows and linear attention stay small
             layer.reorder_cache(rows)
 
@@ -67,14 +67,14 @@ def drop_rows(
         torch.tensor(x, dtype=torch.long, device=device) for x in (holes, movers, kept)
     )
     for layer in cache.layers:
-        if isinstance(layer, RoomyLayer):
+        if isinstance(layer, PreallocatedLayer):
             layer.keep(left, to, source)
         else:
             layer.reorder_cache(rows)
     return kept
 
 
-def _with_room(states: Tensor, rows: Tensor, room: int, dtype: torch.dtype) -> Tensor:
+def _preallocated(states: Tensor, rows: Tensor, room: int, dtype: torch.dtype) -> Tensor:
     _, heads, length, width = states.shape
     buffer = states.new_empty((len(rows), heads, length + room, width), dtype=dtype)
     buffer[:, :, :length] = states[rows]

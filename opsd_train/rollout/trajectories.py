@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opsd_train.config.schema import Config
@@ -15,7 +15,14 @@ from opsd_train.methods.base import Method
 from opsd_train.rollout import Completion, Engine, Request, Sampling
 from opsd_train.rollout.agreement import check_agreement
 
-Job = tuple[int, Problem, int]  # position in the step, problem, which of its samples
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """One sample that a step has to make."""
+
+    problem: Problem
+    position: int  # of the problem in the step
+    number: int  # which of the problem's samples
 
 
 class Trajectories:
@@ -46,20 +53,27 @@ class Trajectories:
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k
         )
 
-    def jobs(self, problems: Sequence[Problem]) -> list[Job]:
-        """What a step has to make, all samples of a problem side by side."""
-        sampled = self._source != "reference"
+    def requests(self, problems: Sequence[Problem]) -> list[RolloutRequest]:
+        """The samples that a step has to make, those of a problem side by side."""
+        sampled = self._source != "solution"
         count = self._config.rollout.samples_per_prompt if sampled else 1
-        return [(n, problem, i) for n, problem in enumerate(problems) for i in range(count)]
+        return [
+            RolloutRequest(problem, position, number)
+            for position, problem in enumerate(problems)
+            for number in range(count)
+        ]
 
-    def make(self, step: int, jobs: Sequence[Job]) -> list[Sample]:
-        """A sample for each job, its answer not checked yet."""
-        if self._source == "reference":
-            return [self._reference(problem) for _, problem, _ in jobs]
+    def make(self, step: int, wanted: Sequence[RolloutRequest]) -> list[Sample]:
+        """A sample for each request, its answer not checked yet."""
+        if self._source == "solution":
+            return [self._solution(request.problem) for request in wanted]
         prompt = getattr(self._prompts, self._source)
         requests = [
-            Request(prompt(problem), stable_seed(self._config.seed, step, number, index))
-            for number, problem, index in jobs
+            Request(
+                prompt(request.problem),
+                stable_seed(self._config.seed, step, request.position, request.number),
+            )
+            for request in wanted
         ]
         self.engine.sync()
         completions = self.engine.generate(requests, self._sampling)
@@ -68,8 +82,8 @@ class Trajectories:
             check_agreement(self._policy, requests, completions, self._sampling, engine)
             self._agrees = True
         samples = [
-            self._sample(problem, completion)
-            for (_, problem, _), completion in zip(jobs, completions, strict=True)
+            self._sample(request.problem, completion)
+            for request, completion in zip(wanted, completions, strict=True)
         ]
         return [self._as_target(sample) for sample in samples] if self._imitates else samples
 
@@ -96,7 +110,7 @@ class Trajectories:
         # The sampler drew another token, so its log-probabilities are not these tokens'.
         return replace(sample, completion=[*sample.completion[:-1], *end], logprobs=None)
 
-    def _reference(self, problem: Problem) -> Sample:
+    def _solution(self, problem: Problem) -> Sample:
         return Sample(problem, *self._both_prompts(problem), self._prompts.solution(problem))
 
     def _both_prompts(self, problem: Problem) -> tuple[list[int], list[int] | None]:

@@ -14,7 +14,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.config.schema import RolloutConfig
 from opsd_train.model.families import LmHead, lm_head, proof_tokens, rounding, tolerance
 from opsd_train.model.policy import Policy
-from opsd_train.rollout.kv_cache import drop_rows, make_room
+from opsd_train.rollout.kv_cache import drop_rows, preallocate
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.token_sampling import sampler, uniforms
@@ -167,7 +167,7 @@ class TransformersEngine:
         logits = self._forward(ids, mask[:, :width], position, cache)
         index = {prompt: row for row, prompt in enumerate(prompts)}
         rows = torch.tensor([index[tuple(request.prompt)] for request in requests], device=device)
-        make_room(cache, rows, room, self.dtype)
+        preallocate(cache, rows, room, self.dtype)
         return logits[rows], mask[rows], cache
 
     def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:

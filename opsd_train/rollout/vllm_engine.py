@@ -17,7 +17,7 @@ from torch import nn
 
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
-from opsd_train.distributed.fsdp import whole
+from opsd_train.distributed.fsdp import full_tensor
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.vllm_model import VllmModel, base_weights, import_vllm
@@ -84,6 +84,6 @@ class VllmEngine:
 def _write_adapter(model: PeftModel, folder: Path) -> None:
     """As peft writes it, from whole tensors where the model's are sharded."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {name: whole(tensor) for name, tensor in trained.items()}
+    state = {name: full_tensor(tensor) for name, tensor in trained.items()}
     # Without embeddings: peft would ask the hub whether they were resized.
     model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)

@@ -126,14 +126,14 @@ def run(
 ) -> Outcome:
     """Prepare, loss and backward over as many micro-batches as the budget makes; no update."""
     groups = list(micro_batches(samples, budget))
-    return finish(method, groups, method.prepare(groups), num_tokens or counted(samples))
+    return finish(method, groups, method.precompute(groups), num_tokens or counted(samples))
 
 
-def finish(method: Method, groups: list, prepared: list, num_tokens: int) -> Outcome:
-    """Loss and backward over prepared micro-batches."""
+def finish(method: Method, groups: list, precomputed: list, num_tokens: int) -> Outcome:
+    """Loss and backward over precomputed micro-batches."""
     method.policy.model.zero_grad()
     total, columns = 0.0, []
-    for group, ready in zip(groups, prepared, strict=True):
+    for group, ready in zip(groups, precomputed, strict=True):
         loss, stats = method.loss(group, ready, num_tokens)
         loss.backward()
         total += loss.item()

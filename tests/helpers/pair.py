@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from opsd_train.distributed.context import World, start
+from opsd_train.distributed.context import DistributedContext, start
 
 SIZE = 2
 PATIENCE = 120  # seconds; a rank that waits for another one waits for ever ...
@@ -27,7 +27,7 @@ class Pair:
         self._ranks: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(world, *args)` on both ranks: their results, in rank order."""
+        """`function(context, *args)` on both ranks: their results, in rank order."""
         if not self._ranks:
             self._start()
         for _, pipe in self._ranks:
@@ -76,9 +76,9 @@ def _result(pipe: Connection) -> tuple[bool, Any]:
         return True, "a rank died"
 
 
-def alone() -> World:
+def alone() -> DistributedContext:
     """The one process that the two are compared with."""
-    return World(torch.device("cpu"))
+    return DistributedContext(torch.device("cpu"))
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
@@ -86,12 +86,12 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = start("cpu")
+    context = start("cpu")
     pipe.send((False, "ready"))
     while True:
         function, args = pipe.recv()
         try:
-            pipe.send((False, function(world, *args)))
+            pipe.send((False, function(context, *args)))
         except Exception:
             pipe.send((True, f"rank {rank}: {traceback.format_exc()}"))
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks import resident
 from opsd_train.config.load import config_from
 from opsd_train.config.schema import Config
-from opsd_train.distributed.context import World, resolve_device
+from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.dry_run.plan import expected
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.timers import Clock
@@ -49,11 +49,11 @@ def measure(config: Config, steps: int) -> dict[str, int]:
     gc.collect()
     before = resident.resident()
     clock = PeakClock()
-    world = World(resolve_device(config.model.device))
-    folder = RunFolder(Path(config.output_dir), world)
+    context = DistributedContext(resolve_device(config.model.device))
+    folder = RunFolder(Path(config.output_dir), context)
     # Grades that arrive in a phase, from processes of their own, are no part of the prediction.
     with clock.phase("load"), made_up():
-        trainer = Trainer(config, world, folder, clock, "full")
+        trainer = Trainer(config, context, folder, clock, "full")
     for step in range(steps):
         trainer.step(step + 1)
     trainer.close()

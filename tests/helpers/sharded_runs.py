@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from opsd_kernels import fused_linear_cross_entropy
 from opsd_train.config.errors import UserError
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation.grading import Answer
 from opsd_train.model.families import LmHead, lm_head
 from opsd_train.rollout import Completion, Request, Sampling
@@ -25,9 +25,9 @@ LONG = Sampling(60)
 OVERRIDES = ("rollout.batch_tokens=100",)  # one sequence of LONG at a time
 
 
-def heads(world: World, course: Course) -> dict[str, Any]:
+def heads(context: DistributedContext, course: Course) -> dict[str, Any]:
     """What a loss gets for a head, and what the head is outside of the model's forward."""
-    policy = make_trainer(world, course).policy
+    policy = make_trainer(context, course).policy
 
     def describe(hidden: Tensor, head: LmHead, target: Tensor) -> dict[str, Any]:
         weight = head.weight
@@ -39,7 +39,7 @@ def heads(world: World, course: Course) -> dict[str, Any]:
         }
 
     inside = policy.run([PROMPT], [[3, 4]], describe)
-    if world.size == 1:
+    if context.size == 1:
         return inside
     policy.core.reshard()  # as after every backward pass
     outside = lm_head(policy.core).weight
@@ -52,9 +52,9 @@ def heads(world: World, course: Course) -> dict[str, Any]:
     return inside | {"outside": type(outside).__name__, "refused": refused}
 
 
-def structure(world: World, course: Course) -> dict[str, Any]:
+def structure(context: DistributedContext, course: Course) -> dict[str, Any]:
     """Which modules are units, and what the parameters are."""
-    policy = make_trainer(world, course).policy
+    policy = make_trainer(context, course).policy
     core, named = policy.core, dict(policy.model.named_parameters())
     units = {name: m for name, m in core.named_modules() if isinstance(m, FSDPModule)}
     return {
@@ -69,9 +69,9 @@ def structure(world: World, course: Course) -> dict[str, Any]:
     }
 
 
-def evaluated(world: World, course: Course) -> dict[str, Any]:
+def evaluated(context: DistributedContext, course: Course) -> dict[str, Any]:
     """Greedy answers and the divergence on held-out problems, after two steps."""
-    trainer = make_trainer(world, course)
+    trainer = make_trainer(context, course)
     for step in (1, 2):
         trainer.step(step)
     # Any answer counts whose last token is even, so that not all are wrong.
@@ -85,30 +85,30 @@ def evaluated(world: World, course: Course) -> dict[str, Any]:
     }
 
 
-def generated_by_one_rank(world: World, course: Course) -> list[Completion]:
+def generated_by_one_rank(context: DistributedContext, course: Course) -> list[Completion]:
     """Rank 0 generates nothing while the last rank does; then all go on together."""
-    trainer = make_trainer(world, course)
+    trainer = make_trainer(context, course)
     made: list[Completion] = []
     with trainer.policy.generating():
-        if world.rank == world.size - 1:
+        if context.rank == context.size - 1:
             made = _generate(trainer)
     assert trainer.step(1) is not None
     return made
 
 
-def generated_at_different_lengths(world: World, course: Course) -> list[Completion]:
+def generated_at_different_lengths(context: DistributedContext, course: Course) -> list[Completion]:
     """Rank 0 makes one token; the last rank many, over several batches."""
-    trainer = make_trainer(world, course)
-    last = world.rank == world.size - 1
+    trainer = make_trainer(context, course)
+    last = context.rank == context.size - 1
     with trainer.policy.generating():
         made = _generate(trainer, LONG if last else Sampling(1))
     assert trainer.step(1) is not None
     return made
 
 
-def failing_generation(world: World, course: Course) -> dict[str, Any]:
+def failing_generation(context: DistributedContext, course: Course) -> dict[str, Any]:
     """A step after a generation that failed, and one after none."""
-    trainer = make_trainer(world, course)
+    trainer = make_trainer(context, course)
     kept = [parameter.detach().clone() for parameter in trainer.policy.parameters]
     outer = trainer.policy.generating()
     with outer:
@@ -129,9 +129,9 @@ def failing_generation(world: World, course: Course) -> dict[str, Any]:
     }
 
 
-def reductions(world: World, course: Course) -> tuple[int, int]:
+def reductions(context: DistributedContext, course: Course) -> tuple[int, int]:
     """How often gradients are added up in a step, and over how many micro-batches."""
-    trainer, calls, groups = make_trainer(world, course), [], []
+    trainer, calls, groups = make_trainer(context, course), [], []
     accumulate, all_reduce = trainer._accumulate, distributed.all_reduce
 
     def counting(made: list, *rest: Any) -> None:
@@ -148,10 +148,10 @@ def reductions(world: World, course: Course) -> tuple[int, int]:
     return len(calls), len(groups)
 
 
-def refusal(world: World, course: Course) -> str:
+def refusal(context: DistributedContext, course: Course) -> str:
     """What a recipe that cannot be run is told."""
     try:
-        make_trainer(world, course)
+        make_trainer(context, course)
     except UserError as error:
         return str(error)
     return ""

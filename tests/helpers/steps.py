@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from opsd_train.distributed.context import World
-from opsd_train.distributed.fsdp import whole
+from opsd_train.distributed.context import DistributedContext
+from opsd_train.distributed.fsdp import full_tensor
 from opsd_train.evaluation.grading import Answer
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.timers import Clock
@@ -53,16 +53,16 @@ class Outcome:
     idle: list[int] = field(default_factory=list)  # ... and those without a loss token
 
 
-def make_trainer(world: World, course: Course) -> Trainer:
+def make_trainer(context: DistributedContext, course: Course) -> Trainer:
     folder = Path(tempfile.mkdtemp())
     made = config(course.models / course.model, folder, *BASE, *course.overrides)
     with made_up():
-        return Trainer(made, world, RunFolder(folder, world), Clock(), course.shard)
+        return Trainer(made, context, RunFolder(folder, context), Clock(), course.shard)
 
 
-def follow(world: World, course: Course) -> Outcome:
+def follow(context: DistributedContext, course: Course) -> Outcome:
     """Take the steps."""
-    trainer, outcome = make_trainer(world, course), Outcome()
+    trainer, outcome = make_trainer(context, course), Outcome()
     named = {
         name: parameter
         for name, parameter in trainer.policy.model.named_parameters()
@@ -77,11 +77,11 @@ def follow(world: World, course: Course) -> Outcome:
     trainer.optimizer.register_step_pre_hook(note_gradients)
     trainer.trajectories.make = _noting(trainer.trajectories.make, outcome.samples)
     trainer.method.loss = _counting(trainer.method.loss, outcome)
-    trainer.method.weigh = _limited(trainer.method.weigh, course.most_weighted)
+    trainer.method.assign_weights = _limited(trainer.method.assign_weights, course.most_weighted)
     for step in range(1, course.steps + 1):
         outcome.trained.append(0)
         outcome.idle.append(0)
-        trainer.grader.right = _check(world, course.right)
+        trainer.grader.right = _check(context, course.right)
         row, stats = trainer.step(step)
         outcome.rows.append(row)
         outcome.shown.append([r["completion"] for r in stats.sample_rows(trainer.tokenizer, 100)])
@@ -90,7 +90,7 @@ def follow(world: World, course: Course) -> Outcome:
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+    return {name: full_tensor(tensor.detach()).clone() for name, tensor in tensors.items()}
 
 
 def _noting(make: Callable, samples: list) -> Callable:
@@ -111,9 +111,9 @@ def _counting(loss: Callable, outcome: Outcome) -> Callable:
     return counting
 
 
-def _limited(weigh: Callable, most: int | None) -> Callable:
+def _limited(assign_weights: Callable, most: int | None) -> Callable:
     def limited(samples: list) -> list:
-        weighed = weigh(samples)
+        weighed = assign_weights(samples)
         active = [index for index, sample in enumerate(weighed) if sample.weight > 0]
         for index in active[most:] if most is not None else []:
             weighed[index] = replace(weighed[index], weight=0.0)
@@ -122,9 +122,9 @@ def _limited(weigh: Callable, most: int | None) -> Callable:
     return limited
 
 
-def _check(world: World, right: str) -> Callable[[Answer], bool]:
+def _check(context: DistributedContext, right: str) -> Callable[[Answer], bool]:
     """Called for this rank's samples in order, which are every size-th of the step's."""
-    numbers = itertools.count(world.rank, world.size)
+    numbers = itertools.count(context.rank, context.size)
 
     def check(_: Answer) -> bool:
         number = next(numbers)

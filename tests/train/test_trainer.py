@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import yaml
 from opsd_train import cli
 from opsd_train.config.errors import UserError
 from opsd_train.data.seeds import stable_seed
-from opsd_train.distributed.context import World, resolve_device
+from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.methods.opsd import Opsd
 from opsd_train.model.policy import check_vocabulary
 from opsd_train.reporting.run_folder import RunFolder, claim, release
@@ -30,8 +31,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_trainer(*arguments) -> Trainer:
-    made, world = config(*arguments), World(torch.device("cpu"))
-    return Trainer(made, world, RunFolder(Path(made.output_dir), world), Clock(), "full")
+    made, context = config(*arguments), DistributedContext(torch.device("cpu"))
+    return Trainer(made, context, RunFolder(Path(made.output_dir), context), Clock(), "full")
 
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -91,6 +92,20 @@ def test_two_runs_are_bit_identical(tiny_folder: Path, tmp_path: Path) -> None:
         [(r["loss"], r["grad_norm"], r["tokens"]) for r in rows(tmp_path / name)] for name in "ab"
     )
     assert one == two
+
+
+def test_four_frames_lead_to_a_step(tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """From the command line: who looks for the step finds it at once."""
+
+    def step(self: Trainer, number: int):
+        names = [frame.name for frame in traceback.extract_stack()]
+        raise UserError(" < ".join(reversed(names[names.index("main") :])))
+
+    monkeypatch.setattr(Trainer, "step", step)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(tiny_folder, tmp_path / "run")))
+    assert cli.main([str(path), "evaluation.problems=0"]) == 2
+    assert "error: step < fit < train < _train < main\n" in capsys.readouterr().err
 
 
 def test_a_second_run_overwrites_nothing(tiny_folder: Path, tmp_path: Path) -> None:

@@ -87,5 +87,5 @@ def test_it_is_json(tmp_path):
 
 
 def test_no_divergence_no_diagnostics(tmp_path):
-    assert diagnose(run_folder(tmp_path, "surprise")) is None
+    assert diagnose(run_folder(tmp_path, "nll")) is None
     assert diagnose(tmp_path / "nothing") is None

@@ -14,12 +14,13 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from opsd_train import cli
-from opsd_train.checkpoint.save import Checkpoints, restore_training, training_tensors
+from opsd_train.checkpoint.resume import Checkpoints, restore_training
+from opsd_train.checkpoint.save import training_tensors
 from opsd_train.checkpoint.weights import save_adapter, save_weights
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import to_yaml
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
 from opsd_train.run import train
@@ -27,7 +28,7 @@ from opsd_train.trainer import Trainer
 from tests.helpers.course import assert_same_course
 from tests.helpers.tiny import config, make_model, make_tokenizer
 
-ALONE = World(torch.device("cpu"))
+ALONE = DistributedContext(torch.device("cpu"))
 RECIPE = "steps: 3\noptim: {lr: 0.01, schedule: constant}\n"
 TENSORS = {"model": {"w": torch.arange(3000.0)}, "groups": [{"lr": 0.1}]}
 
@@ -241,7 +242,7 @@ def test_recipes_on_resume(tmp_path: Path) -> None:
         return to_yaml(config("model", tmp_path, *overrides))
 
     save(tmp_path, 1, recipe=recipe())
-    free = ["output_dir=moved", "steps=9", "checkpoint.every=1", "watch.width=2.0"]
+    free = ["output_dir=moved", "steps=9", "checkpoint.every=1", "collapse.width=2.0"]
     free += ["evaluation.problems=2", "micro_batch_tokens=300", "rollout.batch_tokens=90"]
     assert loaded_step(tmp_path, recipe(*free)) == 1
     for changes, message in (

@@ -18,15 +18,16 @@ from transformers import (
 
 from opsd_train import cli
 from opsd_train.checkpoint.export import export
-from opsd_train.checkpoint.save import Checkpoints, training_tensors
+from opsd_train.checkpoint.resume import Checkpoints
+from opsd_train.checkpoint.save import training_tensors
 from opsd_train.checkpoint.weights import save_adapter
 from opsd_train.config.load import to_yaml
 from opsd_train.config.schema import Config
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.model.policy import Policy, load_policy, load_tokenizer
 from tests.helpers.tiny import config, make_model
 
-ALONE = World(torch.device("cpu"))
+ALONE = DistributedContext(torch.device("cpu"))
 TOKENS = torch.arange(10, 60)[None]
 
 

@@ -149,6 +149,7 @@ def test_an_override_may_reach_into_a_free_form_value_and_the_last_one_wins():
         ("learning_rate=1", ["unknown key learning_rate", "did you mean optim.lr?"]),
         ("optim.warmup_ratio=1", ["unknown key optim.warmup_ratio", "optim.warmup_steps"]),
         ("num_generations=8", ["unknown key num_gen", "did you mean rollout.samples_per_prompt?"]),
+        ("watch.width=3", ["unknown key watch", "since version 0.2 it is collapse"]),
         ("lora.r=8", ["unknown key lora.r", "did you mean lora.rank?"]),
         ("optim.lr=[1", ["optim.lr", "quote it"]),
     ],

@@ -13,7 +13,7 @@ from opsd_train.config.schema import PromptsConfig, RolloutConfig
 from opsd_train.data.chat_tokens import control_tokens, turn_end
 from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import PromptBuilder
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.model.policy import load_teacher, load_tokenizer
 from opsd_train.rollout import Completion
 from opsd_train.rollout import trajectories as trajectories_module
@@ -255,7 +255,7 @@ def test_samples_that_are_targets_end_so_too(
     trajectories = Trajectories(
         config, make_method(config, make_policy()), builder, engine, tokenizer
     )
-    sample = trajectories.make(1, trajectories.jobs([CLEAN]))[0]
+    sample = trajectories.make(1, trajectories.requests([CLEAN]))[0]
     assert sample.completion == [*text, target if finished else last]
     assert sample.logprobs is None or len(sample.logprobs) == len(sample.completion)
     if target != last and finished:
@@ -268,7 +268,9 @@ def test_a_teacher_that_ends_turns_otherwise_is_said(tiny_folder, tmp_path, caps
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|end|>", end))
     config = tiny.config(tiny_folder, tmp_path, "method=distill", f"distill.teacher={folder}")
-    load_teacher(config, load_tokenizer(config.model), World(torch.device("cpu")), "none")
+    load_teacher(
+        config, load_tokenizer(config.model), DistributedContext(torch.device("cpu")), "none"
+    )
     said = capsys.readouterr().err
     if end == "<|end|>":
         assert "warning" not in said

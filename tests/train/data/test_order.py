@@ -8,7 +8,7 @@ import pytest
 
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.config.schema import CurriculumConfig
-from opsd_train.data.order import FLOOR, Curriculum, Shuffled, make_sampler
+from opsd_train.data.order import FLOOR, Curriculum, Shuffled, make_order
 from opsd_train.data.problems import Problem
 from opsd_train.data.seeds import stable_seed
 
@@ -111,7 +111,7 @@ def test_rates_and_the_overall_rate():
     sampler.observe([("p1", False)])
     assert sampler.overall == pytest.approx(0.5625)
     assert sampler.rates["p1"] == pytest.approx(0.75 * 0.6875)
-    # p2 and p3 were never tried: they weigh what the overall rate weighs.
+    # p2 and p3 were never tried: they assign_weights what the overall rate weighs.
     sampler.rates["p2"] = sampler.overall
     weights = sampler.weights()
     assert weights[2] == weights[3] and weights[0] != weights[3]
@@ -127,7 +127,7 @@ def test_the_floor():
 
 def test_the_recipe_decides():
     recipe = load_recipe("demo/opsd")
-    plain = make_sampler(config_from(recipe, ["problems_per_step=4"]), problems(9))
+    plain = make_order(config_from(recipe, ["problems_per_step=4"]), problems(9))
     assert isinstance(plain, Shuffled) and len(plain.draw(1)) == 4
-    drawn = make_sampler(config_from(recipe, ["curriculum={target: 0.3}"]), problems(9))
+    drawn = make_order(config_from(recipe, ["curriculum={target: 0.3}"]), problems(9))
     assert isinstance(drawn, Curriculum) and drawn.config.target == 0.3

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from opsd_train.checkpoint.save import Checkpoints
+from opsd_train.checkpoint.resume import Checkpoints
 from opsd_train.config.errors import UserError
-from opsd_train.distributed.context import World
-from opsd_train.distributed.fsdp import whole
+from opsd_train.distributed.context import DistributedContext
+from opsd_train.distributed.fsdp import full_tensor
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.timers import Clock
-from opsd_train.run import Run
+from opsd_train.run import TrainingRun
 from opsd_train.trainer import Trainer
 from tests.helpers.course import timeless
 from tests.helpers.pair import Pair, alone
@@ -29,40 +29,42 @@ EMA = "opsd={teacher: ema, ema_decay: 0.5}"
 Tensors = dict[str, Tensor]
 
 
-def make_run(world: World, model: Path, folder: Path, overrides: list[str], shard: str) -> Run:
+def make_run(
+    context: DistributedContext, model: Path, folder: Path, overrides: list[str], shard: str
+) -> TrainingRun:
     made = config(model, folder, "evaluation.problems=0", "steps=9", *overrides)
     with made_up():
-        return Run(Trainer(made, world, RunFolder(folder, world), Clock(), shard))
+        return TrainingRun(Trainer(made, context, RunFolder(folder, context), Clock(), shard))
 
 
-def state(run: Run) -> Tensors:
+def state(run: TrainingRun) -> Tensors:
     """Trained weights, optimizer state and the teacher's weights, gathered."""
     trainer = run.trainer
     tensors = dict(enumerate(trainer.policy.parameters)) | trainer.method.state()
     for index, parameter in enumerate(trainer.policy.parameters):
         entries = trainer.optimizer.state[parameter].items()
         tensors |= {f"{index}.{name}": value for name, value in entries}
-    return {str(name): whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+    return {str(name): full_tensor(tensor.detach()).clone() for name, tensor in tensors.items()}
 
 
-def step(run: Run) -> dict:
-    row, _ = run.trainer.step(run.done + 1)
-    run.done += 1
+def step(run: TrainingRun) -> dict:
+    row, _ = run.trainer.step(run.trainer.done + 1)
+    run.trainer.done += 1
     return timeless(row)
 
 
-def train(world: World, *made_of) -> tuple[Tensors, dict, Tensors]:
+def train(context: DistributedContext, *made_of) -> tuple[Tensors, dict, Tensors]:
     """A step, a checkpoint, another step: the state before and after it, and its metrics."""
-    run = make_run(world, *made_of)
+    run = make_run(context, *made_of)
     step(run)
-    run._save()
+    run.save_checkpoint()
     return state(run), step(run), state(run)
 
 
-def resume(world: World, *made_of) -> tuple[Tensors, dict, Tensors]:
-    run = make_run(world, *made_of)
+def resume(context: DistributedContext, *made_of) -> tuple[Tensors, dict, Tensors]:
+    run = make_run(context, *made_of)
     run.resume()
-    assert run.done == 1
+    assert run.trainer.done == 1
     return state(run), step(run), state(run)
 
 
@@ -89,15 +91,15 @@ def test_goes_on(pair: Pair, models: Path, tmp_path: Path, capsys, shard, overri
         assert row["loss"] == pytest.approx(straight[0][1]["loss"], rel=1e-4)
 
 
-def save(world: World, folder: Path, number: int, failing: str | None) -> str | None:
+def save(context: DistributedContext, folder: Path, number: int, failing: str | None) -> str | None:
     """Save on both ranks, while the disk is full for rank 1; what the user is told."""
 
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    checkpoints = Checkpoints(folder, 2, world)
-    arguments = (number, {"w": torch.ones(5)}, {}, {"rank": world.rank}, "steps: 1")
-    if failing is None or world.rank == 0:
+    checkpoints = Checkpoints(folder, 2, context)
+    arguments = (number, {"w": torch.ones(5)}, {}, {"rank": context.rank}, "steps: 1")
+    if failing is None or context.rank == 0:
         try:
             checkpoints.save(*arguments)
         except UserError as error:
@@ -108,8 +110,8 @@ def save(world: World, folder: Path, number: int, failing: str | None) -> str | 
     return str(caught.value)
 
 
-def load(world: World, folder: Path) -> tuple[int, int]:
-    loaded = Checkpoints(folder, 2, world).newest("steps: 1")
+def load(context: DistributedContext, folder: Path) -> tuple[int, int]:
+    loaded = Checkpoints(folder, 2, context).newest("steps: 1")
     return loaded.step, loaded.rank_facts["rank"]
 
 

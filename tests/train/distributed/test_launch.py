@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import distributed
 
-from opsd_train.distributed.context import World, start
+from opsd_train.distributed.context import DistributedContext, start
 from tests.helpers.tiny import recipe
 
 pytestmark = pytest.mark.dist
@@ -55,10 +55,13 @@ def write_recipe(models: Path, folder: Path) -> str:
 def test_one_rank_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    world = start("cpu")
-    assert world == World(torch.device("cpu"), 0, 1) and not distributed.is_initialized()
-    assert world.all_gather("a") == world.gather("a") == ["a"] and world.broadcast("a") == "a"
-    assert world.sum(2.5) == world.max(2.5) == 2.5
+    context = start("cpu")
+    assert (
+        context == DistributedContext(torch.device("cpu"), 0, 1)
+        and not distributed.is_initialized()
+    )
+    assert context.all_gather("a") == context.gather("a") == ["a"] and context.broadcast("a") == "a"
+    assert context.sum(2.5) == context.max(2.5) == 2.5
 
 
 @pytest.mark.slow

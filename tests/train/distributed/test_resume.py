@@ -21,8 +21,8 @@ import pytest
 import torch
 import yaml
 
-from opsd_train.checkpoint.save import Checkpoints
-from opsd_train.distributed.context import World
+from opsd_train.checkpoint.resume import Checkpoints
+from opsd_train.distributed.context import DistributedContext
 from tests.helpers.course import assert_same_course, rows, timeless
 from tests.helpers.tiny import recipe
 
@@ -132,7 +132,7 @@ def test_killed_again_and_again(
     undisturbed = Launch([*command, f"output_dir={straight}"], tmp_path / "straight.log")
     assert undisturbed.finish() == 0, undisturbed.log.read_text()
 
-    whole = Checkpoints(run, 2, World(torch.device("cpu")))
+    whole = Checkpoints(run, 2, DistributedContext(torch.device("cpu")))
     killed_in_a_save = 0
     for attempt, kind in enumerate(kinds):
         start, unfinished = newest(run), being_written(run)

@@ -14,7 +14,7 @@ from opsd_train.checkpoint.export import export
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.data.problems import load_problems
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation import evaluate as evaluation
 from opsd_train.evaluation.evaluate import evaluate, print_difference, regrade
 from opsd_train.evaluation.generate import generate
@@ -119,7 +119,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_completions(
     assert calls == []
 
 
-class Rank(World):
+class Rank(DistributedContext):
     """One of several processes that are not there."""
 
     def broadcast(self, value):
@@ -127,7 +127,7 @@ class Rank(World):
 
 
 def test_ranks_make_disjoint_parts_of_the_same_completions(whole, model_folder, tmp_path):
-    from opsd_train.evaluation.asking import Asking
+    from opsd_train.evaluation.eval_prompts import EvalPrompts
     from opsd_train.evaluation.store import Evaluated
 
     sets = ["chain_sum", "products"]
@@ -136,13 +136,13 @@ def test_ranks_make_disjoint_parts_of_the_same_completions(whole, model_folder, 
     tokenizer.pad_token = tokenizer.eos_token
     store.begin(Evaluated("m", None, sets, config), Store(whole).problems())
     source = find_source(str(model_folder), config.model)
-    asking = Asking(tokenizer, config, sets, None)
+    prompts = EvalPrompts(tokenizer, config, sets, None)
     counts = {}
     # One of two ranks, as if the other had been killed; then three ranks make the rest.
     for rank, size in ((1, 2), (0, 3), (1, 3), (2, 3)):
         before = len(store.generations())
-        world = Rank(torch.device("cpu"), rank, size)
-        generate(config, source, store, asking, world, lambda done, total: None)
+        context = Rank(torch.device("cpu"), rank, size)
+        generate(config, source, store, prompts, context, lambda done, total: None)
         counts[rank, size] = len(store.generations()) - before
     assert counts[1, 2] == 12 and sum(counts.values()) == 24
     key = lambda row: (row["set"], row["problem"], row["sample"])  # noqa: E731

@@ -11,7 +11,7 @@ from opsd_train import run
 from opsd_train import trainer as training
 from opsd_train.config.schema import DataConfig
 from opsd_train.data.problems import Problem, load_problems
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation import evaluate as evaluation
 from opsd_train.evaluation import workers
 from opsd_train.evaluation.grading import Grade, Grader
@@ -196,7 +196,7 @@ def in_training(grader: Grader) -> dict[tuple[str, str], Grade]:
     pairs, tokenizer = RIGHT + WRONG, make_tokenizer()
     tokens = [tokenizer.encode(text, add_special_tokens=False) for _, text in pairs]
     problems = [Problem("p", "q", expected, expected) for expected, _ in pairs]
-    rewards = Rewards(grader, tokenizer, World(torch.device("cpu")))
+    rewards = Rewards(grader, tokenizer, DistributedContext(torch.device("cpu")))
     grades = rewards.collect(rewards.submit(problems, tokens))
     assert all(grade.reason is None for grade in grades)
     return dict(zip(pairs, grades, strict=True))
@@ -283,21 +283,25 @@ def test_grading_goes_on_beside_the_step(name, tiny_folder, tmp_path, monkeypatc
     overrides, early = NEEDS[name]
     events: list[str] = []
     made = config(tiny_folder, tmp_path, *overrides)
-    world = World(torch.device("cpu"))
+    context = DistributedContext(torch.device("cpu"))
     monkeypatch.setattr(training, "Grader", lambda **_: Noting(events))
-    trainer = Trainer(made, world, RunFolder(tmp_path, world), Clock(), "full")
-    weigh = trainer.method.weigh
-    monkeypatch.setattr(trainer.method, "weigh", lambda s: [events.append("weigh"), weigh(s)][1])
+    trainer = Trainer(made, context, RunFolder(tmp_path, context), Clock(), "full")
+    assign_weights = trainer.method.assign_weights
+    monkeypatch.setattr(
+        trainer.method,
+        "assign_weights",
+        lambda s: [events.append("assign_weights"), assign_weights(s)][1],
+    )
     trainer.optimizer.register_step_post_hook(lambda *_: events.append("update"))
-    monkeypatch.setattr(trainer.sampler, "observe", lambda found: events.append(len(found)))
+    monkeypatch.setattr(trainer.order, "observe", lambda found: events.append(len(found)))
     row, stats = trainer.step(1)
     count = 4 * made.rollout.samples_per_prompt
     updates = ["update"] * trainer.method.updates
     if early is None:
-        assert events == ["weigh", *updates] and "accuracy" not in row
+        assert events == ["assign_weights", *updates] and "accuracy" not in row
         return
     before, after = ["submit"], ["wait", count]
-    whole = [*after, "weigh", *updates] if early else ["weigh", *updates, *after]
+    whole = [*after, "assign_weights", *updates] if early else ["assign_weights", *updates, *after]
     assert events == before + whole
     assert row["failed_checks"] == 0 and row["seconds_grading"] >= 0
     shown = stats.sample_rows(trainer.tokenizer, 9)

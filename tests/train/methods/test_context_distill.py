@@ -29,7 +29,7 @@ def test_the_privileged_prompt_is_not_read_in_the_loss() -> None:
     policy, samples = make_policy(), make_samples()
     method = make_method(CONFIG, policy)
     without = [replace(sample, teacher_prompt=None) for sample in samples]
-    assert method.weigh(samples) == samples
+    assert method.assign_weights(samples) == samples
     assert_same(run(method, samples), run(method, without), rel=1e-5)
 
 

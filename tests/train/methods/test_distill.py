@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opsd_train.config.errors import UserError
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.model.policy import Policy, load_teacher, load_tokenizer
 from tests.helpers.method_cases import (
     CASES,
@@ -24,7 +24,7 @@ from tests.helpers.method_cases import (
 )
 from tests.helpers.tiny import make_model, make_tokenizer
 
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 ON_POLICY = CASES["distill"]
 
 
@@ -39,7 +39,7 @@ def test_loss_and_gradient_equal_full_logits(overrides: tuple[str, ...], lora: b
     teacher = make_teacher()
     method, its = make_method(config, policy, teacher), double(teacher)
     change(policy, 11)
-    method.updated()  # the teacher stays
+    method.after_step()  # the teacher stays
     assert_same(run(method, samples), truth(config, double(policy), samples, teacher=its))
     assert all(
         p.grad is None and torch.equal(p.double(), q)
@@ -71,7 +71,7 @@ def test_the_teacher_reads_the_students_prompt() -> None:
 
 
 def test_trajectories_on_and_off_policy() -> None:
-    for on_policy, source in (("true", "student"), ("false", "reference")):
+    for on_policy, source in (("true", "student"), ("false", "solution")):
         config = settings(*ON_POLICY, f"distill.on_policy={on_policy}")
         assert make_method(config, make_policy()).source(config) == source
 

@@ -41,7 +41,7 @@ def answered(pattern: str, finished: str | None = None) -> list[Sample]:
 
 def weighed(pattern: str, *overrides: str, finished: str | None = None) -> list[Sample]:
     method = make_method(settings(*GRPO, *overrides), make_policy())
-    return method.weigh(answered(pattern, finished))
+    return method.assign_weights(answered(pattern, finished))
 
 
 # ------------------------------------------------------------------------------ weights, advantages
@@ -67,7 +67,7 @@ def test_groups_without_variance_do_not_count() -> None:
     assert [s.weight for s in found] == [0.0] * 8 + [1.0] * 4
     assert counted(found) == sum(len(s.completion) for s in found[8:])
     method = make_method(settings(*GRPO), make_policy())
-    assert method.facts(found) == {"groups_dropped": pytest.approx(2 / 3)}
+    assert method.extra_metrics(found) == {"groups_dropped": pytest.approx(2 / 3)}
 
 
 def test_cut_off_samples_count_in_their_group_but_not_in_the_loss() -> None:
@@ -83,35 +83,35 @@ def test_cut_off_samples_count_in_their_group_but_not_in_the_loss() -> None:
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "all weights"])
-@pytest.mark.parametrize("reference", [False, True], ids=["no KL", "KL"])
-def test_loss_and_gradient_equal_full_logits(reference: bool, lora: bool) -> None:
+@pytest.mark.parametrize("with_kl", [False, True], ids=["no KL", "KL"])
+def test_loss_and_gradient_equal_full_logits(with_kl: bool, lora: bool) -> None:
     """In the second of two updates, so that ratio and reference are not the policy's own."""
-    overrides = ["grpo.updates=2", "grpo.kl_weight=0.3" if reference else "grpo.kl_weight=0.0"]
+    overrides = ["grpo.updates=2", "grpo.kl_weight=0.3" if with_kl else "grpo.kl_weight=0.0"]
     config, policy = settings(*GRPO, *overrides), make_policy(lora)
     method, initial = make_method(config, policy), double(policy)
     change(policy, 11)
-    samples = method.weigh(make_samples())
+    samples = method.assign_weights(make_samples())
     assert method.updates == 2 and {s.weight for s in samples} == {0, 1}
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    prepared = method.prepare([samples])
+    precomputed = method.precompute([samples])
     for name, parameter in policy.model.named_parameters():
         assert torch.equal(parameter, before[name]), f"{name} is not what it was"
     old = double(policy)
     change(policy, 12, std=0.04)
-    method.updated()
-    found = finish(method, [samples], prepared, counted(samples))
+    method.after_step()
+    found = finish(method, [samples], precomputed, counted(samples))
     its = None if lora else initial  # with adapters: the model without them
     wanted = truth(config, double(policy), samples, teacher=its, old=old)
     assert_same(found, wanted)
     assert found.stats["clipped"].sum() > 0 and (found.stats["ratio"] - 1).abs().max() > 0.3
-    assert ("kl" in found.stats) == reference
+    assert ("kl" in found.stats) == with_kl
 
 
 def test_the_first_update_needs_no_old_policy() -> None:
     config, policy = settings(*ALL, "grpo.updates=1"), make_policy()
     method = make_method(config, policy)
-    samples = method.weigh(make_samples())
-    assert method.prepare([samples]) == [Constants(None, None)]
+    samples = method.assign_weights(make_samples())
+    assert method.precompute([samples]) == [Constants(None, None)]
     found = run(method, samples)
     assert_same(found, truth(config, double(policy), samples))
     assert (found.stats["ratio"] == 1).all() and (found.stats["clipped"] == 0).all()
@@ -120,8 +120,8 @@ def test_the_first_update_needs_no_old_policy() -> None:
 def test_statistics_are_those_of_the_sampled_distribution() -> None:
     config, policy = settings(*ALL, "grpo.kl_weight=0.3", "grpo.importance_cap=1.5"), make_policy()
     method = make_method(config, policy)
-    samples = method.weigh(make_samples())
-    found = finish(method, [samples], method.prepare([samples]), counted(samples))
+    samples = method.assign_weights(make_samples())
+    found = finish(method, [samples], method.precompute([samples]), counted(samples))
     assert method.temperature == config.rollout.temperature == 1.2
     model, wanted = double(policy), {"logprob": [], "entropy": [], "importance": [], "kl": []}
     for sample in samples:

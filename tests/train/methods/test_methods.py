@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from opsd_kernels.backends import blocked_torch, cpp_backend
 from opsd_kernels.testing import assert_close
-from opsd_train.data.batches import even_groups, micro_batches
-from opsd_train.distributed.context import World
+from opsd_train.data.batches import balanced_micro_batches, micro_batches
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.methods import METHODS
 from opsd_train.methods import common as losses
 from tests.helpers.method_cases import (
@@ -48,7 +48,7 @@ def test_every_method_is_here() -> None:
 @EVERY
 def test_one_micro_batch_or_many(name: str) -> None:
     method = make_method(settings(*CASES[name]), make_policy())
-    samples = [sample for sample in method.weigh(make_samples()) if sample.weight > 0]
+    samples = [sample for sample in method.assign_weights(make_samples()) if sample.weight > 0]
     longest = max(sample.longest for sample in samples)
     assert len(list(micro_batches(samples, longest))) >= 3
     assert_same(run(method, samples, budget=longest), run(method, samples), rel=1e-5)
@@ -60,17 +60,17 @@ def test_prepare_leaves_no_trace(name: str) -> None:
     policy = make_policy(lora=False)
     method = make_method(settings(*CASES[name]), policy)
     change(policy, 3)
-    method.updated()
-    samples = method.weigh(make_samples())
+    method.after_step()
+    samples = method.assign_weights(make_samples())
     wanted = run(method, samples).grads
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
-    method.prepare([samples])
+    method.precompute([samples])
     for parameter, (key, value) in zip(policy.model.parameters(), before.items(), strict=True):
         assert torch.equal(parameter, value) and parameter.requires_grad
         assert torch.equal(parameter.grad, wanted[key])
 
 
-class OtherHasOne(World):
+class OtherHasOne(DistributedContext):
     """Another rank has one micro-batch."""
 
     def max(self, value: float) -> float:
@@ -84,10 +84,10 @@ def test_idle_micro_batch(name: str, lora: bool) -> None:
     policy = make_policy(lora)
     method = make_method(settings(*CASES[name]), policy)
     change(policy, 3)
-    samples = method.weigh(make_samples())
-    groups = even_groups(samples, [], 10**6, OtherHasOne(policy.device, size=2))
+    samples = method.assign_weights(make_samples())
+    groups = balanced_micro_batches(samples, [], 10**6, OtherHasOne(policy.device, size=2))
     assert counted(groups[0]) == 0 and len(groups) == 1
-    found = finish(method, groups, method.prepare(groups), num_tokens=7)
+    found = finish(method, groups, method.precompute(groups), num_tokens=7)
     assert found.loss == 0
     assert len(found.grads) == len(policy.parameters)
     assert all((grad == 0).all() for grad in found.grads.values())
@@ -130,7 +130,7 @@ def largest(monkeypatch) -> Iterator[Largest]:
 
 
 def long_samples(method) -> list:
-    samples = method.weigh(
+    samples = method.assign_weights(
         [replace(sample, completion=[7] * 80, logprobs=[-4.0] * 80) for sample in make_samples(4)]
     )
     return [sample for sample in samples if sample.weight > 0]
@@ -190,7 +190,7 @@ def test_bfloat16_rounds_no_more_than_plain_pytorch(name: str) -> None:
     config = settings(*CASES[name])
     policy, teacher = make_policy(dtype=torch.bfloat16), make_teacher(torch.bfloat16)
     method = make_method(config, policy, teacher)
-    samples = [s for s in method.weigh(make_samples()) if s.weight > 0]
+    samples = [s for s in method.assign_weights(make_samples()) if s.weight > 0]
     its = teacher if config.method == "distill" else None
     exact = truth(config, double(policy), samples, teacher=its and double(its))
     found = run(method, samples)

@@ -61,10 +61,10 @@ def test_teachers_after_two_updates(teacher: str, policy: dict) -> None:
     policy, samples = make_policy(**policy), make_samples()
     method = make_method(config, policy)
     history = [double(policy)]
-    method.prepare([samples])  # what it keeps of the first teacher must not be the later one's
+    method.precompute([samples])  # what it keeps of the first teacher must not be the later one's
     for seed in (11, 12):
         change(policy, seed)
-        method.updated()
+        method.after_step()
         history.append(double(policy))
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     found = run(method, samples)
@@ -90,7 +90,7 @@ def test_state_brings_the_average_back() -> None:
     method = make_method(config, policy)
     start = [p.detach().clone() for p in policy.parameters]
     change(policy, 11)
-    method.updated()
+    method.after_step()
     kept = {name: tensor.clone() for name, tensor in method.state().items()}
     for value, first, last in zip(kept.values(), start, policy.parameters, strict=True):
         torch.testing.assert_close(value, DECAY * first + (1 - DECAY) * last.detach())
@@ -133,7 +133,7 @@ def test_verify_weight(name: str, weights: tuple[float, float]) -> None:
     verify = f"opsd.verify_weight={{correct: {right}, wrong: {wrong}}}"
     config, policy = settings(*CASES[name], verify), make_policy()
     method, samples = make_method(config, policy), make_samples()
-    weighed = method.weigh(samples)
+    weighed = method.assign_weights(samples)
     assert [s.weight for s in weighed] == [right if s.correct else wrong for s in samples]
     assert [replace(s, weight=1.0) for s in weighed] == samples  # in order, nothing else changed
     correct = sum(len(s.completion) for s in samples if s.correct)
@@ -142,9 +142,9 @@ def test_verify_weight(name: str, weights: tuple[float, float]) -> None:
     assert_same(run(method, weighed), wanted)
     if wrong == 0:  # the loop leaves them out; nothing else may change
         kept = [sample for sample in weighed if sample.weight > 0]
-        assert_same(finish(method, [kept], method.prepare([kept]), counted(weighed)), wanted)
+        assert_same(finish(method, [kept], method.precompute([kept]), counted(weighed)), wanted)
 
 
 def test_without_verify_weight_every_sample_counts_alike() -> None:
     samples = make_samples()
-    assert make_method(settings(), make_policy()).weigh(samples) == samples
+    assert make_method(settings(), make_policy()).assign_weights(samples) == samples

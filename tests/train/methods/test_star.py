@@ -23,7 +23,7 @@ CONFIG = settings("method=star")
 def test_only_correct_samples_are_learnt(lora: bool) -> None:
     policy, samples = make_policy(lora), make_samples()
     method = make_method(CONFIG, policy)
-    weighed = method.weigh(samples)
+    weighed = method.assign_weights(samples)
     assert [sample.weight for sample in weighed] == [1, 0, 0, 1, 1, 0, 0, 1]
     assert [replace(sample, weight=1.0) for sample in weighed] == samples
     kept = [sample for sample in samples if sample.correct]
@@ -37,7 +37,7 @@ def test_only_correct_samples_are_learnt(lora: bool) -> None:
 def test_all_wrong_gives_no_gradient_at_all(lora: bool) -> None:
     samples = [replace(sample, correct=False) for sample in make_samples()]
     method = make_method(CONFIG, make_policy(lora))
-    weighed = method.weigh(samples)
+    weighed = method.assign_weights(samples)
     assert counted(weighed) == 0
     found = run(method, weighed, num_tokens=1)
     assert found.loss == 0

@@ -341,7 +341,7 @@ def test_every_method_scales_both_heads(name: str) -> None:
     if config.method == "distill":
         others["teacher"] = scaled("cohere", logit_scale=2.0).requires_grad_(False)
     method = make_method(config, policy, *[Policy(t, 0, torch.float32) for t in others.values()])
-    samples = method.weigh(samples)
+    samples = method.assign_weights(samples)
     found = run(method, samples)
     its = {name: copy.deepcopy(model).double() for name, model in others.items()}
     assert_same(found, truth(config, double(policy), samples, **its), rel=1e-3)

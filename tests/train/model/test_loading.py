@@ -10,7 +10,7 @@ import yaml
 from opsd_train import cli
 from opsd_train.checkpoint.export import export
 from opsd_train.config.errors import UserError
-from opsd_train.distributed.context import World
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.dry_run.plan import dry_run
 from opsd_train.model import families
 from opsd_train.model import policy as model
@@ -19,7 +19,7 @@ from opsd_train.run import train
 from tests.helpers.family_models import FAMILIES, SIZES
 from tests.helpers.tiny import config, make_tokenizer, recipe, save_model
 
-ALONE = World(torch.device("cpu"))
+ALONE = DistributedContext(torch.device("cpu"))
 
 
 def save(folder: Path, family: str, **settings) -> Path:

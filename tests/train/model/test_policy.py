@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from opsd_train.config.errors import UserError
-from opsd_train.data.batches import even_groups, make_batch, micro_batches
-from opsd_train.distributed.context import World
+from opsd_train.data.batches import balanced_micro_batches, make_batch, micro_batches
+from opsd_train.distributed.context import DistributedContext
 from opsd_train.distributed.fsdp import Snapshot
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.families import completion_hidden, lm_head
@@ -28,7 +28,7 @@ from tests.helpers.method_cases import (
 )
 from tests.helpers.tiny import make_model
 
-CPU = World(torch.device("cpu"))
+CPU = DistributedContext(torch.device("cpu"))
 PACKED = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 
 
@@ -133,7 +133,7 @@ def test_packed_batches_hold_more() -> None:
     assert sizes == [[3, 1], [4]]
 
 
-class Pair(World):
+class Pair(DistributedContext):
     """Two ranks, the other of which has three micro-batches."""
 
     def max(self, value: float) -> float:
@@ -142,14 +142,17 @@ class Pair(World):
 
 def test_a_rank_with_fewer_micro_batches_runs_idle_ones() -> None:
     samples = make_samples()
-    groups = even_groups(samples, samples[2:], 10**6, Pair(CPU.device, size=2))
+    groups = balanced_micro_batches(samples, samples[2:], 10**6, Pair(CPU.device, size=2))
     assert groups[0] == sorted(samples[2:], key=lambda sample: sample.longest)
     for group in groups[1:]:
         (idle,) = group
         assert idle.weight == 0 and idle.completion == samples[0].completion[:1]
         assert len(idle.logprobs) == 1
-    assert len(groups) == 3 and len(even_groups(samples, [], 10**6, Pair(CPU.device, size=2))) == 3
-    assert even_groups(samples, [], 10**6, CPU) == []
+    assert (
+        len(groups) == 3
+        and len(balanced_micro_batches(samples, [], 10**6, Pair(CPU.device, size=2))) == 3
+    )
+    assert balanced_micro_batches(samples, [], 10**6, CPU) == []
 
 
 # ----------------------------------------------------------------------------------------- adapters

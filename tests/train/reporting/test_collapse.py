@@ -5,17 +5,17 @@ import random
 
 import pytest
 
-from opsd_train.config.schema import WatchConfig
-from opsd_train.reporting.collapse import RECENT, WATCHED, Watch
+from opsd_train.config.schema import CollapseConfig
+from opsd_train.reporting.collapse import MONITORED, RECENT, CollapseMonitor
 
 FIRST = [1.0, 1.2, 0.8, 1.0, 1.1, 0.9]  # mean 1, std 0.129: the band is 0.484 to 1.516
 
 
-def watch() -> Watch:
-    return Watch(WatchConfig(first_steps=len(FIRST), width=4.0))
+def monitor() -> CollapseMonitor:
+    return CollapseMonitor(CollapseConfig(first_steps=len(FIRST), width=4.0))
 
 
-def run(made: Watch, name: str, values: list[float], start: int = 1) -> dict[int, str]:
+def run(made: CollapseMonitor, name: str, values: list[float], start: int = 1) -> dict[int, str]:
     """Steps with a warning."""
     found = {}
     for step, value in enumerate(values, start):
@@ -25,7 +25,7 @@ def run(made: Watch, name: str, values: list[float], start: int = 1) -> dict[int
 
 
 def test_one_line_that_names_everything():
-    [(step, line)] = run(watch(), "student_entropy", FIRST + [0.0] * 12).items()
+    [(step, line)] = run(monitor(), "student_entropy", FIRST + [0.0] * 12).items()
     assert step == len(FIRST) + 3  # 2 of the last 5 are old: their mean is 0.4
     assert line.startswith(
         "step 9: student_entropy is 0.4 (mean of 5 steps), below the band 0.4836 to 1.516 of its "
@@ -34,37 +34,37 @@ def test_one_line_that_names_everything():
     assert "optim.lr" in line and "\n" not in line
 
 
-@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.parametrize("name", MONITORED)
 @pytest.mark.parametrize("side", ["below", "above"])
 def test_sides(name, side):
-    found = run(watch(), name, FIRST + [0.0 if side == "below" else 2.5] * 9)
-    assert len(found) == (side in WATCHED[name])
+    found = run(monitor(), name, FIRST + [0.0 if side == "below" else 2.5] * 9)
+    assert len(found) == (side in MONITORED[name])
     assert all(side in line and name in line for line in found.values())
 
 
 def test_every_excursion_warns_once():
     far, back = [3.0] * 8, [1.0] * 8
-    found = run(watch(), "entropy", FIRST + far + back + far)
+    found = run(monitor(), "entropy", FIRST + far + back + far)
     assert len(found) == 2
     # At the edge of the band and back into its outer half: still the same excursion.
     edge = [1.55] * 8 + [1.45] * 8
-    assert len(run(watch(), "entropy", FIRST + edge * 3)) == 1
+    assert len(run(monitor(), "entropy", FIRST + edge * 3)) == 1
 
 
 def test_one_outlier_is_no_excursion():
-    assert run(watch(), "completion_length", [100 * v for v in [*FIRST, 1.9, *FIRST, 0.1]]) == {}
+    assert run(monitor(), "completion_length", [100 * v for v in [*FIRST, 1.9, *FIRST, 0.1]]) == {}
 
 
 @pytest.mark.parametrize("level", [0.0, 0.02, 5.0])
 def test_a_flat_start_does_not_make_noise_a_warning(level):
     rng = random.Random(0)
     noise = [level + rng.gauss(0, 0.05 * level + 1e-3) for _ in range(200)]
-    assert run(watch(), "divergence", [level] * len(FIRST) + noise) == {}
-    assert len(run(watch(), "divergence", [level] * len(FIRST) + [2 * level + 0.1] * RECENT)) == 1
+    assert run(monitor(), "divergence", [level] * len(FIRST) + noise) == {}
+    assert len(run(monitor(), "divergence", [level] * len(FIRST) + [2 * level + 0.1] * RECENT)) == 1
 
 
 def test_nothing_to_judge():
-    made = watch()
+    made = monitor()
     for step in range(1, 40):
         assert made.observe(step, {"entropy": None, "divergence": float("nan")}) == []
 
@@ -72,8 +72,8 @@ def test_nothing_to_judge():
 @pytest.mark.parametrize("stop", [3, 8, 12])
 def test_a_resumed_run_warns_as_the_whole_one_does(stop):
     values = FIRST + [0.0] * 5 + [1.0] * 9 + [4.0] * 9
-    expected = run(watch(), "entropy", values)
-    first, second = watch(), watch()
+    expected = run(monitor(), "entropy", values)
+    first, second = monitor(), monitor()
     found = run(first, "entropy", values[:stop])
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     found |= run(second, "entropy", values[stop:], stop + 1)

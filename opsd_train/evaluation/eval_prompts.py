@@ -13,7 +13,7 @@ from opsd_train.evaluation.sets import EvalProblem, is_heldout, recipe_of, set_l
 from opsd_train.evaluation.settings import EvalConfig
 
 
-class Asking:
+class EvalPrompts:
     """Prompts as token ids, for the problems of the named sets."""
 
     def __init__(
