@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=("cpp", "torch"), help=text)
 
 
+@pytest.hookimpl(tryfirst=True)  # a grid is cut down to its pairs after the other backend is gone
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = config.getoption("--backend")
     if chosen is None:

@@ -1,7 +1,14 @@
-"""Run by test_memory.py in a fresh process: prints one call's extra peak memory as JSON."""
+"""Run by test_memory.py: for each line of stdin one call's extra peak memory, as a line of JSON.
+
+Each call is measured in a process of its own, forked once torch is imported: no call has run there,
+no thread has started and nothing that was freed hides a part of the peak.
+"""
 
 import argparse
 import json
+import os
+import signal
+import sys
 
 import torch
 
@@ -10,6 +17,8 @@ from opsd_kernels import plan, reference
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
+
+SECONDS = 300  # one call takes at most
 
 
 def inputs(
@@ -51,16 +60,7 @@ def call(args: argparse.Namespace, tensors: dict[str, torch.Tensor]) -> None:
         loss.backward(torch.linspace(0.5, 1, loss.numel()).view_as(loss).to(loss.dtype))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("op")
-    parser.add_argument("wrt")
-    parser.add_argument("reduction")
-    parser.add_argument("dtype")
-    parser.add_argument("workspace_mib", type=int)
-    for size in ("tokens", "hidden", "vocab"):
-        parser.add_argument(size, type=int)
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> dict[str, int]:
     # Libraries load, threads start and operators register here, not in the measured call.
     call(args, inputs(args, 32, 32, 64))
     tensors = inputs(args, args.tokens, args.hidden, args.vocab)
@@ -80,12 +80,31 @@ def main() -> None:
         entropy_grad=args.op == "logprob" and args.wrt != "nothing",
         workspace_bytes=args.workspace_mib << 20,
     )
-    result = {
+    return {
         "extra": resident.peak() - before,
         "outputs": sum(g.numel() * g.element_size() for g in grads),
         "planned_workspace": promised.workspace_bytes,
     }
-    print(json.dumps(result))
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser()
+    for name in ("op", "wrt", "reduction", "dtype"):
+        made.add_argument(name)
+    for name in ("workspace_mib", "tokens", "hidden", "vocab"):
+        made.add_argument(name, type=int)
+    return made
+
+
+def main() -> None:
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            signal.alarm(SECONDS)
+            print(json.dumps(measure(parser().parse_args(line.split()))), flush=True)
+            os._exit(0)
+        if code := os.waitpid(child, 0)[1]:
+            print(json.dumps({"died": code}), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 import importlib.util
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+
+HERE = Path(__file__).parent
 
 
 @pytest.fixture
@@ -16,6 +19,17 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
         return "cuda"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     return "cpu"
+
+
+@pytest.fixture
+def wide_tiles(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the interpreter a fused kernel's tiles of 256 columns, for vocabularies of thousands: it
+    takes as long for a narrow tile as for a wide one."""
+    if triton_device == "cpu":
+        from opsd_kernels.backends import triton_launch
+
+        sizes = triton_launch.Blocks(16, 256, 16, 1, 1, 2)
+        monkeypatch.setattr(triton_launch, "blocks", lambda **_: sizes)
 
 
 @pytest.fixture(scope="module", params=["cpp", "torch"])
@@ -59,12 +73,12 @@ def _only(backend: str) -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a grid that Triton's interpreter runs, seconds a row, all but a pairwise part is marked
-    exhaustive: any two values of two parameters still meet."""
+    """Of every grid of kernel tests all but a pairwise part is marked exhaustive: any two values of
+    two parameters still meet, so that a kernel that is wrong for one value or one pair fails."""
     grids: dict[str, list[pytest.Function]] = {}
     for item in items:
-        slow = item.get_closest_marker("slow") or item.get_closest_marker("gpu")
-        if not slow and {"triton_device", "place"} & set(getattr(item, "fixturenames", ())):
+        left_out = any(item.get_closest_marker(name) for name in ("slow", "gpu", "exhaustive"))
+        if not left_out and item.path.parent == HERE:
             grids.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for grid in grids.values():
         for item in set(grid).difference(_pairwise(grid)):
@@ -83,8 +97,15 @@ def _pairwise(grid: list[pytest.Function]) -> list[pytest.Function]:
 
 
 def _values(item: pytest.Function) -> list[tuple[str, str]]:
-    spec = getattr(item, "callspec", None)
-    return sorted((name, repr(value)) for name, value in spec.params.items()) if spec else []
+    """Names and values of the parameters; none for a single list of cases, which all run."""
+    spec, marks = getattr(item, "callspec", None), list(item.iter_markers("parametrize"))
+    if spec is None or (len(marks) == 1 and set(spec.params) == set(_names(marks[0].args[0]))):
+        return []
+    return sorted((name, repr(value)) for name, value in spec.params.items())
+
+
+def _names(argnames: str | Sequence[str]) -> list[str]:
+    return argnames.replace(" ", "").split(",") if isinstance(argnames, str) else list(argnames)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -93,4 +114,4 @@ def pytest_configure(config: pytest.Config) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
             importlib.import_module("opsd_kernels.backends.triton_backend")
-    config.addinivalue_line("markers", "slow: minutes rather than seconds")
+        importlib.import_module("tests.helpers.interpreter").patch_once()

@@ -123,6 +123,14 @@ def test_reads_the_head_once_a_block(wrt: tuple[str, ...], products: int) -> Non
 
 @built
 @pytest.mark.parametrize(
+    ("marks", "fewest"),
+    [
+        ("not slow and not exhaustive", 195),
+        pytest.param("not slow", 330, marks=pytest.mark.exhaustive),
+    ],
+    ids=["pairwise", "all"],
+)
+@pytest.mark.parametrize(
     "environment",
     [
         {"ATEN_CPU_CAPABILITY": "default"},
@@ -131,18 +139,18 @@ def test_reads_the_head_once_a_block(wrt: tuple[str, ...], products: int) -> Non
     ],
     ids=["plain", "avx2", "widened"],
 )
-def test_other_instruction_sets(environment: dict[str, str]) -> None:
+def test_other_instruction_sets(environment: dict[str, str], marks: str, fewest: int) -> None:
     """The code of lesser machines passes the same tests."""
     names = ["test_cpp.py", "test_low_precision.py", "test_divergence.py", "test_logprob.py"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "--backend", "cpp", "-k",
+        [sys.executable, "-m", "pytest", "-q", "-x", "-m", marks, "--backend", "cpp", "-k",
          "not instruction and not torch.float16 and not float16_ and not float64 and not grows",
          *(f"tests/kernels/{name}" for name in names)],
         cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     passed = int(re.search(r"(\d+) passed", done.stdout).group(1))
-    assert passed >= 330, f"{passed} tests: the selection lost some"
+    assert passed >= fewest, f"{passed} tests: the selection lost some"
 
 
 GROWS = """

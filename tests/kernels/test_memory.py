@@ -1,9 +1,10 @@
-"""Peak extra memory: at most the workspace, the outputs and 32 MiB, in a fresh process."""
+"""Peak extra memory: at most the workspace, the outputs and 32 MiB, each call in a process."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,27 +20,34 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def measure(
-    op: str, wrt: str, reduction: str, dtype: str, workspace: int = WORKSPACE
-) -> dict[str, int]:
+Measure = Callable[..., dict[str, int]]
+
+
+@pytest.fixture(scope="module")
+def measure() -> Iterator[Measure]:
+    """Asks the probe, which is started once: importing torch takes longer than most calls."""
     root = str(PROBE.parents[2])
-    arguments = [op, wrt, reduction, dtype, workspace, *SIZES]
-    done = subprocess.run(
-        [sys.executable, str(PROBE), *map(str, arguments)],
-        env={
-            **os.environ,
-            "OMP_WAIT_POLICY": "PASSIVE",
-            # Every large buffer is mapped and unmapped by itself: glibc would otherwise keep freed
-            # ones, which hides a part of the peak or, by fragmentation, adds to it.
-            "MALLOC_MMAP_THRESHOLD_": str(MIB),
-            "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    environment = {
+        **os.environ,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # Every large buffer is mapped and unmapped by itself: glibc would otherwise keep freed
+        # ones, which hides a part of the peak or, by fragmentation, adds to it.
+        "MALLOC_MMAP_THRESHOLD_": str(MIB),
+        "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+    }
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+    with subprocess.Popen([sys.executable, str(PROBE)], env=environment, **pipes) as probe:
+
+        def ask(*case: str, workspace: int = WORKSPACE) -> dict[str, int]:
+            probe.stdin.write(" ".join(map(str, [*case, workspace, *SIZES])) + "\n")
+            probe.stdin.flush()
+            found = json.loads(probe.stdout.readline())
+            assert "died" not in found, f"the probe's process ended with status {found['died']}"
+            return found
+
+        yield ask
+        probe.stdin.close()
 
 
 def bound(found: dict[str, int], workspace: int = WORKSPACE) -> int:
@@ -63,7 +71,7 @@ def bound(found: dict[str, int], workspace: int = WORKSPACE) -> int:
         pytest.param("logprob", "head", "none", "float16", marks=pytest.mark.exhaustive),
     ],
 )
-def test_peak_memory(op: str, wrt: str, reduction: str, dtype: str) -> None:
+def test_peak_memory(op: str, wrt: str, reduction: str, dtype: str, measure: Measure) -> None:
     found = measure(op, wrt, reduction, dtype)
     assert found["planned_workspace"] <= WORKSPACE * MIB
     limit = bound(found)
@@ -72,12 +80,12 @@ def test_peak_memory(op: str, wrt: str, reduction: str, dtype: str) -> None:
     )
 
 
-def test_a_smaller_workspace_takes_less() -> None:
+def test_a_smaller_workspace_takes_less(measure: Measure) -> None:
     found = measure("jsd", "input", "mean", "float32", workspace=8)
     assert found["extra"] <= bound(found, 8)
 
 
-def test_the_probe_sees_full_logits() -> None:
+def test_the_probe_sees_full_logits(measure: Measure) -> None:
     """The measurement would catch an implementation that makes them."""
     found = measure("reference", "input", "mean", "float32")
     assert found["extra"] > bound(found)

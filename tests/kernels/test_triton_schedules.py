@@ -53,6 +53,8 @@ def test_block_sizes_do_not_change_the_result(
     compare(name, pair, True, None, torch.float32, triton_device, schedule="streaming")
 
 
+# By default test_buffers and test_triton_proof show the same, with memory that holds NaN.
+@pytest.mark.exhaustive
 @SCHEDULES
 @TRAINED
 @pytest.mark.parametrize("name", KINDS)
@@ -126,6 +128,7 @@ def inside(monkeypatch) -> Iterator[Allocations]:
 
 @TRAINED
 @pytest.mark.parametrize("name", SOME_KINDS)
+@pytest.mark.usefixtures("wide_tiles")
 def test_streaming_never_holds_the_logits(
     name: str, trained: bool, triton_device: str, request: pytest.FixtureRequest
 ) -> None:

@@ -249,7 +249,7 @@ def test_not_finite_keeps_the_batch(tiny_folder, tmp_path, monkeypatch, capsys, 
             "prompts.max_prompt_tokens=3",
             "20 of 20 problems are longer than prompts.max_prompt_tokens=3",
         ),
-        ("data.train_size=5000", "distinct problems"),
+        ("data.train_size=500", "distinct problems"),
         ("micro_batch_tokens=10", "micro_batch_tokens=10"),
     ],
 )

@@ -151,7 +151,14 @@ def two_steps(config: Config) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize("name", PAPER)
+# The stand-ins for 1.7b and 4b have tied heads, that for 8b has none: 4b adds its numbers alone.
+EACH_HEAD = [
+    pytest.param(name, marks=pytest.mark.exhaustive) if name.endswith("4b") else name
+    for name in PAPER
+]
+
+
+@pytest.mark.parametrize("name", EACH_HEAD)
 def test_two_steps_of_the_papers_recipes(
     name: str, tiny_qwen3, openthoughts, stand_ins, tmp_path: Path, capsys
 ) -> None:

@@ -19,9 +19,16 @@ def evaluations(run: Path) -> list[dict]:
     return rows(run, "evaluations.jsonl")
 
 
-def test_rows_and_summary(tiny_folder: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def whole(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from its start to its end, to compare others with."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
     assert train(config(tiny_folder, run, *CHANGES)) == 0
+    return run
+
+
+def test_rows_and_summary(whole: Path) -> None:
+    run = whole
     found = evaluations(run)
     assert [row["step"] for row in found] == [0, 2, 4, 5]
     tokens = {row["step"]: row["tokens"] for row in rows(run)}
@@ -47,22 +54,23 @@ def test_evaluating_does_not_change_training(tiny_folder: Path, tmp_path: Path) 
     assert [row["step"] for row in evaluations(tmp_path / "every-0")] == [0, 5]
 
 
-def test_without_the_start_or_the_divergence(tiny_folder: Path, tmp_path: Path) -> None:
+def test_without_the_start_or_the_divergence(
+    tiny_folder: Path, tmp_path: Path, whole: Path
+) -> None:
     changes = (*CHANGES, "evaluation.at_start=false", "evaluation.divergence=false")
     train(config(tiny_folder, tmp_path / "less", *changes))
-    train(config(tiny_folder, tmp_path / "all", *CHANGES))
-    assert_same_course(tmp_path / "less", tmp_path / "all")
-    everything = [timeless(row) for row in evaluations(tmp_path / "all")]
+    assert_same_course(tmp_path / "less", whole)
+    everything = [timeless(row) for row in evaluations(whole)]
     assert [timeless(row) for row in evaluations(tmp_path / "less")] == [
         {key: value for key, value in row.items() if key != "divergence"} for row in everything[1:]
     ]
-    less, whole = (
-        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("less", "all")
+    less, everything = (
+        json.loads((run / "summary.json").read_text()) for run in (tmp_path / "less", whole)
     )
     gone = {"before", "teacher", "paired", "divergence_before", "divergence_after"}
-    assert whole.keys() - less.keys() == gone
+    assert everything.keys() - less.keys() == gone
     for key in ("after", "best", "mean", "majority"):
-        assert less[key] == whole[key]
+        assert less[key] == everything[key]
     assert "Student after" in (tmp_path / "less" / "report.html").read_text()
 
 
@@ -70,10 +78,9 @@ def test_without_the_start_or_the_divergence(tiny_folder: Path, tmp_path: Path) 
     "stop", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
 )
 def test_a_resumed_run_has_the_same_evaluations(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+    tiny_folder: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, stop: int
 ) -> None:
     """Stopped by a signal where an evaluation is due, where none is, and after the last step."""
-    train(config(tiny_folder, tmp_path / "whole", *CHANGES))
     steps = iter(range(1, 6))
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -83,11 +90,10 @@ def test_a_resumed_run_has_the_same_evaluations(
         )
         assert train(config(tiny_folder, tmp_path / "run", *CHANGES)) == 143
     assert train(config(tiny_folder, tmp_path / "run", *CHANGES), resume=True) == 0
-    one, two = (
-        [timeless(row) for row in evaluations(tmp_path / name)] for name in ("run", "whole")
-    )
+    run = tmp_path / "run"
+    one, two = ([timeless(row) for row in evaluations(folder)] for folder in (run, whole))
     assert one == two
-    summaries = [json.loads((tmp_path / n / "summary.json").read_text()) for n in ("run", "whole")]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (run, whole)]
     for key in ("before", "after", "best", "mean", "paired"):
         assert summaries[0][key] == summaries[1][key]
 
