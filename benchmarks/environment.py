@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,14 @@ _PACKAGES = (
 )
 
 
-def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """JSON-ready facts about this machine and tree; a commit ending in + had local changes.
+def environment(
+    device: torch.device | None = None, packages: Sequence[str] = _PACKAGES
+) -> dict[str, Any]:
+    """Facts about this machine and tree, ready for JSON.
 
-    The results themselves do not count as changes.
+    "versions" has those of `packages`, None where one is not installed. "commit" is that of the
+    source tree, None where there is none; it ends in + if files were changed or added, other than
+    benchmarks/results.
     """
     device = device or default_device()
     on_gpu = device.type == "cuda"
@@ -41,13 +46,14 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gib": round(total_memory(device) / 2**30, 1),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in packages},
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
 
 
 def default_device() -> torch.device:
+    """A GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

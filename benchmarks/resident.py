@@ -1,4 +1,4 @@
-"""The peak of this process's resident set, measured where it means something (Linux)."""
+"""The resident set of this process and its peak, in bytes (Linux)."""
 
 from __future__ import annotations
 
@@ -6,29 +6,29 @@ import os
 from pathlib import Path
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-# Of the process that measures itself. Large buffers are mapped by themselves: glibc would keep
-# freed ones in the resident set, where they hide a part of the next peak or, by fragmentation, add
-# to it. Threads that wait sleep: the next process gets all cores.
+# Environment of a process that measures itself. Large buffers get a mapping each: glibc would keep
+# freed ones in the resident set, which hides a part of the next peak or, by fragmentation, adds to
+# it. Waiting threads sleep, so the next process gets all cores.
 WORKER_ENV = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "OMP_WAIT_POLICY": "passive"}
 
 
 def why_not() -> str | None:
-    """Why the peak cannot be measured here."""
+    """What measuring the peak needs and this machine lacks; None where it has it."""
     return None if os.access(_CLEAR_REFS, os.W_OK) else f"needs a writable {_CLEAR_REFS} (Linux)"
 
 
 def resident() -> int:
-    """Bytes now."""
+    """Bytes that are resident now."""
     return _status("VmRSS")
 
 
 def reset_peak() -> None:
-    """The high-water mark starts again from here."""
+    """Begin a new peak here."""
     _CLEAR_REFS.write_text("5")
 
 
 def peak() -> int:
-    """Bytes at most since the last reset."""
+    """The most bytes that were resident since the last reset."""
     return _status("VmHWM")
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +156,14 @@ class TrainingRun:
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the step just done. Every rank calls it."""
         trainer = self.trainer
+        write_adapter = partial(save_adapter, trainer.policy, context=self.context)
         self.checkpoints.save(
             trainer.done,
             training_tensors(trainer.policy, trainer.optimizer, trainer.method.state()),
             trainer.state_dict(),
             {"random": random_state()},
             self.recipe,
-            self._write_adapter if trainer.policy.has_adapters else None,
+            write_adapter if trainer.policy.has_adapters else None,
         )
 
     def evaluate(self) -> None:
@@ -220,9 +222,6 @@ class TrainingRun:
 
     def _ended_by(self, number: int) -> None:
         self.status, self.exit_code = "interrupted", 128 + number
-
-    def _write_adapter(self, folder: Path) -> None:
-        save_adapter(self.trainer.policy, folder, self.context)
 
     def _say(self, text: str) -> None:
         if self.logger:

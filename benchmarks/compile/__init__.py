@@ -1,1 +1,1 @@
-"""Every Triton kernel compiled for GPUs that are not here, and what the compiler made of it."""
+"""Compile every Triton kernel without a GPU, and check registers, spills and instructions."""

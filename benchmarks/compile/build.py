@@ -1,4 +1,4 @@
-"""Compiles one launch for a target and reads what ptxas gave it."""
+"""Compile one launch for a target and read what ptxas reports."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from benchmarks.compile import sass
 from benchmarks.compile.launches import Launch
 
 # Per processor: CUDA C++ Programming Guide, table of features by compute capability. Every block
-# takes 1 KiB of shared memory for itself.
+# reserves 1 KiB of shared memory.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _RESERVED = 1024
 _REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
-# Registers are given to a warp in units of this, and to warps in fours.
+# Registers are allocated to a warp in units of this, and to warps in fours.
 _REGISTER_UNIT, _WARP_UNIT = 256, 4
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8}
 
 
 def build(target: int, launch: Launch) -> dict[str, object]:
-    """What becomes of a launch: resources of a program, and instructions of its hot loop.
+    """Resources of a compiled program, and instructions of its hot loop.
 
-    Counts of instructions are per pair of logits, or per logit of one head, and None for kernels
-    that work on no tile.
+    Instruction counts are per pair of logits, or per logit for one head; None for kernels without
+    a tile.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     source = ASTSource(
@@ -63,19 +63,22 @@ def build(target: int, launch: Launch) -> dict[str, object]:
 
 
 def describe(launch: Launch) -> str:
-    """What tells this launch of a kernel from the others."""
-    constants, signature = launch.constant, dict(launch.signature)
+    """The words that distinguish this launch of a kernel from its others."""
+    constants = launch.constant
     words = []
     if launch.tile:
         words = ["streaming" if launch.fused else "blocked"]
-    words += [name.lower() for name, v in constants.items() if v is True and name != "FUSED"]
+    words += [name.lower() for name, v in constants.items() if v is True]
     if "KIND" in constants:
         words.append(("forward kl", "reverse kl", "jsd")[constants["KIND"]])
-    optional = ("clip", "label", "cap_s", "softcap", "entropy", "scale", "grad_entropy")
-    words += [
-        f"with {name}" for name in optional if signature.get(name, "constexpr") != "constexpr"
-    ]
-    return ", ".join(words)
+    # Without _s or _t, and without the tuple that the argument is in.
+    given = {
+        name.split(".")[-1].removesuffix("_s")
+        for name, kind in launch.types.items()
+        if kind != "constexpr"
+    }
+    optional = ("clip", "label", "softcap", "entropy", "scale", "dz_entropy")
+    return ", ".join(words + [f"with {name}" for name in optional if name in given])
 
 
 def resident(target: int, registers: int, warps: int, shared_bytes: int) -> int:
@@ -89,7 +92,7 @@ def resident(target: int, registers: int, warps: int, shared_bytes: int) -> int:
 def _hot(code: list[sass.Instruction], ttgir: str, launch: Launch) -> dict[str, object]:
     hot = sass.hot(code)
     tile = launch.tile
-    # The compiler may unroll a loop: it then loads as many tiles of the source at a time.
+    # If the compiler unrolled the loop, an iteration loads several tiles of the source.
     asked = sum(size for elements, size in _loads(ttgir) if tile // 8 <= elements <= tile)
     times = max(1, round(sass.loaded(hot) * launch.threads / asked)) if asked else 1
     pairs = times * tile / launch.threads

@@ -1,12 +1,12 @@
-"""GPUs as the time model sees them, and what it takes there to multiply, to move and to compute."""
+"""GPUs of the time model: seconds to multiply, to move bytes and to issue instructions."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# Tiles of cuBLAS' products, as the names of the kernels that an H100 ran have them, and the most
-# parts it cuts their inner size into.
+# Tiles of cuBLAS' products, from the names of the kernels that an H100 ran, and the numbers of
+# parts that it may split their inner size into.
 TILES = ((128, 256), (256, 128), (192, 192))
 SPLITS = (1, 2, 4, 8)
 THREADS = 32  # of a warp
@@ -32,11 +32,11 @@ class Gpu:
     l2_bytes: int
 
     def moving(self, size: float) -> float:
-        """Seconds for bytes of device memory."""
+        """Seconds to move so many bytes of device memory."""
         return size / self.copy
 
     def computing(self, pairs: float, instructions: float, special: float) -> float:
-        """Seconds to issue that many instructions a pair, `special` of them MUFU."""
+        """Seconds to issue so many instructions per pair, `special` of them MUFU."""
         clocks = max(instructions, SPECIAL_CLOCKS * special)
         return pairs / THREADS * clocks / (self.processors * SCHEDULERS * self.clock)
 

@@ -1,8 +1,8 @@
-"""Predicts how long a call takes on a GPU, from shapes, bytes and instructions. Nothing measured.
+"""Predict how long a call takes on a GPU, from shapes, bytes and instructions. Nothing is measured.
 
-A phase takes the longer of its bytes at the rate of a copy and its instructions at the rate of
-issue; a product the longer of its arithmetic and its bytes (`gpus.Gpu.product`). Phases follow each
-other. `predict` gives them for a plan.
+A phase takes the longer of two times: its bytes at the rate of a copy, its instructions at the rate
+of issue. A product takes the longer of its arithmetic and its bytes (`gpus.Gpu.product`). Phases
+run one after the other. `predict` returns them for a plan.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Machine code of a compiled kernel: its loops, and the instructions of the one that counts."""
+"""Machine code of a compiled kernel: its loops, and the instructions of the hot one."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def instructions(listing: str) -> list[Instruction]:
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
     """Natural loops, in order of address, without the loops inside them.
 
-    A jump back that does not lead to where every way into it came from is no loop: so compilers
-    place the waiting for a barrier, out of line behind the last EXIT.
+    A jump back is a loop only if its target dominates it. Compilers also place waits for a barrier
+    out of line, behind the last EXIT, and jump back from there.
     """
     blocks = list(_blocks(code))
     after = _successors(blocks)

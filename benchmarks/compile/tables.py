@@ -38,7 +38,7 @@ _MARKED = re.compile(r"(<!-- predicted -->\n).*?(<!-- /predicted -->)", re.DOTAL
 
 
 def document() -> str:
-    """The tables of predicted times, then what they count with."""
+    """The tables of predicted times, then the counts they are made from."""
     return "\n\n".join(
         (
             "Predicted time of a JSD, and that time over the predicted time of the bare products:",
@@ -52,7 +52,7 @@ def document() -> str:
 
 
 def write() -> None:
-    """The page with the tables of this code between its markers."""
+    """Write this code's tables between the markers of the page."""
     text = PAGE.read_text()
     made = _MARKED.sub(lambda m: f"{m[1]}\n{document()}\n\n{m[2]}", text)
     PAGE.write_text(made)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shlex
-import subprocess
-import time
 from collections import Counter
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from benchmarks.environment import environment
 from benchmarks.study.diagnostics import diagnose
 from benchmarks.study.plan import Plan, Planned, PlannedRun, Sampled
 from opsd_train.evaluation.sets import HELDOUT
@@ -82,7 +76,8 @@ def _evaluations(run: PlannedRun, start: PlannedRun) -> list[dict[str, Any]]:
 
 
 def _sampled(sampled: Sampled) -> dict[str, Any]:
-    path, right = sampled.folder / "scores.json", Counter()
+    path = sampled.folder / "scores.json"
+    right: Counter[str] = Counter()  # samples, by problem
     scores = json.loads(path.read_text(encoding="utf-8"))[HELDOUT] if path.exists() else None
     for row in read_rows(sampled.folder / "grades.jsonl") if scores else ():
         right[row["problem"]] += row["correct"]
@@ -139,40 +134,16 @@ def _experiment(planned: Planned, command: str) -> dict[str, Any]:
 
 
 def _provenance() -> dict[str, Any]:
+    facts = environment(packages=_PACKAGES)
+    cores = "" if facts["kind"] == "cuda" else f", {facts['cores']} cores"
     return {
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": _device(),
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in _PACKAGES},
+        "commit": _short(facts["commit"]),
+        "date": facts["date"][:10],
+        "device": facts["device"] + cores,
+        "versions": {"python": facts["python"], **facts["versions"]},
     }
 
 
-def _device() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    models = [
-        line.partition(":")[2].strip()
-        for line in _read(Path("/proc/cpuinfo")).splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"
-
-
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
-def _commit() -> str | None:
-    """Of the source tree this runs from; None where it is installed without one."""
-    git = ("git", "-C", str(Path(__file__).parent))
-    try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=9", "HEAD"], capture_output=True, text=True
-        )
-        changed = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True)
-    except FileNotFoundError:
-        return None
-    if head.returncode:
-        return None
-    return head.stdout.strip() + (" with local changes" if changed.returncode else "")
+def _short(commit: str | None) -> str | None:
+    """Nine digits of the commit, and whether there were local changes."""
+    return commit and commit[:9] + (" with local changes" if commit.endswith("+") else "")

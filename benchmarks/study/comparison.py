@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from benchmarks.study.efficiency import Ratio, token_ratio
@@ -88,7 +89,7 @@ def compare(results: Results, experiment: dict[str, Any]) -> Comparison:
         most = min((len(p) for arm in pair for p in arm.passed.values()), default=0)
         if most > 1:
             comparison.contrasts.append(
-                _contrast(comparison, *pair, f"pass@{most}", lambda arm, k=most: _passed(arm, k))
+                _contrast(comparison, *pair, f"pass@{most}", partial(_passed, k=most))
             )
     return comparison
 

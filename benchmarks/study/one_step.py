@@ -11,11 +11,9 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from benchmarks import resident
 from opsd_kernels import reference
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from
@@ -40,7 +39,6 @@ StepMethod = Literal["ours", "plain"]
 METHODS: tuple[StepMethod, ...] = ("ours", "plain")
 
 _WARM_UP = 16  # tokens: libraries load, threads start
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def make_sample(config: Config, tokenizer: Any, tokens: int) -> Sample:
@@ -62,6 +60,7 @@ def our_loss(method: Method, sample: Sample) -> Tensor:
 
 def plain_loss(policy: Policy, sample: Sample, beta: float) -> Tensor:
     """The same loss from the (N, V) logits of both models, in the compute type, at completions."""
+    assert sample.teacher_prompt is not None  # the recipe's method is opsd
     completions = [sample.completion]
     policy.model.eval()
     with torch.no_grad(), policy.without_adapters():
@@ -130,19 +129,12 @@ def growth(work: Callable[[], Any], device: torch.device) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    if not os.access(_CLEAR_REFS, os.W_OK):
-        raise UserError(f"peak memory is measured by {_CLEAR_REFS}, which is Linux's; use a GPU")
-    _CLEAR_REFS.write_text("5")  # the high-water mark starts again from here
-    before = _status("VmRSS")
+    if reason := resident.why_not():
+        raise UserError(f"measuring peak memory {reason}; use a GPU")
+    resident.reset_peak()
+    before = resident.resident()
     work()
-    return _status("VmHWM") - before
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return 1024 * int(line.split()[1])
-    raise KeyError(key)
+    return resident.peak() - before
 
 
 def main() -> int:

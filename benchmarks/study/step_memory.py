@@ -210,9 +210,9 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 
 def _step(config: Config) -> str:
     """What is measured: points of another step in the same folder are not these."""
-    model, rank = config.model, config.lora.rank
-    device = resolve_device(model.device).type
-    return f"{model.name_or_path} in {model.dtype}, LoRA rank {rank}, {device}"
+    assert config.lora is not None  # the recipe is demo/opsd
+    model, device = config.model, resolve_device(config.model.device).type
+    return f"{model.name_or_path} in {model.dtype}, LoRA rank {config.lora.rank}, {device}"
 
 
 def _fits(config: Config, mib: float) -> bool:

@@ -35,7 +35,7 @@ def _rows(ran: dict[str, dict[str, Any]]) -> list[list[str]]:
 
     ours = ran[OURS]
     phases = [
-        row(f"{name}, s", lambda c, name=name: f"{median(c['phases'][name]):.2f}")
+        [f"{name}, s", *(f"{median(c['phases'][name]):.2f}" for c in ran.values())]
         for name in ours["phases"]
     ]
     return [

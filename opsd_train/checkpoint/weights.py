@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.distributed.fsdp import full_tensor
+from opsd_train.model.adapters import trained_weights, write_adapter
 from opsd_train.model.policy import Policy
 
 
@@ -18,7 +19,9 @@ def save_weights(
 ) -> Path:
     """run_dir/adapter where adapters are trained, else run_dir/model. Every rank calls it."""
     if policy.has_adapters:
-        return save_adapter(policy, run_dir / "adapter", context)
+        folder = run_dir / "adapter"
+        save_adapter(policy, folder, context)
+        return folder
     folder = run_dir / "model"
     state = _gather(policy.core.state_dict(keep_vars=True), context)
     if context.is_main:
@@ -27,18 +30,11 @@ def save_weights(
     return folder
 
 
-def save_adapter(policy: Policy, folder: Path, context: DistributedContext) -> Path:
+def save_adapter(policy: Policy, folder: Path, context: DistributedContext) -> None:
     """The adapter in PEFT's own format. Every rank calls it."""
-    state = adapter_state(policy, context)
+    state = _gather(trained_weights(policy.model), context)
     if context.is_main:
-        policy.model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)
-    return folder
-
-
-def adapter_state(policy: Policy, context: DistributedContext) -> dict[str, Tensor]:
-    """Name and whole value of each adapter weight, on rank 0. Every rank calls it."""
-    trained = {n: p for n, p in policy.model.named_parameters() if p.requires_grad}
-    return _gather(trained, context)
+        write_adapter(policy.model, state, folder)
 
 
 def write_model(

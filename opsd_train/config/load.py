@@ -135,15 +135,24 @@ def to_yaml(config: Any) -> str:
 def known_keys(cls: type[Any] = Config, prefix: str = "") -> dict[str, str]:
     """Every key with its description, sections flattened: {"optim.lr": "Peak learning rate.", …}"""
     keys: dict[str, str] = {}
+    texts = _descriptions(cls)
     for name, field in cls.__pydantic_fields__.items():
         # "Section | None" is a section too; its own description says what null means.
-        kinds = typing.get_args(field.annotation) or (field.annotation,)
-        section = _section(kinds)
-        if section is None or field.description:
-            keys[prefix + name] = field.description
+        section = _section(typing.get_args(field.annotation) or (field.annotation,))
+        if section is None or texts[name]:
+            keys[prefix + name] = texts[name]
         if section is not None:
             keys |= known_keys(section, f"{prefix}{name}.")
     return keys
+
+
+def _descriptions(cls: type[Any]) -> dict[str, str]:
+    """Each key's description; pydantic has those of a section's own keys, not of inherited ones."""
+    texts: dict[str, str] = {}
+    for section in reversed(cls.__mro__):
+        for name, field in getattr(section, "__pydantic_fields__", {}).items():
+            texts[name] = field.description or texts.get(name, "")
+    return texts
 
 
 def _section(kinds: Sequence[Any]) -> type[Any] | None:

@@ -17,10 +17,7 @@ Section = TypeVar("Section")
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
 def section(cls: type[Section]) -> type[Section]:
-    """Class decorator: a frozen pydantic dataclass that rejects unknown keys and infinite numbers.
-
-    The string literal below each field becomes its description.
-    """
+    """Make a frozen pydantic dataclass; the string below each field becomes its description."""
     settings = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     return cast(type[Section], dataclass(frozen=True, kw_only=True, config=settings)(cls))
 
@@ -154,8 +151,7 @@ class DataConfig:
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
     """Names of the columns."""
     incomplete: Literal["error", "skip"] = "error"
-    """Rows with an empty cell (or NaN), or a chat that is not one user turn and one assistant turn:
-    stop with an error, or skip them and print how many."""
+    """Rows with an empty cell (or NaN) or a chat of other turns: an error, or skipped and counted."""
     train_size: Positive | None
     """Distinct training problems, drawn at random (data.seed); null: all of them (file, hub)."""
     heldout_size: Count
@@ -211,17 +207,15 @@ class PromptsConfig:
 
 
 @section
-class RolloutConfig:
-    """Generation of completions."""
+class EngineConfig:
+    """The engine and its sampling: the keys that rollouts and evaluations share."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
     """Engine that generates the completions."""
-    samples_per_prompt: Positive = 1
-    """Completions per problem and step."""
     max_new_tokens: Positive
     """Longest completion, in tokens."""
-    temperature: PositiveReal = 1.0
-    """Sampling temperature."""
+    temperature: NonNegativeReal = 1.0
+    """Sampling temperature; 0: greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus sampling: the smallest set of tokens with this probability; 1: all tokens."""
     top_k: Count = 0
@@ -230,8 +224,19 @@ class RolloutConfig:
     """Tokens that end a completion, besides the model's own end tokens."""
     batch_tokens: Positive
     """engine=transformers: largest batch, in tokens of prompts plus max_new_tokens for each."""
-    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)]
     """engine=vllm: fraction of the GPU's memory that vLLM may take."""
+
+
+@section
+class RolloutConfig(EngineConfig):
+    """Generation of completions to train on."""
+
+    samples_per_prompt: Positive = 1
+    """Completions per problem and step."""
+    temperature: PositiveReal = 1.0
+    """Sampling temperature."""
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
 
 @section
@@ -365,11 +370,9 @@ class Config:
 
     def _conflicts(self) -> Iterator[str]:
         """Settings that contradict each other, one error message each."""
-        if self.evaluation.problems > self.data.heldout_size:
-            yield (
-                f"evaluation.problems={self.evaluation.problems} is more than "
-                f"data.heldout_size={self.data.heldout_size}"
-            )
+        problems, heldout = self.evaluation.problems, self.data.heldout_size
+        if problems > heldout:
+            yield f"evaluation.problems={problems} is more than data.heldout_size={heldout}"
         if self.optim.warmup_steps > self.steps:
             yield f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}"
         for name in ("opsd", "distill", "grpo"):

@@ -1,9 +1,10 @@
-"""Samples of a step, and their cut into micro-batches by a token budget."""
+"""The samples of a step, cut into batches by a token budget, and a batch as tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,27 +13,28 @@ from opsd_train.config.errors import UserError
 from opsd_train.data.problems import Problem
 from opsd_train.distributed.context import DistributedContext
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion under the student's prompt and, where the method has one, the teacher's."""
+    """A completion under the student's prompt and, if the method has one, the teacher's."""
 
     problem: Problem
     student_prompt: list[int]
     teacher_prompt: list[int] | None
     completion: list[int]
-    logprobs: list[float] | None = (
-        None  # the sampler's, per token; None where it saw another prompt
-    )
+    logprobs: list[float] | None = None  # the sampler's, in nats; None where not comparable
     finished: bool = True  # ended by a stop token
-    correct: bool | None = None  # the answer check; None where nothing was generated, or not yet
-    answer: str | None = None  # that the check found
-    check_failed: str | None = None  # why, if it did: the answer then counts as wrong
-    weight: float = 1.0  # of its tokens in the loss; 0 leaves it out
+    correct: bool | None = None  # None where no answer was generated, or none is graded yet
+    answer: str | None = None  # as the grader found it
+    check_failed: str | None = None  # why the answer could not be graded: it counts as wrong
+    weight: float = 1.0  # of its tokens in the loss; 0: left out
     advantage: float = 0.0  # grpo
 
     @property
     def longest(self) -> int:
+        """Tokens of the longer prompt and the completion."""
         return max(len(self.student_prompt), len(self.teacher_prompt or ())) + len(self.completion)
 
 
@@ -40,7 +42,7 @@ class Sample:
 class Batch:
     """Prompts with completions, right-padded or packed, and where each token is predicted.
 
-    Nothing masks the padding: it follows what it pads, and a causal model looks back only.
+    There is no attention mask: padding follows the tokens, and a causal model does not see it.
     """
 
     input_ids: Tensor  # (B, T) int64
@@ -50,25 +52,43 @@ class Batch:
     targets: Tensor  # (N,) int64, the completion tokens
 
 
+def token_batches(
+    items: Iterable[tuple[Item, int]], token_budget: int, packed: bool = False
+) -> Iterator[list[Item]]:
+    """Cut items, each given with its length in tokens, into batches of at most `token_budget`.
+
+    Items keep their order, and a batch takes as many as fit. A padded batch of N items counts N
+    times its longest one, a packed batch the sum of its lengths. An item longer than the budget
+    is a batch of its own: callers that cannot have one check first.
+    """
+    batch: list[Item] = []
+    total = width = 0  # of the batch: the sum of its lengths, the longest of them
+    for item, length in items:
+        total, width = total + length, max(width, length)
+        if batch and (total if packed else (len(batch) + 1) * width) > token_budget:
+            yield batch
+            batch, total, width = [], length, length
+        batch.append(item)
+    if batch:
+        yield batch
+
+
 def micro_batches(
-    samples: Sequence[Sample], token_budget: int, packed: bool = False
+    samples: Iterable[Sample], token_budget: int, packed: bool = False
 ) -> Iterator[list[Sample]]:
-    """Groups of similar length, each at most `token_budget` tokens: padding counts, where it is."""
-    group: list[Sample] = []
-    tokens = 0
-    for sample in sorted(samples, key=lambda sample: sample.longest):
+    """Samples of similar length in batches of at most `token_budget` tokens, shortest first.
+
+    Padding counts, unless the batches are packed. Raises UserError if a sample is longer than the
+    budget.
+    """
+    ordered = sorted(samples, key=lambda sample: sample.longest)
+    for sample in ordered:
         if sample.longest > token_budget:
             raise UserError(
                 f"micro_batch_tokens={token_budget} is less than one sample: problem "
                 f"{sample.problem.id} has {sample.longest} tokens; raise it"
             )
-        tokens = tokens + sample.longest if packed else (len(group) + 1) * sample.longest
-        if tokens > token_budget:
-            yield group
-            group, tokens = [], sample.longest
-        group.append(sample)
-    if group:
-        yield group
+    return token_batches(((s, s.longest) for s in ordered), token_budget, packed)
 
 
 def balanced_micro_batches(
@@ -78,10 +98,10 @@ def balanced_micro_batches(
     context: DistributedContext,
     packed: bool = False,
 ) -> list[list[Sample]]:
-    """Micro-batches of the `active` ones of this rank's samples, as many on every rank.
+    """Micro-batches of this rank's `active` samples, the same number on every rank.
 
-    Sharded models run forward and backward together: a rank with fewer runs idle ones, a single
-    token of weight 0.
+    Ranks with sharded weights run every forward and backward pass together. A rank with fewer
+    micro-batches gets idle ones: a single token of samples[0], with weight 0.
     """
     groups = list(micro_batches(active, token_budget, packed))
     first = samples[0]
@@ -97,17 +117,20 @@ def make_batch(
     device: torch.device,
     packed: bool = False,
 ) -> Batch:
-    """Each completion follows its prompt without a gap; padding comes after both.
+    """Tensors on `device` for prompts and their completions, as token ids.
 
-    `packed`: one row without any padding; positions that start again at 0 part the sequences,
-    which is what FlashAttention's variable-length kernels go by in transformers.
+    Padded: a row for each sequence, the prompt, the completion, then `pad_id`. `packed`: one row
+    of all sequences; position ids restart at 0 for each, which is how transformers' variable-length
+    FlashAttention keeps them apart.
     """
     sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
     lengths = [len(sequence) for sequence in sequences]
     width = sum(lengths) if packed else max(lengths)
     ids = torch.full((1 if packed else len(sequences), width), pad_id)
     positions = torch.arange(width).repeat(len(ids), 1)
-    rows, columns, targets = [], [], []
+    rows: list[int] = []
+    columns: list[int] = []
+    targets: list[int] = []
     first = 0
     for row, (sequence, completion) in enumerate(zip(sequences, completions, strict=True)):
         row, end = (0, first + len(sequence)) if packed else (row, len(sequence))
@@ -118,5 +141,4 @@ def make_batch(
         targets += completion
         first = end if packed else 0
     indices = (torch.tensor(values, dtype=torch.long) for values in (rows, columns, targets))
-    rows, columns, targets = (tensor.to(device) for tensor in indices)
-    return Batch(ids.to(device), positions.to(device), rows, columns, targets)
+    return Batch(ids.to(device), positions.to(device), *(index.to(device) for index in indices))

@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from opsd_kernels import plan
-from opsd_train.config.errors import UserError
 from opsd_train.config.load import to_yaml
 from opsd_train.config.schema import Config, GrpoConfig, LoraConfig, ModelConfig, OpsdConfig
 from opsd_train.data.batches import Sample, micro_batches
@@ -27,7 +26,7 @@ from opsd_train.model.policy import (
     load_model_config,
     load_tokenizer,
 )
-from opsd_train.rollout.context_checks import check_context, heldout_texts
+from opsd_train.rollout.context_checks import check_batch_tokens, check_context, heldout_texts
 
 _MIB = 2**20
 
@@ -144,14 +143,9 @@ def _longest(config: Config, measured: Measured, count: int) -> list[Problem]:
 
 def _batch(prompts: list[int], new: int, config: Config) -> Generation:
     """The largest batch, of the longest of these prompts' lengths."""
-    longest = max(prompts)
-    rows = min(len(prompts), config.rollout.batch_tokens // (longest + new))
-    if rows < 1:
-        raise UserError(
-            f"rollout.batch_tokens={config.rollout.batch_tokens} is less than one sequence: a "
-            f"prompt of {longest} tokens and {new} new ones; raise it"
-        )
-    return Generation(rows, longest, new)
+    longest, budget = max(prompts), config.rollout.batch_tokens
+    check_batch_tokens("rollout.batch_tokens", budget, longest, new)
+    return Generation(min(len(prompts), budget // (longest + new)), longest, new)
 
 
 def _evaluation(config: Config, asked: Measured) -> Generation | None:

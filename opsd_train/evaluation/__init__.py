@@ -1,1 +1,1 @@
-"""Accuracy on held-out problems, with intervals."""
+"""Evaluation: completions graded, scored and given intervals; held-out accuracy in training."""

@@ -11,15 +11,16 @@ from opsd_train.reporting.intervals import paired_difference, wilson
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One greedy completion per problem and whether it is right."""
+    """One greedy completion of each problem, and whether its answer is right."""
 
     completions: list[list[int]]
+    """Token ids."""
     correct: list[bool]
     reasons: list[str | None]
-    """Why a check failed, which counts as wrong; None where it did not."""
+    """Why an answer could not be checked, which counts as wrong; None where it was checked."""
 
     def summary(self) -> dict[str, object]:
-        """Accuracy with its 95 % interval."""
+        """Accuracy with its 95 % Wilson interval."""
         right, count = sum(self.correct), len(self.correct)
         return {
             "accuracy": right / count,
@@ -29,8 +30,11 @@ class Evaluation:
         }
 
     def row(self) -> dict[str, object]:
-        """For evaluations.jsonl: accuracy, its interval, and which problems were right (1) or
-        wrong (0), in their order."""
+        """A line of evaluations.jsonl.
+
+        "correct" has a 1 or a 0 for each problem, in their order; "failed_checks" counts the
+        answers that could not be checked; "length" is the mean number of tokens.
+        """
         summary = self.summary()
         return {
             "accuracy": summary["accuracy"],
@@ -43,12 +47,14 @@ class Evaluation:
 
 
 def over_checkpoints(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the rows of evaluations.jsonl say together, for the summary.
+    """What the summary says about all rows of an evaluations.jsonl.
 
-    `paired`: last against before training, if that was evaluated. As the paper reports (Appendix
-    B), where more than one checkpoint was evaluated: `best`, the highest accuracy, chosen on the
-    very problems it is measured on and so biased upwards; `mean`, the average. The model before
-    training is not among them.
+    paired   accuracy of the last checkpoint minus that before training, where both were evaluated
+    best     the checkpoint with the highest accuracy (the paper's Appendix B); it is chosen on the
+             problems it is measured on, so its accuracy is biased upwards
+    mean     mean accuracy of the checkpoints
+
+    `best` and `mean` need two checkpoints; the model before training is not one of them.
     """
     first, checkpoints = rows[0], [row for row in rows if row["step"] > 0]
     found: dict[str, Any] = {}

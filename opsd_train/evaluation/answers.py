@@ -1,4 +1,4 @@
-"""Whether a completion is right: the one check, which runs in a process of its own."""
+"""Checks one completion against the expected answer. Worker processes import this, no others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ from opsd_train.evaluation.finding import (
 )
 
 Verdict = tuple[bool, str | None, bool]
-"""Right or not; the answer as it was found; whether it has the form asked for."""
+"""Right or not; the answer found in the text; whether it has the form asked for (see Grade)."""
+Scorer = Callable[[str, dict[str, Any] | None], float]  # of an answer to a task's entry
 
 NONSENSE = "?"
 BOXED_ONLY = (LatexExtractionConfig(boxed_match_priority=0),)
@@ -41,12 +42,13 @@ VERBATIM = re.compile(
     r"[-+]?\d[\d.]*(?:\s+[-+]?\d[\d.]*)+|\d+(?::\d\d)+|[^\W\d_](?:\s+[^\W\d_])+|0[xb][\da-fA-F]+"
 )
 
-# The time limit comes from outside, so math-verify's warnings about it are beside the point.
+# Workers are stopped from outside; math-verify would warn that its own time limit is off.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def check(text: str, expected: str) -> Verdict:
-    """By math-verify. An answer without a box is also right as the last lines, word for word."""
+    """Check by math-verify. An answer without a box is right, too, if the last lines are the
+    expected answer word for word."""
     part = answer_part(text)
     box = last_box(part)
     if box is not None:
@@ -80,11 +82,12 @@ def check_by_task(
     entry: dict[str, Any] | None,
     task_config: dict[str, Any] | None = None,
 ) -> Verdict:
-    """By the reasoning_gym task's own scorer, with the settings that the entry was made with.
+    """Check by the reasoning_gym task's own scorer.
 
-    Right is the score 1: what is well formed but wrong scores up to 0.99. An answer that is the
-    expected number written otherwise (3.0, 1,234, a typographic minus), or its lines with other
-    white space at their ends, reaches the scorer as the task writes it.
+    `entry` is the task's ("question", "answer", "metadata"), `task_config` the settings it was
+    made with. Only a score of 1 is right: a well-formed wrong answer scores up to 0.99. An answer
+    that differs from the expected one only in how a number is written (3.0, 1,234, a typographic
+    minus) or in white space at line ends is passed to the scorer as the task writes it.
     """
     answer = _task_answer(answer_part(text), expected)
     if answer is None:
@@ -133,9 +136,7 @@ def _task_answer(part: str, expected: str) -> str | None:
     return answer if number is None else _as_expected(answer, expected)
 
 
-def _scores_one(
-    scorer: Callable[[str, dict[str, Any]], float], answer: str, entry: dict[str, Any] | None
-) -> bool:
+def _scores_one(scorer: Scorer, answer: str, entry: dict[str, Any] | None) -> bool:
     try:
         return scorer(answer, entry) == 1.0
     except ValueError:  # prime_factorization reads numbers without asking whether they are some
@@ -143,13 +144,13 @@ def _scores_one(
 
 
 def _as_expected(given: str, expected: str) -> str:
-    """The task's own spelling of a number; a fraction stays: some tasks want it in lowest terms."""
+    """A number as the task writes it. A fraction is kept: some tasks want it in lowest terms."""
     same = "/" not in expected and plain_number(given) == plain_number(expected)
     return expected if same else given
 
 
 def _only_verbatim(expected: str) -> bool:
-    """Whether an answer is several numbers, letters or lines, which are no mathematics."""
+    """Whether an answer is a row of numbers or letters, or several lines: compared as text."""
     if MIXED.fullmatch(expected.strip()):
         return False
     lines = expected.strip().splitlines()
@@ -174,19 +175,19 @@ def _parsed(answer: str) -> list[Any]:
 
 
 def _clean(answer: str) -> str:
-    """Without what math-verify stumbles over: a final stop, 1\\,000 and the mixed number 1 1/2."""
+    """Rewrites what math-verify misreads: a final stop, 1\\,000 and the mixed number 1 1/2."""
     text = DIGIT_SPACE.sub("", " ".join(answer.split()).strip("$").strip().removesuffix("."))
     mixed = MIXED.fullmatch(text)
     return rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}" if mixed else text
 
 
 def _plain_minus(text: str) -> str:
-    """Outside of LaTeX, math-verify knows the hyphen alone as a minus."""
+    """The minus sign as a hyphen, the only minus that math-verify reads outside LaTeX."""
     return text.replace("\u2212", "-")
 
 
 @lru_cache(maxsize=100)
-def _scorer(task: str, settings: str) -> Callable[[str, dict[str, Any]], float]:
+def _scorer(task: str, settings: str) -> Scorer:
     import reasoning_gym
 
     return reasoning_gym.create_dataset(task, **json.loads(settings)).score_answer

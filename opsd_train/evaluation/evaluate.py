@@ -1,4 +1,4 @@
-"""An evaluation from its problems to its scores, gone on with wherever it was left."""
+"""Runs an evaluation: completions, grades, scores. A second call continues an unfinished one."""
 
 from __future__ import annotations
 
@@ -27,9 +27,11 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
-    """Evaluate a model or run on sets of problems, or go on with that; returns the scores.
+    """Evaluate a model or run on sets of problems; returns the scores of each set.
 
-    Of several processes (torchrun) each generates its part, and rank 0 alone has the scores.
+    What config.output_dir has of this evaluation is kept. Under torchrun each rank generates its
+    share; only rank 0 grades, and the others return {}. Raises UserError for a set that is unknown
+    or named twice, and where the folder holds another evaluation.
     """
     # Imported here because --regrade needs neither torch nor a model.
     from transformers.utils import logging as transformers_logging
@@ -63,7 +65,10 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
 
 
 def score(store: Store, grading: GradingConfig) -> Scores:
-    """Grade the generations that are kept, write grades.jsonl and scores.json, print the scores."""
+    """Grade the completions in the folder, write grades.jsonl and scores.json, print the scores.
+
+    Raises UserError where the folder has no completions.
+    """
     problems = {(p.set, p.problem): p for p in store.problems()}
     order = {key: index for index, key in enumerate(problems)}
     kept = sorted(store.generations().items(), key=lambda item: (order[item[0][:2]], item[0][2]))
@@ -103,7 +108,11 @@ def score(store: Store, grading: GradingConfig) -> Scores:
 
 
 def regrade(config: EvalConfig, source: str) -> Path:
-    """Grade again what an evaluation kept; `source` is its folder, or what it evaluated."""
+    """Grade the completions of an evaluation again; returns its folder.
+
+    `source` is that folder, or the model or run it evaluated (the folder is then output_dir).
+    Raises UserError if neither is the folder of an evaluation.
+    """
     store = Store(source)
     if not store.exists:
         store = Store(config.output_dir)
@@ -117,7 +126,10 @@ def regrade(config: EvalConfig, source: str) -> Path:
 
 
 def print_difference(folder: str | Path, other: str | Path) -> dict[str, dict[str, Any]]:
-    """What an evaluation gained over another on the problems of both, by set."""
+    """Print and return the difference in avg@n to another evaluation, by set (see `compare`).
+
+    Only problems that both evaluations have count. Raises UserError if there are none.
+    """
     ours, theirs = _by_question(Store(folder)), _by_question(Store(other))
     differences = {}
     for name in dict.fromkeys(label for label, _ in ours):
@@ -137,7 +149,7 @@ def print_difference(folder: str | Path, other: str | Path) -> dict[str, dict[st
 
 
 def _open(store: Store, evaluated: Evaluated, prompts: Any, run: Config | None) -> None:
-    """A new folder with its problems, or one with the same evaluation, to go on with."""
+    """Begin the folder, or check that it holds this evaluation already."""
     if store.exists:
         store.check_same(evaluated)
         return
@@ -154,12 +166,12 @@ def _by_problem(graded: Sequence[GradedSample]) -> dict[str, list[list[GradedSam
 
 
 def _by_question(store: Store) -> dict[tuple[str, str], list[GradedSample]]:
-    """The samples of each problem by its set and question: other runs may number them otherwise."""
+    """The samples of each problem, by set and question: ids may differ between evaluations."""
     questions = {(p.set, p.problem): (p.set, p.question) for p in store.problems()}
     samples: dict[tuple[str, str], list[GradedSample]] = defaultdict(list)
     for row in store.grades():
         key = questions[row["set"], row["problem"]]
-        samples[key].append(row | {"problem": key[1]})
+        samples[key].append({**row, "problem": key[1]})
     return samples
 
 
@@ -197,7 +209,7 @@ class _Progress:
             self._bar.stop()
 
     def show(self, done: int, total: int) -> None:
-        """Completions that are there, of all that this process makes."""
+        """`done` of this process's `total` completions are made."""
         if self._bar:
             self._bar.update(self._task, completed=done, total=total)
         elif self._shown and (done == total or self._due()):

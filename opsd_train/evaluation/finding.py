@@ -1,6 +1,6 @@
-r"""Where a completion's answer is, from its text and the form of the expected answer alone.
+r"""Finds the answer in a completion, from its text and the form of the expected answer.
 
-Exactly one part of a completion is graded, so that listing answers gains nothing:
+Exactly one part of a completion is graded, so listing several answers gains nothing:
 
 1. what follows the last </think>, where there is one;
 2. in it the last \boxed{...} whose braces close;
@@ -11,10 +11,11 @@ Exactly one part of a completion is graded, so that listing answers gains nothin
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-LONGEST = 10_000  # characters that are looked at without a box; no answer needs more
+LONGEST = 10_000  # characters searched where there is no box; no answer needs more
 
 # Escaped braces are no braces; some models write \\boxed as if it were inside a Python string.
 _BRACES = re.compile(r"(?P<box>\\{1,2}boxed\s*\{)|\\.|(?P<open>\{)|(?P<close>\})", re.DOTALL)
@@ -30,14 +31,14 @@ _NUMBER = re.compile(
     r"|(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 )
 _SIGN = re.compile(r"(?P<before>(?:\S ?)?)(?P<sign>[-+]) ?$")
-# What makes a number an operand, an index, a time of day ... and not the answer by itself.
+# A number after or before these is an operand, an index, a time of day ... and not an answer.
 _WITHIN = re.compile(r"(?:[\w.\\{^_/*√:]|\d, ?|[+*/^√] +|\d +)$")
 _GOES_ON = re.compile(
     r" *[-+*/^] *(?:[\d(\\√.]|(?!a\b|I\b)[A-Za-z](?![A-Za-z]))"  # 3 + x
     r"|[\^_{}!(²³½¼¾⅓⅔√\\]|[:,.]\d|[A-Za-z]*[\d^(]|[xyzn](?![A-Za-z])| +\d"
 )
 _DIGIT_GAP = re.compile(r"(?<=\d)(?:\\[,;:! ]|~|\{,\}|['\u2019\u00a0\u2009\u202f])(?=\d{3}(?!\d))")
-_TIDIER = [
+_TIDIER: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
     (re.compile(r"(?<=\d)!(?=\s|$)"), "."),  # "It is 5!"; a factorial is followed by $ or more
     (_DIGIT_GAP, ""),
     (re.compile("[\u2212\u2013\ufe63\uff0d]"), "-"),
@@ -61,11 +62,14 @@ _TIDIER = [
 
 @dataclass(frozen=True)
 class Number:
-    """A number that stands by itself: as it was written, and its exact value."""
+    """A number that is no part of an expression."""
 
     text: str
+    """As it was written."""
     value: Fraction
+    """Its exact value; of 50 % that is 50."""
     percent: bool = False
+    """Whether a percent sign follows it."""
 
 
 def answer_part(text: str) -> str:
@@ -106,10 +110,10 @@ def last_lines(part: str, expected: str) -> str | None:
 
 
 def final_number(part: str) -> Number | None:
-    """The last number of a text, or of the sentence that last says what the answer is.
+    """The last number of a text, or of the last sentence that says "the answer is".
 
-    None where there is none, or where it is part of an expression: of 2/3 that number is 2/3, of
-    3^2, 7 - 3, 0 0 3 and 3:45 there is none.
+    None where there is none, or where it is part of an expression: 2/3 is a number, but 3^2, 7 - 3,
+    0 0 3 and 3:45 are not.
     """
     text = _tidy(part[-LONGEST:])
     *_, stated = [None, *_STATED.finditer(text)]
@@ -123,7 +127,8 @@ def final_number(part: str) -> Number | None:
 
 
 def only_number(text: str) -> Number | None:
-    r"""The number of a text that holds one, and it no operand, such as x = 5 or 5\text{ cm}."""
+    r"""The only number of a text such as x = 5 or 5\text{ cm}; None if it has more, or if the
+    number is part of an expression."""
     text = _tidy(text[-LONGEST:])
     found = list(_NUMBER.finditer(text))
     return _by_itself(text, found[0]) if len(found) == 1 else None
@@ -144,7 +149,8 @@ def plain_number(text: str) -> Fraction | None:
 
 
 def unadorned(answer: str, expected: str) -> str:
-    r"""Without \text{...}, emphasis, quotes and a final stop that the expected answer lacks."""
+    r"""The answer without \text{...}, emphasis, quotes and a final stop, unless the expected answer
+    has them."""
     inside = re.fullmatch(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", answer.strip())
     text = (inside[1] if inside else answer).strip(" \t*")
     if same_lines(text, expected):
@@ -160,8 +166,10 @@ def same_lines(one: str, two: str) -> bool:
 
 
 def normalise(answer: str) -> str:
-    """One text for answers that are written alike: without case, $, quotes, emphasis, a final stop,
-    and spaces other than those between two words or numbers of a line."""
+    """The answer in lower case, without $, quotes, emphasis, a final stop and thousands commas.
+
+    Spaces are kept only between two words or numbers of a line.
+    """
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), answer.lower())
     lines = [re.sub(r"\$|\\[,;! ]", "", line) for line in text.strip().splitlines()]
     lines = [re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", re.sub(r"\s+", " ", line)) for line in lines]
@@ -169,7 +177,7 @@ def normalise(answer: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Plain characters for the signs, spaces and LaTeX that a number is written with."""
+    """The text with ASCII signs and spaces, and without the LaTeX that numbers are written with."""
     for pattern, plain in _TIDIER:
         text = pattern.sub(plain, text)
     return text

@@ -1,30 +1,33 @@
-"""The completions of an evaluation: what is missing, a batch at a time."""
+"""Generates the completions that an evaluation's folder lacks, a batch at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
+from opsd_train.data.batches import token_batches
 from opsd_train.data.seeds import stable_seed
 from opsd_train.distributed.context import DistributedContext
-from opsd_train.evaluation.eval_prompts import EvalPrompts, check_context
+from opsd_train.evaluation.eval_prompts import EvalPrompts
 from opsd_train.evaluation.sets import EvalProblem
 from opsd_train.evaluation.settings import EvalConfig, SamplingConfig
 from opsd_train.evaluation.source import Source, open_engine
 from opsd_train.evaluation.store import GenerationFile, Key, Rows, Store
 from opsd_train.model.policy import load_model_config
 from opsd_train.rollout import Completion, Request, Sampling
+from opsd_train.rollout.context_checks import LongestSequence, check_batch_tokens, check_fits
 
-_VLLM_BATCH = 256  # completions between two writes; vLLM itself fills its batches from them
+_VLLM_BATCH = 256  # completions between two writes; vLLM makes its own batches of them
 
 
 @dataclass(frozen=True)
 class EvalSample:
-    """One completion to make."""
+    """One completion that is to be generated."""
 
     problem: EvalProblem
     number: int  # which of the problem's samples
@@ -33,6 +36,7 @@ class EvalSample:
 
     @property
     def key(self) -> Key:
+        """The completion's name in the store."""
         return self.problem.set, self.problem.problem, self.number
 
 
@@ -44,14 +48,16 @@ def generate(
     context: DistributedContext,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Make what the folder does not have yet; `progress` is told completions made and wanted.
+    """Generate the completions that the folder lacks.
 
-    Of several processes each makes its part. What is made depends neither on their number nor on
-    what was there before, but for rounding where that makes other batches.
+    `progress` is called with the completions done and the total, of this process. Each process
+    generates its share. A completion depends neither on the number of processes nor on what the
+    folder had, except for rounding where batches differ. Raises UserError if the longest prompt
+    and its completion exceed the model's context or sampling.batch_tokens.
     """
     samples = _samples(config, store.problems(), prompts)
     longest = max(len(sample.prompt) for sample in samples)
-    check_context(config, load_model_config(source.model), longest)
+    _check_limits(config.sampling, source, longest)
     there = context.broadcast(set(store.generations()))
     mine = samples[context.rank :: context.size]
     batches = [
@@ -75,28 +81,32 @@ def generate(
     ):
         for batch in filter(None, batches):
             requests = [Request(sample.prompt, sample.seed) for sample in batch]
-            completions = engine.generate(requests, _sampling(config.sampling))
+            completions = engine.generate(requests, Sampling.of(config.sampling))
             file.append(_rows(batch, completions, prompts.tokenizer))
             done += len(batch)
             progress(done, len(mine))
 
 
 def patient_barrier(context: DistributedContext) -> Callable[[], None]:
-    """A barrier that waits for days: some ranks may have hours more to generate than others.
+    """A barrier with a timeout of 30 days: some ranks may generate for hours longer than others.
 
-    Every rank calls it, at about the same time, and later what it returns.
+    Every rank calls this at about the same time, and later the function that it returns.
     """
     if context.size == 1:
-        return lambda: None
+        return _nothing_to_wait_for
     group = dist.new_group(timeout=timedelta(days=30), backend="gloo")
     context.barrier()
-    return lambda: dist.barrier(group)
+    return partial(dist.barrier, group)
+
+
+def _nothing_to_wait_for() -> None:
+    """The barrier of a single process."""
 
 
 def _samples(
     config: EvalConfig, problems: Sequence[EvalProblem], prompts: EvalPrompts
 ) -> list[EvalSample]:
-    """All completions, those with prompts of similar length side by side."""
+    """All completions, in ascending order of their prompts' length."""
     tokens = {problem: prompts.prompt(problem) for problem in problems}
     ordered = sorted(problems, key=lambda problem: (len(tokens[problem]), tokens[problem]))
     return [
@@ -111,23 +121,22 @@ def _seed(config: EvalConfig, problem: EvalProblem, number: int) -> int:
 
 
 def _batches(samples: Sequence[EvalSample], sampling: SamplingConfig) -> Iterator[list[EvalSample]]:
-    """What is generated before it is written: one batch of the transformers engine, or more."""
+    """The completions generated between two writes: one batch of the engine, with vLLM several."""
     if sampling.engine == "vllm":
         for start in range(0, len(samples), _VLLM_BATCH):
             yield list(samples[start : start + _VLLM_BATCH])
         return
-    batch: list[EvalSample] = []
-    for sample in samples:  # from short to long: the last one is the widest
-        tokens = len(sample.prompt) + sampling.max_new_tokens
-        if batch and (len(batch) + 1) * tokens > sampling.batch_tokens:
-            yield batch
-            batch = []
-        batch.append(sample)
-    yield batch
+    lengths = (len(sample.prompt) + sampling.max_new_tokens for sample in samples)
+    yield from token_batches(zip(samples, lengths, strict=True), sampling.batch_tokens)
 
 
-def _sampling(config: SamplingConfig) -> Sampling:
-    return Sampling(config.max_new_tokens, config.temperature, config.top_p, config.top_k)
+def _check_limits(sampling: SamplingConfig, source: Source, longest: int) -> None:
+    """Raises UserError unless the longest prompt and its completion fit model and batches."""
+    new = sampling.max_new_tokens
+    sequence = LongestSequence("longest prompt has", longest, "sampling.max_new_tokens", new)
+    check_fits(sequence, load_model_config(source.model))
+    if sampling.engine == "transformers":
+        check_batch_tokens("sampling.batch_tokens", sampling.batch_tokens, longest, new)
 
 
 def _rows(batch: Sequence[EvalSample], completions: Sequence[Completion], tokenizer: Any) -> Rows:

@@ -1,4 +1,4 @@
-"""Right or wrong, for many completions at once, in processes beside this one."""
+"""Grades completions right or wrong in worker processes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from opsd_train.evaluation.workers import Crew, Failure
 
 @dataclass(frozen=True)
 class Answer:
-    """A completion and what decides about it.
+    """A completion, and what it is graded by.
 
-    `task` names a reasoning_gym task, whose own scorer then grades by the task's `entry`
-    ("question", "answer", "metadata") with the settings `task_config` that the entry was made
-    with; without a task math-verify grades.
+    Without a `task` math-verify compares it with `expected`. `task` names a reasoning_gym task:
+    its own scorer then grades by the problem's `entry` ("question", "answer", "metadata"), with
+    the settings `task_config` that the entry was made with.
     """
 
     text: str
@@ -33,8 +33,8 @@ class Answer:
 class Grade:
     r"""Whether an answer is right.
 
-    answer   the answer as it was found in the text; None: there is none
-    boxed    it has the form asked for: a closed \boxed{...}; for a task's own scorer, an answer
+    answer   the answer found in the text; None if there is none
+    boxed    whether it has the form asked for: a closed \boxed{...}, or with a task any answer
     reason   why grading failed ("timeout", "error: ..."), which counts as wrong; else None
     """
 
@@ -45,14 +45,14 @@ class Grade:
 
 
 class Grader:
-    r"""Grades answers in up to `workers` processes of its own, which stay until `close`.
+    r"""Grades answers in up to `workers` processes (None: one a core), which stay until `close`.
 
-    The answer of a completion is in what follows its last </think>, and is found there by
-    `finding`: the last closed \boxed{...}, else the final number or the last lines. math-verify
-    compares it with the expected one; a reasoning_gym task's own scorer takes it at score 1.
+    The answer of a completion is looked for after its last </think>: the last closed \boxed{...},
+    else the final number or the last lines (see `finding`). It is right if math-verify finds it
+    equal to the expected one, or if the reasoning_gym task's own scorer gives it a score of 1.
 
-    An answer that takes longer than `seconds`, or at which its process dies, is wrong, with the
-    reason; the others lose nothing. UserError: `seconds` or `workers` is not positive.
+    An answer that takes longer than `seconds`, or whose process dies, is wrong, with the reason;
+    other answers are not affected. Raises UserError if `seconds` or `workers` is not positive.
     """
 
     def __init__(self, *, seconds: float = 10.0, workers: int | None = None) -> None:
@@ -64,7 +64,11 @@ class Grader:
         self._crew: Crew | None = None
 
     def submit(self, answers: Sequence[Answer]) -> Pending:
-        """Begins to grade, and returns at once. UserError: a task is unknown or has no entry."""
+        """Start grading and return at once.
+
+        Raises UserError for an unknown task, an answer to a task without its entry, and a task
+        where reasoning_gym is not installed.
+        """
         _check_tasks(answers)
         if not answers:
             return Pending(answers, ())
@@ -75,7 +79,7 @@ class Grader:
         return Pending(answers, self._crew.submit(answers))
 
     def close(self) -> None:
-        """Ends the processes; what is still pending fails with RuntimeError."""
+        """End the processes; results still pending raise RuntimeError."""
         if self._crew is not None:
             self._crew.close()
 
@@ -88,7 +92,10 @@ class Pending:
     futures: Sequence[Future]
 
     def result(self) -> list[Grade]:
-        """Waits for the grades, in the order of the answers."""
+        """Wait for the grades, in the order of the answers.
+
+        Raises RuntimeError if the grader was closed, or if its processes cannot start.
+        """
         results = [future.result() for future in self.futures]
         pairs = zip(self.answers, results, strict=True)
         return [_failed(a, r) if isinstance(r, Failure) else r for a, r in pairs]
@@ -97,7 +104,7 @@ class Pending:
 def grade(
     answers: Sequence[Answer], *, seconds: float = 10.0, workers: int | None = None
 ) -> list[Grade]:
-    """The grade of each answer, in order, by a Grader for them alone."""
+    """The grade of each answer, in order, by a Grader of its own; see there for what is raised."""
     grader = Grader(seconds=seconds, workers=workers)
     try:
         return grader.submit(answers).result()
@@ -106,7 +113,7 @@ def grade(
 
 
 def grade_one(answer: Answer) -> Grade:
-    """The grade of one answer, here and now, however long it takes."""
+    """The grade of one answer, in this process and without a time limit."""
     from opsd_train.evaluation.answers import check, check_by_task
 
     if answer.task is None:
@@ -121,7 +128,7 @@ def _failed(answer: Answer, failure: Failure) -> Grade:
 
 
 def _check_tasks(answers: Sequence[Answer]) -> None:
-    tasks = {answer.task for answer in answers} - {None}
+    tasks = {answer.task for answer in answers if answer.task is not None}
     if not tasks:
         return
     try:

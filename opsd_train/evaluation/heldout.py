@@ -1,4 +1,4 @@
-"""Held-out problems: greedy accuracy and divergence, shared out over the ranks."""
+"""Greedy accuracy and divergence on held-out problems, computed by all ranks together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from opsd_train.rollout.trajectories import Trajectories
 
 
 class HeldOut:
-    """Every rank answers its part of the problems; every rank knows all the answers."""
+    """The held-out problems of a run. Each rank answers its share and gets all ranks' answers.
+
+    Every rank makes every call.
+    """
 
     def __init__(
         self,
@@ -36,7 +39,7 @@ class HeldOut:
         self._rewards, self._context = rewards, context
 
     def evaluate(self, side: str) -> Evaluation:
-        """Solve each problem once, greedily, under the prompt of `side`."""
+        """Solve each problem once, greedily, under the prompt of `side`: "student" or "teacher"."""
         mine = self.problems[self._context.rank :: self._context.size]
         prompts = [getattr(self._prompts, side)(problem) for problem in mine]
         made = self._trajectories.greedy(prompts, self._config.evaluation.max_new_tokens)
@@ -51,7 +54,7 @@ class HeldOut:
 
     @torch.no_grad()
     def divergence(self, evaluation: Evaluation) -> float:
-        """Mean over the tokens of the student's own greedy completions."""
+        """Divergence from the teacher in nats, mean over the tokens of these greedy completions."""
         everything = [
             Sample(problem, self._prompts.student(problem), self._teacher(problem), completion)
             for problem, completion in zip(self.problems, evaluation.completions, strict=True)

@@ -1,10 +1,10 @@
-"""Scores of graded samples: avg@k, pass@k, majority@k and the like, over problems."""
+"""Scores over problems: avg@k, pass@k, majority@k, format, finished and length."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, TypedDict
@@ -17,7 +17,7 @@ from opsd_train.reporting.intervals import bootstrap
 
 
 class GradedSample(TypedDict):
-    """One line of an evaluation's grades.jsonl (`reason`: why grading failed, else None)."""
+    """A line of an evaluation's grades.jsonl; `reason`: why grading failed, else None."""
 
     set: str
     problem: str
@@ -34,7 +34,7 @@ Problems = Sequence[Sequence[GradedSample]]  # the samples of each problem
 
 
 def summarise(problems: Problems) -> dict[str, Any]:
-    """Every score, as {"value", "interval"}: a mean over problems with its bootstrap interval.
+    """Every score as {"value", "interval"}: mean over problems, and its 95 % bootstrap interval.
 
     With n samples of every problem:
     avg       share of right samples (avg@n)
@@ -43,8 +43,8 @@ def summarise(problems: Problems) -> dict[str, Any]:
     format    share of samples that ended by themselves with an answer in the form asked for
     finished  share of samples that ended by themselves
     length    mean tokens of a sample
-    "problems" and "samples" (n) are counts. Keys k are text, as they are in JSON.
-    UserError: no problems, or not as many samples of each.
+    "problems" and "samples" (n) are counts. Keys k are strings, as in JSON. Raises UserError where
+    there are no problems, a problem twice, or different numbers of samples.
     """
     ordered = _ordered(problems)
     samples = len(ordered[0])
@@ -82,10 +82,10 @@ def summarise(problems: Problems) -> dict[str, Any]:
 
 
 def compare(one: Problems, two: Problems) -> dict[str, Any]:
-    """Mean over the same problems of two's avg minus one's, with its paired bootstrap interval.
+    """Mean over problems of two's avg minus one's, and its 95 % paired bootstrap interval.
 
-    With one sample of each there are also the problems "gained" (wrong, then right) and "lost".
-    UserError: the problems are not the same, or not as many samples of each.
+    With one sample of each problem also the counts "gained" (wrong, then right) and "lost". Raises
+    UserError where the problems are not the same, or have different numbers of samples.
     """
     before, after = _ordered(one), _ordered(two)
     known, others = [_key(problem) for problem in before], [_key(problem) for problem in after]
@@ -110,16 +110,17 @@ def compare(one: Problems, two: Problems) -> dict[str, Any]:
 
 
 def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, value, interval) of each score, as text; of pass@k only k = 1, 2, 4, ... and n.
+    """(label, value, interval) of each score, as text; pass@k for k = 1, 2, 4, ... and n only.
 
     With one sample pass@1 and majority@1 are avg@1, and are left out.
     """
     samples = summary["samples"]
+    lines: list[tuple[str, dict[str, Any], Callable[[float], str]]]
     lines = [(f"avg@{samples}", summary["avg"], _percent)]
     for name in ("pass", "majority") if samples > 1 else ():
         lines += [(f"{name}@{k}", summary[name][k], _percent) for k in summary["majority"]]
     lines += [(name, summary[name], _percent) for name in ("format", "finished")]
-    lines.append(("length", summary["length"], lambda tokens: f"{tokens:,.0f}"))
+    lines.append(("length", summary["length"], "{:,.0f}".format))
     return [
         (label, text(score["value"]), " to ".join(text(bound) for bound in score["interval"]))
         for label, score, text in lines
@@ -127,19 +128,20 @@ def rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def pass_at(samples: int, right: int, k: int) -> float:
-    """Chance that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k).
+    """Chance that k of n samples include a right one, c of the n being right.
 
-    Source: Chen et al., Evaluating Large Language Models Trained on Code (2021), equation 1.
+    1 - C(n-c, k) / C(n, k): equation 1 of Chen et al., Evaluating Large Language Models Trained on
+    Code (2021).
     """
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def majority_at(problem: Sequence[GradedSample], k: int) -> float:
-    """Chance that the most frequent answer of k of the samples is right, over all subsets: exact.
+    """Chance that the most frequent answer of k of the samples is right: exact, over all subsets.
 
-    Answers are one if `finding.normalise` makes them the same text, and right if one of them was
-    graded so (the same text is graded otherwise only where grading failed). Answers that tie
-    share the vote equally; a sample without an answer has none.
+    Answers are the same if `finding.normalise` gives the same text, and right if one of them was
+    graded right (grades of the same text differ only where grading failed). Tied answers share the
+    vote equally; a sample without an answer does not vote.
     """
     counts: Counter[str] = Counter()
     right = set()
@@ -155,11 +157,11 @@ def majority_at(problem: Sequence[GradedSample], k: int) -> float:
 
 @lru_cache(maxsize=10_000)  # many problems have the same counts
 def _majority(groups: tuple[tuple[int, bool], ...], silent: int, k: int) -> float:
-    """The same for (count, right) of each answer, and `silent` samples without one.
+    """majority_at from the (count, right) of each answer, and `silent` samples without an answer.
 
-    A right answer wins with t votes where no other has more than t; with m others at t, its part
-    is 1 / (m + 1). Ways to pick the others' k - t samples come from multiplying polynomials:
-    ways[m, j] picks j samples, with m answers at t and no answer above.
+    A right answer with t votes wins if no other has more than t; if m others have t, its share is
+    1 / (m + 1). The ways to pick the other k - t samples are counted by multiplying polynomials:
+    ways[m, j] is the number of ways to pick j samples so that m answers have t and none has more.
     """
     total = 0.0
     for place, (count, right) in enumerate(groups):
@@ -189,7 +191,7 @@ def _picks(size: int, most: int, length: int) -> list[float]:
 
 
 def _ordered(problems: Problems) -> list[Sequence[GradedSample]]:
-    """By set and id, so that the order of the input changes no digit."""
+    """Sorted by set and id, so that sums do not depend on the order of the input."""
     if not problems:
         raise UserError("there are no problems to score")
     counts = {len(problem) for problem in problems}

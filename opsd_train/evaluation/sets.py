@@ -1,12 +1,12 @@
-"""The problems of an evaluation: data sets of the hub, tasks, files, a run's held-out problems."""
+"""The problems that --set names: hub data sets, tasks, files, a run's held-out problems."""
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from opsd_train.config.errors import UserError, suggest
 from opsd_train.config.load import config_from, load_recipe
@@ -27,11 +27,12 @@ HELDOUT = "heldout"
 
 @dataclass(frozen=True)
 class EvalProblem:
-    """One problem; `entry` is that of its reasoning_gym `task`, whose own scorer grades it with
-    the settings `task_config`."""
+    """A problem of a set; see `grading.Answer` for `task`, `entry` and `task_config`."""
 
     set: str
-    problem: str  # its id
+    """As problems.jsonl calls it: see `set_label`."""
+    problem: str
+    """The problem's id in its set."""
     question: str
     answer: str
     task: str | None = None
@@ -41,14 +42,15 @@ class EvalProblem:
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a data set is on the hub, and which of its columns are what."""
+    """A data set on the Hugging Face hub, and its columns; the answer's is `answer`."""
 
     path: str
     split: str
     question: str
     type: str | None = None
-    """A column: rows where it says "description" are left out, no parser can grade them."""
+    """Column whose rows with "description" are left out: no parser can grade their answers."""
     note: str = ""
+    """Shown beside the scores."""
 
 
 # Names and columns as on the data sets' cards; all have a column `answer`.
@@ -70,7 +72,12 @@ HUB = {
 
 
 def load_set(name: str, config: EvalConfig, run: Config | None) -> list[EvalProblem]:
-    """The problems that --set `name` means; `run` is the recipe of the run that is evaluated."""
+    """The problems that --set `name` means; `run` is the recipe of the run that is evaluated.
+
+    Raises UserError for an unknown set, data that has changed since the run, and a task that
+    cannot give so many problems or whose scorer rejects its own answer.
+    """
+    problems: Iterable[EvalProblem]
     if name in HUB:
         problems = _hub(name, HUB[name])
     elif is_heldout(name):
@@ -91,17 +98,20 @@ def load_set(name: str, config: EvalConfig, run: Config | None) -> list[EvalProb
 
 
 def set_label(name: str) -> str:
-    """What problems.jsonl calls a set: a run's folder is its held-out problems."""
+    """The set's name in problems.jsonl: "heldout" for the folder of a run, else `name`."""
     return HELDOUT if is_heldout(name) else name
 
 
 def is_heldout(name: str) -> bool:
-    """Whether --set `name` means held-out problems: of the run evaluated, or of a run's folder."""
+    """Whether --set `name` means held-out problems: "heldout", or the folder of a run."""
     return name == HELDOUT or (Path(name) / "config.yaml").is_file()
 
 
 def recipe_of(name: str, run: Config | None) -> Config:
-    """The recipe of the run whose held-out problems --set `name` means."""
+    """The recipe of the run whose held-out problems --set `name` means.
+
+    `run` is that of the run that is evaluated; raises UserError for "heldout" without one.
+    """
     if name != HELDOUT:
         return config_from(load_recipe(str(Path(name) / "config.yaml")))
     if run is None:
@@ -113,7 +123,7 @@ def recipe_of(name: str, run: Config | None) -> Config:
 
 
 def _hub(name: str, place: HubSet) -> Iterator[EvalProblem]:
-    # The reader takes three columns; where there is a type, it is the third.
+    # The reader takes three columns; the type, where there is one, is read as the third.
     columns = ColumnsConfig(question=place.question, answer="answer", solution=place.type)
     data = _data("hub", path=place.path, split=place.split, columns=columns)
     for problem in problems_from_rows(data, Counter()):
@@ -129,7 +139,7 @@ def _file(path: str, columns: FileColumnsConfig) -> Iterator[EvalProblem]:
 
 
 def _task(task: str, settings: dict[str, Any], count: int) -> list[EvalProblem]:
-    # Not the seed of training recipes, which would draw the problems that were trained on.
+    # Another seed than training recipes have: theirs would draw the problems trained on.
     seed = stable_seed("evaluation", task)
     made: dict[str, EvalProblem] = {}  # by question
     for name, entry in task_entries(task, settings, seed, count, f"tasks.{task}"):
@@ -146,7 +156,7 @@ def _task(task: str, settings: dict[str, Any], count: int) -> list[EvalProblem]:
 
 
 def _heldout(config: Config, folder: Path) -> Iterator[EvalProblem]:
-    """Those that training evaluates; all, where it evaluates none. `folder` is the run's."""
+    """The problems that training evaluates, or all if it evaluates none; `folder`: the run's."""
     train, problems = load_problems(config.data)
     for checkpoint in sorted((folder / "checkpoints").glob("step_*[0-9]"))[-1:]:
         old = recorded_fingerprint(checkpoint)
@@ -155,15 +165,15 @@ def _heldout(config: Config, folder: Path) -> Iterator[EvalProblem]:
     if not problems:
         raise UserError("--set heldout: the run held no problems out (data.heldout_size=0)")
     for problem in problems[: config.evaluation.problems or None]:
-        if problem.task is not None:
-            made_by = (problem.task, problem.id, problem.entry, problem.task_config)
-            yield _of_entry(HELDOUT, *made_by)
+        if problem.task is not None and problem.entry is not None:
+            made_by = problem.task_config
+            yield _of_entry(HELDOUT, problem.task, problem.id, problem.entry, made_by)
         else:
             yield EvalProblem(HELDOUT, problem.id, problem.question, problem.answer)
 
 
 def _of_entry(
-    label: str, task: str, name: str, entry: dict[str, Any], settings: dict[str, Any]
+    label: str, task: str, name: str, entry: dict[str, Any], settings: dict[str, Any] | None
 ) -> EvalProblem:
     kept = {key: value for key, value in entry["metadata"].items() if _is_json(value)}
     entry = {"question": entry["question"], "answer": entry["answer"], "metadata": kept}
@@ -172,7 +182,7 @@ def _of_entry(
 
 
 def _check_scorer(task: str, problem: EvalProblem) -> None:
-    """A few scorers (arc_agi, rearc) want the tuples that JSON has made lists of."""
+    """Raises UserError for scorers (arc_agi, rearc) that need tuples: JSON has only lists."""
     from opsd_train.evaluation.answers import check_by_task
 
     entry = json.loads(json.dumps(problem.entry))
@@ -191,7 +201,7 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _data(source: str, **options: Any) -> DataConfig:
+def _data(source: Literal["file", "hub"], **options: Any) -> DataConfig:
     return DataConfig(source=source, train_size=None, heldout_size=0, **options)
 
 

@@ -1,4 +1,4 @@
-"""The recipe of an evaluation: every key with its meaning."""
+"""Sections of an evaluation's recipe; `python -m opsd_train --help` prints each key's docstring."""
 
 import re
 from collections.abc import Sequence
@@ -8,13 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from opsd_train.config.schema import (
-    Count,
+    EngineConfig,
     ModelConfig,
-    NonNegativeReal,
     Positive,
     PositiveReal,
     PromptsConfig,
-    RolloutConfig,
     section,
 )
 from opsd_train.data.files import is_data_file
@@ -22,6 +20,8 @@ from opsd_train.data.files import is_data_file
 
 @section
 class EvalPromptsConfig:
+    """The prompts of all sets but held-out problems, which have those of their run."""
+
     student: str
     """Jinja template of the prompt (problem.question); named as in the recipes of training."""
     system: str | None = None
@@ -36,7 +36,7 @@ class EvalPromptsConfig:
     """What to do with problems that are longer: stop, or leave them out and say so."""
 
     def for_builder(self) -> PromptsConfig:
-        """The same for prompts.PromptBuilder, which takes a student's and a teacher's."""
+        """These settings for a PromptBuilder: student's and teacher's prompts alike."""
         return PromptsConfig(
             student=self.student,
             teacher=self.student,
@@ -51,25 +51,12 @@ class EvalPromptsConfig:
 
 
 @section
-class SamplingConfig:
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates the completions."""
+class SamplingConfig(EngineConfig):
+    """How completions are sampled, and how many of each problem."""
+
     samples: Positive
     """Completions of each problem."""
-    max_new_tokens: Positive
-    """Longest completion."""
-    temperature: NonNegativeReal = 1.0
-    """Sampling temperature; 0 takes the likeliest token."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the smallest set of tokens with this probability; 1 is all of them."""
-    top_k: Count = 0
-    """Sample from this many likeliest tokens; 0 is all of them."""
-    stop_tokens: list[str] = Field(default_factory=list)
-    """Tokens that end a completion, beside the model's own end tokens."""
-    batch_tokens: Positive
-    """transformers: most tokens, prompts and completion limits together, generated at a time."""
     vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    """vllm: share of the GPU's memory it may take."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SamplingConfig":
@@ -79,19 +66,11 @@ class SamplingConfig:
             )
         return self
 
-    def for_engine(self) -> RolloutConfig:
-        """The same for a rollout engine."""
-        return RolloutConfig(
-            engine=self.engine,
-            max_new_tokens=self.max_new_tokens,
-            stop_tokens=self.stop_tokens,
-            batch_tokens=self.batch_tokens,
-            vllm_memory=self.vllm_memory,
-        )
-
 
 @section
 class FileColumnsConfig:
+    """The columns of a file of problems."""
+
     question: str = "question"
     """Column of a file that holds the problem's text."""
     answer: str = "answer"
@@ -100,6 +79,8 @@ class FileColumnsConfig:
 
 @section
 class GradingConfig:
+    """Limits on the processes that check answers."""
+
     seconds: PositiveReal = 10.0
     """Time limit of the check of one answer; one that takes longer counts as wrong."""
     workers: Positive | None = None
@@ -108,7 +89,7 @@ class GradingConfig:
 
 @section
 class EvalConfig:
-    """How a model is asked and its answers are checked."""
+    """Everything an evaluation is made of: prompts, sampling, problems, grading."""
 
     seed: int = 0
     """Seed of the completions."""
@@ -130,7 +111,7 @@ class EvalConfig:
 
 
 def default_folder(source: str, recipe: str, sets: Sequence[str]) -> str:
-    """runs/eval-MODEL-RECIPE-SETS, where a recipe names no output_dir."""
+    """The folder of a recipe without output_dir: runs/eval-MODEL-RECIPE-SETS."""
     path = Path(source)
     model = path.name if path.parent.name != "checkpoints" else "-".join(path.parts[-3::2])
     parts = [model, recipe.removesuffix(".yaml"), "-".join(map(_stem, sets))]

@@ -1,4 +1,4 @@
-"""MODEL_OR_RUN: a model, or a run's folder with what it has trained so far."""
+"""MODEL_OR_RUN, the model that is evaluated: a base model, or the newest weights of a run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from transformers import PreTrainedModel
 
 from opsd_train.checkpoint.export import load_weights
 from opsd_train.checkpoint.resume import Checkpoints
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
-from opsd_train.config.schema import Config, ModelConfig
+from opsd_train.config.schema import Config, LoraConfig, ModelConfig
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation.settings import EvalConfig
 from opsd_train.model.policy import Policy, load_generation_config, load_model
@@ -28,36 +28,48 @@ from opsd_train.rollout.vllm_model import VllmModel, base_weights, import_vllm
 
 @dataclass(frozen=True)
 class Source:
-    """The base model, and the run that trained it, if one did."""
+    """A base model and, if a run is evaluated, what it trained."""
 
     model: ModelConfig
     run: Config | None = None
+    """The run's recipe."""
     folder: Path | None = None
-    """The run's."""
+    """The run's folder."""
     weights: Path | None = None
-    """The run's checkpoint, adapter or model folder."""
+    """The run's checkpoint, or its adapter or model folder."""
 
     @property
     def weights_name(self) -> str | None:
-        """The weights' place within the run's folder."""
-        return self.weights and self.weights.relative_to(self.folder).as_posix()
+        """The path of the weights within the run's folder."""
+        if self.weights is None or self.folder is None:
+            return None
+        return self.weights.relative_to(self.folder).as_posix()
 
     @property
     def adapter(self) -> Path | None:
-        """The folder of the run's adapter, in PEFT's format."""
-        if self.weights is None or self.run.lora is None:
+        """The folder of the run's adapter, in PEFT's format; None without one."""
+        if self.weights is None or self.lora is None:
             return None
         within = self.weights / "adapter"
         return within if within.is_dir() else self.weights
 
     @property
+    def lora(self) -> LoraConfig | None:
+        """The settings of the run's adapter; None without one."""
+        return self.run.lora if self.run is not None else None
+
+    @property
     def is_model_folder(self) -> bool:
-        """Whether the weights are a whole model, as the end of a run writes it."""
+        """Whether the weights are a whole model, as a finished run writes it."""
         return self.weights is not None and (self.weights / "config.json").is_file()
 
 
 def find_source(text: str, model: ModelConfig) -> Source:
-    """What MODEL_OR_RUN means; `model` says all but its name."""
+    """What MODEL_OR_RUN means: a run's folder, one of its checkpoints, or a model's name or folder.
+
+    `model` has the settings of the model; its name is replaced. Raises UserError for a run that
+    has no weights yet.
+    """
     folder = Path(text)
     if (folder / "complete.json").is_file():
         return _of_run(folder.parents[1], model, folder)
@@ -66,12 +78,14 @@ def find_source(text: str, model: ModelConfig) -> Source:
     return Source(replace(model, name_or_path=text))
 
 
-def load_source(source: Source, tokenizer: Any, device: torch.device) -> nn.Module:
-    """The model, ready to generate; an adapter stays an adapter."""
+def load_source(
+    source: Source, tokenizer: Any, device: torch.device
+) -> PreTrainedModel | PeftModel:
+    """The frozen model in evaluation mode, on `device`; an adapter is not merged."""
     dtype, model_config = getattr(torch, source.model.dtype), source.model
     if source.is_model_folder:
         model_config = replace(model_config, name_or_path=str(source.weights))
-    model = load_model(model_config, tokenizer, dtype)
+    model: PreTrainedModel | PeftModel = load_model(model_config, tokenizer, dtype)
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, str(source.adapter))
     elif source.weights is not None and not source.is_model_folder:
@@ -80,12 +94,12 @@ def load_source(source: Source, tokenizer: Any, device: torch.device) -> nn.Modu
 
 
 def _of_run(folder: Path, model: ModelConfig, weights: Path) -> Source:
-    run = config_from(load_recipe(str(folder / "config.yaml")))
+    run: Config = config_from(load_recipe(str(folder / "config.yaml")))
     return Source(replace(model, name_or_path=run.model.name_or_path), run, folder, weights)
 
 
 def _newest(folder: Path) -> Path:
-    """The newest checkpoint; what the end of a run wrote where its checkpoints are gone."""
+    """The newest checkpoint; if there is none, the final adapter or model."""
     checkpoint = Checkpoints(folder, 1, DistributedContext(torch.device("cpu"))).newest_whole()
     if checkpoint is not None:
         return checkpoint
@@ -105,23 +119,23 @@ def open_engine(
     scratch: Path,  # a folder of this process's own
     longest: int,  # tokens of a prompt and its completion
 ) -> Iterator[Engine]:
-    """sampling.engine with the model, closed at the end."""
+    """The engine that sampling.engine names, with the source's weights; closed at the end."""
     if config.sampling.engine == "transformers":
         policy = Policy(
             load_source(source, tokenizer, context.device),
             tokenizer.pad_token_id,
             getattr(torch, source.model.dtype),
         )
-        engine = TransformersEngine(policy, tokenizer, config.sampling.for_engine())
+        engine = TransformersEngine(policy, tokenizer, config.sampling)
         engine.prove(source.model.name_or_path)
         yield engine
         return
     import_vllm()  # before weights are written out for it
-    engine = _vllm(config, source, tokenizer, context, scratch.resolve(), longest)
+    vllm = _vllm(config, source, tokenizer, context, scratch.resolve(), longest)
     try:
-        yield engine
+        yield vllm
     finally:
-        engine.close()
+        vllm.close()
 
 
 def _vllm(
@@ -138,11 +152,11 @@ def _vllm(
         _weights_for_vllm(source, tokenizer, scratch),
         dtype=source.model.dtype,
         device=context.device,
-        stop_ids=stop_ids(tokenizer, generation_config, sampling.for_engine()),
+        stop_ids=stop_ids(tokenizer, generation_config, sampling),
         max_model_len=longest,
         memory=sampling.vllm_memory,
         seed=config.seed,
-        adapter_rank=source.run.lora.rank if adapter else None,
+        adapter_rank=source.lora.rank if adapter and source.lora else None,
         logprobs=False,
     )
     if adapter:
@@ -151,7 +165,7 @@ def _vllm(
 
 
 def _weights_for_vllm(source: Source, tokenizer: Any, scratch: Path) -> str:
-    """A folder or hub name: of the base model where there is an adapter, else of all weights."""
+    """Folder or hub name of the base model where there is an adapter, else of all weights."""
     if source.weights is None or source.adapter is not None:
         return base_weights(source.model, tokenizer, scratch)
     if source.is_model_folder:

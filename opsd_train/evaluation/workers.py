@@ -1,4 +1,4 @@
-"""A function over many items, in processes that may hang or die: only the item at fault is lost.
+"""Applies a function to many items in processes that may hang or die: only the item at fault fails.
 
 concurrent.futures cannot end one stuck process, and a process that dies breaks its whole pool.
 """
@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-_FEWEST_PER_PROCESS = 8  # below that, starting one more (1 to 2 s of imports) does not pay
-_ADDRESS_SPACE = 4 * 2**30  # 9^9^9^9 ends in a MemoryError, not in the machine's swap
+_FEWEST_PER_PROCESS = 8  # with fewer, one more process does not pay: it imports for 1 to 2 s
+_ADDRESS_SPACE = 4 * 2**30  # bytes: 9^9^9^9 ends in a MemoryError, not in swapping
 _READY = "ready"
-# Not multiprocessing's spawn, which would run the parent's main module again: a script that trains
-# without an `if __name__ == "__main__"`, or imports torch, would do so in every process.
+# Not multiprocessing's spawn: it runs the parent's main module again, so a training script without
+# `if __name__ == "__main__"` would train in every process, and one with it would import torch.
 _START = (
     "import signal, sys;"
-    "signal.signal(signal.SIGINT, signal.SIG_IGN);"  # both are the parent's, which ends this
+    "signal.signal(signal.SIGINT, signal.SIG_IGN);"  # the parent handles both, and ends this
     "signal.signal(signal.SIGTERM, signal.SIG_IGN);"
     "sys.path[:] = sys.argv[2:];"
     "from opsd_train.evaluation.workers import serve;"
@@ -39,17 +39,18 @@ _START = (
 
 @dataclass(frozen=True)
 class Failure:
-    """What became of an item without a result: "timeout", or "error: ..."."""
+    """The result of an item that has none."""
 
     reason: str
+    """"timeout", or "error: ..."."""
 
 
 class Crew:
-    """Processes that apply one function to items, in the background, until `close`.
+    """A pool of up to `workers` processes that apply one function to items in the background.
 
-    `function` is one that pickle finds by name; each process imports `modules` before its first
-    item. `seconds` bounds each item by the clock on the wall; a process that exceeds it is killed
-    and replaced. Up to `workers` processes are started, as there is work for them.
+    `function` is pickled by name; each process imports `modules` before its first item. An item
+    may take `seconds` of wall-clock time: its process is then killed and replaced. Processes are
+    started as items come, and stay until `close`.
     """
 
     def __init__(
@@ -61,16 +62,16 @@ class Crew:
     ) -> None:
         self._order = (function, seconds, tuple(modules))
         self._seconds, self._most = seconds, workers
-        self._waiting: deque[tuple[Any, Future]] = deque()
-        self._lock = threading.Lock()  # of the thread's start and end, and of what waits for it
+        self._waiting: deque[tuple[Any, Future[Any]]] = deque()
+        self._lock = threading.Lock()  # held to start or end the thread, and to add items
         self._thread: threading.Thread | None = None
         self._bell, self._ring = multiprocessing.Pipe(duplex=False)
         self._closing = False
 
-    def submit(self, items: Sequence[Any]) -> list[Future]:
-        """A future for each item: of function(item), or a Failure where it raised, died or took
-        too long. RuntimeError in all if a process dies before it is given anything to do."""
-        futures: list[Future] = [Future() for _ in items]
+    def submit(self, items: Sequence[Any]) -> list[Future[Any]]:
+        """A future for each item: function(item), or a Failure if that raised, died or took too
+        long. All futures raise RuntimeError if a process dies before its first item."""
+        futures: list[Future[Any]] = [Future() for _ in items]
         with self._lock:
             self._waiting.extend(zip(items, futures, strict=True))
             if self._thread is None and items:
@@ -82,7 +83,7 @@ class Crew:
         return futures
 
     def close(self) -> None:
-        """Kills the processes; what was not done yet fails with RuntimeError."""
+        """Kill the processes; futures of unfinished items raise RuntimeError."""
         with self._lock:
             thread, self._closing = self._thread, True
             self._ring.send(None)
@@ -127,12 +128,12 @@ class Crew:
 
 
 class _Worker:
-    """One process, and the item that it works at."""
+    """One process, and the item it works on."""
 
     def __init__(self, order: tuple[Any, ...], seconds: float) -> None:
         self.connection, other = multiprocessing.Pipe()
-        with other:  # closed here, so that the process's death is an end of file
-            # One thread each: there are several processes, beside a trainer.
+        with other:  # closed here, so that the connection ends when the process dies
+            # One thread each: several processes share the cores with a trainer.
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _START, str(other.fileno()), *sys.path],
@@ -143,25 +144,29 @@ class _Worker:
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C
             )
         self._seconds, self.ready, self.deadline = seconds, False, math.inf
-        self.future: Future | None = None
+        self.future: Future[Any] | None = None
         self._send(order)
 
-    def give(self, item: Any, future: Future) -> None:
+    def give(self, item: Any, future: Future[Any]) -> None:
+        """Send the next item, and start its clock."""
         self.future, self.deadline = future, time.monotonic() + self._seconds
         self._send(item)
 
     def goes_on(self) -> bool:
-        """Takes the result that is there; False if the process is gone or has to go."""
+        """Take a result, if there is one; False if the process is dead or must be killed.
+
+        Raises RuntimeError if it died before it was ready for items.
+        """
         try:
             if self.connection.poll():
                 message = self.connection.recv()
                 if self.ready:
                     self._finish(message)
                 self.ready = True
-        except (EOFError, OSError):  # also in the middle of a message
+        except (EOFError, OSError):  # the process is dead, maybe in the middle of a message
             how = f"process ended with exit code {self.process.wait()}"
             if self.future is None:
-                if self.ready:  # killed while it was idle: nothing is lost
+                if self.ready:  # it died while idle: no item is lost
                     return False
                 raise RuntimeError(f"a grading {how} before it had anything to do") from None
             self._finish(Failure(f"error: {how}"))
@@ -172,6 +177,7 @@ class _Worker:
         return True
 
     def kill(self) -> None:
+        """End the process and wait for it."""
         self.process.kill()
         self.process.wait()
         self.connection.close()
@@ -181,23 +187,13 @@ class _Worker:
             self.connection.send(message)
 
     def _finish(self, result: Any) -> None:
+        assert self.future is not None
         future, self.future, self.deadline = self.future, None, math.inf
         future.set_result(result)
 
 
-def run_each(
-    function: Callable[[Any], Any], items: Sequence[Any], seconds: float, workers: int
-) -> list[Any]:
-    """function(item) of each item, in order; see Crew."""
-    crew = Crew(function, seconds, workers)
-    try:
-        return [future.result() for future in crew.submit(items)]
-    finally:
-        crew.close()
-
-
 def serve(descriptor: int) -> None:
-    """The life of a process: one item in, one result out, over the socket that it inherited."""
+    """Main function of a worker process: items in, results out, over an inherited descriptor."""
     connection = Connection(descriptor)
     function, seconds, modules = connection.recv()
     for module in modules:
@@ -216,7 +212,7 @@ def serve(descriptor: int) -> None:
 
 
 def _limit_cpu(seconds: float) -> None:
-    """The end of an item that hangs after its parent, which watches the clock, was killed."""
+    """The kernel ends an item that hangs after the parent, which watches the clock, has died."""
     most = math.ceil(time.process_time() + 2 * seconds) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (most, resource.RLIM_INFINITY))
 
@@ -224,5 +220,5 @@ def _limit_cpu(seconds: float) -> None:
 def _attempt(function: Callable[[Any], Any], item: Any) -> Any:
     try:
         return function(item)
-    except Exception as error:  # whatever it is, it costs this item only, and is told
+    except Exception as error:  # whatever it is, only this item fails
         return Failure(f"error: {type(error).__name__}: {error}"[:200])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opsd_train.config import schema
@@ -72,6 +73,20 @@ def frozen_weight_warnings(adapted: PeftModel, lora: schema.LoraConfig) -> list[
                 "name stay frozen"
             )
     return [f"lora.target_modules: {line}" for line in lines]
+
+
+def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by name; with adapters, those of the adapters."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def write_adapter(adapted: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write the adapter to `folder` in PEFT's format.
+
+    `weights`: full tensors by the names of `trained_weights`.
+    """
+    # Without embeddings, because peft would ask the hub whether they were resized.
+    adapted.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
 
 
 def _matching(model: nn.Module, target: str) -> Iterator[nn.Module]:

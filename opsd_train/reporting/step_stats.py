@@ -33,7 +33,8 @@ MOST_POSITIONS = 256
 class StepStats:
     """Collects (N,) statistics per micro-batch; completions' tokens come in sample order.
 
-    The value of a token is its divergence where the method has one, else its negative log-likelihood, -log p.
+    The value of a token is its divergence where the method has one, else its negative
+    log-likelihood, -log p.
     """
 
     def __init__(self) -> None:

@@ -9,13 +9,13 @@ from opsd_train.rollout.request import Completion, Request, Sampling
 
 
 class Engine(Protocol):
-    """What the trainer asks of an engine."""
+    """What training and evaluation need of an engine."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """One completion per request, in their order."""
 
     def sync(self) -> None:
-        """Take over the weights as they are now; called before each rollout after an update."""
+        """Use the weights as they are now. Every rank calls it before each rollout."""
 
 
 __all__ = ["Completion", "Engine", "Request", "Sampling"]

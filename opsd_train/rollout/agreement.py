@@ -1,4 +1,4 @@
-"""Whether what samples the completions and what trains on them are the same distribution."""
+"""Checks that the engine samples from the distribution that the trainer computes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from opsd_train.model.policy import Policy
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.token_sampling import logprobs_of
 
-TOKENS = 64  # compared at most: their logits are the only full ones of a run
-# Mean gap, in nats a token, that rounding makes: logits of 20 are off by 0.06 in bfloat16.
+TOKENS = 64  # compared at most: no other part of a run holds their (TOKENS, V) logits
+# Largest mean gap that rounding makes, in nats a token: a logit of 20 is off by 0.06 in bfloat16.
 ROUNDING = {torch.float32: 0.01, torch.bfloat16: 0.1}
-_MOST = 1.0  # of one token: at the edge of top-p, rounding decides between a value and -inf
+_MOST = 1.0  # counted for one token: at the edge of top-p, rounding may make a gap infinite
 
 
 def check_agreement(
@@ -28,9 +28,9 @@ def check_agreement(
 ) -> None:
     """Compare the sampler's log-probabilities with the trainer's on the longest completion.
 
-    Losses, importance weights and evaluations mean something only where both agree. Raises
-    UserError if the mean difference over its first tokens is more than rounding. Every rank calls
-    it once, since the forward pass gathers sharded weights.
+    Losses and importance weights are wrong where they disagree. Raises UserError if the mean
+    difference over the first TOKENS tokens is more than rounding. Every rank calls it, since the
+    forward pass gathers sharded weights. `engine`: its name, for the error.
     """
     index = max(range(len(completions)), key=lambda i: len(completions[i].tokens))
     tokens = completions[index].tokens[:TOKENS]

@@ -1,4 +1,4 @@
-"""What a run generates and reads must fit the model's context."""
+"""Checks before anything is generated: the longest sequences fit the models and the batches."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from opsd_train.methods import METHODS
 
 
 @dataclass(frozen=True)
-class _Longest:
-    """The longest sequence of one kind."""
+class LongestSequence:
+    """The longest sequence of one kind: texts that are given, then tokens that are generated."""
 
     what: str
-    tokens: int  # of texts that are given
-    new_key: str | None = None  # of the limit of what is generated after them
+    """The texts, as the error names them: "student prompt of p-7 has"."""
+    tokens: int
+    """Of the texts."""
+    new_key: str | None = None
+    """The configuration key that limits what is generated; None where nothing is."""
     new: int = 0
+    """That key's value, in tokens."""
+
+    @property
+    def total(self) -> int:
+        """Tokens, with as many generated as allowed."""
+        return self.tokens + self.new
 
 
 def heldout_texts(config: Config) -> tuple[str, ...]:
-    """The prompts under which held-out problems are read."""
+    """The sides ("student", "teacher") under whose prompts held-out problems are read."""
     kind, evaluation = METHODS[config.method], config.evaluation
     divergence = kind.divergence and kind.teacher_prompt and evaluation.divergence
     return ("student", "teacher") if evaluation.teacher or divergence else ("student",)
@@ -39,47 +48,63 @@ def check_context(
     `heldout_texts`; it may be empty.
     """
     found = [*_training(config, train), *_evaluation(config, heldout)]
-    for reader, model_config in readers.items():
-        limit = context_of(model_config)
-        worst = max(found, key=lambda longest: longest.tokens + longest.new)
-        if limit is not None and worst.tokens + worst.new > limit:
-            raise UserError(_excess(worst, reader, limit))
+    longest = max(found, key=lambda sequence: sequence.total)
+    for role, model_config in readers.items():
+        check_fits(longest, model_config, role)
+
+
+def check_fits(longest: LongestSequence, model_config: Any, role: str = "model") -> None:
+    """Raises UserError if the sequence is longer than the context of the model in this role."""
+    limit = context_of(model_config)
+    if limit is None or longest.total <= limit:
+        return
+    key = longest.new_key
+    new = f" and with {key}={longest.new}" if key else ","
+    if key and longest.tokens < limit:
+        advice = f"set {key} to {limit - longest.tokens} or less"
+    else:
+        keys = "prompts.max_prompt_tokens" + ("" if key else " or max_solution_tokens")
+        advice = f"lower {keys}, with prompts.overlong=skip"
+    raise UserError(
+        f"the {longest.what} {longest.tokens} tokens{new} more than the {role}'s context of "
+        f"{limit}; {advice}"
+    )
+
+
+def check_batch_tokens(key: str, batch_tokens: int, prompt: int, new: int) -> None:
+    """Raises UserError if a prompt and `new` tokens exceed a batch of the transformers engine.
+
+    `key`: the configuration key that `batch_tokens` is from.
+    """
+    if prompt + new > batch_tokens:
+        raise UserError(
+            f"{key}={batch_tokens} is less than one sequence: a prompt of {prompt} tokens and "
+            f"{new} new ones; raise it"
+        )
 
 
 def context_of(model_config: Any) -> int | None:
-    """Positions of the model; None where it names none."""
+    """The most tokens that the model reads; None where its configuration does not say."""
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
-def _training(config: Config, train: Measured) -> Iterator[_Longest]:
+def _training(config: Config, train: Measured) -> Iterator[LongestSequence]:
     kind = METHODS[config.method]
     if kind.source(config) == "solution":
         tokens, problem = train.longest("student", "solution")
-        yield _Longest(f"prompt and solution of {problem.id} have", tokens)
+        yield LongestSequence(f"prompt and solution of {problem.id} have", tokens)
         return
     # A teacher reads, or writes, the same completions after its own prompt.
     for side in kind.required_texts(config):
         tokens, problem = train.longest(side)
         new = config.rollout.max_new_tokens
-        yield _Longest(f"{side} prompt of {problem.id} has", tokens, "rollout.max_new_tokens", new)
+        what = f"{side} prompt of {problem.id} has"
+        yield LongestSequence(what, tokens, "rollout.max_new_tokens", new)
 
 
-def _evaluation(config: Config, heldout: Measured) -> Iterator[_Longest]:
+def _evaluation(config: Config, heldout: Measured) -> Iterator[LongestSequence]:
     for side in heldout_texts(config) if heldout.problems else ():
         tokens, problem = heldout.longest(side)
         new = config.evaluation.max_new_tokens
         what = f"{side} prompt of the held-out {problem.id} has"
-        yield _Longest(what, tokens, "evaluation.max_new_tokens", new)
-
-
-def _excess(found: _Longest, reader: str, limit: int) -> str:
-    new = f" and with {found.new_key}={found.new}" if found.new_key else ","
-    if found.new_key and found.tokens < limit:
-        advice = f"set {found.new_key} to {limit - found.tokens} or less"
-    else:
-        keys = "prompts.max_prompt_tokens" + ("" if found.new_key else " or max_solution_tokens")
-        advice = f"lower {keys}, with prompts.overlong=skip"
-    return (
-        f"the {found.what} {found.tokens} tokens{new} more than the {reader}'s context of {limit}; "
-        f"{advice}"
-    )
+        yield LongestSequence(what, tokens, "evaluation.max_new_tokens", new)

@@ -15,11 +15,14 @@ from opsd_train.rollout.vllm_engine import VllmEngine
 
 
 def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolder) -> Engine:
-    """rollout.engine, ready to generate."""
+    """The engine that rollout.engine names, ready to generate. Every rank calls it.
+
+    Raises UserError if the engine cannot serve the model, or is not installed.
+    """
     if config.rollout.engine == "vllm":
         longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
         longest += config.prompts.max_prompt_tokens
-        # Prompts have been checked to fit, and vLLM starts with no more than the model's context.
+        # vLLM refuses a longer one than the model's context; prompts were checked to fit.
         context = context_of(policy.core.config) or longest
         return VllmEngine(
             policy.model,

@@ -1,8 +1,8 @@
-"""A KV cache that grows in place and lets go of finished sequences."""
+"""A KV cache that grows in place, and drops the rows of finished sequences."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,12 +11,19 @@ from transformers.cache_utils import DynamicLayer
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A prefilled layer with room for the tokens to come: nothing is copied to grow."""
+    """A prefilled layer with space for `room` more tokens; DynamicLayer copies itself for each.
+
+    Row i is a copy of row rows[i] of `prefilled`. Keys and values are (rows, heads, tokens, width).
+    """
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(
         self, prefilled: DynamicLayer, rows: Tensor, room: int, dtype: torch.dtype
     ) -> None:
         super().__init__()
+        assert prefilled.keys is not None and prefilled.values is not None
         self.dtype, self.device = dtype, prefilled.device
         self.is_initialized = True
         self._keys = _preallocated(prefilled.keys, rows, room, dtype)
@@ -26,6 +33,7 @@ class PreallocatedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        """Append (rows, heads, new tokens, width) states; returns all keys and values."""
         rows, start = self.keys.shape[0], self.keys.shape[-2]
         self._show(rows, start + key_states.shape[-2])
         self.keys[..., start:, :] = key_states
@@ -33,7 +41,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def keep(self, rows: int, holes: Tensor, movers: Tensor) -> None:
-        """Row movers[i] takes the place of row holes[i]; what lies behind `rows` is given up."""
+        """Move row movers[i] to row holes[i], then keep the first `rows` rows."""
         length = self.keys.shape[-2]
         for buffer in (self._keys, self._values):
             buffer[holes, :, :length] = buffer[movers, :, :length]
@@ -45,18 +53,24 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def preallocate(cache: DynamicCache, rows: Tensor, room: int, dtype: torch.dtype) -> None:
-    """Row i of the prefilled cache becomes a copy of rows[i], with room for `room` more tokens."""
+    """Make row i of a prefilled cache a copy of its row rows[i], with room for `room` more tokens.
+
+    `rows`: int64. Layers with a sliding window or linear attention only copy rows.
+    """
     for index, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
             cache.layers[index] = PreallocatedLayer(layer, rows, room, dtype)
         else:  # sliding windows and linear attention stay small
-            layer.reorder_cache(rows)
+            layer.reorder_cache(cast(torch.LongTensor, rows))
 
 
 def drop_rows(
     cache: DynamicCache, count: int, dropped: list[int], device: torch.device
 ) -> list[int]:
-    """Take `dropped` out of `count` rows; returns which old row each remaining row was."""
+    """Drop these of the cache's `count` rows; returns the old index of each row that remains.
+
+    Rows from the end fill the holes, so rows change places.
+    """
     left = count - len(dropped)
     kept = list(range(left))
     holes = [row for row in dropped if row < left]
@@ -70,7 +84,7 @@ def drop_rows(
         if isinstance(layer, PreallocatedLayer):
             layer.keep(left, to, source)
         else:
-            layer.reorder_cache(rows)
+            layer.reorder_cache(cast(torch.LongTensor, rows))
     return kept
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from opsd_train.config.errors import UserError
-from opsd_train.config.schema import RolloutConfig
+from opsd_train.config.schema import EngineConfig
 from opsd_train.data.chat_tokens import turn_end
 
 
-def stop_ids(tokenizer: Any, generation_config: Any, config: RolloutConfig) -> list[int]:
-    """Sorted ids: the tokenizer's end token, the model's own, the chat template's end of a turn,
-    and those of the recipe."""
+def stop_ids(tokenizer: Any, generation_config: Any, config: EngineConfig) -> list[int]:
+    """Sorted token ids that end a completion.
+
+    The tokenizer's end token, those of the model's generation_config, the chat template's end of a
+    turn, and stop_tokens of the recipe. Raises UserError for a stop_tokens text of several tokens.
+    """
     own = getattr(generation_config, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(own if isinstance(own, list | tuple) else [own])} - {None}
     ids.add(turn_end(tokenizer)[-1])

@@ -1,4 +1,4 @@
-"""Batched generation with the trained weights themselves, on any device."""
+"""Batched generation with transformers, from the weights that are trained, on any device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from opsd_train.config.errors import UserError
-from opsd_train.config.schema import RolloutConfig
+from opsd_train.config.schema import EngineConfig
+from opsd_train.data.batches import token_batches
 from opsd_train.model.families import (
     LmHead,
     batching_tolerance,
@@ -20,6 +21,7 @@ from opsd_train.model.families import (
     rounding_tolerance,
 )
 from opsd_train.model.policy import Policy
+from opsd_train.rollout.context_checks import check_batch_tokens
 from opsd_train.rollout.kv_cache import drop_rows, preallocate
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.stop import stop_ids
@@ -27,34 +29,40 @@ from opsd_train.rollout.token_sampling import sampler, uniforms
 
 
 class TransformersEngine:
-    """Decodes left-padded batches of prompts of similar length, each within a token budget."""
+    """Decodes left-padded batches of prompts of similar length, each within batch_tokens.
 
-    def __init__(self, policy: Policy, tokenizer: Any, config: RolloutConfig) -> None:
+    Every rank makes every call, since sharded weights are gathered.
+    """
+
+    def __init__(self, policy: Policy, tokenizer: Any, config: EngineConfig) -> None:
         self.policy, self.config, self.dtype = policy, config, policy.dtype
-        # FSDP2 hooks the core's call, which PeftModel's own forward goes around.
+        # The core is called directly: FSDP2 hooks that call, and PeftModel.forward bypasses it.
         self.model, self.core = policy.model, policy.core
         self.pad_id = tokenizer.pad_token_id
         self.stop = frozenset(stop_ids(tokenizer, self.core.generation_config, config))
 
     def sync(self) -> None:
-        """Nothing to take over: it generates with the weights that are trained."""
+        """Nothing to do: the engine generates with the weights that are trained."""
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion per request, in their order; each is the same alone or in a batch."""
+        """One completion per request, in their order. Each depends on its prompt and seed only.
+
+        Raises UserError if a prompt and max_new_tokens exceed rollout.batch_tokens.
+        """
         completions: dict[int, Completion] = {}
         with self._ready():
-            for batch in list(self._batches(requests, sampling.max_new_tokens)):
+            for batch in self._batches(requests, sampling.max_new_tokens):
                 made = self._decode([requests[index] for index in batch], sampling)
                 completions.update(zip(batch, made, strict=True))
         return [completions[index] for index in range(len(requests))]
 
     @torch.no_grad()
     def prove(self, name: str) -> None:
-        """Compare logits as `generate` makes them, padded and cached, with those of plain forwards.
+        """Compare `generate`'s logits, of padded and cached forwards, with those of plain forwards.
 
-        `name`: the model's, for the error. Every rank must call it. Raises UserError where they
-        differ by more than rounding: the model wants another cache, or other positions.
+        `name`: the model's, for the error. Raises UserError where they differ by more than
+        rounding: the model then needs another cache, or other positions.
         """
         with self._ready():
             head = lm_head(self.core)
@@ -62,7 +70,7 @@ class TransformersEngine:
                 fault = self._fault(head)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever a model with another cache trips over
+            except Exception as error:  # a model with another cache may fail in any way
                 fault = " ".join(f"{type(error).__name__}: {error}".split())[:70]
         if fault:
             raise UserError(
@@ -71,7 +79,7 @@ class TransformersEngine:
             )
 
     def _fault(self, head: LmHead) -> str | None:
-        """Of two prompts, one of them mostly padding, and a token after each."""
+        """What is wrong with the logits of two prompts, one mostly padding, and of a next token."""
         tokens, device = probe_tokens(head, self.pad_id), head.weight.device
         lengths = [1, len(tokens) - 1]
         requests = [Request(tokens[:length], 0) for length in lengths]
@@ -83,7 +91,7 @@ class TransformersEngine:
         gap = _gap(found, whole[0, [length - 1 for length in lengths] + lengths].float())
         if not gap <= batching_tolerance(head):
             return f"logits change with its cache (gap {gap:.1g})"
-        # In the same shapes, so that there is next to no rounding to hide it.
+        # Another padding token in the same shapes: a difference is not rounding.
         gap = _gap(self._prefill(requests, 1, tokens[0])[0], logits)
         if not gap <= rounding_tolerance(head):
             return f"its layers read the padding before a prompt (gap {gap:.1g})"
@@ -91,11 +99,11 @@ class TransformersEngine:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """The model as it generates; its training state comes back, also after an error."""
+        """The model ready to generate; its training mode comes back, also after an error."""
         training = self.model.training
         self.model.eval()
-        # On a CPU a product with the last position as a view copies the head once per sequence
-        # (2.3 s for 16 on SmolLM2).
+        # On a CPU, a product of a view of the last position copies the head for each sequence
+        # (2.3 s for 16 of SmolLM2).
         head = self.core.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         try:
@@ -105,23 +113,12 @@ class TransformersEngine:
             self.model.train(training)
 
     def _batches(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[list[int]]:
-        """Indices of similar length, samples of one prompt side by side."""
-        budget = self.config.batch_tokens
-        batch: list[int] = []
-        prompts = [request.prompt for request in requests]
-        for index in sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i])):
-            tokens = len(prompts[index]) + max_new_tokens
-            if tokens > budget:
-                raise UserError(
-                    f"rollout.batch_tokens={budget} is less than one sequence: a prompt of "
-                    f"{len(prompts[index])} tokens and {max_new_tokens} new ones; raise it"
-                )
-            if (len(batch) + 1) * tokens > budget:
-                yield batch
-                batch = []
-            batch.append(index)
-        if batch:
-            yield batch
+        """Indices of requests, in ascending order of length; those of one prompt are neighbours."""
+        budget, prompts = self.config.batch_tokens, [request.prompt for request in requests]
+        order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
+        for index in order:
+            check_batch_tokens("rollout.batch_tokens", budget, len(prompts[index]), max_new_tokens)
+        return token_batches(((i, len(prompts[i]) + max_new_tokens) for i in order), budget)
 
     def _decode(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         sample = sampler(sampling)
@@ -159,7 +156,10 @@ class TransformersEngine:
     def _prefill(
         self, requests: list[Request], room: int, pad_id: int
     ) -> tuple[Tensor, Tensor, DynamicCache]:
-        """Logits, mask (prompts and `room`) and cache of the batch; each distinct prompt once."""
+        """(B, V) logits, (B, tokens + room) mask and the cache of a batch.
+
+        Each distinct prompt is computed once.
+        """
         device = next(self.model.parameters()).device
         prompts = list(dict.fromkeys(tuple(request.prompt) for request in requests))
         width = max(map(len, prompts))

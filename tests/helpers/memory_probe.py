@@ -2,20 +2,14 @@
 
 import argparse
 import json
-import re
-from pathlib import Path
 
 import torch
 
+from benchmarks import resident
 from opsd_kernels import plan, reference
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
-
-
-def status(key: str) -> int:
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{key}:\s+(\d+) kB", text).group(1))
 
 
 def inputs(
@@ -70,8 +64,8 @@ def main() -> None:
     # Libraries load, threads start and operators register here, not in the measured call.
     call(args, inputs(args, 32, 32, 64))
     tensors = inputs(args, args.tokens, args.hidden, args.vocab)
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    before = resident.resident()
+    resident.reset_peak()
     call(args, tensors)
     grads = [x.grad for x in tensors.values() if x.grad is not None]
     promised = plan(
@@ -87,7 +81,7 @@ def main() -> None:
         workspace_bytes=args.workspace_mib << 20,
     )
     result = {
-        "extra": status("VmHWM") - before,
+        "extra": resident.peak() - before,
         "outputs": sum(g.numel() * g.element_size() for g in grads),
         "planned_workspace": promised.workspace_bytes,
     }

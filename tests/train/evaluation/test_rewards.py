@@ -14,8 +14,8 @@ from opsd_train.data.problems import Problem, load_problems
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation import evaluate as evaluation
 from opsd_train.evaluation import workers
-from opsd_train.evaluation.grading import Grade, Grader
-from opsd_train.evaluation.rewards import Rewards, failures, grading_processes, is_correct
+from opsd_train.evaluation.grading import Grade, Grader, grade_one
+from opsd_train.evaluation.rewards import Rewards, answer_of, failures, grading_processes
 from opsd_train.evaluation.sets import EvalProblem
 from opsd_train.evaluation.settings import GradingConfig
 from opsd_train.evaluation.store import GenerationFile, Store
@@ -224,6 +224,10 @@ def test_an_evaluation_says_the_same(in_training, tmp_path, monkeypatch, grader)
     evaluation.score(store, GradingConfig())
     found = [Grade(r["correct"], r["answer"], r["boxed"], r["reason"]) for r in store.grades()]
     assert found == list(in_training.values())
+
+
+def is_correct(problem: Problem, text: str) -> bool:
+    return grade_one(answer_of(problem, text)).correct
 
 
 @pytest.mark.parametrize(("task", "settings", "expected", "text", "right"), TASKS)

@@ -83,10 +83,10 @@ def test_cut_off_samples_count_in_their_group_but_not_in_the_loss() -> None:
 
 
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "all weights"])
-@pytest.mark.parametrize("solution", [False, True], ids=["no KL", "KL"])
-def test_loss_and_gradient_equal_full_logits(reference: bool, lora: bool) -> None:
+@pytest.mark.parametrize("with_kl", [False, True], ids=["no KL", "KL"])
+def test_loss_and_gradient_equal_full_logits(with_kl: bool, lora: bool) -> None:
     """In the second of two updates, so that ratio and reference are not the policy's own."""
-    overrides = ["grpo.updates=2", "grpo.kl_weight=0.3" if reference else "grpo.kl_weight=0.0"]
+    overrides = ["grpo.updates=2", "grpo.kl_weight=0.3" if with_kl else "grpo.kl_weight=0.0"]
     config, policy = settings(*GRPO, *overrides), make_policy(lora)
     method, initial = make_method(config, policy), double(policy)
     change(policy, 11)
@@ -104,7 +104,7 @@ def test_loss_and_gradient_equal_full_logits(reference: bool, lora: bool) -> Non
     wanted = truth(config, double(policy), samples, teacher=its, old=old)
     assert_same(found, wanted)
     assert found.stats["clipped"].sum() > 0 and (found.stats["ratio"] - 1).abs().max() > 0.3
-    assert ("kl" in found.stats) == reference
+    assert ("kl" in found.stats) == with_kl
 
 
 def test_the_first_update_needs_no_old_policy() -> None:
