@@ -15,7 +15,7 @@ from typing import Any
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import (
-    Kind,
+    RecipeKind,
     config_from,
     known_keys,
     load_recipe,
@@ -38,7 +38,7 @@ WRONG_PLACE = {
 }
 TRAINING = "RECIPE"  # the command without a word of its own
 EVAL_USAGE = "python -m opsd_train eval MODEL_OR_RUN --set SET,SET"
-KINDS: dict[Kind, str] = {
+KINDS: dict[RecipeKind, str] = {
     "train": "Training:",
     "eval": "Evaluation (eval --recipe):",
 }

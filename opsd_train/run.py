@@ -22,7 +22,7 @@ from opsd_train.config.schema import Config
 from opsd_train.data.fingerprint import difference
 from opsd_train.data.problems import majority_answer
 from opsd_train.data.seeds import random_state, set_random_state
-from opsd_train.distributed.context import start
+from opsd_train.distributed.context import init_distributed
 from opsd_train.distributed.signals import stop_requests
 from opsd_train.evaluation.accuracy import over_checkpoints
 from opsd_train.evaluation.rewards import failures
@@ -44,7 +44,7 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     clock = Clock()
-    context = start(config.model.device)
+    context = init_distributed(config.model.device)
     path = Path(config.output_dir)
     claimed = context.is_main and not resume
     folder = RunFolder(context.broadcast(claim(path) if claimed else path), context)
@@ -65,7 +65,7 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
             )
     finally:
         run.trainer.close()
-    context.leave()
+    context.shutdown()
     return run.exit_code
 
 

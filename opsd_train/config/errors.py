@@ -1,12 +1,11 @@
-"""UserError, and how a mistake in a recipe is put into one line."""
+"""UserError, and one-line messages for mistakes in a recipe."""
 
 import difflib
 
 import yaml
 from pydantic import ValidationError
 
-# What transformers, TRL and peft call a key; for suggestions only.
-ELSEWHERE = {
+FOREIGN_KEYS = {
     "adam_weight_decay": "optim.weight_decay",
     "attn_implementation": "model.attention",
     "bf16": "model.dtype",
@@ -34,38 +33,41 @@ ELSEWHERE = {
     "torch_dtype": "model.dtype",
     "warmup_ratio": "optim.warmup_steps",
 }
+"""Names of keys in transformers, TRL and peft, and the keys to suggest for them."""
 
-
-# Keys of version 0.1 and what they are called since 0.2.
 RENAMED = {"watch": "collapse"}
+"""Keys of version 0.1 and their names since 0.2."""
 
 
 class UserError(Exception):
-    """Bad input. The message is one clear line; the command line prints it without a traceback."""
+    """Bad input; the message is one line, which the command line prints without a traceback."""
 
 
 def suggest(word: str, known: list[str]) -> str:
-    """A tail for an error message: the known word nearest to a wrong one, or nothing."""
+    """The end of an error message that suggests the known name closest to `word`; may be empty."""
     tails = {name.rpartition(".")[2]: name for name in known}
-    elsewhere = ELSEWHERE.get(word.rpartition(".")[2])
-    near = (
-        [elsewhere]
-        if elsewhere in known
-        else [tails[word]]
-        if word in tails  # the right key without its section
-        else difflib.get_close_matches(word, known, n=1)
-        or [tails[tail] for tail in difflib.get_close_matches(word, tails, n=1)]
-    )
+    foreign = FOREIGN_KEYS.get(word.rpartition(".")[2])
+    if foreign in known:
+        near = [foreign]
+    elif word in tails:  # the right key without its section
+        near = [tails[word]]
+    else:
+        near = difflib.get_close_matches(word, known, n=1) or [
+            tails[tail] for tail in difflib.get_close_matches(word, tails, n=1)
+        ]
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def yaml_reason(error: yaml.YAMLError) -> str:
-    """What is wrong with the YAML, on one line."""
+    """The YAML parser's complaint, on one line."""
     return " ".join(str(getattr(error, "problem", None) or error).split())
 
 
 def explain(error: ValidationError, known: list[str]) -> str:
-    """One line about the first problem; an unknown key goes first, since it explains the others."""
+    """One line about the first validation error, with the number of the others.
+
+    An unknown key comes first, because a misspelt key also causes a "missing key" error.
+    """
     problems = sorted(error.errors(), key=lambda p: p["type"] != "unexpected_keyword_argument")
     first = problems[0]
     key = ".".join(str(part) for part in first["loc"])

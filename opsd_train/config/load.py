@@ -1,4 +1,4 @@
-"""Recipes in YAML with overrides from the command line, read into one checked Config."""
+"""Read YAML recipes and command-line overrides into one checked Config."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.safe_load that reads 3e-4 as a number; YAML 1.1 wants 3.0e-4."""
+    """SafeLoader that reads 3e-4 as a number; YAML 1.1 requires 3.0e-4."""
 
 
 _Loader.add_implicit_resolver(
@@ -29,7 +29,7 @@ _Loader.add_implicit_resolver(
 
 
 class _Dumper(yaml.SafeDumper):
-    """yaml.safe_dump that writes long prompts as readable blocks."""
+    """SafeDumper that writes multi-line prompts as literal blocks."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
@@ -40,28 +40,34 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent_text)
 
 
-Kind = Literal["train", "eval"]  # what a recipe is for
-Recipe = TypeVar("Recipe")
+RecipeKind = Literal["train", "eval"]
+"""The command that a recipe is for."""
+
+ConfigClass = TypeVar("ConfigClass")
 
 
-def recipe_names(kind: Kind = "train") -> list[str]:
-    """Names of the recipes of a kind that come with the package."""
+def recipe_names(kind: RecipeKind = "train") -> list[str]:
+    """Names of the package's recipes of this kind, such as "demo/opsd", sorted."""
     files = [file.relative_to(RECIPES) for file in RECIPES.rglob("*.yaml")]
     return sorted(f.with_suffix("").as_posix() for f in files if _kind(f) == kind)
 
 
-def _kind(file: Path) -> Kind:
+def _kind(file: Path) -> RecipeKind:
     return "eval" if file.stem == "eval" else "train"
 
 
 def recipe_description(name: str) -> str:
-    """The first line of a recipe's comment."""
+    """The first line of a packaged recipe, without its comment mark."""
     with open(RECIPES / f"{name}.yaml", encoding="utf-8") as file:
         return file.readline().lstrip("# ").rstrip()
 
 
-def load_recipe(name: str, kind: Kind = "train") -> dict[str, Any]:
-    """Reads a recipe by name or path. One that names another as `base` is laid over it."""
+def load_recipe(name: str, kind: RecipeKind = "train") -> dict[str, Any]:
+    """Read a recipe by the name of a packaged one or by the path of a YAML file.
+
+    A recipe with the key `base` is merged over the recipe of that name. `output_dir` defaults to
+    runs/NAME. Raises UserError if there is no such recipe, or if it cannot be read.
+    """
     path = _recipe_path(name, kind)
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), _Loader)
@@ -70,12 +76,12 @@ def load_recipe(name: str, kind: Kind = "train") -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not valid YAML: {yaml_reason(error)}") from None
     if not isinstance(recipe, dict):
-        raise UserError(f"{path} is not a recipe: it holds no keys")
+        raise UserError(f"{path} is not a recipe: it has no keys")
     if "base" in recipe:
         base = str(recipe.pop("base"))
         if base not in recipe_names(kind):
             near = suggest(base, recipe_names(kind))
-            raise UserError(f"{path}: base {base!r} is not a recipe{near}")
+            raise UserError(f"{path}: base {base!r} is not a packaged recipe{near}")
         default = {"output_dir": _default_output_dir(name, kind)}
         recipe = merge(load_recipe(base, kind), default | recipe)
     recipe.setdefault("output_dir", _default_output_dir(name, kind))
@@ -83,7 +89,7 @@ def load_recipe(name: str, kind: Kind = "train") -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Lays `changes` over `base`: sections key by key, everything inside a section as a whole."""
+    """`base` with `changes`: sections are merged key by key, the values inside them replaced."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
@@ -91,60 +97,76 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+@overload
+def config_from(recipe: dict[str, Any], overrides: Sequence[str] = ()) -> Config: ...
+
+
+@overload
 def config_from(
-    recipe: dict[str, Any], overrides: Sequence[str] = (), cls: type[Recipe] = Config
-) -> Recipe:
-    """Applies overrides ("optim.lr=3e-4") to a recipe and checks the result."""
+    recipe: dict[str, Any], overrides: Sequence[str] = (), cls: type[ConfigClass] = ...
+) -> ConfigClass: ...
+
+
+def config_from(
+    recipe: dict[str, Any], overrides: Sequence[str] = (), cls: type[Any] = Config
+) -> Any:
+    """Apply overrides such as "optim.lr=3e-4" to a recipe and check the result.
+
+    `cls`: Config, or another dataclass made with schema.section. Raises UserError with one line
+    about the first mistake.
+    """
     merged, text_keys = json.loads(_as_json(recipe)), _text_keys(cls)
     for override in overrides:
         _apply(merged, override, text_keys)
     try:
-        # As JSON, because strict types and nested sections do not go together otherwise.
+        # As JSON: in Python mode, strict validation rejects a dict where a section is expected.
         return TypeAdapter(cls).validate_json(_as_json(merged), strict=True)
     except ValidationError as error:
         raise UserError(explain(error, list(known_keys(cls)))) from None
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved configuration, as a recipe that gives it again."""
+    """The resolved configuration as YAML, a recipe that gives the same configuration again."""
     return yaml.dump(
         dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100
     )
 
 
-def known_keys(cls: type = Config, prefix: str = "") -> dict[str, str]:
+def known_keys(cls: type[Any] = Config, prefix: str = "") -> dict[str, str]:
     """Every key with its description, sections flattened: {"optim.lr": "Peak learning rate.", …}"""
-    keys = {}
+    keys: dict[str, str] = {}
     texts = _descriptions(cls)
     for name, field in cls.__pydantic_fields__.items():
-        # "Section | None" is a section too; its own text says what null means.
-        section_type = next(filter(dataclasses.is_dataclass, _alternatives(field.annotation)), None)
-        if section_type is None or texts[name]:
+        # "Section | None" is a section too; its own description says what null means.
+        section = _section(typing.get_args(field.annotation) or (field.annotation,))
+        if section is None or texts[name]:
             keys[prefix + name] = texts[name]
-        if section_type is not None:
-            keys |= known_keys(section_type, f"{prefix}{name}.")
+        if section is not None:
+            keys |= known_keys(section, f"{prefix}{name}.")
     return keys
 
 
-def _descriptions(cls: type) -> dict[str, str]:
-    """Each key's text; pydantic knows those of a section's own keys, not of those it inherits."""
-    found: dict[str, str] = {}
+def _descriptions(cls: type[Any]) -> dict[str, str]:
+    """Each key's description; pydantic has those of a section's own keys, not of inherited ones."""
+    texts: dict[str, str] = {}
     for section in reversed(cls.__mro__):
         for name, field in getattr(section, "__pydantic_fields__", {}).items():
-            found[name] = field.description or found.get(name, "")
-    return found
+            texts[name] = field.description or texts.get(name, "")
+    return texts
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) or (annotation,)
+def _section(kinds: Sequence[Any]) -> type[Any] | None:
+    """The section among the alternatives of a key's type; None if there is none."""
+    sections = (k for k in kinds if isinstance(k, type) and dataclasses.is_dataclass(k))
+    return next(sections, None)
 
 
-def _default_output_dir(name: str, kind: Kind) -> str:
+def _default_output_dir(name: str, kind: RecipeKind) -> str:
     stem = name if name in recipe_names(kind) else Path(name).stem
     return "runs/" + stem.replace("/", "-")
 
 
-def _recipe_path(name: str, kind: Kind) -> Path:
+def _recipe_path(name: str, kind: RecipeKind) -> Path:
     if name in recipe_names(kind):
         return RECIPES / f"{name}.yaml"
     if Path(name).suffix in (".yaml", ".yml"):
@@ -169,7 +191,7 @@ def _apply(recipe: dict[str, Any], override: str, text_keys: dict[str, bool]) ->
 
 
 def _text_value(text: str, nullable: bool) -> str | None:
-    """What a key of type text gets: the text as it stands, or what a quoted one says."""
+    """The value of a text key: the text as it stands, or the content of its quotes."""
     if nullable and text in ("", "null"):
         return None
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
@@ -185,20 +207,19 @@ def _yaml_value(key: str, text: str) -> Any:
         raise UserError(f"{key}: cannot read {text!r}: {yaml_reason(error)}; quote it") from None
 
 
-def _text_keys(cls: type, prefix: str = "") -> dict[str, bool]:
-    """The keys whose value is text, and whether null is one of their values."""
-    keys = {}
+def _text_keys(cls: type[Any], prefix: str = "") -> dict[str, bool]:
+    """The keys whose value is text, with whether it may be null."""
+    keys: dict[str, bool] = {}
     for name, field in cls.__pydantic_fields__.items():
         union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
         kinds = typing.get_args(field.annotation) if union else (field.annotation,)
-        for kind in kinds:
-            if dataclasses.is_dataclass(kind):
-                keys |= _text_keys(kind, f"{prefix}{name}.")
+        if (section := _section(kinds)) is not None:
+            keys |= _text_keys(section, f"{prefix}{name}.")
         if str in kinds:
             keys[prefix + name] = type(None) in kinds
     return keys
 
 
 def _as_json(value: Any) -> str:
-    # YAML also knows dates; as text they give the same "wrong type" error as any other text.
+    # YAML also has dates; as text they give the same "wrong type" error as other text.
     return json.dumps(value, default=str)

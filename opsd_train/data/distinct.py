@@ -1,25 +1,29 @@
-"""Which questions are the same, and what the rows that repeat one answer."""
+"""Find rows that repeat a question, and those among them with another answer."""
 
 import unicodedata
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
-from opsd_train.data.files import short
+from opsd_train.data.files import shorten
 
 
-class Distinct:
-    """Counts questions whose `form` was there before; the first of each is kept."""
+class DuplicateFilter:
+    """Keeps the first of the questions that are equal in a normal form, and counts the others.
 
-    def __init__(self, form: Callable[[str], str]) -> None:
-        self._form = form
+    `rows`, `repeats` and `contradictions` count the questions seen, those that repeat an earlier
+    one, and those of them whose answer differs from the first one's.
+    """
+
+    def __init__(self, normalise: Callable[[str], str]) -> None:
+        self._normalise = normalise
         self.rows = 0
         self.repeats = 0
         self.contradictions = 0
         self._example = ""
-        self._first: dict[bytes, tuple[str, str]] = {}  # of each question: id and answer
+        self._first: dict[bytes, tuple[str, str]] = {}  # id and answer of each distinct question
 
     def add(self, name: str, question: str, answer: str) -> bool:
-        """Whether this question is new."""
+        """Count a question with the id `name`; returns whether it is new."""
         self.rows += 1
         own = (name, answer)
         first = self._first.setdefault(self._key(question), own)
@@ -28,16 +32,16 @@ class Distinct:
         self.repeats += 1
         if normal_form(first[1]) != normal_form(answer):
             self.contradictions += 1
-            pair = " and ".join(f"{short(given, 24)} in {row}" for row, given in (first, own))
+            pair = " and ".join(f"{shorten(given, 24)} in {row}" for row, given in (first, own))
             self._example = self._example or pair
         return False
 
     def _key(self, question: str) -> bytes:
-        """16 bytes in place of the text: there may be millions."""
-        return blake2b(self._form(question).encode(), digest_size=16).digest()
+        """A 16-byte digest instead of the text, since there may be millions."""
+        return blake2b(self._normalise(question).encode(), digest_size=16).digest()
 
     def lines(self, source: str) -> Iterator[str]:
-        """What to tell the user about `source`."""
+        """Messages for the user about the repeats in `source`, one line each."""
         if self.repeats:
             yield (
                 f"skipped: {self.repeats} of {self.rows} rows of {source} repeat a question; the "
@@ -45,19 +49,20 @@ class Distinct:
             )
         if self.contradictions:
             yield (
-                f"warning: {self.contradictions} of these rows contradict the first one's answer "
-                f"(such as {self._example})"
+                f"warning: {self.contradictions} of these rows contradict the first row's answer "
+                f"(for example {self._example})"
             )
 
 
 def normal_form(text: str) -> str:
-    """The text in Unicode form NFKC, without case, runs of white space as one space."""
+    """The text in Unicode form NFKC, case-folded, with white space collapsed to single spaces."""
     if not text.isascii():
-        # NFKC alone makes 52 of 5², another number.
+        # NFKC alone turns 5² into 52, a different number.
         text = unicodedata.normalize("NFKC", "".join(map(_with_position, text)))
     return " ".join(text.casefold().split())
 
 
 def _with_position(character: str) -> str:
+    """The character, after ^ if it is a superscript and _ if it is a subscript."""
     kind = unicodedata.decomposition(character).partition(" ")[0]
     return {"<super>": "^", "<sub>": "_"}.get(kind, "") + character

@@ -1,4 +1,4 @@
-"""What a run's problems and their split are, and what has changed when it is resumed."""
+"""A fingerprint of a run's problems and their split, to detect changed data on resume."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
-from opsd_train.data.files import shown
+from opsd_train.data.files import shorten_path
 from opsd_train.data.problems import Problem
 
-_BYTES = 8  # of a problem's hash
+_BYTES = 8  # per hash of a problem
 _PARTS = ("train", "heldout")
-Fingerprint = dict[str, str]  # of each part its problems' hashes in order, base64; a digest of ids
+
+Fingerprint = dict[str, str]
+"""Hashes of the problems in order (train, heldout), as base64, and a hex digest of the ids."""
 
 
 def fingerprint(train: Sequence[Problem], heldout: Sequence[Problem]) -> Fingerprint:
-    """Tells problems, their split, their order and their ids; JSON."""
+    """The fingerprint of the problems' texts, split, order and ids; can be written as JSON."""
     ids = blake2b("\0".join(p.id for p in (*train, *heldout)).encode(), digest_size=16)
     return {"train": _hashes(train), "heldout": _hashes(heldout), "ids": ids.hexdigest()}
 
 
-def recorded(checkpoint: Path) -> Fingerprint | None:
-    """The fingerprint in a checkpoint; None if it has none or is damaged."""
+def recorded_fingerprint(checkpoint: Path) -> Fingerprint | None:
+    """The fingerprint stored in a checkpoint; None if it has none or cannot be read."""
     try:
         return json.loads((checkpoint / "facts.json").read_text(encoding="utf-8")).get("data")
     except (OSError, ValueError):
@@ -31,20 +33,20 @@ def recorded(checkpoint: Path) -> Fingerprint | None:
 
 
 def difference(old: Fingerprint, new: Fingerprint, checkpoint: Path) -> str | None:
-    """What of the data has changed since `checkpoint`, the start of a line; None: nothing."""
+    """How the data differs from the checkpoint's, to begin an error message; None: not at all."""
     if old == new:
         return None
     before, after = ({part: _split(of[part]) for part in _PARTS} for of in (old, new))
     return (
-        f"the data is not that of {shown(checkpoint)}, {_sizes(before)}: it is {_sizes(after)}, "
-        f"{_changes(before, after)}"
+        f"the data is not that of {shorten_path(checkpoint)} ({_sizes(before)}): it is now "
+        f"{_sizes(after)}, {_changes(before, after)}"
     )
 
 
 def _changes(before: dict[str, list[bytes]], after: dict[str, list[bytes]]) -> str:
-    was, is_now = (set(of["train"]) | set(of["heldout"]) for of in (before, after))
+    old, new = (set(of["train"]) | set(of["heldout"]) for of in (before, after))
     moved = len(set(before["train"]) & set(after["heldout"]))
-    counts = {"new": len(is_now - was), "gone": len(was - is_now), "now held out": moved}
+    counts = {"new": len(new - old), "gone": len(old - new), "now held out": moved}
     found = [f"{count} {what}" for what, count in counts.items() if count]
     return ", ".join(found) or "from other rows or in another order"
 

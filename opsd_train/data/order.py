@@ -1,4 +1,4 @@
-"""Which problems a step trains on."""
+"""The order of problems: shuffled passes, or a curriculum by the student's success rate."""
 
 import math
 import random
@@ -10,52 +10,60 @@ from opsd_train.config.schema import Config, CurriculumConfig
 from opsd_train.data.problems import Problem
 from opsd_train.data.seeds import stable_seed
 
-FLOOR = 0.02  # of the largest weight possible: a problem far from the target still comes up
+FLOOR = 0.02
+"""Smallest weight in a curriculum, so that problems far from the target are still drawn."""
 
 
 class ProblemOrder(ABC):
-    """Draws depend on the seed and on the results observed so far, so all ranks draw the same."""
+    """Draws `size` problems per step.
+
+    Draws depend only on the seed and on the results observed so far, so all ranks draw the same.
+    """
 
     def __init__(self, problems: Sequence[Problem], size: int, seed: int) -> None:
         self.problems, self.size, self.seed = list(problems), size, seed
 
     @abstractmethod
     def draw(self, step: int) -> list[Problem]:
-        """The `size` problems of a step; steps are drawn in order."""
+        """The `size` problems of a step; call it for the steps in order."""
 
     @abstractmethod
     def observe(self, results: Sequence[tuple[str, bool]]) -> None:
-        """Problem ids with right or wrong: the results of a step, of all ranks, in one order."""
+        """Take the results of a step: (problem id, correct) of all ranks' samples, in one order."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, ready for JSON."""
+        """State for a checkpoint, as JSON values."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of `state_dict`."""
+        """Restore a state of `state_dict`."""
 
 
 class Shuffled(ProblemOrder):
-    """Passes over all problems, each in an order of its own; a step may span two passes."""
+    """Passes over all problems, each newly shuffled; a step may span two passes."""
 
     def __init__(self, problems: Sequence[Problem], size: int, seed: int) -> None:
         super().__init__(problems, size, seed)
         self.position = 0  # problems drawn so far
-        self._pass, self._order = -1, []
+        self._pass = -1
+        self._order: list[Problem] = []
 
     def draw(self, step: int) -> list[Problem]:
+        """The next `size` problems of the passes."""
         positions = range(self.position, self.position + self.size)
         self.position = positions.stop
         return [self._at(position) for position in positions]
 
     def observe(self, results: Sequence[tuple[str, bool]]) -> None:
-        """Results do not change the order."""
+        """Does nothing: results do not change the order."""
 
     def state_dict(self) -> dict[str, Any]:
+        """The number of problems drawn so far."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after as many draws as the state has."""
         self.position = state["position"]
 
     def _at(self, position: int) -> Problem:
@@ -67,10 +75,11 @@ class Shuffled(ProblemOrder):
 
 
 class Curriculum(ProblemOrder):
-    """Draws problems near a success rate of the student, without replacement within a step.
+    """Draws problems near a target success rate, without replacement within a step.
 
-    A problem's rate is a moving average over its results. It starts from the overall rate, a moving
-    average over all results, which also stands in for the rate of a problem that was never tried.
+    A problem's weight is FLOOR + (1 - FLOOR) * exp(-d^2 / 2), d = (rate - target) / width. Its rate
+    is a moving average of its results, initialised with the overall rate, the moving average of all
+    results. A problem never tried counts with the overall rate; before any result, with the target.
     """
 
     def __init__(
@@ -82,22 +91,24 @@ class Curriculum(ProblemOrder):
         self.overall: float | None = None
 
     def draw(self, step: int) -> list[Problem]:
+        """`size` problems drawn by weight, without replacement unless there are fewer problems."""
         rng = random.Random(stable_seed(self.seed, "curriculum", step))
         drawn: list[Problem] = []
-        while len(drawn) < self.size:  # more than once around only if a step exceeds the problems
-            # The largest log(u)/w of independent u are a weighted draw without replacement
-            # (Efraimidis and Spirakis 2006).
+        while len(drawn) < self.size:  # repeats only if a step has more problems than there are
+            # The largest keys log(u) / w, with u uniform and independent, are a weighted draw
+            # without replacement (Efraimidis and Spirakis 2006).
             keys = [math.log(1 - rng.random()) / weight for weight in self.weights()]
             order = sorted(range(len(keys)), key=keys.__getitem__, reverse=True)
             drawn += [self.problems[index] for index in order[: self.size - len(drawn)]]
         return drawn
 
     def weights(self) -> list[float]:
-        """How likely each problem is to be drawn first, up to a common factor."""
+        """Weight of each problem: its probability of being drawn first, up to a common factor."""
         unseen = self.config.target if self.overall is None else self.overall
         return [self._weight(self.rates.get(problem.id, unseen)) for problem in self.problems]
 
     def observe(self, results: Sequence[tuple[str, bool]]) -> None:
+        """Update the overall rate, and the rates of the problems that have results."""
         by_problem: dict[str, list[bool]] = {}
         for name, correct in results:
             by_problem.setdefault(name, []).append(correct)
@@ -107,9 +118,11 @@ class Curriculum(ProblemOrder):
             self.rates[name] = self._updated(self.rates.get(name, self.overall), answers)
 
     def state_dict(self) -> dict[str, Any]:
+        """The rate of each problem that has results, and the overall rate."""
         return {"rates": dict(self.rates), "overall": self.overall}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the rates."""
         self.rates, self.overall = dict(state["rates"]), state["overall"]
 
     def _weight(self, rate: float) -> float:
@@ -117,13 +130,13 @@ class Curriculum(ProblemOrder):
         return FLOOR + (1 - FLOOR) * math.exp(-(distance**2) / 2)
 
     def _updated(self, rate: float | None, answers: Sequence[bool]) -> float:
-        """`memory` is kept of the old rate, whatever the number of samples in a step."""
-        new = sum(answers) / len(answers)
-        return new if rate is None else self.config.memory * rate + (1 - self.config.memory) * new
+        """memory * rate + (1 - memory) * the mean of `answers`, however many there are."""
+        mean = sum(answers) / len(answers)
+        return mean if rate is None else self.config.memory * rate + (1 - self.config.memory) * mean
 
 
 def make_order(config: Config, problems: Sequence[Problem]) -> ProblemOrder:
-    """The sampler a recipe asks for."""
+    """The order that the recipe asks for: Curriculum if it has that section, else Shuffled."""
     if config.curriculum is None:
         return Shuffled(problems, config.problems_per_step, config.seed)
     return Curriculum(problems, config.problems_per_step, config.seed, config.curriculum)

@@ -1,25 +1,25 @@
-"""Problems with answers: made by a reasoning_gym task, or from the rows of a file or data set."""
+"""Problems with answers, from a reasoning_gym task or from the rows of a file or data set."""
 
 import dataclasses
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from opsd_train.config.errors import UserError, suggest
 from opsd_train.config.schema import DataConfig
-from opsd_train.data.distinct import Distinct, normal_form
-from opsd_train.data.files import shown
+from opsd_train.data.distinct import DuplicateFilter, normal_form
+from opsd_train.data.files import data_path, shorten_path
 from opsd_train.data.rows import texts_from_rows
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem; `solution` is what only the teacher sees (the answer where there is no more).
+    """One problem. `solution` is the reference that only the teacher sees; it may be the answer.
 
-    One that a reasoning_gym `task` made keeps the `entry` and settings that its scorer asks for.
+    A problem of a reasoning_gym `task` keeps the `entry` and settings that the task's scorer needs.
     """
 
     id: str
@@ -32,37 +32,36 @@ class Problem:
 
 
 def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
-    """Training and held-out problems, shuffled by data.seed.
+    """Training and held-out problems, shuffled with data.seed.
 
-    All questions differ, those of rows also without white space, case and Unicode form, so no
-    held-out one is trained on. Rows that repeat a question are left out and counted on stderr.
+    All questions differ, so no held-out problem is trained on; questions from rows are compared in
+    their `normal_form`. Rows that repeat a question or are incomplete are skipped, with a count on
+    stderr. Raises UserError if the source cannot be read or has too few distinct problems.
     """
     incomplete: Counter[str] = Counter()
-    made = config.source == "reasoning_gym"
-    if made:
-        source = f"data.task {config.task}"
-        problems = _generate(config, config.train_size + config.heldout_size)
-    else:
-        source = f"data.path {shown(config.path)}"
-        problems = problems_from_rows(config, incomplete)
-    strata: dict[str | None, list[Problem]] = {a: [] for a in config.balance_over or [None]}
+    answers: Sequence[str | None] = config.balance_over or (None,)
+    strata: dict[str | None, list[Problem]] = {answer: [] for answer in answers}
     held = config.heldout_size // len(strata)
     wanted = None if config.train_size is None else config.train_size // len(strata) + held
-    if made:  # a task has no end, repeats itself by design, and may ask about letters as they are
-        _fill(strata, problems, wanted, Distinct(str))
+    if config.source == "reasoning_gym":
+        source = f"data.task {config.task}"
+        # A task is endless, repeats itself by design, and may ask about upper and lower case.
+        _fill(strata, _generate(config), wanted, DuplicateFilter(str))
     else:
-        distinct = Distinct(normal_form)
-        _fill(strata, problems, None, distinct)
-        for line in distinct.lines(source):
+        source = f"data.path {shorten_path(data_path(config))}"
+        duplicates = DuplicateFilter(normal_form)
+        _fill(strata, problems_from_rows(config, incomplete), None, duplicates)
+        for line in duplicates.lines(source):
             print(line, file=sys.stderr)
     for fault, count in incomplete.items():
         print(f"skipped: rows of {source} with {fault}: {count}", file=sys.stderr)
 
     rng = random.Random(config.seed)
-    train, heldout = [], []
+    train: list[Problem] = []
+    heldout: list[Problem] = []
     for answer, stratum in strata.items():
         _check_size(source, answer, len(stratum), held, wanted)
-        # Easy questions repeat more often and so come up early; shuffled, both parts get alike.
+        # Shuffle before the split: easy questions repeat more often, so they come early.
         rng.shuffle(stratum)
         heldout += stratum[:held]
         train += stratum[held:wanted]
@@ -72,7 +71,7 @@ def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
 
 
 def majority_answer(problems: list[Problem]) -> tuple[str, float]:
-    """The most frequent answer and its share: the accuracy of always giving it."""
+    """The most frequent answer and its fraction, the accuracy of always giving that answer."""
     answer, count = Counter(problem.answer for problem in problems).most_common(1)[0]
     return answer, count / len(problems)
 
@@ -81,18 +80,18 @@ def _fill(
     strata: dict[str | None, list[Problem]],
     problems: Iterable[Problem],
     size: int | None,
-    distinct: Distinct,
+    duplicates: DuplicateFilter,
 ) -> None:
-    """Puts each new question into its answer's list until every list has `size`; None: all."""
-    short = set(strata)
+    """Append each new question to its answer's stratum until each has `size`; None: no limit."""
+    unfilled = set(strata)
     for problem in problems:
         key = None if None in strata else problem.answer
-        if key not in short or not distinct.add(problem.id, problem.question, problem.answer):
+        if key not in unfilled or not duplicates.add(problem.id, problem.question, problem.answer):
             continue
         strata[key].append(problem)
         if len(strata[key]) == size:
-            short.remove(key)
-            if not short:
+            unfilled.remove(key)
+            if not unfilled:
                 return
 
 
@@ -109,9 +108,10 @@ def _check_size(source: str, answer: str | None, size: int, held: int, wanted: i
 def task_entries(
     task: str, settings: dict[str, Any], seed: int, wanted: int, key: str = "data.task_config"
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Ids and entries of a reasoning_gym task, enough to find nearly `wanted` distinct questions.
+    """Ids and entries of a reasoning_gym task, enough for about `wanted` distinct questions.
 
-    The same arguments give the same entries. `key` names the settings in error messages.
+    The same arguments give the same entries. `key` names the settings in error messages. Raises
+    UserError for settings that the task does not accept, and for a task without answers.
     """
     known = [field.name for field in dataclasses.fields(task_registry()[task][1])]
     from reasoning_gym import create_dataset
@@ -132,19 +132,22 @@ def task_entries(
         yield f"{task}-{index}", entry
 
 
-def _generate(config: DataConfig, wanted: int) -> Iterator[Problem]:
+def _generate(config: DataConfig) -> Iterator[Problem]:
+    """Problems of the reasoning_gym task; repeats some of them."""
     task, registry = config.task, task_registry()
+    assert task is not None and config.train_size is not None  # DataConfig requires both
     if task not in registry:
         raise UserError(f"unknown data.task {task!r}{suggest(task, list(registry))}")
+    wanted = config.train_size + config.heldout_size
     for name, entry in task_entries(task, config.task_config, config.seed, wanted):
         answer = entry["answer"]
         solution = _solution(entry["metadata"], answer)
-        made_by = (task, entry, config.task_config)
-        yield Problem(name, entry["question"], str(answer), solution, *made_by)
+        origin = (task, entry, config.task_config)
+        yield Problem(name, entry["question"], str(answer), solution, *origin)
 
 
 def task_registry() -> dict[str, Any]:
-    """The reasoning_gym tasks by name."""
+    """The tasks of reasoning_gym by name: (dataset class, config class). Needs the package."""
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError:
@@ -153,7 +156,7 @@ def task_registry() -> dict[str, Any]:
 
 
 def _solution(metadata: dict[str, Any], answer: str) -> str:
-    """Worked steps where a task has them (gsm_symbolic), an equation where it has an expression."""
+    """The task's worked steps (gsm_symbolic), or "expression = answer", or the answer alone."""
     if metadata.get("answer_cot"):
         return str(metadata["answer_cot"])
     expression = metadata.get("expression")
@@ -161,6 +164,6 @@ def _solution(metadata: dict[str, Any], answer: str) -> str:
 
 
 def problems_from_rows(config: DataConfig, incomplete: Counter[str]) -> Iterator[Problem]:
-    """Problems of the complete rows; the others are an error, or counted by what is wrong."""
+    """Problems of the complete rows; see `texts_from_rows` for the others."""
     for name, texts in texts_from_rows(config, incomplete):
-        yield Problem(name, **texts)
+        yield Problem(name, texts["question"], texts["answer"], texts["solution"])

@@ -1,4 +1,6 @@
-"""Prompts as token ids: templates from the recipe, wrapped in the tokenizer's chat template."""
+"""Prompts as token ids: the recipe's templates, wrapped in the tokenizer's chat template."""
+
+from __future__ import annotations
 
 import math
 import sys
@@ -13,52 +15,56 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import PromptsConfig
-from opsd_train.data.chat_tokens import THINKING, ControlTokens, turn_end
+from opsd_train.data.chat_tokens import THINKING, ControlTokenEscaper, turn_end
 from opsd_train.data.problems import Problem
 
 _NAMES = {"student": "student prompt", "teacher": "teacher prompt", "solution": "solution"}
-PROBE = Problem(id="probe", question="1 + 1 =", answer="2", solution="1 + 1 = 2")
-_BATCH = 1000  # texts tokenised at a time
+_PROBE = Problem(id="probe", question="1 + 1 =", answer="2", solution="1 + 1 = 2")
+_BATCH = 1000  # texts per call of the tokenizer
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Problems with the number of tokens of each of their texts, by side."""
+    """Problems with the lengths of their texts in tokens."""
 
     problems: list[Problem]
-    tokens: dict[str, array]
+    tokens: dict[str, array[int]]  # by text: "student", "teacher", "solution"; one per problem
 
     def longest(self, *texts: str) -> tuple[int, Problem]:
-        """Most tokens of these texts together, and the problem that has them."""
+        """The largest total length of these texts, in tokens, and the problem that has it."""
         sums = list(map(sum, zip(*(self.tokens[side] for side in texts), strict=True)))
         index = max(range(len(sums)), key=sums.__getitem__)
         return sums[index], self.problems[index]
 
 
 class PromptBuilder:
-    """Builds the prompt of each side for a problem.
+    """Builds the prompts of student and teacher, and reference solutions, as token ids.
 
-    All templates are tried at once, so a mistake in one of them shows before the model loads.
+    `end`: ids of the tokens that end a completion to train on.
     """
 
-    def __init__(self, tokenizer: Any, config: PromptsConfig):
+    def __init__(self, tokenizer: Any, config: PromptsConfig) -> None:
+        """Render every template once, so that mistakes show before the model is loaded.
+
+        Raises UserError for a template that fails, and if a chat template is asked for but missing.
+        Warns on stderr if one prompt opens or closes a think block and the other does not.
+        """
         self.tokenizer = tokenizer
         self.config = config
-        self._control = ControlTokens(tokenizer)
-        # A solution may think, and then the tokens that enclose thinking are its own.
-        self._control_in_solutions = ControlTokens(tokenizer, but=THINKING)
+        self._escaper = ControlTokenEscaper(tokenizer)
+        # A solution may contain thinking, and then it needs the tokens that enclose it.
+        self._solution_escaper = ControlTokenEscaper(tokenizer, allowed=THINKING)
         environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
         self._templates = {
             side: _compile(environment, side, getattr(config, side))
             for side in ("student", "teacher")
         }
-        # Token ids that end a completion that is trained on: as a turn of the chat ends.
         self.end = turn_end(tokenizer) if config.student_chat_template else [tokenizer.eos_token_id]
-        starts = {side: _thinking(self._text(side, PROBE)) for side in self._templates}
+        starts = {side: _thinking(self._text(side, _PROBE)) for side in self._templates}
         if starts["student"] != starts["teacher"]:
             print(
                 f"warning: the student's prompt {starts['student']}, the teacher's "
-                f"{starts['teacher']}: their first completion token does not mean the same",
+                f"{starts['teacher']}: completions do not start in the same state",
                 file=sys.stderr,
             )
 
@@ -67,21 +73,25 @@ class PromptBuilder:
         return self._encode("student", [problem])[0]
 
     def teacher(self, problem: Problem) -> list[int]:
-        """Token ids of the teacher's prompt, which holds the privileged solution."""
+        """Token ids of the teacher's prompt, which contains the solution."""
         return self._encode("teacher", [problem])[0]
 
     def solution(self, problem: Problem) -> list[int]:
-        """The reference solution as a completion: its token ids and those that end it."""
+        """Token ids of the reference solution as a completion, including `end`."""
         return self._encode("solution", [problem])[0]
 
     def filter(self, problems: list[Problem], texts: Sequence[str]) -> list[Problem]:
-        """The problems whose `texts` keep to their limits; see `measure`."""
+        """The problems whose `texts` are within their limits; see `measure`."""
         return self.measure(problems, texts).problems
 
     def measure(self, problems: list[Problem], texts: Sequence[str]) -> Measured:
-        """The problems whose `texts` ("student", "teacher", "solution") keep to their limits, with
-        their lengths; see prompts.overlong for the rest."""
-        kept, worst, where = [], 0, ""
+        """The problems whose `texts` ("student", "teacher", "solution") are within their limits.
+
+        With prompts.overlong=skip the others are counted on stderr; otherwise they raise UserError,
+        as does a result without any problem.
+        """
+        kept: list[int] = []
+        worst, where = 0.0, ""
         lengths = {side: self._lengths(problems, side) for side in texts}
         for index, problem in enumerate(problems):
             excess, side = max(
@@ -97,25 +107,23 @@ class PromptBuilder:
         if dropped == 0:
             return Measured(problems, lengths)
         limits = " or ".join(dict.fromkeys(self._limit_text(side) for side in texts))
-        line = (
-            f"{dropped} of {len(problems)} problems are longer than {limits} (the worst: {where})"
-        )
+        line = f"{dropped} of {len(problems)} problems are longer than {limits} (worst: {where})"
         if self.config.overlong == "error":
-            raise UserError(f"{line}; raise the limit, or leave them out: prompts.overlong=skip")
+            raise UserError(f"{line}; raise the limit, or skip them: prompts.overlong=skip")
         if not kept:
             raise UserError(f"{line}; none is left")
         print(f"skipped: {line}", file=sys.stderr)
         tokens = {side: array("i", map(lengths[side].__getitem__, kept)) for side in texts}
         return Measured([problems[index] for index in kept], tokens)
 
-    def _lengths(self, problems: Sequence[Problem], side: str) -> array:
-        """Tokens of each problem's text."""
+    def _lengths(self, problems: Sequence[Problem], side: str) -> array[int]:
+        """Length of each problem's text, in tokens."""
         lengths = array("i")
         for first in range(0, len(problems), _BATCH):
             lengths.extend(map(len, self._encode(side, problems[first : first + _BATCH])))
         return lengths
 
-    def _special(self, side: str) -> bool:
+    def _adds_special_tokens(self, side: str) -> bool:
         # A chat template writes its own special tokens; plain text gets the tokenizer's.
         return not getattr(self.config, f"{side}_chat_template")
 
@@ -129,18 +137,18 @@ class PromptBuilder:
         return f"prompts.{key}={getattr(self.config, key)}"
 
     def _encode(self, side: str, problems: Sequence[Problem]) -> list[list[int]]:
-        """Token ids of each problem's text; all at once, so that the tokenizer uses all cores."""
+        """Token ids of each problem's text, in one call, so that the tokenizer uses all cores."""
         if side == "solution":
-            control = self._control_in_solutions
-            texts = [control.marked(problem).solution for problem in problems]
-            return [[*ids, *self.end] for ids in control.encode(texts, add_special_tokens=False)]
-        texts = [self._text(side, self._control.marked(problem)) for problem in problems]
-        return self._control.encode(texts, self._special(side))
+            escaper = self._solution_escaper
+            texts = [escaper.escape(problem).solution for problem in problems]
+            return [[*ids, *self.end] for ids in escaper.encode(texts, add_special_tokens=False)]
+        texts = [self._text(side, self._escaper.escape(problem)) for problem in problems]
+        return self._escaper.encode(texts, self._adds_special_tokens(side))
 
     def _text(self, side: str, problem: Problem) -> str:
         try:
             content = self._templates[side].render(problem=problem)
-        except Exception as error:  # a template can go wrong in any way its author likes
+        except Exception as error:  # a template may fail in any way
             raise UserError(f"prompts.{side}: {error}") from None
         system = self.config.system
         if not getattr(self.config, f"{side}_chat_template"):
@@ -150,7 +158,8 @@ class PromptBuilder:
     def _chat(self, side: str, content: str, system: str | None) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(
-                f"prompts.{side}_chat_template is true, but the tokenizer has no chat template"
+                f"prompts.{side}_chat_template is true, but the tokenizer has no chat template; "
+                "set it to false"
             )
         messages = [{"role": "user", "content": content}]
         if system is not None:
@@ -173,7 +182,7 @@ def _compile(environment: jinja2.Environment, side: str, source: str) -> jinja2.
 
 
 def _thinking(prompt: str) -> str:
-    """How a prompt leaves the think block, worded for the warning."""
+    """What the end of a prompt does to the think block, worded for the warning."""
     end = prompt.rstrip()
     if end.endswith(THINKING[0]):
         return "opens a think block"

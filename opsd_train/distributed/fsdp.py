@@ -1,14 +1,16 @@
-"""FSDP2 for a model, and the two states its weights can be in beside the trained one.
+"""FSDP2 sharding of a causal LM, full weights for generation, and a second copy of the weights.
 
-`fully_shard` goes over each decoder layer and then the causal LM, whose group holds embeddings,
-final norm and head. The loss runs inside the causal LM's own forward (model.Policy), where the
-head is a plain, whole tensor: outside of it a shard would be read as the vocabulary.
+`fully_shard` is applied to each decoder layer, then to the causal LM, whose group holds the
+embeddings, the final norm and the head. The losses read the head's weight, so they run inside the
+causal LM's own forward (model.policy), where FSDP has gathered it: outside, a shard of the head
+would pass for the whole vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,58 +19,66 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from opsd_train.distributed.context import DistributedContext
-from opsd_train.model.families import layers
 
 
-def shard(core: nn.Module, context: DistributedContext, mode: str, dtype: torch.dtype) -> None:
-    """Shard a causal LM over the ranks ("full"), or keep a copy on each ("none").
+def shard(
+    core: nn.Module,
+    layers: Iterable[nn.Module],
+    context: DistributedContext,
+    mode: str,
+    dtype: torch.dtype,
+) -> None:
+    """Shard a causal LM and its decoder `layers` over the ranks, in place.
 
-    Parameters are gathered in `dtype`, gradients summed (the loss has the global divisor) in fp32.
+    `mode`: "full" shards the weights; "none" keeps a replica on each rank. Parameters are gathered
+    in `dtype`. Gradients are reduced in fp32 and summed, not averaged, because the loss already
+    divides by the global token count.
     """
     kind = context.device.type
     if mode == "full":
         mesh = init_device_mesh(kind, (context.size,))
-    else:  # shards of one rank: replicas whose gradients are all-reduced, by the same code
+    else:  # HSDP with shards of one rank: replicas whose gradients are all-reduced
         mesh = init_device_mesh(kind, (context.size, 1), mesh_dim_names=("replicate", "shard"))
-    options = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        ),
-    }
-    for layer in layers(core):
-        fully_shard(layer, **options)
-    fully_shard(core, **options)
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    shard_module = partial(fully_shard, mesh=mesh, mp_policy=policy)
+    for layer in layers:
+        shard_module(layer)
+    shard_module(core)
     for module in fsdp_modules(core):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot pre-multiply
 
 
-def shard_layers(core: nn.Module, context: DistributedContext) -> None:
-    """Shard the layers of a frozen teacher; its head stays whole on every rank."""
+def shard_layers(layers: Iterable[nn.Module], context: DistributedContext) -> None:
+    """Shard the decoder `layers` of a frozen model; every rank keeps the rest of it whole."""
     mesh = init_device_mesh(context.device.type, (context.size,))
-    for layer in layers(core):
+    for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
 
 
 def set_last_backward(core: nn.Module, last: bool) -> None:
-    """Copies on each rank ("none") add up their gradients once, after a step's last one."""
+    """Say whether the next backward is the last of its optimizer step.
+
+    Replicas (shard mode "none") all-reduce their accumulated gradients once, in that backward.
+    """
     if isinstance(core, FSDPModule):
         core.set_requires_all_reduce(last)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, any other as it is."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, any other as it is; every rank must call it."""
+    """A sharded tensor, gathered; a plain tensor is returned as it is. Every rank must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(values: Tensor, parameter: Tensor) -> Tensor:
-    """Local values as a tensor that is sharded as `parameter` is; the memory is the same."""
+    """View this rank's `values` as a tensor sharded like `parameter`; shares their memory."""
     if not isinstance(parameter, DTensor):
         return values
     return DTensor.from_local(
@@ -83,9 +93,9 @@ def sharded_like(values: Tensor, parameter: Tensor) -> Tensor:
 
 @contextmanager
 def full_parameters(core: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """For generation: all weights whole and in `dtype`, and no rank waits for another.
+    """Within the context all weights are full tensors in `dtype`, so each rank generates alone.
 
-    What was trained comes back bit for bit, also after an error; within itself it does nothing.
+    On exit, also after an error, the trained weights are back bit for bit. Nested calls do nothing.
     """
     if all(p.dtype == dtype and not isinstance(p, DTensor) for p in core.parameters()):
         yield
@@ -96,41 +106,45 @@ def full_parameters(core: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def _unsharded(core: nn.Module) -> Iterator[None]:
-    units = fsdp_modules(core)
+    modules = fsdp_modules(core)
     try:
-        for unit in units:
-            unit.set_reshard_after_forward(False, recurse=False)
-            unit.unshard()
+        for module in modules:
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
         yield
     finally:
-        for unit in units:
-            unit.set_reshard_after_forward(unit is not core, recurse=False)
-            unit.reshard()
+        for module in modules:
+            module.set_reshard_after_forward(module is not core, recurse=False)
+            module.reshard()
 
 
 @contextmanager
 def _cast(core: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    kept = [(p, p.data) for p in core.parameters() if p.dtype != dtype]
+    originals = [(p, p.data) for p in core.parameters() if p.dtype != dtype]
     try:
-        for parameter, data in kept:
+        for parameter, data in originals:
             parameter.data = data.to(dtype)
         yield
     finally:
-        for parameter, data in kept:
+        for parameter, data in originals:
             parameter.data = data
 
 
 class Snapshot:
-    """A second set of the trained weights: as they were at the start, or their moving average."""
+    """A second set of the trained weights: their initial values, or a moving average of them.
+
+    `values`: one tensor per trained parameter, this rank's shard of it, in the parameter's dtype.
+    """
 
     def __init__(self, core: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        """Copy the current values of `parameters`, the trained ones of `core`."""
         self._core, self._parameters = core, parameters
-        self._trained = [local(parameter.detach()) for parameter in parameters]
+        self._trained = [local_shard(parameter.detach()) for parameter in parameters]
         self.values = [tensor.clone() for tensor in self._trained]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The model with these weights; the trained ones come back bit for bit."""
+        """Within the context the model has these weights; on exit the trained ones, bit for bit."""
         self._swap()
         try:
             yield
@@ -139,18 +153,18 @@ class Snapshot:
 
     @torch.no_grad()
     def blend(self, decay: float) -> None:
-        """Move towards the trained weights: decay * old + (1 - decay) * trained."""
+        """Update the moving average: values = decay * values + (1 - decay) * trained."""
         torch._foreach_lerp_(self.values, self._trained, 1 - decay)
 
     def state(self) -> list[Tensor]:
-        """The values for a checkpoint, which must know whose shards they are."""
+        """The values as tensors that a distributed checkpoint can save: DTensors if sharded."""
         pairs = zip(self.values, self._parameters, strict=True)
         return [sharded_like(value, parameter) for value, parameter in pairs]
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for unit in fsdp_modules(self._core):
-            unit.reshard()  # what was gathered before is not what is wanted now
+        for module in fsdp_modules(self._core):
+            module.reshard()  # drop weights gathered before the swap
         for trained, value in zip(self._trained, self.values, strict=True):
             kept = trained.clone()
             trained.copy_(value)
@@ -158,4 +172,5 @@ class Snapshot:
 
 
 def fsdp_modules(core: nn.Module) -> list[FSDPModule]:
+    """All modules of `core`, itself included, that `fully_shard` was applied to."""
     return [module for module in core.modules() if isinstance(module, FSDPModule)]

@@ -36,7 +36,7 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
     # Imported here because --regrade needs neither torch nor a model.
     from transformers.utils import logging as transformers_logging
 
-    from opsd_train.distributed.context import start
+    from opsd_train.distributed.context import init_distributed
     from opsd_train.evaluation.eval_prompts import EvalPrompts
     from opsd_train.evaluation.generate import generate, patient_barrier
     from opsd_train.evaluation.source import find_source
@@ -47,7 +47,7 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
     labels = list(map(set_label, sets))
     if len(set(labels)) < len(labels):
         raise UserError(f"--set has a set twice: {', '.join(labels)}")
-    context, store = start(config.model.device), Store(config.output_dir)
+    context, store = init_distributed(config.model.device), Store(config.output_dir)
     found = find_source(source, config.model)
     prompts = EvalPrompts(load_tokenizer(found.model), config, sets, found.run)
     evaluated = Evaluated(source, found.weights_name, list(sets), config)
@@ -60,7 +60,7 @@ def evaluate(config: EvalConfig, source: str, sets: Sequence[str]) -> Scores:
     if context.is_main:
         shutil.rmtree(store.folder / "scratch", ignore_errors=True)
     scores = score(store, config.grading) if context.is_main else {}
-    context.leave()
+    context.shutdown()
     return scores
 
 

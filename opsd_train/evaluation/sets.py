@@ -12,7 +12,7 @@ from opsd_train.config.errors import UserError, suggest
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.config.schema import ColumnsConfig, Config, DataConfig
 from opsd_train.data.files import is_data_file
-from opsd_train.data.fingerprint import difference, fingerprint, recorded
+from opsd_train.data.fingerprint import difference, fingerprint, recorded_fingerprint
 from opsd_train.data.problems import (
     load_problems,
     problems_from_rows,
@@ -159,7 +159,7 @@ def _heldout(config: Config, folder: Path) -> Iterator[EvalProblem]:
     """The problems that training evaluates, or all if it evaluates none; `folder`: the run's."""
     train, problems = load_problems(config.data)
     for checkpoint in sorted((folder / "checkpoints").glob("step_*[0-9]"))[-1:]:
-        old = recorded(checkpoint)
+        old = recorded_fingerprint(checkpoint)
         if old and (changed := difference(old, fingerprint(train, problems), checkpoint)):
             raise UserError(f"--set heldout: {changed}; restore it")
     if not problems:

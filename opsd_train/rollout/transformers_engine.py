@@ -13,7 +13,13 @@ from transformers import DynamicCache
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import EngineConfig
 from opsd_train.data.batches import token_batches
-from opsd_train.model.families import LmHead, lm_head, proof_tokens, rounding, tolerance
+from opsd_train.model.families import (
+    LmHead,
+    batching_tolerance,
+    lm_head,
+    probe_tokens,
+    rounding_tolerance,
+)
 from opsd_train.model.policy import Policy
 from opsd_train.rollout.context_checks import check_batch_tokens
 from opsd_train.rollout.kv_cache import drop_rows, preallocate
@@ -74,7 +80,7 @@ class TransformersEngine:
 
     def _fault(self, head: LmHead) -> str | None:
         """What is wrong with the logits of two prompts, one mostly padding, and of a next token."""
-        tokens, device = proof_tokens(head, self.pad_id), head.weight.device
+        tokens, device = probe_tokens(head, self.pad_id), head.weight.device
         lengths = [1, len(tokens) - 1]
         requests = [Request(tokens[:length], 0) for length in lengths]
         logits, mask, cache = self._prefill(requests, 1, self.pad_id)
@@ -83,11 +89,11 @@ class TransformersEngine:
         found = torch.cat([logits, self._forward(following, mask, position, cache)])
         whole = self.core(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits
         gap = _gap(found, whole[0, [length - 1 for length in lengths] + lengths].float())
-        if not gap <= tolerance(head):
+        if not gap <= batching_tolerance(head):
             return f"logits change with its cache (gap {gap:.1g})"
         # Another padding token in the same shapes: a difference is not rounding.
         gap = _gap(self._prefill(requests, 1, tokens[0])[0], logits)
-        if not gap <= rounding(head):
+        if not gap <= rounding_tolerance(head):
             return f"its layers read the padding before a prompt (gap {gap:.1g})"
         return None
 

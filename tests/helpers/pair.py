@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from opsd_train.distributed.context import DistributedContext, start
+from opsd_train.distributed.context import DistributedContext, init_distributed
 
 SIZE = 2
 PATIENCE = 120  # seconds; a rank that waits for another one waits for ever ...
@@ -86,7 +86,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    context = start("cpu")
+    context = init_distributed("cpu")
     pipe.send((False, "ready"))
     while True:
         function, args = pipe.recv()

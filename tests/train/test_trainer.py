@@ -161,7 +161,9 @@ def test_a_folder_that_cannot_be_made(
 def test_a_device_that_is_not_there(name: str) -> None:
     if (name == "xpu" and torch.xpu.is_available()) or (name == "mps" and torch.mps.is_available()):
         pytest.skip("this machine has one")
-    with pytest.raises(UserError, match=rf"model.device={name} is not there; PyTorch has .* here"):
+    with pytest.raises(
+        UserError, match=rf"model.device={name} is not available; PyTorch has .* here"
+    ):
         resolve_device(name)
 
 
@@ -237,7 +239,7 @@ def test_not_finite_keeps_the_batch(tiny_folder, tmp_path, monkeypatch, capsys, 
     ("override", "message"),
     [
         ("model.name_or_path=/no/such/model", "model.name_or_path=/no/such/model"),
-        ("model.device=cuda:7", "model.device=cuda:7 is not there"),
+        ("model.device=cuda:7", "model.device=cuda:7 is not available"),
         ("lora.target_modules=[q_proj,lm_head]", "lm_head cannot have an adapter"),
         ("lora.target_modules=[q_pro]", "the model has no module 'q_pro'"),
         ("rollout.max_new_tokens=2000", "more than the model's context of 2048"),

@@ -1,4 +1,4 @@
-"""Recipes and overrides give a checked Config, or one clear line."""
+"""Recipes and overrides give a checked Config, or an error of one line."""
 
 import copy
 import dataclasses
@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import yaml
 
-from opsd_train.config.errors import ELSEWHERE, UserError
+from opsd_train.config.errors import FOREIGN_KEYS, UserError
 from opsd_train.config.load import (
     RECIPES,
     config_from,
@@ -104,7 +104,7 @@ def test_text_may_be_null_where_that_means_something():
 
 
 def test_names_of_other_trainers_are_suggested_for_keys_that_exist():
-    assert set(ELSEWHERE.values()) <= set(known_keys())
+    assert set(FOREIGN_KEYS.values()) <= set(known_keys())
 
 
 def test_an_override_may_reach_into_a_free_form_value_and_the_last_one_wins():
@@ -238,7 +238,7 @@ def test_unknown_recipes():
 
 
 def test_recipes_hold_no_key_twice():
-    """YAML keeps the last of two equal keys without a word."""
+    """YAML silently keeps the last of two equal keys."""
 
     class Loader(yaml.SafeLoader):
         pass

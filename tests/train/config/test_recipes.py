@@ -1,4 +1,4 @@
-"""Recipes of the package: the paper's numbers, and two steps of each on a tiny model."""
+"""The packaged recipes: the paper's numbers, and two steps of each recipe on a tiny model."""
 
 import json
 from collections.abc import Iterator
@@ -41,7 +41,7 @@ def test_sizes_differ_in_the_model_alone(method: str) -> None:
     assert recipes[0] == recipes[1] == recipes[2]
 
 
-# Tables 4 and 5 of the paper, and what its Appendix B says in words.
+# Tables 4 and 5 of the paper, and the text of its Appendix B.
 TABLES = {
     "opsd": {"batch": 32, "samples": 1, "length": 2048, "temperature": 1.1, "lr": 2e-5},
     "opsd-later": {"batch": 32, "samples": 1, "length": 1024, "temperature": 1.1, "lr": 5e-6},
@@ -83,7 +83,7 @@ def test_the_numbers_of_the_paper(method: str) -> None:
 
 
 def prompts(method: str, capsys) -> tuple[str, str, str]:
-    """Both prompts as text, and what was said about them."""
+    """Both prompts as text, and what was printed about them."""
     tokenizer = qwen3.make_tokenizer()
     builder = PromptBuilder(tokenizer, load(f"paper/{method}-qwen3-8b").prompts)
     texts = (tokenizer.decode(build(PROBLEM)) for build in (builder.student, builder.teacher))
@@ -134,15 +134,15 @@ def openthoughts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stand_ins(monkeypatch) -> Iterator[None]:
-    """Random weights are never right, and GRPO and STaR would have nothing to learn from; the
-    report takes longer than all the rest."""
+    """Grades that random weights would never earn, for GRPO and STaR; and no report, which takes
+    longer than all the rest."""
     monkeypatch.setattr(run, "write_report", lambda folder: None)
     with made_up(lambda answer: sum(map(ord, answer.text)) % 2 == 1):
         yield
 
 
 def two_steps(config: Config) -> list[dict]:
-    """Trains, and returns the metrics, checked for what every method has."""
+    """Train, and return the metrics after checking what every method has."""
     assert run.train(config) == 0
     folder = Path(config.output_dir)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -201,5 +201,5 @@ def test_two_steps_of_the_demos(name: str, tiny_folder, stand_ins, tmp_path: Pat
         *teacher,
     )
     rows = two_steps(config)
-    # A model that teaches itself has nothing to say; see the recipe.
+    # demo/distill uses one model as student and teacher, so its gradient may be 0.
     assert all(row["grad_norm"] > 0 for row in rows) or "demo/distill" in name

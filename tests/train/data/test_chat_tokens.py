@@ -1,4 +1,4 @@
-"""Text that spells a control token stays text; and how the chat template ends a turn."""
+"""Text that spells a control token stays text; completions end as the chat template ends turns."""
 
 import shutil
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ MARKS = ["<s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 
 def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(MARKS)
-    # As in DeepSeek's: the template writes it, but it is no special token.
+    # As in DeepSeek's tokenizer: the template writes it, but it is not a special token.
     tokenizer.add_tokens([AddedToken("<|turn|>", special=False, normalized=False)])
     made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>")
     made.chat_template = (
@@ -38,7 +38,7 @@ def wrapped(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def metaspace() -> PreTrainedTokenizerFast:
-    """Like Llama 2's: a space before the text, letters it does not know as bytes."""
+    """Like Llama 2's: a space before the text, unknown letters as bytes."""
     pieces = [
         "<unk>",
         *(f"<0x{i:02X}>" for i in range(256)),
@@ -69,7 +69,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 
 
 def unigram() -> PreTrainedTokenizerFast:
-    """Like T5's and XGLM's: the likeliest pieces, one token for all that is unknown."""
+    """Like T5's and XGLM's: the most likely pieces, one token for everything unknown."""
     pieces = [("<unk>", 0.0), *((letter, -5.0) for letter in LETTERS), ("▁", -4.0), ("the", -6.0)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -130,8 +130,8 @@ def test_text_without_control_tokens_has_the_ids_it_had(kind: str) -> None:
     assert builder.solution(CLEAN) == [*solution, end]
 
 
-def test_it_has_the_ids_of_the_tokenizers_own_reading() -> None:
-    """Where the only control tokens are special ones, transformers can do it too."""
+def test_ids_equal_those_of_split_special_tokens() -> None:
+    """If all control tokens are special ones, transformers can do the same."""
     tokenizer = tiny.make_tokenizer()
     tokenizer.eos_token = "<|end|>"
     builder = PromptBuilder(tokenizer, CONFIG)
@@ -150,7 +150,7 @@ def test_the_recipes_own_control_tokens_stay_tokens() -> None:
 
 
 def test_a_solution_thinks_with_the_tokens_of_thinking() -> None:
-    """<think> is how the model writes; in a prompt it is a control token of the chat template."""
+    """The model writes <think> itself; in a prompt it is a control token of the chat template."""
     tokenizer = qwen3.make_tokenizer()
     builder = PromptBuilder(tokenizer, CONFIG)
     problem = Problem("p", "q <think>", "a", "<think>x</think>y<|im_end|>")
@@ -161,7 +161,7 @@ def test_a_solution_thinks_with_the_tokens_of_thinking() -> None:
     assert think not in builder.student(problem)
 
 
-def test_a_text_with_our_mark_is_refused() -> None:
+def test_a_text_with_the_mark_is_refused() -> None:
     builder = PromptBuilder(byte_level(), CONFIG)
     with pytest.raises(UserError, match=r"problem p: its question has U\+FDD0"):
         builder.student(Problem("p", "a \ufdd0", "a", "s"))
@@ -234,7 +234,7 @@ def test_a_plain_prompt_has_no_turn_to_end() -> None:
         ("context_distill", "<eos>", "<|end|>"),
         ("star", "<|end|>", "<|end|>"),
         ("star", "!", "!"),  # a stop token of the recipe
-        ("grpo", "<eos>", "<eos>"),  # its loss is about what was sampled
+        ("grpo", "<eos>", "<eos>"),  # its loss is on the sampled tokens
         ("opsd", "<eos>", "<eos>"),
     ],
 )
@@ -263,7 +263,7 @@ def test_samples_that_are_targets_end_so_too(
 
 
 @pytest.mark.parametrize("end", ["<|end|>", "<|system|>"])
-def test_a_teacher_that_ends_turns_otherwise_is_said(tiny_folder, tmp_path, capsys, end) -> None:
+def test_a_teacher_that_ends_turns_differently_warns(tiny_folder, tmp_path, capsys, end) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "teacher")
     template = folder / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|end|>", end))
@@ -279,10 +279,12 @@ def test_a_teacher_that_ends_turns_otherwise_is_said(tiny_folder, tmp_path, caps
 
 
 def test_a_tokenizer_that_cannot_is_refused_for_such_rows_alone() -> None:
-    """Whole words are its tokens, so it has none for the parts of a control token."""
+    """Its tokens are whole words, so it has none for the parts of a control token."""
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     builder = PromptBuilder(wrapped(tokenizer), CONFIG)
     assert len(builder.solution(Problem("p", "a", "a", "a a"))) == 3
-    with pytest.raises(UserError, match=r"cannot read the control token at '<.end.> a' as text"):
+    with pytest.raises(
+        UserError, match=r"cannot encode the control token at '<.end.> a' as plain text"
+    ):
         builder.solution(Problem("p", "a", "a", "a <|end|> a"))

@@ -1,4 +1,4 @@
-"""Problems: distinct, split without overlap, and clear errors for bad sources."""
+"""Problems are distinct and split without overlap; bad sources give clear errors."""
 
 import json
 import sys
@@ -216,7 +216,7 @@ NAN = float("nan")
 
 @pytest.mark.parametrize("column", ["question", "answer", "solution"])
 def test_nan_is_an_empty_cell(tmp_path, column, capsys):
-    """pandas writes what is missing as NaN, into JSON too."""
+    """pandas writes missing values as NaN, in JSON too."""
     lines = [
         *rows(3),
         rows(1)[0] | {column: NAN},
@@ -309,7 +309,7 @@ def test_parquet_that_does_not_fit(tmp_path):
 
 
 class FakeSet(list):
-    """What the reader uses of a datasets.Dataset."""
+    """The part of datasets.Dataset that the reader uses."""
 
     column_names = property(lambda self: list(self[0]))
 

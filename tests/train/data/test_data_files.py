@@ -1,4 +1,4 @@
-"""Files as people have them, and rows that cannot be read: named by number, in one short line."""
+"""Files in the variants found in practice; a bad row gives one short line with its number."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_as_people_have_them(tmp_path: Path, name: str) -> None:
+def test_variants_of_files(tmp_path: Path, name: str) -> None:
     file, text = FILES[name]
     (tmp_path / file).write_bytes(text.encode())
     assert texts(tmp_path / file) == WANTED
@@ -87,13 +87,13 @@ def test_a_long_cell_of_a_table(tmp_path: Path) -> None:
 GOOD = json.dumps({"question": "a", "answer": "1", "solution": "s"})
 LONG = "x" * 5000
 BAD_ROWS = {
-    "half a character": (
+    "half a surrogate pair": (
         '{"question": "half an emoji \\ud83d", "answer": "1", "solution": "s"}',
-        "'question' has half a character, \\ud83d",
+        "'question' has an unpaired surrogate, \\ud83d",
     ),
-    "half a character in the solution": (
+    "half a surrogate pair in the solution": (
         '{"question": "a", "answer": "1", "solution": "\\udc00"}',
-        "'solution' has half a character, \\udc00",
+        "'solution' has an unpaired surrogate, \\udc00",
     ),
     "no JSON": ('{"question": "a" "answer"}', "not valid JSON"),
     "many brackets": ("[" * 100_000, "cannot read the JSON"),
@@ -187,7 +187,7 @@ def test_a_bad_cell_of_a_parquet_file(tmp_path: Path) -> None:
 
 
 def test_a_bad_row_is_one_line_of_the_command(tiny_folder: Path, tmp_path: Path, capsys) -> None:
-    (tmp_path / "d.jsonl").write_text(f"{GOOD}\n" + BAD_ROWS["half a character"][0])
+    (tmp_path / "d.jsonl").write_text(f"{GOOD}\n" + BAD_ROWS["half a surrogate pair"][0])
     data = {"source": "file", "path": str(tmp_path / "d.jsonl"), "train_size": None}
     made = recipe(tiny_folder, tmp_path / "run") | {"data": data | {"heldout_size": 0}}
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(made))

@@ -1,4 +1,4 @@
-"""A checkpoint knows its data: other problems, or another split, do not go on with its training."""
+"""Checkpoints record their data: resuming with other problems or another split is refused."""
 
 import json
 from pathlib import Path
@@ -31,16 +31,16 @@ def changed(old: tuple, new: tuple) -> str | None:
     ("new", "words"),
     [
         (([1, 2, 3, 4], [5, 6]), None),
-        (([1, 2, 3, 4, 7], [5, 6]), "4 + 2 held out: it is 5 + 2 held out, 1 new"),
-        (([1, 2, 3], [5, 6]), "it is 3 + 2 held out, 1 gone"),
-        (([1, 2, 5, 4], [3, 6]), "it is 4 + 2 held out, 1 now held out"),
+        (([1, 2, 3, 4, 7], [5, 6]), "(4 + 2 held out): it is now 5 + 2 held out, 1 new"),
+        (([1, 2, 3], [5, 6]), "it is now 3 + 2 held out, 1 gone"),
+        (([1, 2, 5, 4], [3, 6]), "it is now 4 + 2 held out, 1 now held out"),
         (([8, 9, 3, 4], [5, 1]), "2 new, 2 gone, 1 now held out"),
         (([2, 1, 3, 4], [5, 6]), "from other rows or in another order"),
         (([1, 2, 3, 4], [6, 5]), "from other rows or in another order"),
-        (([1, 2, 3, 4, 5], [6]), "it is 5 + 1 held out"),
+        (([1, 2, 3, 4, 5], [6]), "it is now 5 + 1 held out"),
     ],
 )
-def test_what_changed_is_said(new: tuple, words: str | None) -> None:
+def test_changes_are_described(new: tuple, words: str | None) -> None:
     found = changed(([1, 2, 3, 4], [5, 6]), new)
     assert found is words is None or words in found
     assert found is None or len(found) < 150
@@ -79,7 +79,7 @@ def test_resume_with_other_data_is_refused(
     again = [str(path), "steps=4", "--resume"]
     capsys.readouterr()
     for count, answer, words in (
-        (90, "{}", ["40 + 20 held out: it is 70 + 20 held out", "30 new"]),
+        (90, "{}", ["(40 + 20 held out): it is now 70 + 20 held out", "30 new"]),
         (59, "{}", ["1 gone"]),
         (60, "{} apples", ["60 new, 60 gone"]),
     ):

@@ -1,4 +1,4 @@
-"""Which problems a step gets: passes over all of them, or draws near a success rate."""
+"""The problems of a step: shuffled passes over all of them, or draws near a success rate."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def test_every_problem_once_a_pass():
     drawn = [name for step in steps for name in step]
     passes = [drawn[first : first + 10] for first in range(0, 60, 10)]
     assert all(sorted(one) == sorted(ids(problems(10))) for one in passes)
-    assert len({tuple(one) for one in passes}) == 6  # each in an order of its own
+    assert len({tuple(one) for one in passes}) == 6  # each in a new order
     other = Shuffled(problems(10), 10, seed=4)
     assert ids(other.draw(1)) != passes[0]
 
@@ -99,7 +99,7 @@ def test_prefers_the_middle_once_it_knows_the_problems():
         sampler.observe(results)
     kinds = Counter(kind for step in drawn[-100:] for kind in step)
     assert kinds[1] > 2.5 * max(kinds[0], kinds[2])
-    assert min(kinds[0], kinds[2]) > 0  # the floor: nobody starves
+    assert min(kinds[0], kinds[2]) > 0  # the floor keeps every problem in play
     assert sampler.rates["p0"] > 0.95 and sampler.rates["p2"] < 0.05
 
 
@@ -111,7 +111,7 @@ def test_rates_and_the_overall_rate():
     sampler.observe([("p1", False)])
     assert sampler.overall == pytest.approx(0.5625)
     assert sampler.rates["p1"] == pytest.approx(0.75 * 0.6875)
-    # p2 and p3 were never tried: they assign_weights what the overall rate weighs.
+    # p2 and p3 were never tried: their weight is that of the overall rate.
     sampler.rates["p2"] = sampler.overall
     weights = sampler.weights()
     assert weights[2] == weights[3] and weights[0] != weights[3]

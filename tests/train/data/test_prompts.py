@@ -1,4 +1,4 @@
-"""Prompts as token ids, with a small tokenizer made here."""
+"""Prompts as token ids, with a tiny tokenizer."""
 
 import tracemalloc
 
@@ -70,7 +70,7 @@ def test_plain_text_needs_no_chat_template():
         (False, True, ("closes the think block", "opens a think block")),
     ],
 )
-def test_a_think_block_on_one_side_is_said(student, teacher, words, capsys):
+def test_a_think_block_on_one_side_gives_a_warning(student, teacher, words, capsys):
     config = prompts(student_thinking=student, teacher_thinking=teacher)
     PromptBuilder(make_tokenizer(THINKING), config)
     said = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Models, and the pair of processes that all of these tests share."""
+"""Small models, and the pair of processes that these tests share."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ def pair() -> Iterator[Pair]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tied, untied, and a wider teacher with a padded vocabulary; 261 rows cannot be halved."""
+    """tied, untied, and a wider teacher with a padded vocabulary; 261 rows do not divide by 2."""
     folder = tmp_path_factory.mktemp("models")
     made = {
         "tied": make_model(),
@@ -36,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As the ranks have, so that the order of sums is the same."""
+    """One thread, as on the ranks, so that sums have the same order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

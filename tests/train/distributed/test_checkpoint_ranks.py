@@ -1,4 +1,4 @@
-"""Checkpoints of two ranks: bit for bit on two, whole on one, and all or nothing when one fails."""
+"""Checkpoints of two ranks: resumed bit for bit on two, gathered on one, none if a rank fails."""
 
 import errno
 import os
@@ -83,7 +83,7 @@ def test_goes_on(pair: Pair, models: Path, tmp_path: Path, capsys, shard, overri
         assert not same(before, after) and before.keys() == after.keys()
     assert straight[0][1]["loss"] > 0
 
-    # On another number of ranks: the same weights, and random streams that start anew.
+    # On another number of ranks: the same weights, but new random streams.
     before, row, _ = resume(alone(), *made_of)
     assert same(before, straight[0][0])
     assert "is of 2 processes and continues on 1" in capsys.readouterr().err
@@ -92,7 +92,7 @@ def test_goes_on(pair: Pair, models: Path, tmp_path: Path, capsys, shard, overri
 
 
 def save(context: DistributedContext, folder: Path, number: int, failing: str | None) -> str | None:
-    """Save on both ranks, while the disk is full for rank 1; what the user is told."""
+    """Save on both ranks while rank 1's disk is full; returns the error message."""
 
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -1,4 +1,4 @@
-"""Runs as torchrun starts them."""
+"""Runs started by torchrun."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import distributed
 
-from opsd_train.distributed.context import DistributedContext, start
+from opsd_train.distributed.context import DistributedContext, init_distributed
 from tests.helpers.tiny import recipe
 
 pytestmark = pytest.mark.dist
@@ -55,7 +55,7 @@ def write_recipe(models: Path, folder: Path) -> str:
 def test_one_rank_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    context = start("cpu")
+    context = init_distributed("cpu")
     assert (
         context == DistributedContext(torch.device("cpu"), 0, 1)
         and not distributed.is_initialized()
@@ -69,7 +69,7 @@ def test_one_rank_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_whole_run(models: Path, tmp_path: Path, ranks: int) -> None:
     made = torchrun(ranks, "-m", "opsd_train", write_recipe(models, tmp_path))
     assert made.returncode == 0, made.stderr
-    assert made.stdout.count("run folder") == 1  # one rank speaks
+    assert made.stdout.count("run folder") == 1  # only one rank prints
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["status"] == "finished" and summary["steps"] == 3
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3

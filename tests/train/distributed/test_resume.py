@@ -1,7 +1,7 @@
-"""Runs killed at random moments, and asked to stop, end as the run that nobody disturbed.
+"""Runs that are killed or stopped at random moments and resumed end like an undisturbed run.
 
-Each launch is a process of its own (or torchrun with two), as a user would start it; what is
-checked comes from its output and its run folder only.
+Each launch is its own process (or torchrun with two), as a user would start it; the checks read
+only its output and its run folder.
 """
 
 import json
@@ -28,9 +28,9 @@ from tests.helpers.tiny import recipe
 
 ROOT = Path(__file__).parents[3]
 EVERY = 2
-PATIENCE = 300  # seconds for whatever a launch is waited for
+PATIENCE = 300  # seconds to wait for anything
 
-# When a launch is ended: while it loads, after some more steps, during a save; or SIGTERM.
+# When a launch is killed: while loading, after some steps, during a save; or SIGTERM instead.
 ONE_RANK = ["load", *["steps"] * 4, "save", *["steps"] * 4, "SIGTERM", "save", *["steps"] * 3]
 TWO_RANKS = ["steps", "save", "steps", "SIGTERM", "load", "steps", "save", "steps"]
 assert sum(kind != "SIGTERM" for kind in ONE_RANK + TWO_RANKS) >= 20
@@ -51,7 +51,7 @@ class Launch:
         return re.findall(pattern, self.log.read_text(), re.MULTILINE)
 
     def steps(self) -> list[int]:
-        """Those it has finished, as it says."""
+        """The steps it has printed as finished."""
         return [int(step) for step in self.said(r"^step (\d+)/\d+  .*\n")]
 
     def wait_until(self, true: Callable[[], object]) -> None:
@@ -62,9 +62,9 @@ class Launch:
             time.sleep(0.002)
 
     def kill(self) -> None:
-        """kill -9 to all of its processes: torchrun puts its ranks in sessions of their own."""
+        """kill -9 all of its processes: torchrun starts each rank in its own session."""
         try:
-            self.process.suspend()  # so that it starts no more of them
+            self.process.suspend()  # so that it starts no more children
             family = [self.process, *self.process.children(recursive=True)]
         except psutil.NoSuchProcess:
             return
@@ -81,18 +81,18 @@ class Launch:
 
 
 def newest(run: Path) -> int:
-    """The last step that has a folder of its final name."""
+    """The last step with a finished checkpoint."""
     folders = (run / "checkpoints").glob("step_*")
     return max((int(f.name[5:]) for f in folders if f.suffix != ".tmp"), default=0)
 
 
 def being_written(run: Path) -> set[tuple[Path, int]]:
-    """Unfinished checkpoints; the time tells one from another of the same name."""
+    """Unfinished checkpoints; their ctime distinguishes those with the same name."""
     return {(f, f.stat().st_ctime_ns) for f in (run / "checkpoints").glob("*.tmp") if f.exists()}
 
 
 def end(launch: Launch, kind: str, run: Path, rng: random.Random) -> None:
-    """End a launch at a moment of this kind; returns when all of its processes are gone."""
+    """End a launch in this way; returns when all of its processes are gone."""
     start = newest(run)
     if kind == "load":
         time.sleep(rng.uniform(0, 10))
@@ -141,7 +141,7 @@ def test_killed_again_and_again(
             end(launch, kind, run, rng)
         finally:
             launch.kill()
-        # It began where the last checkpoint was, and lost nothing beyond its own last one.
+        # It began at the last checkpoint, and lost at most the steps after its own last one.
         steps, found = launch.steps(), newest(run)
         assert steps == list(range(start + 1, start + 1 + len(steps)))
         if steps and start:

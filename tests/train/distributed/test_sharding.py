@@ -1,4 +1,4 @@
-"""Every way in which FSDP2, adapters and a loss that reads the head are known to go wrong."""
+"""Known pitfalls of FSDP2 with adapters and with a loss that reads the head."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ LAYERS = ["model.layers.0", "model.layers.1"]
 def test_a_loss_sees_the_whole_head(
     pair: Pair, models: Path, overrides: tuple[str, ...], shard: str
 ) -> None:
-    """A shard taken for the vocabulary would distil over a part of it."""
+    """A shard used as the whole head would distil over a part of the vocabulary."""
     course = Course(models, "untied", overrides, shard)
     one = sharding.heads(alone(), course) if FULL not in overrides else None
     dtype = torch.bfloat16 if BF16 in overrides else torch.float32
@@ -38,12 +38,12 @@ def test_a_loss_sees_the_whole_head(
 
 
 @pytest.mark.parametrize("model, overrides", [("tied", (BF16,)), ("untied", (FULL, BF16))])
-def test_units(pair: Pair, models: Path, model: str, overrides: tuple[str, ...]) -> None:
-    """Layers and the causal LM, and nothing else: neither PeftModel nor the head by itself."""
+def test_sharded_modules(pair: Pair, models: Path, model: str, overrides: tuple[str, ...]) -> None:
+    """The layers and the causal LM only: not the PeftModel, and not the head by itself."""
     for found in pair.run(sharding.structure, Course(models, model, overrides)):
         assert found["units"] == ["", *LAYERS]
         assert found["peft"] == (FULL not in overrides) and not found["peft_sharded"]
-        assert found["plain"] == []  # adapters too: they were there before the sharding
+        assert found["plain"] == []  # adapters too, as they are added before sharding
         assert bool(found["adapters"]) == (FULL not in overrides)
         assert found["tied"] == (model == "tied")
         assert found["trained_types"] == {torch.float32}
@@ -81,7 +81,7 @@ def test_ranks_generate_at_different_lengths(pair: Pair, models: Path) -> None:
 def test_weights_return_after_generation(
     pair: Pair, models: Path, overrides: tuple[str, ...]
 ) -> None:
-    """Generation computes in bf16, adapters too; masters come back to the bit, also on errors."""
+    """Generation computes in bf16, adapters too; fp32 weights are restored bit for bit."""
     course = Course(models, overrides=(*overrides, *OVERRIDES))
     for found in (
         sharding.failing_generation(alone(), course),
@@ -116,7 +116,7 @@ def test_no_adapter_on_the_head(models: Path, override: str, reason: str) -> Non
 
 
 def test_adapters_are_lora_and_nothing_else(tmp_path: Path) -> None:
-    """Prompt tuning would put hidden states elsewhere; no recipe can ask for it."""
+    """Prompt tuning would shift the hidden states; no recipe can ask for it."""
     for key in ("peft_type=PROMPT_TUNING", "num_virtual_tokens=8", "modules_to_save=[lm_head]"):
         with pytest.raises(UserError, match=rf"unknown key lora\.{key.split('=')[0]}"):
             config("model", tmp_path, f"lora.{key}")

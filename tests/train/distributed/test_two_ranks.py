@@ -1,4 +1,4 @@
-"""Two ranks against one process: samples, losses, metrics, gradients and weights of two steps."""
+"""Two ranks match one process: samples, losses, metrics, gradients and weights of two steps."""
 
 import itertools
 import re
@@ -26,7 +26,7 @@ def teacher(models: Path) -> tuple[str, ...]:
 
 
 def difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
-    """The largest of any tensor, relative to it."""
+    """The largest relative error of any tensor."""
     assert one.keys() == two.keys()
     largest = 0.0
     for name, value in one.items():
@@ -37,7 +37,7 @@ def difference(one: dict[str, Tensor], two: dict[str, Tensor]) -> float:
 
 def assert_same_rows(one: Outcome, two: Outcome) -> None:
     for row, other in zip(one.rows, two.rows, strict=True):
-        assert row.keys() - {"peak_mib"} == other.keys() - {"peak_mib"}  # of one process
+        assert row.keys() - {"peak_mib"} == other.keys() - {"peak_mib"}  # per process
         for name in row:
             if not re.search("second|peak|top_tokens", name):
                 assert other[name] == pytest.approx(row[name], rel=1e-3, abs=1e-5), name
@@ -57,7 +57,7 @@ def assert_same_samples(one: Outcome, ranks: list[Outcome]) -> None:
 
 
 def compare(pair: Pair, course: Course) -> tuple[Outcome, list[Outcome]]:
-    """Follow it on one process and on two, and check that nothing differs."""
+    """Follow the course on one process and on two, and check that nothing differs."""
     one, ranks = follow(alone(), course), pair.run(follow, course)
     assert_same_samples(one, ranks)
     assert_same_rows(one, ranks[0])
@@ -67,7 +67,7 @@ def compare(pair: Pair, course: Course) -> tuple[Outcome, list[Outcome]]:
         for gradients, wanted in zip(rank.gradients, one.gradients, strict=True):
             assert difference(wanted, gradients) < 2e-5
         assert difference(one.initial, rank.initial) == 0
-        # Adam makes a full step of a gradient however small.
+        # Adam takes a full step for a gradient of any size.
         for name, weight in one.weights.items():
             assert (weight - rank.weights[name]).abs().max() < 2e-4, name
     assert difference(ranks[0].weights, ranks[1].weights) == 0
@@ -141,7 +141,7 @@ def test_no_rank_with_a_loss_token(
 
 @pytest.mark.parametrize("overrides", [(), (FULL,)], ids=["lora", "full"])
 def test_bfloat16(pair: Pair, models: Path, overrides: tuple[str, ...]) -> None:
-    """No farther from float32 than one process, which rounds elsewhere; masters in float32."""
+    """Two ranks are no farther from float32 than one process, which rounds at other places."""
     overrides = ("method=sft", *overrides)
     course = Course(models, overrides=(*overrides, "model.dtype=bfloat16"), steps=1)
     truth = follow(alone(), Course(models, overrides=overrides, steps=1))

@@ -18,7 +18,7 @@ from opsd_train.dry_run.memory import saved_per_token, sizes_of
 from opsd_train.dry_run.plan import dry_run, expected
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
-from opsd_train.model.swiglu import save_memory
+from opsd_train.model.swiglu import recompute_silu
 from tests.helpers import tiny
 from tests.helpers.family_models import make_family
 
@@ -129,7 +129,7 @@ def test_what_a_layer_keeps_is_what_torch_says(
     for layers in (1, 2):
         sizes = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 160}
         model = make(*kind, num_hidden_layers=layers, **sizes)
-        save_memory(model)
+        recompute_silu(model)
         if lora:
             model = add_adapters(model.to(dtype), lora)
         model.train()

@@ -1,4 +1,4 @@
-"""Adapters: where they stand, where they may not, and what they leave out."""
+"""LoRA adapters: where they are added, where they are refused, and what they leave frozen."""
 
 import warnings
 from dataclasses import replace
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from opsd_train.config.errors import UserError
-from opsd_train.model.adapters import add_adapters, left_out
+from opsd_train.model.adapters import add_adapters, frozen_weight_warnings
 from opsd_train.model.policy import Policy
 from tests.helpers.family_models import FAMILIES, make_family
 from tests.helpers.method_cases import LORA
@@ -49,7 +49,7 @@ def test_the_head_cannot_have_an_adapter_whatever_its_name(
     [
         (["q_pro"], "the model has no module 'q_pro'"),
         (["q_proj", "w1"], "the model has no module 'w1'"),
-        (["mlp"], "'mlp' is LlamaMLP, no linear layer; name the layers in it"),
+        (["mlp"], "'mlp' is LlamaMLP, not a linear layer; name the layers inside it"),
     ],
 )
 def test_targets_that_match_nothing_or_no_layer(targets: list[str], reason: str) -> None:
@@ -89,25 +89,25 @@ def test_names_may_be_longer() -> None:
     ("family", "targets", "lines"),
     [
         ("llama", ["q_proj"], []),
-        ("qwen3_moe", ["q_proj"], ["18,432 weights of theirs stay frozen"]),
+        ("qwen3_moe", ["q_proj"], ["their 18,432 weights stay frozen"]),
         ("qwen3_moe", ["q_proj", "gate_proj", "up_proj", "down_proj"], []),
         ("qwen3_moe", "all-linear", []),
-        ("gpt_oss", "all-linear", ["36,864 weights of theirs stay frozen"]),
+        ("gpt_oss", "all-linear", ["their 36,864 weights stay frozen"]),
         (
             "deepseek_v3",
             ["q_a_proj", "gate_proj", "up_proj", "down_proj"],
             [
-                f"peft puts {name} on the experts alone: 2 linear layers of that name"
+                f"peft applies {name} to the experts only: 2 linear layers of that name"
                 for name in ("gate_proj", "up_proj", "down_proj")
             ],
         ),
     ],
 )
-def test_what_the_targets_leave_out_is_said(
+def test_weights_that_stay_frozen_are_reported(
     family: str, targets: list[str] | str, lines: list[str]
 ) -> None:
     lora = replace(LORA, target_modules=targets)
-    found = left_out(add_adapters(make_family(family, torch.float32), lora), lora)
+    found = frozen_weight_warnings(add_adapters(make_family(family, torch.float32), lora), lora)
     assert len(found) == len(lines)
     for line, part in zip(found, lines, strict=True):
         assert line.startswith("lora.target_modules: ") and part in line and len(line) < 200

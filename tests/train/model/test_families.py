@@ -1,4 +1,4 @@
-"""Families of models: what the trainer makes of a model is what the model itself says."""
+"""Families of models: log-probabilities and gradients equal those of the model's own logits."""
 
 import copy
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from opsd_train.data.batches import make_batch
 from opsd_train.methods.common import head_options
 from opsd_train.model import families
 from opsd_train.model.adapters import add_adapters
-from opsd_train.model.families import completion_hidden, lm_head, packs, prove
+from opsd_train.model.families import check_logits, completion_hidden, lm_head, supports_packing
 from opsd_train.model.policy import Policy
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine
@@ -42,7 +42,7 @@ PROMPTS = [[5, 9, 33, 70], [8, 17], [3, 120, 44, 91, 60, 28, 77]]
 COMPLETIONS = [[12, 99, 45], [7, 66, 23, 101, 54, 36], [88]]
 # peft refuses out_proj of Mamba, whose kernels read its weight.
 TARGETS = {"mamba": ["in_proj"], "mamba2": ["in_proj"], "falcon_h1": ["q_proj", "gate_proj"]}
-# They want another cache, or count padding in.
+# They need another cache, or their state reads the padding.
 NO_ROLLOUT = ("mamba", "mamba2", "recurrent_gemma", "xlstm")
 STATEFUL = (
     *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2"),
@@ -53,7 +53,7 @@ STATEFUL = (
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_blocks_that_are_sharded(family: str) -> None:
     model = make_family(family, torch.float32)
-    blocks = families.layers(model)
+    blocks = families.decoder_layers(model)
     assert len(blocks) == model.config.get_text_config().num_hidden_layers
     inside = sum(p.numel() for p in blocks.parameters())
     beside = {p for p in model.parameters()}.difference(blocks.parameters())
@@ -61,13 +61,13 @@ def test_the_blocks_that_are_sharded(family: str) -> None:
 
 
 def every(names: Iterable[str]) -> list:
-    """Parameters of a test; those that repeat another's case are slow."""
+    """Parameters of a test; families similar to another one are marked slow."""
     slow = pytest.mark.slow
     return [pytest.param(name, marks=slow) if name in SLOW else name for name in names]
 
 
 def logprobs(policy: Policy, prompts: list, completions: list) -> Tensor:
-    """As the methods compute them."""
+    """Log-probabilities as the methods compute them."""
     return policy.run(
         prompts,
         completions,
@@ -78,7 +78,7 @@ def logprobs(policy: Policy, prompts: list, completions: list) -> Tensor:
 
 
 def own_logprobs(model: nn.Module, prompts: list, completions: list) -> Tensor:
-    """Each sequence alone, from the logits that the model gives."""
+    """Log-probabilities of each sequence alone, from the model's own logits."""
     parts = []
     for prompt, completion in zip(prompts, completions, strict=True):
         logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
@@ -88,7 +88,7 @@ def own_logprobs(model: nn.Module, prompts: list, completions: list) -> Tensor:
 
 
 def gradient(value: Tensor, policy: Policy) -> Tensor:
-    """Of a weighted sum, over all trained weights, as one vector."""
+    """The gradient of a weighted sum of `value` in all trained weights, as one vector."""
     policy.model.zero_grad()
     (value * torch.linspace(-1, 2, len(value), dtype=value.dtype)).sum().backward()
     parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters]
@@ -109,7 +109,7 @@ def adapt(model: nn.Module, family: str) -> nn.Module:
 def test_logprobs_and_gradients_are_the_models_own(family: str, lora: bool) -> None:
     torch.manual_seed(1)
     model = make_family(family)
-    prove(model, family, 0)
+    check_logits(model, family, 0)
     policy = Policy(adapt(model, family) if lora else model, 0, torch.float64)
     policy.model.eval()
     ours = logprobs(policy, PROMPTS, COMPLETIONS)
@@ -134,7 +134,7 @@ def engine(model: nn.Module, dtype: torch.dtype = torch.float32) -> Transformers
 
 @pytest.mark.parametrize("family", every(name for name in FAMILIES if name not in NO_ROLLOUT))
 def test_the_samplers_logprobs_are_the_trainers(family: str) -> None:
-    """Left-padded with a cache, and right-padded without one."""
+    """The sampler pads left and has a cache; the trainer pads right and has none."""
     model = make_family(family, torch.float32)
     engine(make_family(family, torch.bfloat16), torch.bfloat16).prove(family)
     sampler = engine(model)
@@ -159,16 +159,16 @@ def test_models_with_another_cache_are_not_sampled_from(family: str, dtype: torc
     assert len(line) < 200 and "\n" not in line
 
 
-# -------------------------------------------------------------------------------- the proof at load
+# -------------------------------------------------------------------------------- the check at load
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["cohere", "gemma2", "granitemoe", "lfm2", "minicpm3", "phi"])
-def test_the_proof_changes_nothing(family: str, dtype: torch.dtype) -> None:
+def test_the_check_changes_nothing(family: str, dtype: torch.dtype) -> None:
     model = make_family(family, dtype).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = torch.get_rng_state()
-    prove(model, family, 0)
+    check_logits(model, family, 0)
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
@@ -176,7 +176,7 @@ def test_the_proof_changes_nothing(family: str, dtype: torch.dtype) -> None:
 
 def fault(model: nn.Module) -> str:
     with pytest.raises(UserError) as caught:
-        prove(model, "some/model", 0)
+        check_logits(model, "some/model", 0)
     line = str(caught.value)
     assert line.startswith(f"model some/model ({type(model).__name__}) is not supported: ")
     assert line.endswith("; please report the class")
@@ -194,7 +194,7 @@ def test_a_family_that_the_table_forgot_is_refused(
 ) -> None:
     model = make_family(family, torch.float32 if family == "xlstm" else dtype)
     monkeypatch.delitem(families.FAMILIES, family)
-    assert "not a scaled and capped product with its head (gap" in fault(model)
+    assert "not the scaled and capped output of its head (gap" in fault(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -212,7 +212,7 @@ def test_a_family_that_the_table_forgot_is_refused(
 )
 def test_logits_that_the_losses_cannot_express_are_refused(change: Any, dtype: torch.dtype) -> None:
     model = make_family("llama", dtype)
-    prove(model, "llama", 0)
+    check_logits(model, "llama", 0)
     model.lm_head.register_forward_hook(lambda _module, _inputs, output: change(output))
     assert "its logits are" in fault(model)
 
@@ -224,7 +224,7 @@ def test_hidden_states_that_are_not_the_logits_are_refused() -> None:
             output, "last_hidden_state", output.last_hidden_state.cumsum(1).flip(1)
         )
     )
-    assert "a sequence beside a longer one has other hidden states (gap" in fault(model)
+    assert "hidden states change when a longer sequence is in the batch (gap" in fault(model)
 
 
 SMALL = SIZES | {"head_dim": 8, "intermediate_size_mlp": 48}
@@ -236,16 +236,16 @@ SMALL = SIZES | {"head_dim": 8, "intermediate_size_mlp": 48}
         (
             "llama4_text",
             {"num_local_experts": 2, "num_hidden_layers": 1},
-            "gives Llama4ForCausalLM",
+            "returns Llama4ForCausalLM",
         ),
         (
             "modernbert-decoder",
             {"global_attn_every_n_layers": 2},
-            "gives Linear, not",
+            "returns Linear, not",
         ),
-        ("bert", {"is_decoder": True}, "not a scaled and capped product"),  # a layer before it
-        ("bert-generation", {}, "a sequence beside a longer one"),  # reads both ways
-        ("electra", {"is_decoder": True, "embedding_size": 32}, "product with its head"),
+        ("bert", {"is_decoder": True}, "not the scaled and capped output"),  # a layer before it
+        ("bert-generation", {}, "change when a longer sequence"),  # reads both ways
+        ("electra", {"is_decoder": True, "embedding_size": 32}, "output of its head"),
     ],
 )
 def test_other_models_are_refused_by_name(family: str, settings: dict, reason: str) -> None:
@@ -255,12 +255,12 @@ def test_other_models_are_refused_by_name(family: str, settings: dict, reason: s
 
 
 def test_scale_before_softcap() -> None:
-    """Muse's two, which transformers does not load as text alone: the table has them in order."""
+    """Muse has both, but transformers cannot load its text model alone, so a Llama plays it."""
     core = make_family("llama", torch.float32)
     core.config.model_type = "muse_spark_text"
     core.config.output_multiplier, core.config.final_logit_softcapping = 0.2, 3.0
     core.lm_head.register_forward_hook(lambda *args: 3 * torch.tanh(args[2] * 0.2 / 3))
-    prove(core, "muse", 0)
+    check_logits(core, "muse", 0)
     head = lm_head(core)
     assert head.logit_scale == 0.2 and head.softcap == 3.0
 
@@ -269,7 +269,7 @@ def test_scale_before_softcap() -> None:
 
 
 def flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any):
-    """What FlashAttention does in transformers: positions that start again part one row."""
+    """FlashAttention as transformers calls it: positions that restart at 0 separate sequences."""
     assert mask is None
     positions, window = options.get("position_ids"), options.get("sliding_window")
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
@@ -296,7 +296,7 @@ def with_flash(family: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 @pytest.mark.parametrize("family", ["cohere2", "gpt2", "llama", "qwen3", "qwen3_moe", "phi3"])
 def test_attention_packs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_flash(family, monkeypatch)
-    assert packs(model, 0)
+    assert supports_packing(model, 0)
     hidden = [
         completion_hidden(model, make_batch(PROMPTS, COMPLETIONS, 0, model.device, packed))
         for packed in (False, True)
@@ -304,27 +304,27 @@ def test_attention_packs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(*hidden, rtol=0, atol=1e-4)
     monkeypatch.undo()
     model.config._attn_implementation = "sdpa"
-    assert not packs(model, 0)  # its mask is a tensor: padded batches are smaller
+    assert not supports_packing(model, 0)  # its mask is a tensor: padded batches are smaller
 
 
 @pytest.mark.parametrize("family", every(STATEFUL))
 def test_layers_with_a_state_do_not_pack(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That their padded batches are right is shown above."""
-    assert not packs(with_flash(family, monkeypatch), 0)
+    """Their padded batches are tested above."""
+    assert not supports_packing(with_flash(family, monkeypatch), 0)
 
 
 def test_attention_that_never_sees_the_positions_does_not_pack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(FAMILIES, "gpt_bigcode", FAMILIES["gpt2"])
-    assert not packs(with_flash("gpt_bigcode", monkeypatch), 0)
+    assert not supports_packing(with_flash("gpt_bigcode", monkeypatch), 0)
 
 
 # ------------------------------------------------------------------------------- scales in methods
 
 
 def scaled(family: str, **settings: float) -> nn.Module:
-    """With the vocabulary of the methods' samples."""
+    """A model of the family with the vocabulary of the methods' samples."""
     torch.manual_seed(1)
     sizes = SIZES | {"vocab_size": VOCAB} | settings
     config = transformers.AutoConfig.for_model(family, **sizes)
@@ -348,7 +348,7 @@ def test_every_method_scales_both_heads(name: str) -> None:
 
 
 def test_the_initial_teacher_of_a_fully_trained_model_scales_its_head() -> None:
-    """Its head is a copy. Under one prompt teacher and student begin alike."""
+    """The teacher's head is a copy. With the same prompt, teacher and student start out equal."""
     policy = Policy(scaled("cohere", logit_scale=4.0), 0, torch.float32)
     method = make_method(settings("loss.beta=0.0"), policy)
     assert run(method, make_samples(same_prompt=True)).loss < 1e-6

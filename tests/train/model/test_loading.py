@@ -1,4 +1,4 @@
-"""What load time settles: attention by model and machine, and models that cannot be trained."""
+"""Loading models: the attention implementation, and models that are refused."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ ALONE = DistributedContext(torch.device("cpu"))
 
 
 def save(folder: Path, family: str, **settings) -> Path:
-    """A tiny model of the family beside the tiny tokenizer."""
+    """Save a tiny model of the family, with the tiny tokenizer."""
     save_model(folder)
     torch.manual_seed(0)
     sizes = SIZES | FAMILIES.get(family, {}) | {"vocab_size": 261, "max_position_embeddings": 200}
@@ -75,9 +75,9 @@ def test_flash_attention_where_gpu_type_and_model_have_it(
     )
 
 
-def test_an_attention_that_the_model_has_not_is_one_line(gemma: Path) -> None:
+def test_an_attention_the_model_lacks_is_one_line(gemma: Path) -> None:
     settings = config(gemma, "runs/none", "model.attention=sdpa").model
-    with pytest.raises(UserError, match="sdpa: Gemma2ForCausalLM does not have it"):
+    with pytest.raises(UserError, match="sdpa: Gemma2ForCausalLM does not support it"):
         load_model(settings, make_tokenizer(), torch.float32)
 
 
@@ -106,7 +106,7 @@ def test_a_model_of_another_shape_is_one_line(
     modernbert: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     line = refused(modernbert, tmp_path, capsys)
-    assert "(ModernBertDecoderForCausalLM) is not" in line and "gives Linear" in line
+    assert "(ModernBertDecoderForCausalLM) is not" in line and "returns Linear" in line
 
 
 def test_a_model_that_transformers_does_not_know_as_a_causal_lm(
@@ -131,7 +131,7 @@ def test_sft_of_a_model_that_cannot_be_sampled_from(tmp_path: Path) -> None:
     assert train(config(folder, tmp_path / "run", *changes)) == 0
 
 
-def test_student_and_teacher_are_proved(
+def test_student_and_teacher_are_checked(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = save(tmp_path / "model", "granite")

@@ -1,4 +1,4 @@
-"""The policy under every method: batches, packing, adapters, other weights for a while."""
+"""Policy: batches, packing, adapters switched off and on, weights swapped and restored."""
 
 import itertools
 from dataclasses import replace
@@ -47,7 +47,7 @@ def texts(count: int = 8) -> tuple[list, list]:
 
 @PACKED
 def test_logits_are_those_of_each_sample_alone(packed: bool) -> None:
-    """transformers' sdpa tells packed sequences apart by the positions, as FlashAttention does."""
+    """Like FlashAttention, transformers' sdpa separates packed sequences by their positions."""
     policy = make_policy()
     policy.packed = packed
     prompts, completions = texts()
@@ -90,8 +90,8 @@ def test_sequences_do_not_see_each_other(packed: bool) -> None:
     assert not torch.equal(before[0], after[0]) and not torch.equal(before[2], after[2])
 
 
-def test_it_is_the_positions_that_part_packed_sequences() -> None:
-    """The comparisons above would see a leak: running positions make one sequence of all."""
+def test_positions_separate_packed_sequences() -> None:
+    """The comparisons above would notice a leak: without restarts it is all one sequence."""
     core = make_model()
     batch = make_batch(*texts(3), 0, CPU.device, packed=True)
     running = replace(batch, position_ids=torch.arange(batch.input_ids.shape[1])[None])
@@ -134,7 +134,7 @@ def test_packed_batches_hold_more() -> None:
 
 
 class Pair(DistributedContext):
-    """Two ranks, the other of which has three micro-batches."""
+    """Two ranks; the other one has three micro-batches."""
 
     def max(self, value: float) -> float:
         return max(value, 3)
