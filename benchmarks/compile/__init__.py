@@ -1,1 +1,1 @@
-"""Every Triton kernel compiled for GPUs that are not here, and what the compiler made of it."""
+"""Compile the Triton kernels for GPUs without having them, and inspect the machine code."""

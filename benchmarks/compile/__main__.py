@@ -1,13 +1,13 @@
-"""Compiles the Triton kernels for GPUs that are not here; figures into a file, or against one.
+"""Compile the Triton kernels without a GPU; write the figures to a file, or compare with one.
 
     python -m benchmarks.compile                 # everything, into benchmarks/results/compile.json
-    python -m benchmarks.compile --check --hot   # what training runs by default, against that file
+    python -m benchmarks.compile --check --hot   # training's default kernels, against that file
     python -m benchmarks.compile count   # instructions, into benchmarks/compile/instructions.json
     python -m benchmarks.compile model   # times predicted from them, into docs/gpu-model.md
 
-With --check the exit status is 1 where a kernel spills more than the file says (or at all, when it
-is not in the file), needs more shared memory than the device has, multiplies on sm_90 without
-wgmma, or does more on sm_90 than ceilings.toml allows.
+With --check the exit status is 1 if a kernel spills more than the file says (or at all, if it is
+not in the file), needs more shared memory than the device has, multiplies on sm_90 without wgmma,
+or has more instructions on sm_90 than ceilings.toml allows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.compile.launches import CAPABILITIES, HIDDEN, Kind, Launch, laun
 from benchmarks.environment import ROOT, environment
 
 FILE = ROOT / "benchmarks" / "results" / "compile.json"
-# What training has; fp32; rows that end inside a tile; rows that do not start at whole 16 bytes.
+# Training's default; fp32; rows that end inside a tile; rows not aligned to 16 bytes.
 KINDS = [
     Kind(),
     Kind(torch.float32),
@@ -40,7 +40,7 @@ KINDS = [
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when all is compiled and, with --check, nothing is worse than the files say."""
+    """Returns 0, or with --check 1 if something is worse than the files say."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compile", description=__doc__.splitlines()[0]
     )
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compiled(targets: list[int], kinds: list[Kind], hot: bool) -> list[dict[str, Any]]:
-    """Every launch of these kinds of inputs, compiled by as many processes as there are cores."""
+    """Compile every launch for these kinds of inputs, with a process per core."""
     work = [
         (target, kind, launch)
         for target in targets
@@ -86,7 +86,7 @@ def compiled(targets: list[int], kinds: list[Kind], hot: bool) -> list[dict[str,
         for launch in launches(target, kind, hot, scaled=(True,) if hot else (True, False))
     ]
     print(f"{len(work)} compilations with Triton {triton.__version__}", flush=True)
-    # The longest first, so that no process is left with one at the end.
+    # The longest first, so that no process ends late.
     order = sorted(range(len(work)), key=lambda n: -work[n][2].tile)
     with ProcessPoolExecutor(os.cpu_count()) as workers:
         made = list(workers.map(_one, [work[n] for n in order]))
@@ -99,7 +99,7 @@ def _one(work: tuple[int, Kind, Launch]) -> dict[str, Any]:
 
 
 def report(k: dict[str, Any]) -> str:
-    """Resources of a kernel, and its hot loop's instructions a pair, most frequent first."""
+    """A kernel's resources, and its hot loop's instructions per pair, most frequent first."""
     line = (
         f"sm_{k['target']} {k['kernel']} | {k['case']}: {k['registers']} registers, "
         f"{k['shared_bytes']} B shared, {k['spilled_bytes']} B spilled, "

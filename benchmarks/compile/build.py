@@ -1,4 +1,4 @@
-"""Compiles one launch for a target and reads what ptxas gave it."""
+"""Compile one launch for a target and read its resources and machine code."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from benchmarks.compile.launches import Launch
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _RESERVED = 1024
 _REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
-# Registers are given to a warp in units of this, and to warps in fours.
+# Registers are allocated to a warp in units of 256, and warps in groups of 4.
 _REGISTER_UNIT, _WARP_UNIT = 256, 4
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8}
 
 
 def build(target: int, launch: Launch) -> dict[str, object]:
-    """What becomes of a launch: resources of a program, and instructions of its hot loop.
+    """Compile a launch: resources of a program, and the instructions of its hot loop.
 
-    Counts of instructions are per pair of logits, or per logit of one head, and None for kernels
-    that work on no tile.
+    Instruction counts are per pair of logits, or per logit with one head; None for kernels without
+    a tile.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     source = ASTSource(
@@ -53,7 +53,7 @@ def build(target: int, launch: Launch) -> dict[str, object]:
         "stages": options.get("num_stages", 3),
         "shared_bytes": shared,
         "registers": usage["REG"],
-        # STACK holds spilled registers; LOCAL arrays the kernels do not have.
+        # STACK is spilled registers; LOCAL is arrays, which the kernels do not have.
         "spilled_bytes": usage["STACK"] + usage["LOCAL"],
         "matrix": next((kind for kind in kinds if kind in ptx), None),
         "blocks_per_processor": resident(target, usage["REG"], warps, shared),
@@ -63,7 +63,7 @@ def build(target: int, launch: Launch) -> dict[str, object]:
 
 
 def describe(launch: Launch) -> str:
-    """What tells this launch of a kernel from the others."""
+    """The options that distinguish this launch of a kernel from its others."""
     constants, signature = launch.constant, dict(launch.signature)
     words = []
     if launch.tile:
@@ -79,7 +79,7 @@ def describe(launch: Launch) -> str:
 
 
 def resident(target: int, registers: int, warps: int, shared_bytes: int) -> int:
-    """Programs that fit on one processor at a time."""
+    """How many programs fit on one processor at the same time."""
     unit = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
     by_registers = _REGISTERS // unit // _WARP_UNIT * _WARP_UNIT // warps
     by_shared = (SHARED_BYTES[target] + _RESERVED) // (shared_bytes + _RESERVED)
@@ -89,7 +89,7 @@ def resident(target: int, registers: int, warps: int, shared_bytes: int) -> int:
 def _hot(code: list[sass.Instruction], ttgir: str, launch: Launch) -> dict[str, object]:
     hot = sass.hot(code)
     tile = launch.tile
-    # The compiler may unroll a loop: it then loads as many tiles of the source at a time.
+    # If the compiler unrolls the loop, an iteration loads several tiles of the source.
     asked = sum(size for elements, size in _loads(ttgir) if tile // 8 <= elements <= tile)
     times = max(1, round(sass.loaded(hot) * launch.threads / asked)) if asked else 1
     pairs = times * tile / launch.threads

@@ -1,4 +1,4 @@
-"""What is worse than the committed files allow, a sentence each."""
+"""Find what is worse than the committed files allow, a sentence for each fault."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CEILINGS_TARGET = 90
 
 
 def spills(kernels: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[str]:
-    """More spilled bytes than `known` says, shared memory that does not fit, other products."""
+    """Faults: more spilled bytes than in `known`, too much shared memory, no wgmma on sm_90."""
     before: dict[str, int] = {}
     for k in known:
         before[_name(k)] = max(before.get(_name(k), 0), k["spilled_bytes"])
@@ -34,7 +34,7 @@ def spills(kernels: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[s
 
 
 def instructions(kernels: list[dict[str, Any]]) -> list[str]:
-    """Kernels over the ceilings of their file, and row kernels that have none."""
+    """Faults: kernels with more instructions than ceilings.toml allows, or missing there."""
     ceilings = tomllib.loads(CEILINGS.read_text())
     faults = []
     for k in kernels:
@@ -51,7 +51,7 @@ def instructions(kernels: list[dict[str, Any]]) -> list[str]:
 
 
 def stale(kernels: list[dict[str, Any]]) -> list[str]:
-    """Kernels whose instructions are not those that the time model counts with."""
+    """Faults: kernels whose instructions are not the ones in the time model's file."""
     known = model.counted()
     if triton.__version__ != known["triton"]:
         return []

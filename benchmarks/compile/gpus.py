@@ -1,12 +1,12 @@
-"""GPUs as the time model sees them, and what it takes there to multiply, to move and to compute."""
+"""GPUs in the time model, and the time they take to multiply, to move bytes and to compute."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# Tiles of cuBLAS' products, as the names of the kernels that an H100 ran have them, and the most
-# parts it cuts their inner size into.
+# Tiles of cuBLAS's products, from the names of the kernels on an H100, and the numbers of parts
+# that it splits their inner size into.
 TILES = ((128, 256), (256, 128), (192, 192))
 SPLITS = (1, 2, 4, 8)
 THREADS = 32  # of a warp
@@ -32,18 +32,18 @@ class Gpu:
     l2_bytes: int
 
     def moving(self, size: float) -> float:
-        """Seconds for bytes of device memory."""
+        """Seconds to move so many bytes of device memory."""
         return size / self.copy
 
     def computing(self, pairs: float, instructions: float, special: float) -> float:
-        """Seconds to issue that many instructions a pair, `special` of them MUFU."""
+        """Seconds to issue so many instructions per pair, `special` of them MUFU."""
         clocks = max(instructions, SPECIAL_CLOCKS * special)
         return pairs / THREADS * clocks / (self.processors * SCHEDULERS * self.clock)
 
     def product(self, m: int, n: int, k: int, moved: float) -> float:
-        """Seconds of a bf16 product (m, k) by (k, n) that moves so many bytes of device memory.
+        """Seconds of a bf16 product (m, k) @ (k, n) that moves so many bytes of device memory.
 
-        The longer of its arithmetic, in whole waves of tiles over the processors, and its bytes.
+        The larger of the times for its arithmetic, in whole waves of tiles, and for its bytes.
         """
         best = math.inf
         for rows, columns in TILES:

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from benchmarks.study.diagnostics import diagnose
-from benchmarks.study.plan import Plan, Planned, PlannedRun, Sampled
+from benchmarks.study.plan import Plan, PlannedExperiment, PlannedRun, PlannedSampling
 from opsd_train.evaluation.sets import HELDOUT
 from opsd_train.reporting.metrics_log import read_rows
 
@@ -81,7 +81,7 @@ def _evaluations(run: PlannedRun, start: PlannedRun) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "divergence"} for row in shared] + own
 
 
-def _sampled(sampled: Sampled) -> dict[str, Any]:
+def _sampled(sampled: PlannedSampling) -> dict[str, Any]:
     path, right = sampled.folder / "scores.json", Counter()
     scores = json.loads(path.read_text(encoding="utf-8"))[HELDOUT] if path.exists() else None
     for row in read_rows(sampled.folder / "grades.jsonl") if scores else ():
@@ -111,7 +111,7 @@ def _tasks(plan: Plan) -> dict[str, Any]:
     return tasks
 
 
-def _experiment(planned: Planned, command: str) -> dict[str, Any]:
+def _experiment(planned: PlannedExperiment, command: str) -> dict[str, Any]:
     experiment = planned.experiment
     names = {arm.name for arm in experiment.arms}
     return {

@@ -54,7 +54,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationBatch:
     """The largest batch that the transformers engine generates at a time."""
 
     rows: int
@@ -63,7 +63,7 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class Work:
+class LargestStep:
     """One process's share of the largest possible step, in tokens."""
 
     tokens: int  # of a micro-batch under the student's prompts, padding included
@@ -71,8 +71,8 @@ class Work:
     longest: int  # of a sequence
     loss_tokens: int  # of a micro-batch
     all_loss_tokens: int  # of all micro-batches
-    rollout: Generation | None
-    evaluation: Generation | None
+    rollout: GenerationBatch | None
+    evaluation: GenerationBatch | None
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Phase:
+class PhaseMemory:
     """The parts of one phase's peak, in bytes by name."""
 
     parts: dict[str, int]
@@ -139,22 +139,22 @@ def sizes_of(model: nn.Module, config: Any, rank: int, eager: bool) -> Sizes:
     )
 
 
-def predict(sizes: Sizes, work: Work, setup: Setup) -> dict[str, Phase]:
+def predict(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, PhaseMemory]:
     """The peak of each phase that the run has."""
     held = _held(sizes, setup)
     moments = {"AdamW's moments": 2 * _FP32 * sizes.trained // setup.shards}
     # Micro-batches after the first find its gradients in memory.
     gradients = {"gradients": _FP32 * sizes.trained // setup.shards}
     phases = {"load": held | _file(sizes, setup)}
-    if work.evaluation is not None:
-        phases["evaluation"] = held | moments | _generate(sizes, work.evaluation, setup)
-    if work.rollout is not None:
-        phases["rollout"] = held | moments | _generate(sizes, work.rollout, setup)
+    if step.evaluation is not None:
+        phases["evaluation"] = held | moments | _generate(sizes, step.evaluation, setup)
+    if step.rollout is not None:
+        phases["rollout"] = held | moments | _generate(sizes, step.rollout, setup)
     if setup.teacher is not None:
-        phases["teacher"] = held | moments | _teacher(sizes, setup.teacher, work, setup)
-    phases["student"] = held | moments | gradients | _student(sizes, work, setup)
+        phases["teacher"] = held | moments | _teacher(sizes, setup.teacher, step, setup)
+    phases["student"] = held | moments | gradients | _student(sizes, step, setup)
     phases["optimizer"] = held | moments | gradients | _update(sizes, setup)
-    return {name: Phase(parts) for name, parts in phases.items()}
+    return {name: PhaseMemory(parts) for name, parts in phases.items()}
 
 
 def _file(sizes: Sizes, setup: Setup) -> dict[str, int]:
@@ -188,7 +188,7 @@ def _held(sizes: Sizes, setup: Setup) -> dict[str, int]:
     return parts
 
 
-def _generate(sizes: Sizes, batch: Generation, setup: Setup) -> dict[str, int]:
+def _generate(sizes: Sizes, batch: GenerationBatch, setup: Setup) -> dict[str, int]:
     rows, item = batch.rows, setup.itemsize
     whole = 0
     if setup.processes > 1:
@@ -206,48 +206,48 @@ def _generate(sizes: Sizes, batch: Generation, setup: Setup) -> dict[str, int]:
     }
 
 
-def _teacher(sizes: Sizes, teacher: Sizes, work: Work, setup: Setup) -> dict[str, int]:
+def _teacher(sizes: Sizes, teacher: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
     if setup.teacher_itemsize:
         item = stream = setup.teacher_itemsize
         cast = 0
     else:
         item, stream, cast = setup.itemsize, _stream(sizes, setup), _cast(sizes, setup)
-    layer = work.teacher_tokens * _forward(teacher, item, stream)
+    layer = step.teacher_tokens * _forward(teacher, item, stream)
     return {
         "weights in the compute type": cast,
-        "hidden states of all micro-batches": _states(work, setup),
-        "a layer's forward": layer + _scores(teacher, work.teacher_tokens, work.longest, item),
+        "hidden states of all micro-batches": _states(step, setup),
+        "a layer's forward": layer + _scores(teacher, step.teacher_tokens, step.longest, item),
     }
 
 
-def _states(work: Work, setup: Setup) -> int:
+def _states(step: LargestStep, setup: Setup) -> int:
     """The teacher's hidden states at the completion tokens, kept for the student's pass."""
     if setup.teacher is None or not setup.keeps_states:
         return 0
     item = setup.teacher_itemsize or _stream(setup.teacher, setup)
-    return work.all_loss_tokens * setup.teacher.hidden * item
+    return step.all_loss_tokens * setup.teacher.hidden * item
 
 
-def _student(sizes: Sizes, work: Work, setup: Setup) -> dict[str, int]:
+def _student(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
     item, stream = setup.itemsize, _stream(sizes, setup)
-    layer = work.tokens * saved_per_token(sizes, item, stream)
-    layer += _scores(sizes, work.tokens, work.longest, item)
+    layer = step.tokens * saved_per_token(sizes, item, stream)
+    layer += _scores(sizes, step.tokens, step.longest, item)
     # Backward through a layer's MLP: gradients of gate, up and product, and of its residual input.
-    backward = work.tokens * (3 * item * sizes.inner + 2 * stream * sizes.hidden)
+    backward = step.tokens * (3 * item * sizes.inner + 2 * stream * sizes.hidden)
     if setup.checkpointing:
-        saved, backward = sizes.layers * work.tokens * stream * sizes.hidden, layer + backward
+        saved, backward = sizes.layers * step.tokens * stream * sizes.hidden, layer + backward
     else:
         saved = sizes.layers * layer
     # The final norm, and the completion tokens' hidden states with their gradient.
-    saved += work.tokens * _norm(sizes, item, stream)
-    saved += 2 * work.loss_tokens * sizes.hidden * stream
+    saved += step.tokens * _norm(sizes, item, stream)
+    saved += 2 * step.loss_tokens * sizes.hidden * stream
     loss = plan(
-        work.loss_tokens, sizes.hidden, sizes.vocab, grad_weight=sizes.rank == 0, **setup.loss
+        step.loss_tokens, sizes.hidden, sizes.vocab, grad_weight=sizes.rank == 0, **setup.loss
     )
     head = loss.accumulator_bytes
     return {
         "weights in the compute type": _cast(sizes, setup),
-        "the teacher's hidden states": _states(work, setup),
+        "the teacher's hidden states": _states(step, setup),
         "activations kept for backward": saved,
         "the loss's workspace, or a layer's backward": max(loss.workspace_bytes + head, backward),
     }

@@ -25,7 +25,15 @@ from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.data.prompts import Measured, PromptBuilder
 from opsd_train.distributed.context import resolve_device
-from opsd_train.dry_run.memory import Generation, Phase, Setup, Sizes, Work, predict, sizes_of
+from opsd_train.dry_run.memory import (
+    GenerationBatch,
+    LargestStep,
+    PhaseMemory,
+    Setup,
+    Sizes,
+    predict,
+    sizes_of,
+)
 from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
 from opsd_train.model.adapters import add_adapters
@@ -41,38 +49,38 @@ def dry_run(config: Config, shard: str = "full") -> str:
     No weights are loaded and nothing is written. Under torchrun the memory is that of one process.
     Raises UserError for a recipe that cannot be run.
     """
-    work, problems, longest = _work(config)
+    step, problems, longest = _largest_step(config)
     setup, sizes = _setup(config, shard)
     options = {"grad_weight": sizes.rank == 0, **setup.loss}
-    loss_plan = plan(work.loss_tokens, sizes.hidden, sizes.vocab, **options)
+    loss_plan = plan(step.loss_tokens, sizes.hidden, sizes.vocab, **options)
     return "\n".join(
         [
             to_yaml(config).rstrip(),
             "",
             f"{problems} problems; longest prompt {longest} tokens; micro-batches of up to "
-            f"{max(work.tokens, work.teacher_tokens)} tokens; {sizes.trained:,} trained parameters",
+            f"{max(step.tokens, step.teacher_tokens)} tokens; {sizes.trained:,} trained parameters",
             f"loss plan: {loss_plan}",
-            *_memory(sizes, work, setup),
+            *_memory(sizes, step, setup),
             *_vllm(config),
         ]
     )
 
 
-def expected(config: Config, shard: str = "full") -> dict[str, Phase]:
+def expected(config: Config, shard: str = "full") -> dict[str, PhaseMemory]:
     """The expected peak memory of each phase of the recipe's run."""
     setup, sizes = _setup(config, shard)
-    return predict(sizes, _work(config)[0], setup)
+    return predict(sizes, _largest_step(config)[0], setup)
 
 
-def _memory(sizes: Sizes, work: Work, setup: Setup) -> list[str]:
+def _memory(sizes: Sizes, step: LargestStep, setup: Setup) -> list[str]:
     unknown = sizes.unknown or (setup.teacher.unknown if setup.teacher else ())
     if unknown:
         return [f"memory: not predicted; only layers like Llama's are, not {', '.join(unknown)}"]
     heading = f"memory expected on {setup.loss['device']}, without Python and the libraries:"
-    return [heading, *_table(predict(sizes, work, setup))]
+    return [heading, *_table(predict(sizes, step, setup))]
 
 
-def _table(phases: dict[str, Phase]) -> list[str]:
+def _table(phases: dict[str, PhaseMemory]) -> list[str]:
     most = max(phase.total for phase in phases.values())
     lines = []
     for name, phase in phases.items():
@@ -95,7 +103,7 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _work(config: Config) -> tuple[Work, int, int]:
+def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     """The largest possible step, the number of problems, the tokens of the longest prompt."""
     method, (train, heldout) = METHODS[config.method], load_problems(config.data)
     builder = PromptBuilder(load_tokenizer(config.model), config.prompts)
@@ -108,23 +116,23 @@ def _work(config: Config) -> tuple[Work, int, int]:
     samples_per_problem = 1 if source == "solution" else rollout.samples_per_prompt
     count = -(-config.problems_per_step // _processes())
     largest = [_sample(builder, problem, config) for problem in _longest(train_lengths, count)]
-    step = [sample for sample in largest for _ in range(samples_per_problem)]
-    groups = list(micro_batches(step, config.micro_batch_tokens))
+    samples = [sample for sample in largest for _ in range(samples_per_problem)]
+    groups = list(micro_batches(samples, config.micro_batch_tokens))
     own_engine = rollout.engine == "transformers"  # vLLM has memory of its own
     generates = own_engine and source != "solution"
-    lengths = [len(getattr(s, f"{source}_prompt")) for s in step] if generates else []
+    lengths = [len(getattr(s, f"{source}_prompt")) for s in samples] if generates else []
     teacher_prompt = "teacher_prompt" if method.teacher_prompt else "student_prompt"
-    work = Work(
+    step = LargestStep(
         tokens=max(_padded(group, "student_prompt") for group in groups),
         teacher_tokens=max(_padded(group, teacher_prompt) for group in groups),
-        longest=step[-1].longest,
+        longest=samples[-1].longest,
         loss_tokens=max(sum(len(s.completion) for s in group) for group in groups),
-        all_loss_tokens=sum(len(s.completion) for s in step),
+        all_loss_tokens=sum(len(s.completion) for s in samples),
         rollout=_batch(lengths, rollout.max_new_tokens, config) if generates else None,
         evaluation=_evaluation(config, heldout_lengths) if own_engine else None,
     )
     prompts = [tokens for side, tokens in train_lengths.tokens.items() if side != "solution"]
-    return work, len(train_lengths.problems), max(map(max, prompts))
+    return step, len(train_lengths.problems), max(map(max, prompts))
 
 
 def _model_configs(config: Config) -> dict[str, Any]:
@@ -150,7 +158,7 @@ def _longest(train: Measured, count: int) -> list[Problem]:
     return [train.problems[index] for index in order[-count:]]
 
 
-def _batch(prompts: list[int], new: int, config: Config) -> Generation:
+def _batch(prompts: list[int], new: int, config: Config) -> GenerationBatch:
     """The largest batch for prompts of these lengths, at the longest of them."""
     longest = max(prompts)
     rows = min(len(prompts), config.rollout.batch_tokens // (longest + new))
@@ -159,10 +167,10 @@ def _batch(prompts: list[int], new: int, config: Config) -> Generation:
             f"rollout.batch_tokens={config.rollout.batch_tokens} is less than one sequence: a "
             f"prompt of {longest} tokens and {new} new ones; raise it"
         )
-    return Generation(rows, longest, new)
+    return GenerationBatch(rows, longest, new)
 
 
-def _evaluation(config: Config, heldout: Measured) -> Generation | None:
+def _evaluation(config: Config, heldout: Measured) -> GenerationBatch | None:
     if not heldout.problems:
         return None
     side = "teacher" if config.evaluation.teacher else "student"
