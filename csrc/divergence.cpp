@@ -7,18 +7,18 @@
 namespace opsd {
 namespace {
 
-// Everything of a row but its sums. merged: maximum and sum of the student, `step` later of the
-// teacher.
-class Pairs {
+// What is known of each row. merged (K, rows): row_max and sum_exp of the student, `per_head` rows
+// further those of the teacher.
+class PairRows {
  public:
-  Pairs(Tensor& logits, const Tensor& merged, int64_t step, double softcap, double temperature,
-        double beta, int64_t kind)
+  PairRows(Tensor& logits, const Tensor& merged, int64_t per_head, double softcap,
+           double temperature, double beta, int64_t kind)
       : z_(logits.data_ptr<float>()), rows_(logits.size(1)), cols_(logits.size(2)),
-        at_(merged.const_data_ptr<float>()), stride_(merged.stride(0)), step_(step) {
+        at_(merged.const_data_ptr<float>()), stride_(merged.stride(0)), per_head_(per_head) {
     TORCH_CHECK(logits.is_contiguous() && merged.stride(1) == 1, "divergence: strided operands");
     row_.cols = cols_, row_.kind = kind;
-    row_.beta = static_cast<float>(beta), row_.rest = static_cast<float>(1.0 - beta);
-    row_.height = softcap == 0.0 ? 0.0f : static_cast<float>(temperature / softcap);
+    row_.beta = static_cast<float>(beta), row_.one_minus_beta = static_cast<float>(1.0 - beta);
+    row_.inv_cap = softcap == 0.0 ? 0.0f : static_cast<float>(temperature / softcap);
   }
 
   int64_t rows() const { return rows_; }
@@ -28,9 +28,9 @@ class Pairs {
     x.z_s = z_ + row * cols_;
     x.z_t = x.z_s + rows_ * cols_;
     const float* s = at_ + row;
-    const float* t = s + step_ * stride_;
-    x.top_s = s[0], x.log_total_s = logf(s[stride_]);
-    x.top_t = t[0], x.log_total_t = logf(t[stride_]);
+    const float* t = s + per_head_ * stride_;
+    x.row_max_s = s[0], x.log_sum_s = logf(s[stride_]);
+    x.row_max_t = t[0], x.log_sum_t = logf(t[stride_]);
     return x;
   }
 
@@ -38,16 +38,16 @@ class Pairs {
   float* z_;
   int64_t rows_, cols_;
   const float* at_;
-  int64_t stride_, step_;
+  int64_t stride_, per_head_;
   PairRow row_{};
 };
 
 }  // namespace
 
-Tensor divergence_sums(Tensor& logits, const Tensor& merged, int64_t step, double softcap,
+Tensor divergence_sums(Tensor& logits, const Tensor& merged, int64_t per_head, double softcap,
                        double temperature, double beta, std::optional<double> clip, int64_t kind,
                        bool keep) {
-  const Pairs pairs(logits, merged, step, softcap, temperature, beta, kind);
+  const PairRows pairs(logits, merged, per_head, softcap, temperature, beta, kind);
   const Tensor out = at::empty({clip ? 3 : 2, pairs.rows()}, logits.options());
   float* to = out.data_ptr<float>();
   at::parallel_for(0, pairs.rows(), 1, [&](int64_t begin, int64_t end) {
@@ -55,7 +55,7 @@ Tensor divergence_sums(Tensor& logits, const Tensor& merged, int64_t step, doubl
       PairRow x = pairs[row];
       x.clipped = clip.has_value();
       x.clip = static_cast<float>(clip.value_or(0.0));
-      const Sums sums = rows().sums(x, keep);
+      const Sums sums = row_math().sums(x, keep);
       to[row] = sums.value;
       to[pairs.rows() + row] = sums.shares;
       if (clip) to[2 * pairs.rows() + row] = sums.unclipped;
@@ -64,20 +64,21 @@ Tensor divergence_sums(Tensor& logits, const Tensor& merged, int64_t step, doubl
   return out;
 }
 
-void divergence_gradient(Tensor& logits, const Tensor& merged, int64_t step, const Tensor& totals,
-                         const MaybeTensor& scale, double softcap, double temperature, double beta,
-                         int64_t kind, bool kept, bool half) {
-  const Pairs pairs(logits, merged, step, softcap, temperature, beta, kind);
-  const Tensor total = totals.contiguous();
+void divergence_gradient(Tensor& logits, const Tensor& merged, int64_t per_head,
+                         const Tensor& sum_share, const MaybeTensor& scale,
+                         double softcap, double temperature, double beta,
+                         int64_t kind, bool kept, bool bf16) {
+  const PairRows pairs(logits, merged, per_head, softcap, temperature, beta, kind);
+  const Tensor shares = sum_share.contiguous();
   const Tensor factor = scale ? scale->to(at::kFloat).contiguous() : Tensor();
-  const float* total_at = total.const_data_ptr<float>();
+  const float* shares_at = shares.const_data_ptr<float>();
   const float* factor_at = scale ? factor.const_data_ptr<float>() : nullptr;
   at::parallel_for(0, pairs.rows(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       PairRow x = pairs[row];
-      x.total = total_at[row];
+      x.sum_share = shares_at[row];
       x.factor = (factor_at ? factor_at[row] : 1.0f) / static_cast<float>(temperature);
-      kept ? rows().kept_gradient(x, half) : rows().kl_gradient(x, half);
+      kept ? row_math().kept_gradient(x, bf16) : row_math().kl_gradient(x, bf16);
     }
   });
 }

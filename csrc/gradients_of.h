@@ -4,41 +4,41 @@
 namespace opsd {
 namespace OPSD_ISA {
 
-// Sums of so many columns by lane are added up before the next: fp32 forgets less.
+// Lanes are added up after every SEGMENT columns: shorter fp32 sums round less.
 constexpr int64_t SEGMENT = 2048;
 
-// log(rest + beta exp(d)): log(m / s) from d = log(t / s). Near 0 by series for expm1 and log1p, so
-// that on close pairs the rounding of log s and log t cancels to first order.
-OPSD_INLINE Floats log_mixture(Floats d, float beta, float rest) {
-  const Floats one = all(1.0f);
-  Floats e = one + d * all(1.0f / 7);
-  e = one + d * all(1.0f / 6) * e;
-  e = one + d * all(1.0f / 5) * e;
-  e = one + d * all(1.0f / 4) * e;
-  e = one + d * all(1.0f / 3) * e;
-  e = one + d * all(1.0f / 2) * e;
-  const Floats x = all(beta) * d * e;
-  const Floats y = x / (all(2.0f) + x);
+// log(1 - beta + beta exp(d)): log(m / s) from d = log(t / s). Near 0 by series for expm1 and
+// log1p, so that on close pairs the rounding of log s and log t cancels to first order.
+OPSD_INLINE Floats log_mixture(Floats d, float beta, float one_minus_beta) {
+  const Floats one = splat(1.0f);
+  Floats e = one + d * splat(1.0f / 7);
+  e = one + d * splat(1.0f / 6) * e;
+  e = one + d * splat(1.0f / 5) * e;
+  e = one + d * splat(1.0f / 4) * e;
+  e = one + d * splat(1.0f / 3) * e;
+  e = one + d * splat(1.0f / 2) * e;
+  const Floats x = splat(beta) * d * e;
+  const Floats y = x / (splat(2.0f) + x);
   const Floats yy = y * y;
-  Floats near = all(1.0f / 7) + yy * all(1.0f / 9);
-  near = all(1.0f / 5) + yy * near;
-  near = all(1.0f / 3) + yy * near;
-  near = all(2.0f) * y * (one + yy * near);
-  const Ints close = (d < all(0.35f)) & (d > all(-0.35f));
+  Floats near = splat(1.0f / 7) + yy * splat(1.0f / 9);
+  near = splat(1.0f / 5) + yy * near;
+  near = splat(1.0f / 3) + yy * near;
+  near = splat(2.0f) * y * (one + yy * near);
+  const Ints close = (d < splat(0.35f)) & (d > splat(-0.35f));
   if (every(close)) return near;
-  return close ? near : log(all(rest) + all(beta) * exp(d));
+  return close ? near : log(splat(one_minus_beta) + splat(beta) * exp(d));
 }
 
 struct Entry {
   Floats entry, share, s, z_s;
 };
 
-// Each column's part of the value, and what its gradient is made of: share is t for the forward KL,
+// entry: the column's part of the value. share: what its gradient is made of; t for the forward KL,
 // entry + s for the reverse KL, s log(m / s) for the JSD.
 template <int64_t KIND>
 OPSD_INLINE Entry entry_of(const PairRow& a, Floats z_s, Floats z_t) {
-  const Floats log_s = (z_s - all(a.top_s)) - all(a.log_total_s);
-  const Floats log_t = (z_t - all(a.top_t)) - all(a.log_total_t);
+  const Floats log_s = (z_s - splat(a.row_max_s)) - splat(a.log_sum_s);
+  const Floats log_t = (z_t - splat(a.row_max_t)) - splat(a.log_sum_t);
   const Floats s = exp(log_s);
   Floats d = log_t - log_s;
   if (KIND == FORWARD_KL) {
@@ -49,22 +49,22 @@ OPSD_INLINE Entry entry_of(const PairRow& a, Floats z_s, Floats z_t) {
     const Floats entry = s * (log_s - log_t);
     return {entry, entry + s, s, z_s};
   }
-  // Beyond 80 the smaller probability is nothing beside the larger, and exp is still finite.
-  d = d > all(80.0f) ? all(80.0f) : d;
-  d = d < all(-80.0f) ? all(-80.0f) : d;
-  const Floats q = log_mixture(d, a.beta, a.rest);
+  // Beyond 80 the smaller probability is negligible next to the larger, and exp is still finite.
+  d = d > splat(80.0f) ? splat(80.0f) : d;
+  d = d < splat(-80.0f) ? splat(-80.0f) : d;
+  const Floats q = log_mixture(d, a.beta, a.one_minus_beta);
   const Floats share = s * q;
-  return {all(a.beta) * exp(log_t) * (d - q) - all(a.rest) * share, share, s, z_s};
+  return {splat(a.beta) * exp(log_t) * (d - q) - splat(a.one_minus_beta) * share, share, s, z_s};
 }
 
-// d softcap / d raw where the finished logit is z.
-OPSD_INLINE Floats slope_at(Floats z, float height) {
-  const Floats x = z * all(height);
-  return all(1.0f) - x * x;
+// d softcap / d raw at the logit z.
+OPSD_INLINE Floats slope_at(Floats z, float inv_cap) {
+  const Floats x = z * splat(inv_cap);
+  return splat(1.0f) - x * x;
 }
 
-OPSD_INLINE void store_gradient(float* row, int64_t column, Floats x, int64_t left, bool half) {
-  if (half)
+OPSD_INLINE void store_gradient(float* row, int64_t column, Floats x, int64_t left, bool bf16) {
+  if (bf16)
     store_part(reinterpret_cast<HalfAnywhere*>(row) + column, x, left);
   else
     store_part(row + column, x, left);
@@ -83,15 +83,15 @@ static Sums sums_of(const PairRow& a) {
       Entry x = entry_of<KIND>(a, z_s, z_t);
       if (CLIPPED) {
         unclipped += x.entry;
-        const Ints over = x.entry > all(a.clip);
-        x.share = over ? all(0.0f) : x.share;
-        x.entry = over ? all(a.clip) : x.entry;
+        const Ints over = x.entry > splat(a.clip);
+        x.share = over ? splat(0.0f) : x.share;
+        x.entry = over ? splat(a.clip) : x.entry;
       }
       value += x.entry;
       shares += x.share;
       if (KEEP) {
-        if (a.height != 0.0f) {
-          const Floats slope = slope_at(z_s, a.height);
+        if (a.inv_cap != 0.0f) {
+          const Floats slope = slope_at(z_s, a.inv_cap);
           x.share *= slope;
           x.s *= slope;
         }
@@ -118,64 +118,67 @@ static Sums sums(const PairRow& a, bool keep) {
   return sums_of_kind<JSD>(a, keep);
 }
 
-static void kept_gradient(const PairRow& a, bool half) {
-  const float sign = a.kind == FORWARD_KL ? -1.0f : a.kind == REVERSE_KL ? 1.0f : -a.rest;
-  const Floats factor = all(sign * a.factor), total = all(a.total);
+static void kept_gradient(const PairRow& a, bool bf16) {
+  const bool forward = a.kind == FORWARD_KL, reverse = a.kind == REVERSE_KL;
+  const float sign = forward ? -1.0f : reverse ? 1.0f : -a.one_minus_beta;
+  const Floats factor = splat(sign * a.factor), sum_share = splat(a.sum_share);
   for (int64_t c = 0; c < a.cols; c += LANES) {
     const int64_t left = a.cols - c;
-    const Floats dz = (load_part(a.z_s + c, left) - load_part(a.z_t + c, left) * total) * factor;
-    store_gradient(a.z_s, c, dz, left, half);
+    const Floats share = load_part(a.z_s + c, left), s = load_part(a.z_t + c, left);
+    const Floats dz = (share - s * sum_share) * factor;
+    store_gradient(a.z_s, c, dz, left, bf16);
   }
 }
 
 template <int64_t KIND>
-OPSD_INLINE void kl_gradient_of(const PairRow& a, bool half) {
-  // Of an infinite reverse KL inf - inf has no direction; the value reports it.
-  const bool none = KIND == REVERSE_KL && a.total == __builtin_inff();
+OPSD_INLINE void kl_gradient_of(const PairRow& a, bool bf16) {
+  // An infinite reverse KL has no gradient (inf - inf); the value reports it.
+  const bool none = KIND == REVERSE_KL && a.sum_share == __builtin_inff();
   for (int64_t c = 0; c < a.cols; c += LANES) {
     const int64_t left = a.cols - c;
     const Floats z_s = load_part(a.z_s + c, left);
     const Entry x = entry_of<KIND>(a, z_s, load_part(a.z_t + c, left));
-    Floats dz = KIND == FORWARD_KL ? x.s - x.share : x.entry - x.s * all(a.total);
-    if (a.height != 0.0f) dz *= slope_at(z_s, a.height);
-    store_gradient(a.z_s, c, none ? all(0.0f) : dz * all(a.factor), left, half);
+    Floats dz = KIND == FORWARD_KL ? x.s - x.share : x.entry - x.s * splat(a.sum_share);
+    if (a.inv_cap != 0.0f) dz *= slope_at(z_s, a.inv_cap);
+    store_gradient(a.z_s, c, none ? splat(0.0f) : dz * splat(a.factor), left, bf16);
   }
 }
 
-static void kl_gradient(const PairRow& a, bool half) {
-  a.kind == FORWARD_KL ? kl_gradient_of<FORWARD_KL>(a, half) : kl_gradient_of<REVERSE_KL>(a, half);
+static void kl_gradient(const PairRow& a, bool bf16) {
+  a.kind == FORWARD_KL ? kl_gradient_of<FORWARD_KL>(a, bf16) : kl_gradient_of<REVERSE_KL>(a, bf16);
 }
 
-static void logprob_gradient(const LogprobRow& a, bool half, void* out_entropy) {
-  float* beside = static_cast<float*>(out_entropy);
-  const Floats scale = all(a.scale / a.temperature), own = all(1.0f / a.temperature);
+static void logprob_gradient(const LogprobRow& a, bool bf16, void* out_entropy) {
+  float* entropy_out = static_cast<float*>(out_entropy);
+  const Floats scale = splat(a.scale / a.temperature);
+  const Floats inv_temperature = splat(1.0f / a.temperature);
   for (int64_t c = 0; c < a.cols; c += LANES) {
     const int64_t left = a.cols - c;
     const Floats z = load_part(a.z + c, left);
-    const Floats log_p = (z - all(a.top)) - all(a.log_total);
+    const Floats log_p = (z - splat(a.row_max)) - splat(a.log_sum);
     const Floats p = exp(log_p);
-    Floats dz = all(a.uniform);
+    Floats dz = splat(a.uniform);
     if (a.class_weight) dz *= load_part(a.class_weight + c, left);
-    dz -= all(a.mass) * p;
+    dz -= splat(a.mass) * p;
     if (a.label >= c && a.label < c + LANES) dz[a.label - c] += a.sharp;
     dz *= scale;
     if (a.with_entropy) {
-      Floats rise = -p * (log_p + all(a.entropy)) * own;
-      dz += rise * all(a.entropy_scale);
-      if (a.height != 0.0f) rise *= slope_at(z, a.height);
-      if (beside) store_gradient(beside, c, rise, left, half);
+      Floats entropy_dz = -p * (log_p + splat(a.entropy)) * inv_temperature;
+      dz += entropy_dz * splat(a.entropy_scale);
+      if (a.inv_cap != 0.0f) entropy_dz *= slope_at(z, a.inv_cap);
+      if (entropy_out) store_gradient(entropy_out, c, entropy_dz, left, bf16);
     }
-    if (a.height != 0.0f) dz *= slope_at(z, a.height);
-    store_gradient(a.z, c, dz, left, half);
+    if (a.inv_cap != 0.0f) dz *= slope_at(z, a.inv_cap);
+    store_gradient(a.z, c, dz, left, bf16);
   }
 }
 
 }  // namespace OPSD_ISA
 
-const Rows& OPSD_TABLE() {
+const RowMath& OPSD_TABLE() {
   using namespace OPSD_ISA;
-  static const Rows table = {start,       fold,        close,           sums, kept_gradient,
-                             kl_gradient, logprob_gradient, pack};
+  static const RowMath table = {reset,         fold,        store_statistics, sums,
+                                kept_gradient, kl_gradient, logprob_gradient, pack};
   return table;
 }
 

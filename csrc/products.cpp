@@ -11,10 +11,10 @@ using at::native::cpublas::brgemm;
 
 namespace {
 
-constexpr int64_t ROW_STEP = 16;  // brgemm compiles code for each height: so for four at most
+constexpr int64_t ROW_STEP = 16;  // brgemm compiles code for each height: for at most four
 
 at::ScalarType product_type(const at::Tensor& x) {
-  return x.scalar_type() == at::kBFloat16 && has_half_products() ? at::kBFloat16 : at::kFloat;
+  return x.scalar_type() == at::kBFloat16 && has_bf16_products() ? at::kBFloat16 : at::kFloat;
 }
 
 int64_t words_of(int64_t depth, at::ScalarType type) {
@@ -23,7 +23,7 @@ int64_t words_of(int64_t depth, at::ScalarType type) {
 
 }  // namespace
 
-bool has_half_products() {
+bool has_bf16_products() {
   static const bool found = [] {
     at::BFloat16 a[16 * 2] = {}, b[2 * 16] = {};
     float c[16 * 16];
@@ -46,8 +46,8 @@ void Weight::pack(int64_t first, int64_t cols, void* tile) const {
   at::Tensor w = weight_.narrow(0, first, cols);
   if (w.stride(1) != 1 || w.scalar_type() != type_) w = w.to(type_).contiguous();
   const int64_t size = w.element_size(), words = words_of(w.size(1), type_);
-  opsd::rows().pack(static_cast<const char*>(w.const_data_ptr()), w.stride(0) * size, cols, words,
-                    w.size(1) * size - (words - 1) * 4, static_cast<uint32_t*>(tile));
+  row_math().pack(static_cast<const char*>(w.const_data_ptr()), w.stride(0) * size, cols, words,
+                  w.size(1) * size - (words - 1) * 4, static_cast<uint32_t*>(tile));
 }
 
 Hidden::Hidden(const at::Tensor& hidden) {

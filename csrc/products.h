@@ -5,11 +5,11 @@
 
 namespace opsd {
 
-// Whether products of bfloat16 with float32 sums can be had on this machine; else bfloat16 is
-// widened to float32 tile by tile.
-bool has_half_products();
+// Whether this machine multiplies bfloat16 with float32 sums; if not, bfloat16 is converted to
+// float32 tile by tile.
+bool has_bf16_products();
 
-// The head's weight, (cols, depth), read in packed tiles.
+// The head's weight (cols, depth), packed a tile at a time.
 class Weight {
  public:
   explicit Weight(const at::Tensor& weight);
@@ -22,13 +22,13 @@ class Weight {
   at::ScalarType type_;
 };
 
-// A block of hidden states, (rows, depth).
+// A block of hidden states (rows, depth).
 class Hidden {
  public:
   explicit Hidden(const at::Tensor& hidden);
   // out (TILE_ROWS, TILE_COLS) = rows from `first` on, a multiple of TILE_ROWS, times the tile.
   void multiply(int64_t first, const void* tile, float* out) const;
-  // Gives back what the thread's products hold of the machine.
+  // Releases the state (AMX tiles) that brgemm holds for the calling thread.
   void release() const;
 
  private:

@@ -1,5 +1,5 @@
-// Operators of the library `opsd_cpu`: called inside those of opsd_kernels.ops, whose fake kernels
-// and autograd cover them.
+// Registers the operators of the library `opsd_cpu`. The operators of opsd_kernels.ops call them
+// and supply fake kernels and autograd.
 #include <torch/library.h>
 
 #include "ops.h"
@@ -13,16 +13,17 @@ TORCH_LIBRARY(opsd_cpu, m) {
       "merge(Tensor parts, int heads, bool entropy, bool smoothed, bool label, bool predicted, "
       "int kind, Tensor(a!) out) -> ()");
   m.def(
-      "divergence_sums(Tensor(a!) logits, Tensor merged, int step, float softcap, "
+      "divergence_sums(Tensor(a!) logits, Tensor merged, int per_head, float softcap, "
       "float temperature, float beta, float? clip, int kind, bool keep) -> Tensor");
   m.def(
-      "divergence_gradient(Tensor(a!) logits, Tensor merged, int step, Tensor totals, "
+      "divergence_gradient(Tensor(a!) logits, Tensor merged, int per_head, Tensor sum_share, "
       "Tensor? scale, float softcap, float temperature, float beta, int kind, bool kept, "
-      "bool half) -> ()");
+      "bool bf16) -> ()");
   m.def(
       "logprob_gradient(Tensor(a!) logits, Tensor merged, Tensor label, int offset, "
       "Tensor? entropy, Tensor? scale, Tensor? entropy_scale, Tensor rates, float uniform, "
-      "Tensor? class_weight, float softcap, float temperature, bool half, Tensor(b!)? out_entropy) -> ()");
+      "Tensor? class_weight, float softcap, float temperature, bool bf16, "
+      "Tensor(b!)? out_entropy) -> ()");
 }
 
 namespace {

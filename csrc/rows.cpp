@@ -1,11 +1,11 @@
-// Chooses the row arithmetic of this machine.
+// Chooses the row arithmetic for this machine's instruction set.
 #include <ATen/Version.h>
 
 #include "ops.h"
 
 namespace opsd {
 
-const Rows& rows() {
+const RowMath& row_math() {
 #if OPSD_X86
   static const std::string isa = at::get_cpu_capability();
   if (isa.rfind("AVX512", 0) == 0) return rows_avx512();

@@ -1,4 +1,4 @@
-// What is computed on rows of logits, whatever instruction set computes it. Formulas: kernels.md §1.
+// Interface of the row arithmetic, which is compiled once for each instruction set.
 #pragma once
 
 #include <math.h>
@@ -7,7 +7,7 @@
 
 namespace opsd {
 
-// A finite stand-in for log 0: exp gives exactly 0, and differences of two of them do not overflow.
+// Finite, in place of log 0: its exp is exactly 0, and the difference of two does not overflow.
 constexpr float LOG_ZERO = -1e38f;
 // Between any logit and LOG_ZERO.
 constexpr float BANNED = -5e37f;
@@ -19,59 +19,59 @@ constexpr int64_t TILE_COLS = 128;
 constexpr int64_t TILE_ROWS = 64;
 
 // z = softcap(raw + bias) / temperature, of one head.
-struct Finish {
+struct LogitTransform {
   const float* bias;  // (V,) or null
   float softcap;      // 0: none
   float temperature;
 };
 
-// Which statistics a pass keeps, in the order of passes.Layout.
+// Which statistics a pass keeps, in the order of Layout in opsd_kernels/backends/passes.py.
 struct Layout {
   int64_t heads;
   bool entropy, smoothed, label, predicted;
-  int64_t kind;  // JSD where nothing crosses
-  bool crosses() const { return heads == 2 && kind != JSD; }
+  int64_t kind;  // a Kind; JSD where no cross sums are kept
+  bool has_cross() const { return heads == 2 && kind != JSD; }
   int64_t per_head() const { return 2 + entropy + 2 * smoothed + label + predicted; }
-  int64_t count() const { return heads * per_head() + 2 * crosses(); }
+  int64_t count() const { return heads * per_head() + 2 * has_cross(); }
 };
 
-// Running statistics of one row: sums by lane, relative to the maximum so far.
+// Running statistics of one row: sums by lane over u = z - row_max, row_max the maximum so far.
 struct HeadState {
-  float total[16], weighted[16], plain[16];
-  float top, picked;
-  int64_t best;  // the first column of the maximum
+  float sum_exp[16], sum_exp_logit[16], sum_logit[16];
+  float row_max, label_logit;
+  int64_t argmax;  // the first column of the maximum
 };
 struct RowState {
   HeadState head[2];
   float cross[16];
   float infinite;
-  float number;  // of columns, or their class weights' sum
+  float sum_weight;  // number of columns, or the sum of their class weights
 };
 
 // One tile of one or two heads, to be folded into its rows' statistics.
 struct Fold {
   Layout layout;
   int64_t rows, column, cols;  // `cols` columns from `column` on
-  Finish finish[2];
+  LogitTransform transform[2];
   float* raw[2];         // (rows, TILE_COLS), overwritten
-  float* z[2];           // (rows, z_stride) receives finished logits, or null
+  float* z[2];           // (rows, z_stride) receives the logits, or null
   int64_t z_stride;
   const int64_t* label;  // (rows,) column of the label, or null
   const float* class_weight;  // (V,) of a smoothed loss, or null: all 1
   RowState* state;       // (rows,)
 };
 
-// A row of both heads' finished logits, and what is known of it.
+// A row of both heads' logits, and what is known of it.
 struct PairRow {
   float* z_s;
   float* z_t;
   int64_t cols, kind;
-  float top_s, log_total_s, top_t, log_total_t;
-  float beta, rest;    // rest = 1 - beta
+  float row_max_s, log_sum_s, row_max_t, log_sum_t;
+  float beta, one_minus_beta;
   bool clipped;
   float clip;
-  float height;        // the student's temperature / softcap, 0: no softcap
-  float total;         // sum of shares
+  float inv_cap;       // the student's temperature / softcap, 0: no softcap
+  float sum_share;    // or, of a KL without a clip, its value
   float factor;        // d loss / d value / temperature
 };
 
@@ -81,41 +81,43 @@ struct Sums {
 
 struct LogprobRow {
   float* z;
-  int64_t cols, label;  // label: its column, negative where another shard owns it
-  float top, log_total;
-  float sharp, uniform;  // the value is sharp log p(label) + uniform sum w log p + ...
-  const float* class_weight;  // w, null: all 1
-  float mass;            // what the gradient takes off for each p
+  int64_t cols, label;  // column of the label; outside [0, cols) where another shard owns it
+  float row_max, log_sum;
+  float sharp, uniform;  // dz = sharp [at the label] + uniform w - mass p
+  const float* class_weight;  // w, or null: all 1
+  float mass;
   float scale, entropy_scale, entropy;
   bool with_entropy;     // the entropy has a gradient
-  float temperature, height;
+  float temperature, inv_cap;
 };
 
 // The row arithmetic of one instruction set.
-struct Rows {
-  void (*start)(RowState*, int64_t rows);
+struct RowMath {
+  void (*reset)(RowState*, int64_t rows);
   void (*fold)(const Fold&);
-  // Statistics of `rows` rows into out[k * stride + row].
-  void (*close)(const RowState*, int64_t rows, const Layout&, float* out, int64_t stride);
-  // Value and sum of shares; with `keep`, z_s and z_t become share and s, times the softcap's slope.
+  // Statistic k of each of `rows` rows goes to out[k * stride + row].
+  void (*store_statistics)(const RowState*, int64_t rows, const Layout&, float* out,
+                           int64_t stride);
+  // Value and sum of shares; with `keep` share and s, times the softcap's slope, over
+  // z_s and z_t.
   Sums (*sums)(const PairRow&, bool keep);
-  // d loss / d raw logits over z_s, as float or bfloat16: no entry overtakes those unread.
-  // From what `sums` kept, or of a KL without a clip from its logits.
-  void (*kept_gradient)(const PairRow&, bool half);
-  void (*kl_gradient)(const PairRow&, bool half);
-  // The same over z; the entropy's own gradient into out_entropy unless that is null.
-  void (*logprob_gradient)(const LogprobRow&, bool half, void* out_entropy);
+  // d loss / d raw logits over z_s, as float or bfloat16; writes never overtake reads. The first
+  // reads what `sums` kept, the second the logits of a KL without a clip.
+  void (*kept_gradient)(const PairRow&, bool bf16);
+  void (*kl_gradient)(const PairRow&, bool bf16);
+  // The same over z; the entropy's gradient by itself into out_entropy unless that is null.
+  void (*logprob_gradient)(const LogprobRow&, bool bf16, void* out_entropy);
   // to[k * TILE_COLS + row] = k-th word of 4 bytes of from's row: two bfloat16, or one float.
   // `last` bytes of the row's last word exist; missing rows and bytes are 0.
   void (*pack)(const char* from, int64_t stride, int64_t rows, int64_t words, int64_t last,
                uint32_t* to);
 };
 
-const Rows& rows_plain();
+const RowMath& rows_plain();
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define OPSD_X86 1
-const Rows& rows_avx2();
-const Rows& rows_avx512();
+const RowMath& rows_avx2();
+const RowMath& rows_avx512();
 #endif
 
 }  // namespace opsd

@@ -5,53 +5,55 @@ namespace opsd {
 namespace OPSD_ISA {
 
 // softcap(raw + bias) / temperature of 16 columns; those beyond `left` become LOG_ZERO.
-OPSD_INLINE Floats finished(Floats raw, const Finish& f, int64_t column, int64_t left) {
+OPSD_INLINE Floats apply_bias_cap_temperature(Floats raw, const LogitTransform& f, int64_t column,
+                                              int64_t left) {
   if (f.bias) raw += load_part(f.bias + column, left);
   if (f.softcap != 0.0f) {
-    // tanh |x| by exp(-2 |x|): its error is absolute, as that of the logits is.
-    const Floats x = raw / all(f.softcap);
-    const Floats small = exp(all(-2.0f) * (x < all(0.0f) ? -x : x));
-    const Floats height = (all(1.0f) - small) / (all(1.0f) + small);
-    raw = all(f.softcap) * (x < all(0.0f) ? -height : height);
+    // tanh |x| from exp(-2 |x|): its error is absolute, as the logits' error is.
+    const Floats x = raw / splat(f.softcap);
+    const Floats small = exp(splat(-2.0f) * (x < splat(0.0f) ? -x : x));
+    const Floats tanh = (splat(1.0f) - small) / (splat(1.0f) + small);
+    raw = splat(f.softcap) * (x < splat(0.0f) ? -tanh : tanh);
   }
-  if (f.temperature != 1.0f) raw = raw / all(f.temperature);
-  raw = raw < all(LOG_ZERO) ? all(LOG_ZERO) : raw;  // a comparison lets NaN through
+  if (f.temperature != 1.0f) raw = raw / splat(f.temperature);
+  raw = raw < splat(LOG_ZERO) ? splat(LOG_ZERO) : raw;  // a comparison lets NaN through
   if (left < LANES)
     for (int64_t i = left; i < LANES; ++i) raw[i] = LOG_ZERO;
   return raw;
 }
 
-// Finish a row's tile in place; returns its maximum.
-OPSD_INLINE float finish_row(const Fold& a, int head, int64_t row) {
+// Transform a row's tile in place; returns its maximum.
+OPSD_INLINE float transform_row(const Fold& a, int head, int64_t row) {
   float* z = a.raw[head] + row * TILE_COLS;
   float* kept = a.z[head] ? a.z[head] + row * a.z_stride + a.column : nullptr;
-  const Finish& f = a.finish[head];
-  Floats top = all(LOG_ZERO);
+  const LogitTransform& f = a.transform[head];
+  Floats row_max = splat(LOG_ZERO);
   for (int64_t c = 0; c < a.cols; c += LANES) {
-    const Floats x = finished(load(z + c), f, a.column + c, a.cols - c);
+    const Floats x = apply_bias_cap_temperature(load(z + c), f, a.column + c, a.cols - c);
     store(z + c, x);
     if (kept) store_part(kept + c, x, a.cols - c);
-    top = larger(x, top);
+    row_max = larger(x, row_max);
   }
-  return maximum(top);
+  return maximum(row_max);
 }
 
-// sum p (u - v) under new maxima, `shift` and `other` below which the old ones of u and v lie.
+// Rescales sum p (u - v) to new maxima; shift and other are old minus new maximum of u and of v.
 OPSD_INLINE void rescale(float* sums, const float* weight, float shift, float other) {
   const float shrink = expf(shift);
-  const Floats x = (load(sums) + all(shift - other) * load(weight)) * all(shrink);
-  store(sums, shrink > 0.0f ? x : all(0.0f));
+  const Floats x = (load(sums) + splat(shift - other) * load(weight)) * splat(shrink);
+  store(sums, shrink > 0.0f ? x : splat(0.0f));
 }
 
-// A head's sums under its new maximum.
-OPSD_INLINE void raise(HeadState& head, float top, const Layout& layout, float number) {
-  if (!(top > head.top)) return;
-  const float shift = head.top - top;
-  if (layout.entropy) rescale(head.weighted, head.total, shift, 0.0f);
-  if (layout.smoothed && number != 0.0f)
-    store(head.plain, load(head.plain) + all(shift * number / LANES));
-  store(head.total, load(head.total) * all(expf(shift)));
-  head.top = top;
+// Rescales a head's sums to the new maximum, if it is larger.
+OPSD_INLINE void update_max(HeadState& head, float row_max, const Layout& layout,
+                            float sum_weight) {
+  if (!(row_max > head.row_max)) return;
+  const float shift = head.row_max - row_max;
+  if (layout.entropy) rescale(head.sum_exp_logit, head.sum_exp, shift, 0.0f);
+  if (layout.smoothed && sum_weight != 0.0f)
+    store(head.sum_logit, load(head.sum_logit) + splat(shift * sum_weight / LANES));
+  store(head.sum_exp, load(head.sum_exp) * splat(expf(shift)));
+  head.row_max = row_max;
 }
 
 template <int64_t KIND, bool ENTROPY>
@@ -60,36 +62,36 @@ OPSD_INLINE void add_pair(const Fold& a, int64_t row, RowState& state) {
   HeadState& t = state.head[1];
   const float* z_s = a.raw[0] + row * TILE_COLS;
   const float* z_t = a.raw[1] + row * TILE_COLS;
-  Floats total_s = load(s.total), total_t = load(t.total), cross = load(state.cross);
-  Floats weighted_s = load(s.weighted), weighted_t = load(t.weighted);
+  Floats sum_exp_s = load(s.sum_exp), sum_exp_t = load(t.sum_exp), cross = load(state.cross);
+  Floats sum_exp_logit_s = load(s.sum_exp_logit), sum_exp_logit_t = load(t.sum_exp_logit);
   Ints infinite = {};
   for (int64_t c = 0; c < a.cols; c += LANES) {
     const Floats x_s = load(z_s + c), x_t = load(z_t + c);
-    const Floats u_s = x_s - all(s.top), u_t = x_t - all(t.top);
+    const Floats u_s = x_s - splat(s.row_max), u_t = x_t - splat(t.row_max);
     const Floats p_s = exp(u_s), p_t = exp(u_t);
     if (KIND == FORWARD_KL) {
-      infinite |= (x_t > all(BANNED)) & (x_s < all(BANNED));
+      infinite |= (x_t > splat(BANNED)) & (x_s < splat(BANNED));
       cross += p_t * (u_t - u_s);
     } else if (KIND == REVERSE_KL) {
-      infinite |= (x_s > all(BANNED)) & (x_t < all(BANNED));
+      infinite |= (x_s > splat(BANNED)) & (x_t < splat(BANNED));
       cross += p_s * (u_s - u_t);
     }
     if (ENTROPY) {
-      weighted_s += p_s * u_s;
-      weighted_t += p_t * u_t;
+      sum_exp_logit_s += p_s * u_s;
+      sum_exp_logit_t += p_t * u_t;
     }
-    total_s += p_s;
-    total_t += p_t;
+    sum_exp_s += p_s;
+    sum_exp_t += p_t;
   }
-  store(s.total, total_s);
-  store(t.total, total_t);
+  store(s.sum_exp, sum_exp_s);
+  store(t.sum_exp, sum_exp_t);
   if (KIND != JSD) {
     store(state.cross, cross);
     if (any(infinite)) state.infinite = 1.0f;
   }
   if (ENTROPY) {
-    store(s.weighted, weighted_s);
-    store(t.weighted, weighted_t);
+    store(s.sum_exp_logit, sum_exp_logit_s);
+    store(t.sum_exp_logit, sum_exp_logit_t);
   }
 }
 
@@ -99,15 +101,15 @@ OPSD_INLINE void fold_pair(const Fold& a) {
     RowState& state = a.state[row];
     HeadState& s = state.head[0];
     HeadState& t = state.head[1];
-    const float top_s = finish_row(a, 0, row), top_t = finish_row(a, 1, row);
-    if (KIND != JSD && (top_s > s.top || top_t > t.top)) {
-      const float shift_s = top_s > s.top ? s.top - top_s : 0.0f;
-      const float shift_t = top_t > t.top ? t.top - top_t : 0.0f;
-      if (KIND == FORWARD_KL) rescale(state.cross, t.total, shift_t, shift_s);
-      if (KIND == REVERSE_KL) rescale(state.cross, s.total, shift_s, shift_t);
+    const float row_max_s = transform_row(a, 0, row), row_max_t = transform_row(a, 1, row);
+    if (KIND != JSD && (row_max_s > s.row_max || row_max_t > t.row_max)) {
+      const float shift_s = row_max_s > s.row_max ? s.row_max - row_max_s : 0.0f;
+      const float shift_t = row_max_t > t.row_max ? t.row_max - row_max_t : 0.0f;
+      if (KIND == FORWARD_KL) rescale(state.cross, t.sum_exp, shift_t, shift_s);
+      if (KIND == REVERSE_KL) rescale(state.cross, s.sum_exp, shift_s, shift_t);
     }
-    raise(s, top_s, a.layout, 0.0f);
-    raise(t, top_t, a.layout, 0.0f);
+    update_max(s, row_max_s, a.layout, 0.0f);
+    update_max(t, row_max_t, a.layout, 0.0f);
     if (a.layout.entropy)
       add_pair<KIND, true>(a, row, state);
     else
@@ -115,10 +117,10 @@ OPSD_INLINE void fold_pair(const Fold& a) {
   }
 }
 
-// The first column of a row's tile that holds `top`.
-OPSD_INLINE int64_t column_of(const Fold& a, const float* z, float top) {
+// The first column of a row's tile that holds `row_max`.
+OPSD_INLINE int64_t column_of(const Fold& a, const float* z, float row_max) {
   int64_t c = 0;
-  while (c + 1 < a.cols && z[c] != top) ++c;
+  while (c + 1 < a.cols && z[c] != row_max) ++c;
   return a.column + c;
 }
 
@@ -127,26 +129,29 @@ OPSD_INLINE void fold_one(const Fold& a) {
   for (int64_t row = 0; row < a.rows; ++row) {
     HeadState& head = a.state[row].head[0];
     const float* z = a.raw[0] + row * TILE_COLS;
-    const float tile_top = finish_row(a, 0, row);
-    if (a.layout.predicted && tile_top > head.top) head.best = column_of(a, z, tile_top);
-    raise(head, tile_top, a.layout, a.state[row].number);
-    const Floats top = all(head.top);
-    Floats total = load(head.total), weighted = load(head.weighted), plain = load(head.plain);
+    const float tile_max = transform_row(a, 0, row);
+    if (a.layout.predicted && tile_max > head.row_max) head.argmax = column_of(a, z, tile_max);
+    update_max(head, tile_max, a.layout, a.state[row].sum_weight);
+    const Floats row_max = splat(head.row_max);
+    Floats sum_exp = load(head.sum_exp), sum_exp_logit = load(head.sum_exp_logit);
+    Floats sum_logit = load(head.sum_logit);
     for (int64_t c = 0; c < a.cols; c += LANES) {
-      const Floats u = load(z + c) - top;
+      const Floats u = load(z + c) - row_max;
       const Floats p = exp(u);
-      total += p;
-      if (ENTROPY) weighted += p * u;
+      sum_exp += p;
+      if (ENTROPY) sum_exp_logit += p * u;
       if (SMOOTHED) {
         if (a.class_weight)
-          plain += load_part(a.class_weight + a.column + c, a.cols - c) * u;
+          sum_logit += load_part(a.class_weight + a.column + c, a.cols - c) * u;
         else
-          plain += a.cols - c >= LANES ? u : load_part(z + c, a.cols - c, head.top) - top;
+          // Columns beyond the last add 0.
+          sum_logit +=
+              a.cols - c >= LANES ? u : load_part(z + c, a.cols - c, head.row_max) - row_max;
       }
     }
-    store(head.total, total);
-    if (ENTROPY) store(head.weighted, weighted);
-    if (SMOOTHED) store(head.plain, plain);
+    store(head.sum_exp, sum_exp);
+    if (ENTROPY) store(head.sum_exp_logit, sum_exp_logit);
+    if (SMOOTHED) store(head.sum_logit, sum_logit);
   }
 }
 
@@ -161,29 +166,29 @@ static void fold(const Fold& a) {
   } else {
     layout.smoothed ? fold_one<false, true>(a) : fold_one<false, false>(a);
   }
-  float number = static_cast<float>(a.cols);
+  float sum_weight = static_cast<float>(a.cols);
   if (a.class_weight) {
-    number = 0.0f;
-    for (int64_t c = 0; c < a.cols; ++c) number += a.class_weight[a.column + c];
+    sum_weight = 0.0f;
+    for (int64_t c = 0; c < a.cols; ++c) sum_weight += a.class_weight[a.column + c];
   }
   for (int64_t row = 0; row < a.rows; ++row) {
-    a.state[row].number += number;
+    a.state[row].sum_weight += sum_weight;
     if (!a.label) continue;
     const int64_t y = a.label[row] - a.column;
     if (y < 0 || y >= a.cols) continue;
     for (int64_t i = 0; i < layout.heads; ++i)
-      a.state[row].head[i].picked = a.raw[i][row * TILE_COLS + y];
+      a.state[row].head[i].label_logit = a.raw[i][row * TILE_COLS + y];
   }
 }
 
-static void start(RowState* state, int64_t rows) {
+static void reset(RowState* state, int64_t rows) {
   memset(state, 0, rows * sizeof *state);
   for (int64_t row = 0; row < rows; ++row)
-    for (HeadState& head : state[row].head) head.top = LOG_ZERO;
+    for (HeadState& head : state[row].head) head.row_max = LOG_ZERO;
 }
 
-static void close(const RowState* state, int64_t rows, const Layout& layout, float* out,
-                  int64_t stride) {
+static void store_statistics(const RowState* state, int64_t rows, const Layout& layout, float* out,
+                             int64_t stride) {
   for (int64_t row = 0; row < rows; ++row) {
     float* to = out + row;
     const auto put = [&](float value) {
@@ -192,27 +197,27 @@ static void close(const RowState* state, int64_t rows, const Layout& layout, flo
     };
     for (int64_t i = 0; i < layout.heads; ++i) {
       const HeadState& head = state[row].head[i];
-      put(head.top);
-      put(sum(load(head.total)));
-      if (layout.entropy) put(sum(load(head.weighted)));
+      put(head.row_max);
+      put(sum(load(head.sum_exp)));
+      if (layout.entropy) put(sum(load(head.sum_exp_logit)));
       if (layout.smoothed) {
-        put(sum(load(head.plain)));
-        put(state[row].number);
+        put(sum(load(head.sum_logit)));
+        put(state[row].sum_weight);
       }
-      if (layout.label) put(head.picked);
-      if (layout.predicted) put(static_cast<float>(head.best));
+      if (layout.label) put(head.label_logit);
+      if (layout.predicted) put(static_cast<float>(head.argmax));
     }
-    if (layout.crosses()) {
+    if (layout.has_cross()) {
       put(sum(load(state[row].cross)));
       put(state[row].infinite);
     }
   }
 }
 
-// ------------------------------------------------------------------------------------------ packing
+// ----------------------------------------------------------------------------------------- packing
 
 #if defined(__GNUC__) && !defined(__clang__)
-// Exchanges the quarters of pairs of rows that lie STEP apart.
+// One step of a transpose: exchanges the off-diagonal blocks of rows that lie STEP apart.
 template <int STEP>
 OPSD_INLINE void exchange(Words* rows) {
   Ints low, high;

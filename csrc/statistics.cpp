@@ -1,4 +1,5 @@
-// The first pass: chunks of the vocabulary in parallel, each multiplied and folded tile by tile.
+// The first pass: chunks of the vocabulary in parallel, each multiplied and folded into statistics
+// tile by tile.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -10,12 +11,12 @@
 namespace opsd {
 namespace {
 
-// Chunks do not depend on the number of threads and are merged in order: neither do the bits.
+// Chunks do not depend on the number of threads and are merged in order, so neither do the bits.
 constexpr int64_t CHUNK_COLS = 1024;
 
 struct Pass {
   Layout layout;
-  Finish finish[2];
+  LogitTransform transform[2];
   std::vector<Hidden> hidden;
   std::vector<Weight> weight;  // one where both heads share it
   float* z[2];                 // (rows, cols) or null
@@ -25,9 +26,9 @@ struct Pass {
   float* parts;  // (K, chunks, rows)
 };
 
-// What one thread works with.
-struct Desk {
-  explicit Desk(const Pass& pass) : state(pass.rows) {
+// Buffers of one thread.
+struct ThreadBuffers {
+  explicit ThreadBuffers(const Pass& pass) : state(pass.rows) {
     for (const Weight& weight : pass.weight)
       packed.push_back(at::empty({weight.tile_bytes()}, at::kByte));
     logits = at::empty({2, TILE_ROWS, TILE_COLS}, at::kFloat);
@@ -40,14 +41,14 @@ struct Desk {
   float* raw[2];
 };
 
-void fold_chunk(const Pass& pass, int64_t chunk, Desk& desk) {
-  const Rows& math = rows();
+void fold_chunk(const Pass& pass, int64_t chunk, ThreadBuffers& buffers) {
+  const RowMath& math = row_math();
   const int64_t begin = chunk * CHUNK_COLS, end = std::min(begin + CHUNK_COLS, pass.cols);
-  math.start(desk.state.data(), pass.rows);
+  math.reset(buffers.state.data(), pass.rows);
   for (int64_t col = begin; col < end; col += TILE_COLS) {
     const int64_t cols = std::min(TILE_COLS, end - col);
     for (size_t i = 0; i < pass.weight.size(); ++i)
-      pass.weight[i].pack(col, cols, desk.packed[i].data_ptr());
+      pass.weight[i].pack(col, cols, buffers.packed[i].data_ptr());
     for (int64_t row = 0; row < pass.rows; row += TILE_ROWS) {
       Fold fold{};
       fold.layout = pass.layout;
@@ -55,68 +56,69 @@ void fold_chunk(const Pass& pass, int64_t chunk, Desk& desk) {
       fold.column = col, fold.cols = cols, fold.z_stride = pass.cols;
       fold.label = pass.label ? pass.label + row : nullptr;
       fold.class_weight = pass.class_weight;
-      fold.state = desk.state.data() + row;
+      fold.state = buffers.state.data() + row;
       for (int64_t i = 0; i < pass.layout.heads; ++i) {
-        fold.finish[i] = pass.finish[i];
-        fold.raw[i] = desk.raw[i];
+        fold.transform[i] = pass.transform[i];
+        fold.raw[i] = buffers.raw[i];
         fold.z[i] = pass.z[i] ? pass.z[i] + row * pass.cols : nullptr;
-        const Tensor& tile = desk.packed[std::min<size_t>(i, pass.weight.size() - 1)];
+        const Tensor& tile = buffers.packed[std::min<size_t>(i, pass.weight.size() - 1)];
         pass.hidden[i].multiply(row, tile.const_data_ptr(), fold.raw[i]);
       }
       math.fold(fold);
     }
   }
-  math.close(desk.state.data(), pass.rows, pass.layout, pass.parts + chunk * pass.rows,
-             pass.chunks * pass.rows);
+  math.store_statistics(buffers.state.data(), pass.rows, pass.layout,
+                        pass.parts + chunk * pass.rows, pass.chunks * pass.rows);
 }
 
-// sum p (u - v) under new maxima; where nothing is left of p, 0 and not 0 * inf.
-double rescaled(float total, float shift, float weight, float other) {
+// sum p (u - v) rescaled to new maxima; where p becomes 0 the result is 0, not 0 * inf.
+double rescaled(float sum, float shift, float weight, float other) {
   const float shrink = expf(shift);
-  return shrink > 0.0f ? (total + (shift - other) * static_cast<double>(weight)) * shrink : 0.0;
+  return shrink > 0.0f ? (sum + (shift - other) * static_cast<double>(weight)) * shrink : 0.0;
 }
 
-// Statistics of one row's spans into those of the whole; value k of span i is at(k, i).
+// Merges the statistics of one row's spans; at(k, i) is statistic k of span i.
 template <class At, class Put>
 void merge_row(const Layout& layout, int64_t count, const At& at, const Put& put) {
-  float top[2];
+  float row_max[2];
   for (int64_t head = 0; head < layout.heads; ++head) {
     int64_t k = head * layout.per_head();
-    top[head] = LOG_ZERO;
-    for (int64_t i = 0; i < count; ++i) top[head] = std::max(at(k, i), top[head]);
-    double total = 0, weighted = 0, plain = 0, number = 0, picked = 0;
-    float best = INFINITY;
+    row_max[head] = LOG_ZERO;
+    for (int64_t i = 0; i < count; ++i) row_max[head] = std::max(at(k, i), row_max[head]);
+    double sum_exp = 0, sum_exp_logit = 0, sum_logit = 0, sum_weight = 0, label_logit = 0;
+    float argmax = INFINITY;
     for (int64_t i = 0; i < count; ++i) {
-      const float shift = at(k, i) - top[head], weight = at(k + 1, i);
+      const float shift = at(k, i) - row_max[head], weight = at(k + 1, i);
       int64_t next = k + 2;
-      total += static_cast<double>(weight) * expf(shift);
-      if (layout.entropy) weighted += rescaled(at(next++, i), shift, weight, 0.0f);
+      sum_exp += static_cast<double>(weight) * expf(shift);
+      if (layout.entropy) sum_exp_logit += rescaled(at(next++, i), shift, weight, 0.0f);
       if (layout.smoothed) {
-        plain += at(next, i) + static_cast<double>(shift) * at(next + 1, i);
-        number += at(next + 1, i);
+        sum_logit += at(next, i) + static_cast<double>(shift) * at(next + 1, i);
+        sum_weight += at(next + 1, i);
         next += 2;
       }
-      if (layout.label) picked += at(next++, i);
-      if (layout.predicted && shift == 0.0f) best = std::min(at(next, i), best);
+      if (layout.label) label_logit += at(next++, i);
+      if (layout.predicted && shift == 0.0f) argmax = std::min(at(next, i), argmax);
     }
-    put(k++, top[head]);
-    put(k++, total);
-    if (layout.entropy) put(k++, weighted);
+    put(k++, row_max[head]);
+    put(k++, sum_exp);
+    if (layout.entropy) put(k++, sum_exp_logit);
     if (layout.smoothed) {
-      put(k++, plain);
-      put(k++, number);
+      put(k++, sum_logit);
+      put(k++, sum_weight);
     }
-    if (layout.label) put(k++, picked);
-    if (layout.predicted) put(k++, best);
+    if (layout.label) put(k++, label_logit);
+    if (layout.predicted) put(k++, argmax);
   }
-  if (!layout.crosses()) return;
-  const int64_t k = 2 * layout.per_head(), step = layout.per_head();
+  if (!layout.has_cross()) return;
+  const int64_t k = 2 * layout.per_head(), per_head = layout.per_head();
   const int64_t p = layout.kind == FORWARD_KL ? 1 : 0, q = 1 - p;  // the KL of p from q
   double cross = 0;
   float infinite = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float shift_p = at(p * step, i) - top[p], shift_q = at(q * step, i) - top[q];
-    cross += rescaled(at(k, i), shift_p, at(p * step + 1, i), shift_q);
+    const float shift_p = at(p * per_head, i) - row_max[p];
+    const float shift_q = at(q * per_head, i) - row_max[q];
+    cross += rescaled(at(k, i), shift_p, at(p * per_head + 1, i), shift_q);
     infinite = std::max(at(k + 1, i), infinite);
   }
   put(k, cross);
@@ -153,7 +155,7 @@ void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& we
   for (int64_t i = 0; i < heads; ++i) {
     pass.hidden.emplace_back(hidden[i]);
     if (bias[i]) kept.push_back(bias[i]->to(at::kFloat).contiguous());
-    pass.finish[i] = {bias[i] ? kept.back().const_data_ptr<float>() : nullptr,
+    pass.transform[i] = {bias[i] ? kept.back().const_data_ptr<float>() : nullptr,
                       static_cast<float>(softcap[i]), static_cast<float>(temperature[i])};
     pass.z[i] = logits.numel() ? logits[i].data_ptr<float>() : nullptr;
   }
@@ -167,8 +169,8 @@ void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& we
   const Tensor parts = at::empty({pass.layout.count(), pass.chunks, pass.rows}, at::kFloat);
   pass.parts = parts.data_ptr<float>();
   at::parallel_for(0, pass.chunks, 1, [&](int64_t begin, int64_t end) {
-    Desk desk(pass);
-    for (int64_t chunk = begin; chunk < end; ++chunk) fold_chunk(pass, chunk, desk);
+    ThreadBuffers buffers(pass);
+    for (int64_t chunk = begin; chunk < end; ++chunk) fold_chunk(pass, chunk, buffers);
     for (const Hidden& h : pass.hidden) h.release();
   });
   merge_into(parts, pass.layout, out);

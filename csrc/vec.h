@@ -1,8 +1,8 @@
 #pragma once
 
 // Sixteen floats at a time, in GCC's and clang's vector types: the compiler makes AVX-512, AVX2,
-// NEON or scalar code of the same lines. Included once for each instruction set; whatever is not in
-// namespace OPSD_ISA was included before, so that no other file runs its instructions.
+// NEON or scalar code from the same lines. Included once for each instruction set, in a
+// namespace OPSD_ISA; the headers it needs are included outside, so they are not compiled for it.
 #include "rows.h"
 
 #define OPSD_INLINE static inline __attribute__((always_inline))
@@ -21,7 +21,7 @@ typedef uint16_t HalvesAnywhere __attribute__((vector_size(32), aligned(2), may_
 
 constexpr int LANES = 16;
 
-OPSD_INLINE Floats all(float x) {
+OPSD_INLINE Floats splat(float x) {
   return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
 }
 
@@ -29,10 +29,10 @@ OPSD_INLINE Floats load(const float* at) { return *reinterpret_cast<const Floats
 
 OPSD_INLINE void store(float* at, Floats x) { *reinterpret_cast<FloatsAnywhere*>(at) = x; }
 
-// The first `count` of sixteen; the other lanes hold `rest`.
-OPSD_INLINE Floats load_part(const float* at, int64_t count, float rest) {
+// The first `count` of sixteen; the other lanes are `fill`.
+OPSD_INLINE Floats load_part(const float* at, int64_t count, float fill) {
   float lanes[LANES];
-  for (int i = 0; i < LANES; ++i) lanes[i] = i < count ? at[i] : rest;
+  for (int i = 0; i < LANES; ++i) lanes[i] = i < count ? at[i] : fill;
   return load(lanes);
 }
 
@@ -52,9 +52,8 @@ OPSD_INLINE Ints floats_to_bits(Floats x) {
   return y;
 }
 
-// Where NaN is compared the second is taken, as the ternary operator does.
+// If either is NaN the second is returned, as by the ternary operator.
 OPSD_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-OPSD_INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 
 OPSD_INLINE float sum(Floats x) {
   float lanes[LANES];
@@ -68,9 +67,10 @@ OPSD_INLINE float sum(Floats x) {
 OPSD_INLINE float maximum(Floats x) {
   float lanes[LANES];
   store(lanes, x);
-  float top = lanes[0];
-  for (int i = 1; i < LANES; ++i) top = (lanes[i] > top || lanes[i] != lanes[i]) ? lanes[i] : top;
-  return top;
+  float found = lanes[0];
+  for (int i = 1; i < LANES; ++i)
+    found = (lanes[i] > found || lanes[i] != lanes[i]) ? lanes[i] : found;
+  return found;
 }
 
 OPSD_INLINE bool every(Ints mask) {
@@ -89,44 +89,44 @@ OPSD_INLINE bool any(Ints mask) {
 
 // exp(x) within 1.5 ulp for x <= 88, 0 below the smallest normal number. NaN stays NaN.
 OPSD_INLINE Floats exp(Floats x) {
-  const Floats magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  Floats inside = x < all(-87.33f) ? all(-87.33f) : x;
-  inside = inside > all(88.3f) ? all(88.3f) : inside;
-  Floats n = inside * all(1.44269504f) + magic;
+  const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  Floats inside = x < splat(-87.33f) ? splat(-87.33f) : x;
+  inside = inside > splat(88.3f) ? splat(88.3f) : inside;
+  Floats n = inside * splat(1.44269504f) + magic;
   const Ints power = floats_to_bits(n) - floats_to_bits(magic);
   n = n - magic;
-  Floats r = inside - n * all(0.693145752f);
-  r = r - n * all(1.42860677e-6f);
-  Floats y = all(1.9875691500e-4f);  // Cephes' expf
-  y = y * r + all(1.3981999507e-3f);
-  y = y * r + all(8.3334519073e-3f);
-  y = y * r + all(4.1665795894e-2f);
-  y = y * r + all(1.6666665459e-1f);
-  y = y * r + all(5.0000001201e-1f);
-  y = y * (r * r) + r + all(1.0f);
+  Floats r = inside - n * splat(0.693145752f);
+  r = r - n * splat(1.42860677e-6f);
+  Floats y = splat(1.9875691500e-4f);  // Cephes' expf
+  y = y * r + splat(1.3981999507e-3f);
+  y = y * r + splat(8.3334519073e-3f);
+  y = y * r + splat(4.1665795894e-2f);
+  y = y * r + splat(1.6666665459e-1f);
+  y = y * r + splat(5.0000001201e-1f);
+  y = y * (r * r) + r + splat(1.0f);
   y = y * bits_to_floats((power + 127) << 23);
-  return x < all(-87.33f) ? all(0.0f) : y;
+  return x < splat(-87.33f) ? splat(0.0f) : y;
 }
 
 // log(x) within 2 ulp for normal positive numbers.
 OPSD_INLINE Floats log(Floats x) {
-  const Ints half = floats_to_bits(all(0.70710678f));
-  const Ints bits = floats_to_bits(x) - half;
+  const Ints sqrt_half = floats_to_bits(splat(0.70710678f));
+  const Ints bits = floats_to_bits(x) - sqrt_half;
   const Ints power = bits >> 23;
-  const Floats m = bits_to_floats((bits & 0x007fffff) + half) - all(1.0f);
+  const Floats m = bits_to_floats((bits & 0x007fffff) + sqrt_half) - splat(1.0f);
   const Floats e = __builtin_convertvector(power, Floats);
-  Floats y = all(7.0376836292e-2f);  // Cephes' logf
-  y = y * m - all(1.1514610310e-1f);
-  y = y * m + all(1.1676998740e-1f);
-  y = y * m - all(1.2420140846e-1f);
-  y = y * m + all(1.4249322787e-1f);
-  y = y * m - all(1.6668057665e-1f);
-  y = y * m + all(2.0000714765e-1f);
-  y = y * m - all(2.4999993993e-1f);
-  y = y * m + all(3.3333331174e-1f);
+  Floats y = splat(7.0376836292e-2f);  // Cephes' logf
+  y = y * m - splat(1.1514610310e-1f);
+  y = y * m + splat(1.1676998740e-1f);
+  y = y * m - splat(1.2420140846e-1f);
+  y = y * m + splat(1.4249322787e-1f);
+  y = y * m - splat(1.6668057665e-1f);
+  y = y * m + splat(2.0000714765e-1f);
+  y = y * m - splat(2.4999993993e-1f);
+  y = y * m + splat(3.3333331174e-1f);
   const Floats mm = m * m;
-  y = y * m * mm + e * all(-2.12194440e-4f) - all(0.5f) * mm;
-  return m + y + e * all(0.693359375f);
+  y = y * m * mm + e * splat(-2.12194440e-4f) - splat(0.5f) * mm;
+  return m + y + e * splat(0.693359375f);
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.

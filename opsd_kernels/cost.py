@@ -1,9 +1,9 @@
-"""Predicted time of a schedule on a GPU, to choose among schedules; not a measurement.
+"""Predicted time of a layout on a GPU, from which the plan chooses; not a measurement.
 
 A product takes the longer of its arithmetic and its memory traffic, a pass over the logits the
-longer of its bytes and its instructions. The constants are an H100's: bf16 products at 790 TFLOP/s,
-fp32 at 52, copies at 3.0 TB/s; what a constant cancels from is the choice, which compares schedules
-on one device.
+longer of its bytes and its instructions. The constants are those of an H100: bf16 products at 790
+TFLOP/s, fp32 at 52, copies at 3.0 TB/s. On other GPUs only their ratios matter, since layouts are
+compared on one device.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ _BANDWIDTH = 3.0e12  # bytes per second
 PROCESSORS = 132
 # One instruction for each pair of logits, by 4 schedulers a processor at 1.755 GHz.
 _INSTRUCTION = 1 / (PROCESSORS * 4 * 32 * 1.755e9)
-# Efficiency of a product inside a Triton kernel: L2 feeds its smaller tiles less well than cuBLAS'.
+# Efficiency of a product inside a Triton kernel: its tiles are smaller than cuBLAS'.
 FUSED = 0.6
-# A slice's two kernels start 2 us after the ones before, assumed; the host took 200 to 420 us to
-# launch them, measured beside an H100 in a virtual machine, and no slice is faster.
+# Assumed: each of a slice's two kernels starts 2 us after the one before. Measured on an H100 in a
+# virtual machine: the host took 200 to 420 us to launch them, so no slice is faster than that.
 _STARTS, _HOST = 4e-6, 200e-6
 _TILES = ((128, 256), (256, 128), (192, 192))  # of cuBLAS' products
 CACHE = 36 * 2**20  # bytes of L2 that a buffer may take
@@ -26,7 +26,7 @@ CACHE = 36 * 2**20  # bytes of L2 that a buffer may take
 
 @dataclass(frozen=True)
 class Products:
-    """Products of one call in units of G = 2 N D V operations, by what they make."""
+    """Number of products of 2 N D V operations in one call, by what they compute."""
 
     logits: int
     dh: int
@@ -39,7 +39,7 @@ class Products:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass over the logits moves and runs, for each pair (or single logit)."""
+    """Bytes moved and instructions run by one pass, per pair of logits (or single logit)."""
 
     bytes: float
     instructions: float
@@ -58,8 +58,8 @@ def seconds(
 ) -> float:
     """Predicted seconds of `blocks` equal blocks of rows.
 
-    efficiency is the rate of a product of logits beside the best; stored_bytes is what it writes
-    for each logit beyond L2; slices counts the slices of the vocabulary that a block visits.
+    efficiency is the rate of a product of logits relative to the best; stored_bytes is what it
+    writes to memory per logit; slices is the number of vocabulary slices that a block visits.
     """
     tokens, depth, vocab = shape
     rows = tokens / blocks
@@ -67,7 +67,7 @@ def seconds(
     head = vocab * depth * itemsize / _BANDWIDTH
     logits = max(flops / efficiency, head + rows * vocab * stored_bytes / _BANDWIDTH)
     dh = max(flops, head)
-    # The head's gradient is read and written in fp32 once a block, a quarter of that unseen.
+    # Every block reads and writes the head's gradient in fp32; a quarter of that is hidden.
     dw = flops + 0.75 * 8 * vocab * depth / _BANDWIDTH
     over = sum(max(p.bytes / _BANDWIDTH, p.instructions * _INSTRUCTION) for p in passes)
     found = products.logits * logits + products.dh * dh + products.dw * dw
@@ -76,7 +76,7 @@ def seconds(
 
 
 def waves(rows: int, columns: int, processors: int) -> float:
-    """Share of the processors that a product of that size keeps busy in its waves of tiles."""
+    """Fraction of the processors that a product of that size keeps busy in its waves of tiles."""
     return max(_filled(rows, columns, *tile, processors) for tile in _TILES)
 
 

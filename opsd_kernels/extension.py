@@ -1,4 +1,4 @@
-"""The C++ operators of the CPU: found and loaded once, or the reason why they are not."""
+"""Loads the C++ operators of the CPU, or warns why it cannot."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 def serves(device: str | torch.device, *dtypes: torch.dtype) -> bool:
     """Whether the C++ operators compute in these dtypes on this device; warns once if not built."""
-    wanted = torch.device(device).type == "cpu" and all(dtype in _DTYPES for dtype in dtypes)
-    return wanted and loaded()
+    served = torch.device(device).type == "cpu" and all(dtype in _DTYPES for dtype in dtypes)
+    return served and loaded()
 
 
 @functools.cache
 def loaded() -> bool:
-    """Load the operators; without them say once how to get them."""
+    """Load the operators; if that fails, warn once how to build them."""
     found = importlib.util.find_spec("opsd_kernels._cpu")
     missing = "they are not built"
     if found is not None:

@@ -1,12 +1,14 @@
-"""The sampled-token objective: the teacher's preference for the sampled token as an advantage."""
+"""Policy gradient on sampled tokens: log t(y) - log s(y) of teacher and student as advantage."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from opsd_kernels import checks
+from opsd_kernels import arguments, checks
 from opsd_kernels.ops.logprob import logprob
 from opsd_kernels.reduction import row_scale
 
@@ -31,34 +33,42 @@ def fused_linear_advantage(
     workspace_bytes: int | None = None,
     process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Advantage log t(y) - log s(y) of each sampled token y, as in Equation 9 of the OPSD paper.
+    """Advantage log t(y) - log s(y) of each sampled token y, without the logits. Equal to ::
 
-    Arguments as `fused_jsd.fused_linear_jsd`, with `target` the sampled tokens.
+        student_logprob = fused_linear_logprob(student_input, student_weight, target, ...)
+        teacher_logprob = fused_linear_logprob(teacher_input, teacher_weight, target, ...)
+        (teacher_logprob - student_logprob).detach(), student_logprob
+
+    This is the advantage in Equation 9 of the OPSD paper; `policy_gradient_loss` is its loss.
+
+    Args:
+        target: the sampled tokens, integers in [0, V), or `ignore_index`.
+        Other arguments are those of `fused_linear_jsd`.
 
     Returns:
-        advantage (...), detached, and student_logprob (...), differentiable; both fp32, 0 where
-        the target is `ignore_index`. `policy_gradient_loss` makes the loss of them.
+        advantage (...), detached, and student_logprob (...), differentiable; both 0 where the
+        target is `ignore_index`, fp32 or fp64 for fp64 inputs.
 
     Raises:
-        ValueError, TypeError: naming the argument, what it got and what it expects.
+        ValueError, TypeError, RuntimeError: as `fused_linear_jsd`.
     """
     checks.same_tokens(student_input, teacher_input)
-    options = {
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-        "vocab_size": checks.shared_vocabulary(student_weight, teacher_weight, vocab_size),
-        "with_entropy": False,
-        "execution": checks.execution(schedule, workspace_bytes, process_group),
-    }
-    student = checks.logprob_problem(
-        student_input, student_weight, target,
+    logprob_problem = functools.partial(
+        arguments.logprob_problem,
+        target=target,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        vocab_size=checks.shared_vocabulary(student_weight, teacher_weight, vocab_size),
+        with_entropy=False,
+        execution=checks.execution(schedule, workspace_bytes, process_group),
+    )
+    student = logprob_problem(
+        student_input, student_weight, prefix="student_",
         bias=student_bias, softcap=student_softcap, logit_scale=student_logit_scale,
-        prefix="student_", **options,
     )  # fmt: skip
-    teacher = checks.logprob_problem(
-        teacher_input, teacher_weight, target,
+    teacher = logprob_problem(
+        teacher_input, teacher_weight, prefix="teacher_",
         bias=teacher_bias, softcap=teacher_softcap, logit_scale=teacher_logit_scale,
-        prefix="teacher_", **options,
     )  # fmt: skip
     with torch.no_grad():
         teacher_logprob = logprob(teacher)[0].reshape(target.shape)
@@ -76,16 +86,20 @@ def policy_gradient_loss(
     reduction: str = "mean",
     num_tokens: float | Tensor | None = None,
 ) -> Tensor:
-    """-advantage * student_logprob, the advantage taken as a constant (Equation 9).
+    """Policy-gradient loss of Equation 9 of the OPSD paper. Equal to ::
+
+        (-advantage.detach() * student_logprob).mean()
 
     Args:
-        target: where given, the mean counts only tokens whose target is not `ignore_index`, and
-            the others contribute nothing.
-        token_weight: a token of weight 0 contributes nothing, whatever its advantage is.
-        reduction, num_tokens: as `fused_jsd.fused_linear_jsd`.
+        advantage, student_logprob: floating-point, as `fused_linear_advantage` returns them.
+        target: if given, tokens whose target is `ignore_index` are not counted in the mean and
+            contribute nothing.
+        token_weight: multiplies each token's loss; a token of weight 0 contributes nothing, even
+            if its advantage is NaN.
+        reduction, num_tokens: as `fused_linear_jsd`.
 
     Returns:
-        fp32 scalar, or (...) for reduction "none".
+        A scalar, or (...) for reduction "none"; fp32, or fp64 for fp64 inputs.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it expects.
@@ -96,8 +110,8 @@ def policy_gradient_loss(
     checks.token_values("advantage", advantage, "student_logprob", shape, device)
     counted = None
     if target is not None:
-        counted = checks.labels("target", target, shape, device) != ignore_index
-    keep = checks.weighted(counted, token_weight, "student_logprob", shape, device)
+        counted = checks.flat_labels("target", target, shape, device) != ignore_index
+    keep = arguments.kept_tokens(counted, token_weight, "student_logprob", shape, device)
     advantage, chosen = advantage.reshape(-1), student_logprob.reshape(-1)
     if keep is not None:  # before the product: 0 times NaN is NaN, in the gradient too
         advantage, chosen = torch.where(keep, advantage, 0), torch.where(keep, chosen, 0)

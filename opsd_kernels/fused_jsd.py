@@ -1,4 +1,4 @@
-"""Generalized Jensen-Shannon divergence straight from hidden states and LM-head weights."""
+"""Generalized Jensen-Shannon divergence from hidden states and LM-head weights."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from opsd_kernels import checks
+from opsd_kernels import arguments, checks
 from opsd_kernels.ops.divergence import divergence
 from opsd_kernels.problem import DIVERGENCE_STATS
 from opsd_kernels.reduction import row_scale
@@ -41,55 +41,64 @@ def fused_linear_jsd(
     precision: str = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, Stats]:
-    """Divergence of two LM heads per token, without the [tokens, vocabulary] logits.
+    """Divergence of the student from the teacher, without the [tokens, vocabulary] logits.
 
-    With z = softcap(k (h @ W.T + b)) / temperature and s, t = softmax(z_s), softmax(z_t)::
+    Equal to the mean over tokens of ::
 
-        beta = 0        sum t (log t - log s)                      forward KL
-        beta = 1        sum s (log s - log t)                      reverse KL
-        0 < beta < 1    beta KL(t|m) + (1 - beta) KL(s|m),         m = beta t + (1 - beta) s
+        z_s = softcap(k_s * (student_input @ student_weight.T + student_bias)) / temperature
+        z_t = softcap(k_t * (teacher_input @ teacher_weight.T + teacher_bias)) / temperature
+        s, t = z_s.float().softmax(-1), z_t.float().softmax(-1)
+        m = beta * t + (1 - beta) * s
+        value = beta * kl(t, m) + (1 - beta) * kl(s, m)     # 0 < beta < 1: JSD
+        value = kl(t, s)                                    # beta = 0: forward KL
+        value = kl(s, t)                                    # beta = 1: reverse KL
 
+    with kl(p, q) = (p * (p.log() - q.log())).sum(-1) and softcap(x) = c * tanh(x / c). This is
     Equation 7 of the OPSD paper; beta = 0 and 1 are special cases, not limits, as in TRL and
-    Liger. There is no factor temperature**2. Only the student is differentiated.
+    Liger. There is no factor temperature**2. Only the student gets gradients.
 
     Args:
-        student_input, teacher_input: hidden states, float32, bfloat16, float16 (or float64);
-            hidden sizes may differ, leading shapes may not.
-        student_weight, teacher_weight: heads; passing the same tensor twice computes both models'
-            logits in one product.
-        shift_labels: integer labels, already shifted; rows equal to `ignore_index` are dropped
-            before any product. The others are only read for the statistics.
-        token_weight: multiplies each token's value; a constant. Rows of weight 0 are dropped
+        student_input, teacher_input: hidden states in float32, bfloat16, float16 or float64; their
+            leading shapes must agree, hidden sizes and dtypes may differ.
+        student_weight, teacher_weight: LM heads in the dtype of their hidden states. If both are
+            the same tensor, one product makes the logits of both models.
+        shift_labels: integer labels, already shifted; tokens equal to `ignore_index` are dropped
+            before any product. The other labels are read only for the statistics.
+        student_bias, teacher_bias: added to the logits.
+        beta: in [0, 1].
+        token_weight: multiplies each token's value; a constant. Tokens of weight 0 are dropped
             like ignored ones: NaN or infinity there reaches no value and no gradient.
-        token_clip: each vocabulary entry contributes min(entry, token_clip); the entry of the
-            JSD is beta t log(t/m) + (1 - beta) s log(s/m). Values can become negative.
-        student_softcap, teacher_softcap: c of softcap(x) = c tanh(x / c).
-        student_logit_scale, teacher_logit_scale: k, what a model multiplies its logits by.
-        vocab_size: real vocabulary shared by two heads that are padded differently.
+        token_clip: positive; each vocabulary entry contributes min(entry, token_clip), where an
+            entry of the JSD is beta t log(t/m) + (1 - beta) s log(s/m). Values can be negative.
+        student_softcap, teacher_softcap: c, in units of logits; None for no softcap.
+        student_logit_scale, teacher_logit_scale: k, the factor of a model's logits.
+        vocab_size: size of the vocabulary that two heads with different padding share.
         reduction: "mean" divides the weighted sum by `num_tokens`, by default the number of
-            tokens not ignored (all ignored gives 0); "sum"; "none".
+            tokens not ignored (if all are ignored the loss is 0); "sum"; "none".
         num_tokens: global divisor under gradient accumulation or data parallelism; a number, or
             a tensor of one element on the inputs' device or the CPU.
         schedule, workspace_bytes: see `opsd_kernels.plan`.
-        process_group: the heads' rows are sharded over this group in rank order; values are those
-            of the whole vocabulary and the hidden gradient is summed over the group.
-        precision: how logits are kept between passes: "auto" lets the plan choose, "fp32" keeps
-            them in fp32, "difference" stores them as 16-bit differences; see `opsd_kernels.plan`.
-        return_stats: also return detached fp32 tensors (...), unweighted: divergence,
-            student_entropy, teacher_entropy; student_logprob and teacher_logprob of the label
-            where labels were given; clipped_mass (what the clip took off) where a clip was given.
-            Dropped rows read 0. No further product.
+        process_group: the rows of the heads are sharded over this group in rank order; values are
+            those of the whole vocabulary, and the gradient of the hidden states is summed over
+            the group.
+        precision: how logits are stored between passes: "auto" lets the plan choose, "fp32", or
+            "difference" for 16-bit differences; see `opsd_kernels.plan`.
+        return_stats: also return detached, unweighted tensors (...): divergence, student_entropy,
+            teacher_entropy; student_logprob and teacher_logprob of the label if there are labels;
+            clipped_mass (value without the clip minus value) if there is a clip. They are 0 for
+            dropped tokens, and need no further product.
 
     Returns:
-        fp32 scalar, or (...) for "none" (fp64 for fp64 inputs); with the statistics if asked.
-        Disjoint supports make a KL infinite; the gradient stays finite.
+        The loss, a scalar or (...) for reduction "none"; with return_stats (loss, statistics).
+        All fp32, or fp64 for fp64 inputs. A KL whose supports are disjoint is infinite; its
+        gradient stays finite.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it expects.
-        RuntimeError: naming what is read on the host (labels, weights, a process group) while a
-            CUDA graph is captured; without them the call can be captured.
+        RuntimeError: under forward-mode or double differentiation; and while a CUDA graph is
+            captured, if an argument is read on the host (labels, weights, a process group).
     """
-    problem = checks.divergence_problem(
+    problem = arguments.divergence_problem(
         student_input, student_weight, teacher_input, teacher_weight, shift_labels,
         student_bias=student_bias, teacher_bias=teacher_bias, beta=beta, temperature=temperature,
         ignore_index=ignore_index, token_weight=token_weight, token_clip=token_clip,
@@ -122,8 +131,8 @@ def fused_linear_jsd(
 class FusedLinearJSD(nn.Module):
     """`fused_linear_jsd` as a module, with the call order of Liger's `LigerFusedLinearJSD`.
 
-    The options are those of the function and may be read and set as attributes; `jsd_beta` is its
-    `beta`. `accum_dtype` is taken for Liger's sake: sums are fp32 whatever it says.
+    The options are those of the function, and attributes; `jsd_beta` is its `beta`. `accum_dtype`
+    exists for compatibility with Liger and is ignored: sums are fp32.
     """
 
     def __init__(
@@ -181,6 +190,7 @@ class FusedLinearJSD(nn.Module):
         token_weight: Tensor | None = None,
         num_tokens: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Stats]:
+        """The loss, as `fused_linear_jsd` returns it."""
         return fused_linear_jsd(
             student_input,
             student_weight,

@@ -1,4 +1,4 @@
-"""Forward and reverse KL: the two ends of the generalized JSD, by name."""
+"""Forward and reverse KL: `fused_linear_jsd` with beta 0 and 1."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ def fused_linear_forward_kl(
     shift_labels: Tensor | None = None,  # (...)
     **options: Any,
 ) -> Tensor | tuple[Tensor, Stats]:
-    """KL(t|s) = sum t (log t - log s) per token; gradient s - t.
+    """KL(t|s) of teacher t and student s, without the logits. Equal to the mean over tokens of ::
 
-    All options of `fused_linear_jsd` except beta.
+        log_s = torch.log_softmax((student_input @ student_weight.T).float(), -1)
+        log_t = torch.log_softmax((teacher_input @ teacher_weight.T).float(), -1)
+        torch.nn.functional.kl_div(log_s, log_t, log_target=True, reduction="none").sum(-1)
+
+    Its gradient with respect to the student's logits is s - t. Arguments, options, results and
+    errors are those of `fused_linear_jsd`, except beta.
     """
     return _kl(
         0.0, (student_input, student_weight, teacher_input, teacher_weight), shift_labels, options
@@ -34,9 +39,14 @@ def fused_linear_reverse_kl(
     shift_labels: Tensor | None = None,  # (...)
     **options: Any,
 ) -> Tensor | tuple[Tensor, Stats]:
-    """KL(s|t) = sum s (log s - log t) per token; gradient s (log(s/t) - KL).
+    """KL(s|t) of student s and teacher t, without the logits. Equal to the mean over tokens of ::
 
-    All options of `fused_linear_jsd` except beta.
+        log_s = torch.log_softmax((student_input @ student_weight.T).float(), -1)
+        log_t = torch.log_softmax((teacher_input @ teacher_weight.T).float(), -1)
+        torch.nn.functional.kl_div(log_t, log_s, log_target=True, reduction="none").sum(-1)
+
+    Its gradient with respect to the student's logits is s (log(s/t) - KL). Arguments, options,
+    results and errors are those of `fused_linear_jsd`, except beta.
     """
     return _kl(
         1.0, (student_input, student_weight, teacher_input, teacher_weight), shift_labels, options
@@ -44,7 +54,10 @@ def fused_linear_reverse_kl(
 
 
 def _kl(
-    beta: float, heads: tuple[Tensor, ...], labels: Tensor | None, options: dict[str, Any]
+    beta: float,
+    heads: tuple[Tensor, Tensor, Tensor, Tensor],
+    labels: Tensor | None,
+    options: dict[str, Any],
 ) -> Tensor | tuple[Tensor, Stats]:
     if "beta" in options:
         raise TypeError("beta: a KL has none; call fused_linear_jsd for a divergence in between")

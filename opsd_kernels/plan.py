@@ -1,4 +1,4 @@
-"""The plan of a call: schedule, rows per block, GEMM count and bytes, chosen from shapes alone."""
+"""Plans: backend, schedule, blocks, number of GEMMs and bytes of a loss, from its shapes alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 from opsd_kernels import extension
 from opsd_kernels.cost import PROCESSORS
-from opsd_kernels.layouts import MIB, Work, cpp_layout, size_in_words, torch_layout, triton_layout
+from opsd_kernels.cpu_layouts import cpp_layout, torch_layout
+from opsd_kernels.layouts import MIB, Work, size_in_words, triton_layout
 
 SCHEDULES = ("auto", "blocked", "tiled", "streaming")
 BACKENDS = ("triton", "cpp", "torch")
@@ -17,36 +18,24 @@ PRECISIONS = ("auto", "fp32", "difference")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call will do. `str(plan)` is a sentence; all sizes are in bytes.
+    """How a loss will be computed. `print(plan)` says it in a sentence."""
 
-    gemms counts products of 2*N*D*V floating-point operations over forward and backward.
-    precision is how logits wait between passes: "fp32", or "difference" for 16-bit differences.
-    workspace_bytes is what the call allocates for logits and row tiles, on a GPU also for hidden
-    states gathered because labels leave rows out;
-    tile_rows is how many rows the PyTorch backend works on at a time, slice_columns how much of the
-    vocabulary has its logits, or the gradient of them, in memory at a time;
-    widened_rows is how many rows of a 16-bit head the PyTorch backend converts to fp32 at a time,
-    0 where it converts none: all products are then fp32, and every block converts the heads again.
-    accumulator_bytes is what backward scales of gradients in fp32: that of a trained head and, for
-    float16 inputs, that of the hidden states.
-    """
-
-    loss: str
-    backend: str
-    schedule: str
-    precision: str
+    loss: str  # "divergence" or "logprob"
+    backend: str  # of BACKENDS
+    schedule: str  # of SCHEDULES, but "auto"
+    precision: str  # of logits between passes: "fp32", or "difference" for 16-bit differences
     num_tokens: int
     hidden_size: int
     vocab_size: int
-    rows_per_block: int
+    rows_per_block: int  # tokens whose logits are computed at a time
     num_blocks: int
-    tile_rows: int
-    slice_columns: int
-    widened_rows: int
-    gemms: int
-    workspace_bytes: int
-    accumulator_bytes: int
-    reason: str
+    tile_rows: int  # rows that the PyTorch backend reduces at a time
+    slice_columns: int  # vocabulary entries whose logits, or their gradient, are stored at a time
+    widened_rows: int  # rows of a 16-bit head converted to fp32 at a time, 0 if none are
+    gemms: int  # products of 2 * N * D * V operations, over forward and backward
+    workspace_bytes: int  # for logits and row tiles; on a GPU also for gathered hidden states
+    accumulator_bytes: int  # for fp32 gradients: a trained head's, and dh of float16 inputs
+    reason: str  # of the rows per block
 
     def __str__(self) -> str:
         gradient = (
@@ -90,25 +79,32 @@ def plan(
     precision: str = "auto",
     backend: str | None = None,
 ) -> Plan:
-    """Choose how to compute a loss of `num_tokens` tokens over `vocab_size` logits.
+    """Choose how to compute a loss. Every loss calls this; call it to see what a loss will do.
 
-    loss is "divergence" (student and teacher) or "logprob" (one head); `teacher_dtype` defaults
-    to `dtype`. `grad_input`, `grad_weight` and `grad_bias` say which gradients are needed,
-    `reduced` that the loss is reduced to a scalar inside the call, `entropy_grad` that the entropy
-    is differentiated too; `two_passes` that a divergence looks at the logits twice before its
-    gradient, as the JSD and a clip do, not the KLs, and `clipped` that there is a clip.
-    `workspace_bytes` defaults to 512 MiB on a GPU, with a trained head to what 1,152 rows need if
-    that is more, and to 256 MiB elsewhere. `precision` is how logits are kept between passes:
-    "fp32", "difference" (a divergence of 16-bit inputs without a clip, on a GPU) or "auto", which
-    is "fp32": on an H100 differences were slower.
-    `backend` is "triton", "cpp" or "torch"; by default the one that serves this device and these
-    dtypes here.
+    Args:
+        num_tokens, hidden_size, vocab_size: N, D and V.
+        loss: "divergence" (student and teacher) or "logprob" (one head).
+        dtype, teacher_dtype: of the inputs; the teacher's defaults to `dtype`.
+        device: a CUDA device need not be present; it is then planned for as an H100.
+        grad_input, grad_weight, grad_bias: which gradients are needed.
+        reduced: the loss is reduced to a scalar inside the call.
+        entropy_grad: the entropy is differentiated too.
+        two_passes: a divergence that reads its logits twice before the gradient: a JSD, or with a
+            clip.
+        clipped: there is a clip.
+        workspace_bytes: limit on the memory for logits and other buffers. By default 256 MiB on a
+            CPU and 512 MiB on a GPU; there a trained head may use as much as 1,152 rows need, up
+            to the size of its gradient in fp32.
+        schedule: "blocked" stores the logits of whole rows, "tiled" (GPU) of a slice of the
+            vocabulary at a time, "streaming" (GPU) none. "auto" is "blocked" on a CPU, and on a
+            GPU the one that `opsd_kernels.cost` predicts to be fastest within the workspace.
+        precision: of logits between passes, "fp32" or "difference" (a divergence of 16-bit inputs
+            without a clip, on a GPU). "auto" is "fp32": on an H100 differences were slower.
+        backend: "triton", "cpp" or "torch"; by default the one for this device and these dtypes.
 
-    On a GPU `schedule="auto"` takes the schedule that `opsd_kernels.cost` predicts to be fastest
-    within the workspace.
-
-    Raises ValueError for an unknown loss, schedule, precision or backend, for one that does not
-    serve these inputs, and for a workspace too small for one row.
+    Raises:
+        ValueError: for an unknown loss, schedule, precision or backend, for one that does not
+            support these inputs, and for a workspace too small for one row.
     """
     if loss not in ("divergence", "logprob"):
         raise ValueError(f'loss: expected "divergence" or "logprob", got {loss!r}')
@@ -129,10 +125,10 @@ def plan(
         shape=(num_tokens, hidden_size, vocab_size),
         heads=2 if loss == "divergence" else 1,
         itemsizes=(dtype.itemsize, (teacher_dtype or dtype).itemsize),
-        hidden=grad_input,
-        weight=grad_weight,
-        bias=grad_bias,
-        entropy=entropy_grad and grad_input and not (grad_weight or grad_bias),
+        grad_hidden=grad_input,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
+        grad_entropy=entropy_grad and grad_input and not (grad_weight or grad_bias),
         reduced=reduced,
         two_passes=two_passes and loss == "divergence",
         clipped=clipped,
@@ -177,10 +173,10 @@ def plan(
 
 
 def _accumulator_bytes(x: Work, dtype: torch.dtype) -> int:
-    """Gradients that stay in fp32 until backward: fp16 has too few exponents for those to come."""
+    """Bytes of gradients that stay in fp32 until backward scales them."""
     tokens, depth, vocab = x.shape
-    found = vocab * depth * max(dtype.itemsize, 4) if x.weight else 0
-    if x.hidden and dtype == torch.float16:
+    found = vocab * depth * max(dtype.itemsize, 4) if x.grad_weight else 0
+    if x.grad_hidden and dtype == torch.float16:
         found += x.gradients * tokens * depth * 4
     return found
 
@@ -188,7 +184,7 @@ def _accumulator_bytes(x: Work, dtype: torch.dtype) -> int:
 def default_backend(
     device: str | torch.device, dtype: torch.dtype, teacher_dtype: torch.dtype
 ) -> str:
-    """The backend that computes in these dtypes on this device, with what is installed."""
+    """The backend for these dtypes and this device, of those installed."""
     if torch.device(device).type == "cuda" and dtype != torch.float64:
         return "triton"
     if extension.serves(device, dtype, teacher_dtype):
@@ -197,12 +193,12 @@ def default_backend(
 
 
 def default_workspace(device: str | torch.device) -> int:
-    """Bytes of workspace where the caller named none."""
+    """Bytes of workspace if the caller gives no limit."""
     return (512 if torch.device(device).type == "cuda" else 256) * MIB
 
 
 def processors_of(device: str | torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device that is here, an H100's of one that is not."""
+    """Streaming multiprocessors of a CUDA device; those of an H100 if it is not present."""
     if torch.device(device).type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
     return PROCESSORS

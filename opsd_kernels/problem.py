@@ -1,6 +1,6 @@
-"""What a backend is asked to compute: plain containers, filled by `checks`, read by `backends`.
+"""Plain containers of what a backend computes and returns; `arguments` fills them.
 
-Kernels index a vector by its position alone, so these containers hold contiguous ones only.
+Vectors in them are contiguous: kernels index them without a stride.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass
 class Head:
-    """One model's last layer: logits z = softcap(hidden @ weight.T + bias) / temperature.
+    """Hidden states and LM head of one model: z = softcap(hidden @ weight.T + bias) / temperature.
 
-    A logit scale is part of softcap and temperature, so the two heads of a pair may differ in both.
+    The logit scale is folded into softcap and temperature, which may differ between two heads.
     """
 
     hidden: Tensor  # (N, D)
@@ -23,7 +23,7 @@ class Head:
     bias: Tensor | None  # (V,)
     softcap: float | None
     temperature: float
-    class_weight: Tensor | None = None  # (V,), of the classes that label smoothing sums over
+    class_weight: Tensor | None = None  # (V,), for label smoothing
 
     def __post_init__(self) -> None:
         self.bias, self.class_weight = _contiguous(self.bias), _contiguous(self.class_weight)
@@ -31,21 +31,21 @@ class Head:
 
 @dataclass
 class Execution:
-    """How to run it, as the caller asked."""
+    """How to run a loss, as the caller asked."""
 
     schedule: str
     workspace_bytes: int | None
     group_name: str | None  # the head's rows are sharded over this group's ranks
-    precision: str = "auto"  # how logits are kept between passes, of the divergence family
+    precision: str = "auto"  # how the divergence family stores logits between passes
 
 
 @dataclass
 class DivergenceProblem:
-    """Per-token divergence between a student and a teacher head."""
+    """Divergence of each token between a student and a teacher head."""
 
     student: Head
     teacher: Head
-    labels: Tensor | None  # (N,) int64, only read for the label statistics
+    labels: Tensor | None  # (N,) int64, read only for the label statistics
     keep: Tensor | None  # (N,) bool, rows to compute; None keeps all
     beta: float
     clip: float | None
@@ -58,10 +58,10 @@ class DivergenceProblem:
 
 @dataclass
 class LogprobProblem:
-    """Per-token log-probability of a target, entropy and log-sum-exp under one head.
+    """Log-probability of each token's target, entropy and log-sum-exp under one head.
 
-    The value is (1 - e) c log p(y) + e / V sum_v w_v log p(v) - z lse**2, with e the smoothing,
-    c the target's class weight, w all classes' and z the weight of the z-loss.
+    The value is (1 - e) c log p(y) + e / V sum_v w_v log p(v) - z lse**2, with e the label
+    smoothing, c the class weight of the target, w_v the class weights and z the z-loss.
     """
 
     head: Head
@@ -75,17 +75,17 @@ class LogprobProblem:
     z_weight: Tensor | None = None  # () z; None is 0
 
     def __post_init__(self) -> None:
-        self.target, self.keep = _contiguous(self.target), _contiguous(self.keep)
+        self.target, self.keep = self.target.contiguous(), _contiguous(self.keep)
 
 
 @dataclass(frozen=True)
 class GradsNeeded:
-    """Which gradients to make on the way."""
+    """Which gradients to compute."""
 
     hidden: bool = False
     weight: bool = False
     bias: bool = False
-    entropy: bool = False  # a second gradient of hidden: that of the entropy
+    entropy: bool = False  # the entropy's gradient of hidden, separately
 
     @property
     def any(self) -> bool:
@@ -94,10 +94,10 @@ class GradsNeeded:
 
 @dataclass
 class Result:
-    """Values per token and gradients of sum(row_scale * value), up to the factor `scale`.
+    """Values of each token, and gradients of sum(row_scale * value) divided by `scale`.
 
-    Gradients are kept relative to the largest row scale: multiplied by 1/num_tokens first, they
-    would underflow in float16, and those of float16 hidden states are kept in fp32.
+    scale is the largest row scale. Gradients multiplied by 1/num_tokens would underflow in
+    float16; those of float16 hidden states are kept in fp32.
     """
 
     value: Tensor  # (N,) divergence, or (smoothed) log-probability
@@ -124,10 +124,10 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of a gradient of the hidden states that backward scales: float16 has too few exponents."""
+    """Dtype of a gradient of the hidden states that backward scales; float16 lacks the range."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Row statistics are fp32 whatever the inputs are; fp64 inputs keep fp64 for gradcheck."""
+    """Dtype of row statistics: fp32 for all inputs but fp64, which gradcheck needs."""
     return torch.float64 if dtype == torch.float64 else torch.float32

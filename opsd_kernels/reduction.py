@@ -1,11 +1,11 @@
-"""From values per token to the loss the caller asked for."""
+"""From values and statistics per token to what the caller asked for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from opsd_kernels.problem import stat_dtype
+from opsd_kernels.problem import LOGPROB_STATS, LogprobProblem, stat_dtype
 
 
 def row_scale(
@@ -16,10 +16,10 @@ def row_scale(
     reduction: str,
     num_tokens: float | Tensor | None,
 ) -> Tensor:
-    """(N,) factor of each token's value in the loss; for "none" it is the token's weight.
+    """(N,) factor of each token's value in the loss; for reduction "none" the token's weight.
 
-    It is 0 where `keep` is False, even if the token's weight is NaN. The mean divides by
-    num_tokens, by default the number of tokens counted; a batch without any gives 0, not NaN.
+    It is 0 where `keep` is False, even if the weight is NaN. The mean divides by num_tokens, by
+    default the number of counted tokens; a batch without any gives 0, not NaN.
     """
     scale = like.new_ones(like.shape[0], dtype=stat_dtype(like.dtype))
     if token_weight is not None:
@@ -33,5 +33,18 @@ def row_scale(
             return scale / max(like.shape[0], 1)
         num_tokens = counted.sum().clamp(min=1)
     if isinstance(num_tokens, Tensor):
-        num_tokens = num_tokens.reshape(())  # the CPU's may divide another device's values
+        num_tokens = num_tokens.reshape(())  # a CPU scalar may divide on any device
     return scale / num_tokens
+
+
+def named_logprob_stats(
+    problem: LogprobProblem,
+    stats: Tensor,  # (S, N)
+    shape: torch.Size,  # of the tokens
+) -> dict[str, Tensor]:
+    """Statistics of the log-probability family by name; predicted is int64, -1 if not kept."""
+    named = {n: row.reshape(shape) for n, row in zip(LOGPROB_STATS, stats, strict=True)}
+    named["predicted"] = named["predicted"].long()
+    if problem.keep is not None:
+        named["predicted"] = torch.where(problem.keep.reshape(shape), named["predicted"], -1)
+    return named

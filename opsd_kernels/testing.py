@@ -1,8 +1,7 @@
-"""Tools of the tests: comparison against a float64 truth, and inputs as language models make them.
+"""Test tools: comparison with a float64 truth, and inputs like those of language models.
 
-The yardstick is what plain PyTorch achieves in the same dtype: an error passes when it is at most
-`factor` times that, plus a floor of a few float32 roundings of the tensor's own size. Maximum and
-RMS error must both pass.
+An error passes if it is at most `factor` times the error of plain PyTorch in the same dtype, plus a
+floor of a few float32 roundings of the tensor's own size. Maximum and RMS error must both pass.
 """
 
 import math
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Relative to the truth's size: 16 roundings of fp32; in float64 only the formula is in question.
+# Relative to the size of the truth: 16 roundings of fp32; in float64 only the formula is tested.
 FLOOR = {torch.float64: 1e-10}
 DEFAULT_FLOOR = 16 * torch.finfo(torch.float32).eps
 
@@ -26,12 +25,12 @@ class Error:
 
 
 def measure(actual: Tensor, truth: Tensor) -> Error:
-    """Error over the entries where the truth is finite; `assert_close` compares the others."""
+    """Error of the entries whose truth is finite; `assert_close` compares the others."""
     actual, truth = actual.detach().double(), truth.detach().double()
     if truth.numel() == 0:
         return Error(0.0, 0.0, ())
     gap = torch.where(truth.isfinite(), actual - truth, 0.0).abs()
-    # A NaN would win no comparison below, and so pass unseen.
+    # A NaN would lose every comparison below and pass unseen.
     gap = torch.where(gap.isnan(), math.inf, gap)
     worst = tuple(int(i) for i in torch.unravel_index(gap.argmax(), gap.shape))
     return Error(gap.max().item(), gap.square().mean().sqrt().item(), worst)
@@ -99,9 +98,10 @@ def make_pair(
 
     kind "random": independent student and teacher, logits of standard deviation `std`.
     kind "close": the teacher is the student with `noise` relative noise on its hidden states, as in
-    self-distillation. kind "onehot": logits are `std` at one entry and -`std` elsewhere, and every
-    third row of the teacher peaks at another entry than the student's.
-    `offset` goes to both biases; `masked` rows chosen at random get label -100.
+    self-distillation.
+    kind "onehot": logits are `std` at one entry and -`std` elsewhere; in every third row the
+    teacher peaks at another entry than the student.
+    `offset` is added to both biases; `masked` rows chosen at random get label -100.
     """
     g = torch.Generator().manual_seed(seed)
 

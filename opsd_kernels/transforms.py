@@ -1,4 +1,4 @@
-"""Derivatives that the fused losses do not have: refused, where they would come out as zeros."""
+"""Refuses derivatives that the fused losses do not have and PyTorch would return as zeros."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.autograd import forward_ad
 def reverse_mode_only(name: str, tensor: Tensor) -> None:
     """Raise RuntimeError for a tensor that forward mode or torch.func differentiates.
 
-    `torch.func.vmap` of a loss without gradients is computed, one call per entry.
+    `torch.func.vmap` of a loss without gradients is allowed: one call per entry.
     """
-    # torch.compile cannot trace these two questions, and refuses torch.func.grad by itself.
+    # torch.compile cannot trace the functorch queries, and refuses torch.func.grad by itself.
     eager = not torch.compiler.is_compiling()
     inside = eager and torch.is_grad_enabled() and _are_functorch_transforms_active()
     while True:

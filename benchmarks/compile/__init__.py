@@ -1,1 +1,1 @@
-"""Compile the Triton kernels for GPUs without having them, and inspect the machine code."""
+"""Compile every Triton kernel without a GPU, and check registers, spills and instructions."""

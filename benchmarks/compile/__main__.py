@@ -1,13 +1,13 @@
-"""Compile the Triton kernels without a GPU; write the figures to a file, or compare with one.
+"""Compile the Triton kernels without a GPU; write their figures to a file, or check them.
 
     python -m benchmarks.compile                 # everything, into benchmarks/results/compile.json
-    python -m benchmarks.compile --check --hot   # training's default kernels, against that file
+    python -m benchmarks.compile --check --hot   # check what training runs by default
     python -m benchmarks.compile count   # instructions, into benchmarks/compile/instructions.json
     python -m benchmarks.compile model   # times predicted from them, into docs/gpu-model.md
 
 With --check the exit status is 1 if a kernel spills more than the file says (or at all, if it is
 not in the file), needs more shared memory than the device has, multiplies on sm_90 without wgmma,
-or has more instructions on sm_90 than ceilings.toml allows.
+or exceeds a ceiling of ceilings.toml on sm_90.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.compile.launches import CAPABILITIES, HIDDEN, Kind, Launch, laun
 from benchmarks.environment import ROOT, environment
 
 FILE = ROOT / "benchmarks" / "results" / "compile.json"
-# Training's default; fp32; rows that end inside a tile; rows not aligned to 16 bytes.
+# What training runs; fp32; hidden sizes that end inside a tile; rows not aligned to 16 bytes.
 KINDS = [
     Kind(),
     Kind(torch.float32),
@@ -40,7 +40,7 @@ KINDS = [
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0, or with --check 1 if something is worse than the files say."""
+    """Exit status: 0 if all compiles and, with --check, nothing is worse than the files say."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compile", description=__doc__.splitlines()[0]
     )
@@ -64,11 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
     kernels = compiled(targets, KINDS[:1] if options.hot else KINDS, options.hot)
     if options.check:
         faults = checks.spills(kernels, json.loads(options.file.read_text())["kernels"])
-        if options.hot:  # a clip, a softcap or statistics cost what they cost
+        if options.hot:  # there are no ceilings for a clip, a softcap or statistics
             faults += checks.instructions(kernels) + checks.stale(kernels)
         print("\n".join(faults) or "nothing worse than the files say")
         return int(bool(faults))
-    # Instructions by class are printed by `count`; they would make this file ten times as long.
+    # `count` prints instructions by class; they would make this file ten times as long.
     kept = [{name: v for name, v in k.items() if name != "instructions"} for k in kernels]
     found = {"kind": "compile", "environment": environment(), "kernels": kept}
     options.file.write_text(json.dumps(found, indent=1) + "\n")
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compiled(targets: list[int], kinds: list[Kind], hot: bool) -> list[dict[str, Any]]:
-    """Compile every launch for these kinds of inputs, with a process per core."""
+    """Compile every launch of these kinds of inputs, in as many processes as there are cores."""
     work = [
         (target, kind, launch)
         for target in targets
@@ -86,7 +86,7 @@ def compiled(targets: list[int], kinds: list[Kind], hot: bool) -> list[dict[str,
         for launch in launches(target, kind, hot, scaled=(True,) if hot else (True, False))
     ]
     print(f"{len(work)} compilations with Triton {triton.__version__}", flush=True)
-    # The longest first, so that no process ends late.
+    # The longest first, so that all processes end at about the same time.
     order = sorted(range(len(work)), key=lambda n: -work[n][2].tile)
     with ProcessPoolExecutor(os.cpu_count()) as workers:
         made = list(workers.map(_one, [work[n] for n in order]))
@@ -99,7 +99,7 @@ def _one(work: tuple[int, Kind, Launch]) -> dict[str, Any]:
 
 
 def report(k: dict[str, Any]) -> str:
-    """A kernel's resources, and its hot loop's instructions per pair, most frequent first."""
+    """Resources of a kernel, and its hot loop's instructions per pair, most frequent first."""
     line = (
         f"sm_{k['target']} {k['kernel']} | {k['case']}: {k['registers']} registers, "
         f"{k['shared_bytes']} B shared, {k['spilled_bytes']} B spilled, "

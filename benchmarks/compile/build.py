@@ -1,4 +1,4 @@
-"""Compile one launch for a target and read its resources and machine code."""
+"""Compile one launch for a target and read what ptxas reports."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from benchmarks.compile import sass
 from benchmarks.compile.launches import Launch
 
 # Per processor: CUDA C++ Programming Guide, table of features by compute capability. Every block
-# takes 1 KiB of shared memory for itself.
+# reserves 1 KiB of shared memory.
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 _RESERVED = 1024
 _REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32
-# Registers are allocated to a warp in units of 256, and warps in groups of 4.
+# Registers are allocated to a warp in units of this, and to warps in fours.
 _REGISTER_UNIT, _WARP_UNIT = 256, 4
 _BYTES = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8}
 
 
 def build(target: int, launch: Launch) -> dict[str, object]:
-    """Compile a launch: resources of a program, and the instructions of its hot loop.
+    """Resources of a compiled program, and instructions of its hot loop.
 
-    Instruction counts are per pair of logits, or per logit with one head; None for kernels without
+    Instruction counts are per pair of logits, or per logit for one head; None for kernels without
     a tile.
     """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -53,7 +53,7 @@ def build(target: int, launch: Launch) -> dict[str, object]:
         "stages": options.get("num_stages", 3),
         "shared_bytes": shared,
         "registers": usage["REG"],
-        # STACK is spilled registers; LOCAL is arrays, which the kernels do not have.
+        # STACK holds spilled registers; LOCAL arrays the kernels do not have.
         "spilled_bytes": usage["STACK"] + usage["LOCAL"],
         "matrix": next((kind for kind in kinds if kind in ptx), None),
         "blocks_per_processor": resident(target, usage["REG"], warps, shared),
@@ -63,23 +63,26 @@ def build(target: int, launch: Launch) -> dict[str, object]:
 
 
 def describe(launch: Launch) -> str:
-    """The options that distinguish this launch of a kernel from its others."""
-    constants, signature = launch.constant, dict(launch.signature)
+    """The words that distinguish this launch of a kernel from its others."""
+    constants = launch.constant
     words = []
     if launch.tile:
         words = ["streaming" if launch.fused else "blocked"]
-    words += [name.lower() for name, v in constants.items() if v is True and name != "FUSED"]
+    words += [name.lower() for name, v in constants.items() if v is True]
     if "KIND" in constants:
         words.append(("forward kl", "reverse kl", "jsd")[constants["KIND"]])
-    optional = ("clip", "label", "cap_s", "softcap", "entropy", "scale", "grad_entropy")
-    words += [
-        f"with {name}" for name in optional if signature.get(name, "constexpr") != "constexpr"
-    ]
-    return ", ".join(words)
+    # Without _s or _t, and without the tuple that the argument is in.
+    given = {
+        name.split(".")[-1].removesuffix("_s")
+        for name, kind in launch.types.items()
+        if kind != "constexpr"
+    }
+    optional = ("clip", "label", "softcap", "entropy", "scale", "dz_entropy")
+    return ", ".join(words + [f"with {name}" for name in optional if name in given])
 
 
 def resident(target: int, registers: int, warps: int, shared_bytes: int) -> int:
-    """How many programs fit on one processor at the same time."""
+    """Programs that fit on one processor at a time."""
     unit = -(-registers * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
     by_registers = _REGISTERS // unit // _WARP_UNIT * _WARP_UNIT // warps
     by_shared = (SHARED_BYTES[target] + _RESERVED) // (shared_bytes + _RESERVED)
@@ -89,7 +92,7 @@ def resident(target: int, registers: int, warps: int, shared_bytes: int) -> int:
 def _hot(code: list[sass.Instruction], ttgir: str, launch: Launch) -> dict[str, object]:
     hot = sass.hot(code)
     tile = launch.tile
-    # If the compiler unrolls the loop, an iteration loads several tiles of the source.
+    # If the compiler unrolled the loop, an iteration loads several tiles of the source.
     asked = sum(size for elements, size in _loads(ttgir) if tile // 8 <= elements <= tile)
     times = max(1, round(sass.loaded(hot) * launch.threads / asked)) if asked else 1
     pairs = times * tile / launch.threads

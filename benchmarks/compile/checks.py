@@ -1,4 +1,4 @@
-"""Find what is worse than the committed files allow, a sentence for each fault."""
+"""Faults: what is worse than the committed files allow, one sentence each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CEILINGS_TARGET = 90
 
 
 def spills(kernels: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[str]:
-    """Faults: more spilled bytes than in `known`, too much shared memory, no wgmma on sm_90."""
+    """More spilled bytes than in `known`, too much shared memory, products without wgmma."""
     before: dict[str, int] = {}
     for k in known:
         before[_name(k)] = max(before.get(_name(k), 0), k["spilled_bytes"])
@@ -34,7 +34,7 @@ def spills(kernels: list[dict[str, Any]], known: list[dict[str, Any]]) -> list[s
 
 
 def instructions(kernels: list[dict[str, Any]]) -> list[str]:
-    """Faults: kernels with more instructions than ceilings.toml allows, or missing there."""
+    """Kernels above their ceilings, and row kernels without ceilings."""
     ceilings = tomllib.loads(CEILINGS.read_text())
     faults = []
     for k in kernels:
@@ -51,7 +51,7 @@ def instructions(kernels: list[dict[str, Any]]) -> list[str]:
 
 
 def stale(kernels: list[dict[str, Any]]) -> list[str]:
-    """Faults: kernels whose instructions are not the ones in the time model's file."""
+    """Kernels whose instruction counts differ from those of the time model."""
     known = model.counted()
     if triton.__version__ != known["triton"]:
         return []

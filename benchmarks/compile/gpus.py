@@ -1,12 +1,12 @@
-"""GPUs in the time model, and the time they take to multiply, to move bytes and to compute."""
+"""GPUs of the time model: seconds to multiply, to move bytes and to issue instructions."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-# Tiles of cuBLAS's products, from the names of the kernels on an H100, and the numbers of parts
-# that it splits their inner size into.
+# Tiles of cuBLAS' products, from the names of the kernels that an H100 ran, and the numbers of
+# parts that it may split their inner size into.
 TILES = ((128, 256), (256, 128), (192, 192))
 SPLITS = (1, 2, 4, 8)
 THREADS = 32  # of a warp
@@ -41,9 +41,9 @@ class Gpu:
         return pairs / THREADS * clocks / (self.processors * SCHEDULERS * self.clock)
 
     def product(self, m: int, n: int, k: int, moved: float) -> float:
-        """Seconds of a bf16 product (m, k) @ (k, n) that moves so many bytes of device memory.
+        """Seconds of a bf16 product (m, k) by (k, n) that moves so many bytes of device memory.
 
-        The larger of the times for its arithmetic, in whole waves of tiles, and for its bytes.
+        The longer of its arithmetic, in whole waves of tiles over the processors, and its bytes.
         """
         best = math.inf
         for rows, columns in TILES:

@@ -1,7 +1,7 @@
-"""What the launcher would launch on a GPU: it runs on meta tensors, and each launch is recorded.
+"""Records what the launchers would launch on a GPU, by running them on meta tensors.
 
-Meta tensors get addresses, as a CUDA allocator would give them, and Triton's own code turns a
-launch's arguments into a compilation. Two launches are equal where Triton compiles once for both.
+Meta tensors get addresses like those of a CUDA allocator, and Triton's own code turns the arguments
+of a launch into those of a compilation. Two launches are equal if Triton compiles once for both.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from opsd_kernels.backends import triton_backend
 from opsd_kernels.backends.triton_config import Device, device_of
 from opsd_kernels.problem import DivergenceProblem, Execution, GradsNeeded, Head, LogprobProblem
 
-# Tokens in a few blocks: what is compiled does not depend on how many there are.
+# A few blocks of tokens: what is compiled does not depend on how many there are.
 TOKENS, HIDDEN, VOCAB = 1500, 4096, 151936
 CAPABILITIES = {80: (8, 0), 90: (9, 0), 100: (10, 0)}
 PROCESSORS = {80: 108, 90: 132, 100: 148}
 BETAS = (0.0, 0.5, 1.0)
-# Ways through the backend, as arguments of both `plan` and `Execution`.
+# Schedules and precisions of the backend, as arguments of both `plan` and `Execution`.
 RUNS = (
     {"schedule": "blocked", "precision": "fp32"},
     {"schedule": "blocked", "precision": "difference"},
     {"schedule": "tiled", "workspace_bytes": 64 * 2**20},
     {"schedule": "streaming"},
 )
-# Further than any tensor is long, and like CUDA's allocator at whole 512 bytes.
+# Longer than any tensor, and a multiple of 512 bytes like the addresses of CUDA's allocator.
 _APART = 2**40
 
 
@@ -45,35 +45,43 @@ class Launch:
 
     module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
+    signature: tuple[tuple[str, str | tuple[str, ...]], ...]
     constants: tuple[tuple[tuple[int, ...], object], ...]  # by position
     aligned: tuple[tuple[int, ...], ...]  # positions of arguments known to be multiples of 16
     options: tuple[tuple[str, object], ...]
 
     @property
     def constant(self) -> dict[str, object]:
-        """Constants by the name of their parameter."""
+        """Constants by the name of their parameter, without those inside tuples."""
         names = [name for name, _ in self.signature]
-        return {names[path[0]]: value for path, value in self.constants}
+        return {names[path[0]]: value for path, value in self.constants if len(path) == 1}
+
+    @property
+    def types(self) -> dict[str, str]:
+        """Argument types by name; a field of a tuple is "parameter.field"."""
+        found = {}
+        for name, kind in self.signature:
+            if isinstance(kind, tuple):
+                found |= {f"{name}.{f}": t for f, t in zip(kind._fields, kind, strict=True)}
+            else:
+                found[name] = kind
+        return found
 
     @property
     def blocks(self) -> list[int]:
         """Rows, columns and inner size of a tile, as far as the kernel has them."""
-        names = (("R", "BLOCK_N"), ("C", "BLOCK_V"), ("K", "BLOCK_D"))
-        return [self.constant[n] for each in names for n in each if n in self.constant]
+        names = ("BLOCK_N", "BLOCK_V", "BLOCK_D")
+        return [self.constant[name] for name in names if name in self.constant]
 
     @property
     def tile(self) -> int:
         """Logits of one head that a program works on at a time; 0 where it works on none."""
-        found = self.constant
-        columns = found.get("C", found.get("BLOCK_V", 0))
-        return columns * found.get("R", found.get("BLOCK_N", 1))
+        return self.constant.get("BLOCK_V", 0) * self.constant.get("BLOCK_N", 1)
 
     @property
     def fused(self) -> bool:
-        """Whether it multiplies its tiles, as `streaming` does, or finds them in memory."""
-        found = self.constant
-        return found.get("FUSED", "K" in found or "BLOCK_D" in found)
+        """Whether it multiplies its own tiles, as `streaming` does, or loads them from memory."""
+        return "BLOCK_D" in self.constant
 
     @property
     def threads(self) -> int:
@@ -81,7 +89,7 @@ class Launch:
 
 
 class _Recorder:
-    """Stands in for a kernel: kernel[grid](...) notes what Triton would compile."""
+    """Replaces a kernel: kernel[grid](...) records what Triton would compile."""
 
     def __init__(self, kernel: JITFunction, target: int, found: dict[Launch, None]) -> None:
         self.kernel, self.found = kernel, found
@@ -107,8 +115,8 @@ class _Recorder:
 
 @contextmanager
 def addresses() -> Iterator[None]:
-    """Gives meta tensors addresses: one place for each storage, and its offset from there."""
-    # Storages are kept, so that no other gets the address of one that is gone.
+    """Give meta tensors addresses: a base for each storage, plus the tensor's offset in it."""
+    # Storages are kept alive, so that no two get the same address.
     places: dict[int, tuple[int, torch.UntypedStorage]] = {}
     real = torch.Tensor.data_ptr
 
@@ -125,8 +133,8 @@ def addresses() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Kind:
-    """Tensors of a call: rows of `hidden` elements, `stride` apart, and vectors of one per token,
-    which start `offset` elements into what they are a view of."""
+    """Tensors of a call: rows of `hidden` elements, `stride` apart, and vectors with one entry per
+    token, which are views that start at element `offset`."""
 
     dtype: torch.dtype = torch.bfloat16
     hidden: int = HIDDEN

@@ -1,8 +1,8 @@
-"""Predict how long a call takes on a GPU, from shapes, bytes and instruction counts.
+"""Predict how long a call takes on a GPU, from shapes, bytes and instructions. Nothing is measured.
 
-A phase takes the larger of two times: its bytes at copy bandwidth, and its instructions at the
-issue rate. A product takes the larger of its arithmetic's time and its bytes' time
-(`gpus.Gpu.product`). Phases run one after another. Nothing is measured.
+A phase takes the longer of two times: its bytes at the rate of a copy, its instructions at the rate
+of issue. A product takes the longer of its arithmetic and its bytes (`gpus.Gpu.product`). Phases
+run one after the other. `predict` returns them for a plan.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from opsd_kernels.layouts import even_blocks
 COUNTS = Path(__file__).with_name("instructions.json")
 TARGETS = {gpu.target for gpu in GPUS.values()}
 _BF16, _FP32 = 2, 4
-_BAND = 8  # row blocks of a fused kernel that share the head's tiles in L2
+_BAND = 8  # row blocks of a fused kernel that find the head's tiles in L2 together
 _KINDS = {"forward kl", "reverse kl", "jsd"}
-# The share of an fp32 accumulator's bytes that its products' arithmetic does not hide, and the
-# seconds for one exchange between the programs of a row: fitted to an H100's times.
+# Of the bytes that an fp32 accumulator moves, what its products' arithmetic does not hide, and what
+# telling each other a number costs the programs of a row: fitted to an H100's times.
 _UNHIDDEN = 0.75
 _MEETING = 0.7e-6
-# One-warp programs, as in the kernels on differences, take this factor more than either bound, and
-# so many more seconds to start: fitted to an H100's times.
+# Programs of one warp, as kernels on differences have them, take so much longer than either bound,
+# and so many seconds more to start: fitted to an H100's times.
 _WAITING, _STARTING = 1.35, 5e-6
 _DIVERGENCE = {
     "statistics": "statistics_pair", "sums": "divergence_sums", "gradient": "divergence_gradient",
@@ -67,7 +67,7 @@ def floor(plan: Plan, gpu: str) -> float:
 
 
 def counts(kernels: list[dict[str, Any]], triton: str) -> dict[str, Any]:
-    """The content of instructions.json: resources and instructions of these kernels."""
+    """The file the model reads: what that version of Triton made of the kernels."""
     found = [
         {
             "target": k["target"],
@@ -96,7 +96,7 @@ class _Call:
         self.sums = self.heads == 2 and kind == "jsd"
 
     def block(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
-        """Phases of one block of rows; the first block's dw is written, later ones are added."""
+        """Phases of one block of rows; dw of the first is added to nothing."""
         if self.plan.schedule == "streaming":
             yield from self._streaming(rows, first)
         elif self.plan.schedule == "tiled":
@@ -107,7 +107,7 @@ class _Call:
             yield from self._blocked(rows, first)
 
     def backward(self) -> float:
-        """The backward pass: gradients are read, scaled, cast to bf16 and written."""
+        """Gradients read and written once more: scaled, and cast to bf16."""
         p = self.plan
         size = p.num_tokens * p.hidden_size * 2 * _BF16
         size += p.accumulator_bytes * (1 + _BF16 / _FP32)
@@ -129,23 +129,23 @@ class _Call:
         yield from self._products(rows, v, 1, first, adds=False)
 
     def _differences(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
-        """fp32 logits of a slice stay in L2; memory gets two 16-bit numbers per pair."""
+        """fp32 logits of a slice stay in L2; two 16-bit numbers a pair are kept of them."""
         v, kept = self.plan.vocab_size, 2 * _BF16
         for columns, times in self._slices():
             yield "logits", times * self._logits(rows, columns, in_cache=True)
             written = _WAITING * self._rows(_DIFFERENCE["statistics"], rows * columns, kept)
             yield "statistics", times * (written + _STARTING)
         yield "statistics", LAUNCH
-        if self.sums or self.kind == "reverse kl":  # the divergence of the rounded logits
+        if self.sums or self.kind == "reverse kl":  # its value as rounded logits have it
             yield "sums", _WAITING * self._rows(_DIFFERENCE["sums"], rows * v, kept)
         yield "gradient", _WAITING * self._rows(_DIFFERENCE["gradient"], rows * v, kept + _BF16)
         yield from self._products(rows, v, 1, first, adds=False)
 
     def _tiled(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
-        """Logits of a tile of rows and columns, recomputed in every pass; in L2 where they fit."""
+        """Logits of rows by columns, multiplied anew in every pass; in L2 where they fit."""
         p, kernels = self.plan, _DIVERGENCE if self.heads == 2 else _LOGPROB
-        # A frozen JSD computes sums and gradient in one pass: it multiplies shares and
-        # probabilities by the head, and combines them when the sum of shares is known.
+        # A frozen JSD makes its sums and its gradient in one pass: it multiplies shares and
+        # probabilities by the head, and puts them together when the sum of shares is known.
         joined = self.sums and not self.trained
         looks = (p.gemms - (2 if joined else 1) - self.trained) // self.heads
         for columns, times in self._slices():
@@ -153,7 +153,7 @@ class _Call:
             inside = size <= self.gpu.l2_bytes
             read = 0 if inside else self.heads * _FP32
             yield "logits", times * looks * self._logits(rows, columns, in_cache=inside)
-            # The joined pass centers its shares with the reverse KL.
+            # What centers the shares of a joined pass is the reverse KL.
             kind = "reverse kl" if joined else self.kind
             found = self._rows(kernels["statistics"], pairs, read, kind)
             yield "statistics", times * found
@@ -169,7 +169,7 @@ class _Call:
             yield from self._products(height, columns, times, first, adds=True, in_cache=inside)
 
     def _streaming(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
-        """Tiles of logits are computed where they are used; only slices of dz reach memory."""
+        """Tiles of logits multiplied where they are used; only slices of dz reach memory."""
         v = self.plan.vocab_size
         kernels = _DIVERGENCE if self.heads == 2 else _LOGPROB
         yield "statistics", self._fused(kernels["statistics"], rows, v) + LAUNCH
@@ -182,7 +182,7 @@ class _Call:
     # ---------------------------------------------------------------------------------- phases
 
     def _slices(self) -> list[tuple[int, int]]:
-        """(columns, number of slices of the vocabulary with so many columns)."""
+        """(columns, how many such slices of the vocabulary)."""
         v, columns = self.plan.vocab_size, self.plan.slice_columns
         return [(columns, v // columns)] + ([(v % columns, 1)] if v % columns else [])
 
@@ -196,19 +196,15 @@ class _Call:
         return times * (self.gpu.product(heads * rows, columns, d, moved) + LAUNCH)
 
     def _rows(self, kernel: str, pairs: int, moved: int, kind: str | None = None) -> float:
-        """A row kernel that moves `moved` bytes of memory per pair.
-
-        `kind`: of another divergence than the call's.
-        """
+        """A row kernel that moves so many bytes of memory a pair; of another `kind` than the call's
+        where a schedule needs it."""
         found = self._count(kernel, "blocked", kind or self.kind)
         issue = self.gpu.computing(pairs, found["all"], found["special"])
         return max(issue, self.gpu.moving(pairs * moved)) + LAUNCH
 
     def _resident(self, rows: int) -> float:
-        """Everything between a block's logits and its dz.
-
-        The programs of a row read, compute and wait in turns, so the times add up.
-        """
+        """Everything between a block's logits and its dz: the programs of a row read, compute and
+        wait in turns, so times add up."""
         found = self._count("resident_divergence", "blocked", self.kind)
         pairs = rows * self.plan.vocab_size
         seconds = self.gpu.moving(pairs * (self.heads * _FP32 + _BF16))
@@ -222,7 +218,7 @@ class _Call:
         self, rows: int, columns: int, times: int, first: bool, *, adds: bool,
         in_cache: bool = False,
     ) -> Iterator[tuple[str, float]]:  # fmt: skip
-        """dh and dw of a slice of dz; `adds`: dh is added to; `in_cache`: dz is still in L2."""
+        """dh and dw of a slice of dz; `adds` to what dh has, `in_cache` where dz still is."""
         d = self.plan.hidden_size
         dz = 0 if in_cache else _BF16 * rows * columns
         moved = dz + _BF16 * columns * d + _FP32 * rows * d * (1 + adds)
@@ -233,7 +229,7 @@ class _Call:
             yield "dw", times * (each + _UNHIDDEN * accumulator + LAUNCH)
 
     def _fused(self, kernel: str, rows: int, columns: int) -> float:
-        """A kernel that multiplies its own tiles, at cuBLAS's rate or at the rate of L2."""
+        """A kernel that multiplies its own tiles: tensor cores at cuBLAS' rate, or as fed by L2."""
         g, d = self.gpu, self.plan.hidden_size
         found = self._count(kernel, "streaming", self.kind)
         tile_rows, tile_columns, _ = found["blocks"]
@@ -243,16 +239,16 @@ class _Call:
         at_once = g.processors * found["blocks_per_processor"]
         full = math.ceil(down * across / at_once) * at_once / (down * across)
         arithmetic = self.heads * 2 * rows * columns * d / g.flops * full
-        # A band of row blocks shares the head in L2; the next band reads it again.
+        # A band of row blocks finds the head in L2; the next band reads it again.
         read = math.ceil(down / _BAND) * weights * _BF16 * columns * d
         product = max(arithmetic, operands * down * across / g.l2, g.moving(read))
         issue = g.computing(rows * columns, found["all"], found["special"])
-        # A single program on a processor multiplies and computes in turns.
+        # One program to a processor multiplies and computes in turns.
         alone = found["blocks_per_processor"] == 1
         return (product + issue if alone else max(product, issue)) + LAUNCH
 
     def _count(self, kernel: str, schedule: str, kind: str) -> dict[str, Any]:
-        """The kernel's entry in instructions.json; for the JSD there is one for distinct heads."""
+        """The kernel's instructions, as compiled last; distinct heads are counted for the JSD."""
 
         def serves(words: list[str]) -> bool:
             return words[0] == schedule and (kind in words or not _KINDS & set(words))
@@ -270,5 +266,5 @@ class _Call:
 
 @functools.cache
 def counted() -> dict[str, Any]:
-    """The content of instructions.json."""
+    """What `counts` wrote last."""
     return json.loads(COUNTS.read_text())

@@ -20,7 +20,7 @@ _WIDE = 16  # bytes of the widest access that every target has
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction of the listing."""
+    """One line of the listing."""
 
     address: int
     guarded: bool
@@ -29,12 +29,11 @@ class Instruction:
 
     @property
     def base(self) -> str:
-        """The name without modifiers."""
         return self.name.split(".")[0]
 
     @property
     def width(self) -> int:
-        """Bytes that one thread moves, for a memory instruction."""
+        """Bytes that one thread moves, of an instruction that moves any."""
         for modifier in self.name.split(".")[1:]:
             if found := re.fullmatch(r"[US]?(8|16|32|64|128|256)", modifier):
                 return int(found[1]) // 8
@@ -42,7 +41,7 @@ class Instruction:
 
 
 def cuobjdump(cubin: bytes, *flags: str) -> str:
-    """Output of cuobjdump, from Triton's wheel, for a cubin."""
+    """What the tool of Triton's wheel prints of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -51,17 +50,17 @@ def cuobjdump(cubin: bytes, *flags: str) -> str:
 
 
 def instructions(listing: str) -> list[Instruction]:
-    """The instructions of a `cuobjdump -sass` listing, without padding."""
+    """The instructions of a `cuobjdump -sass` listing, less the padding."""
     found = (_LINE.match(line) for line in listing.splitlines())
     made = [Instruction(int(m[1], 16), m[2] is not None, m[3], m[4]) for m in found if m]
     return [i for i in made if i.base != "NOP"]
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:
-    """Natural loops in order of address, without their inner loops.
+    """Natural loops, in order of address, without the loops inside them.
 
-    A jump back to a block that does not dominate it is no loop: compilers place the wait for a
-    barrier like that, out of line after the last EXIT.
+    A jump back is a loop only if its target dominates it. Compilers also place waits for a barrier
+    out of line, behind the last EXIT, and jump back from there.
     """
     blocks = list(_blocks(code))
     after = _successors(blocks)
@@ -78,9 +77,9 @@ def loops(code: list[Instruction]) -> list[list[Instruction]]:
 
 
 def hot(code: list[Instruction]) -> list[Instruction]:
-    """The loop with the most exponentials and logarithms; if none has any, the whole code.
+    """The loop with most exponentials and logarithms, or the whole code where none has any.
 
-    Of equal loops the first: the loop over whole tiles comes before the one over the rest.
+    Of several with as many the first: a loop over whole tiles comes before one over the rest.
     """
 
     def special(part: list[Instruction]) -> int:
@@ -96,12 +95,12 @@ def hot(code: list[Instruction]) -> list[Instruction]:
 def product_loops(code: list[Instruction]) -> list[list[Instruction]]:
     """Loops over the inner size of a matrix product."""
     made = [loop for loop in loops(code) if any(i.base in _MATRIX for i in loop)]
-    # A loop over tiles also has MMAs, from the end of a pipeline, but with a row's arithmetic.
+    # A loop over tiles has the last steps of a pipeline in it, and the arithmetic of rows.
     return [loop for loop in made if not any(i.base == "MUFU" for i in loop)]
 
 
 def count(code: list[Instruction]) -> dict[str, int]:
-    """Instruction counts: memory accesses by width, MUFU by function, others by name."""
+    """Instructions by class: memory by width, MUFU by function, the rest by name."""
     number: Counter[str] = Counter()
     for i in code:
         if i.base in ("LDG", "STG", "LDGSTS"):
@@ -114,25 +113,25 @@ def count(code: list[Instruction]) -> dict[str, int]:
 
 
 def loaded(code: list[Instruction]) -> int:
-    """Bytes that one thread reads from global memory."""
+    """Bytes that a thread reads from global memory."""
     return sum(i.width for i in code if i.base in ("LDG", "LDGSTS"))
 
 
 def narrow(code: list[Instruction]) -> int:
-    """Number of global memory accesses of less than 16 bytes."""
+    """Accesses of global memory that move less than 16 bytes."""
     return sum(i.base in ("LDG", "STG", "LDGSTS") and i.width < _WIDE for i in code)
 
 
 def logarithms(code: list[Instruction]) -> int:
-    """Calls of libdevice's logf, counted by their conversion of an exponent to float.
+    """Calls of libdevice's logf: each turns an exponent into a float.
 
-    An integer division also converts, but rounds up (.RP), and is not counted.
+    So does a division of integers, rounding up.
     """
     return sum(i.base in ("I2FP", "I2F") and ".RP" not in i.name for i in code)
 
 
 def waits(code: list[Instruction]) -> list[int]:
-    """Groups of wgmma still in flight at each wait."""
+    """How many groups of wgmma stay in flight at each wait."""
     return [
         int(i.operands.rsplit("0x", 1)[1], 16)
         for i in code
@@ -161,7 +160,7 @@ def _target(i: Instruction) -> int | None:
 
 
 def _successors(blocks: list[list[Instruction]]) -> list[set[int]]:
-    # Without padding a jump may lead to an address between two instructions: take the next one.
+    # Padding is gone, so that a jump may lead to the next instruction behind it.
     starts = [block[0].address for block in blocks]
     after = []
     for n, block in enumerate(blocks):
@@ -178,7 +177,7 @@ def _successors(blocks: list[list[Instruction]]) -> list[set[int]]:
 
 
 def _dominators(after: list[set[int]]) -> list[set[int]]:
-    """For each block the blocks on every path to it, itself included."""
+    """For each block the blocks that every way to it passes, itself among them."""
     before: list[set[int]] = [set() for _ in after]
     for n, follow in enumerate(after):
         for m in follow:

@@ -38,7 +38,7 @@ _MARKED = re.compile(r"(<!-- predicted -->\n).*?(<!-- /predicted -->)", re.DOTAL
 
 
 def document() -> str:
-    """The tables of predicted times, then the instruction counts behind them."""
+    """The tables of predicted times, then the counts they are made from."""
     return "\n\n".join(
         (
             "Predicted time of a JSD, and that time over the predicted time of the bare products:",
@@ -52,7 +52,7 @@ def document() -> str:
 
 
 def write() -> None:
-    """Write the tables between the markers of docs/gpu-model.md."""
+    """Write this code's tables between the markers of the page."""
     text = PAGE.read_text()
     made = _MARKED.sub(lambda m: f"{m[1]}\n{document()}\n\n{m[2]}", text)
     PAGE.write_text(made)
@@ -75,7 +75,7 @@ def _cell(run: dict[str, str], mib: int, tokens: int, gpu: str, trained: bool) -
 
 
 def _phases() -> str:
-    """Time by phase on an H100 with 8,192 tokens."""
+    """Where an H100's time goes with 8,192 tokens."""
     rows = [["schedule", "workspace", "head", *PHASES, "sum", "bare products"]]
     for run, mib in _runs():
         for head, trained, shared in _HEADS:
@@ -88,7 +88,7 @@ def _phases() -> str:
 
 
 def _counts() -> str:
-    """Instructions per pair of logits, which the predictions use."""
+    """Instructions a pair, as they go into both."""
     rows = [
         ["GPU", "kernel", "case", "a pair", "of them MUFU", "registers", "programs a processor"]
     ]
@@ -110,7 +110,7 @@ def _runs() -> Iterator[tuple[dict[str, str], int]]:
 
 
 def _plan(run: dict[str, str], mib: int, tokens: int, trained: bool, gpu: str) -> Plan:
-    """The plan that a machine with this GPU makes."""
+    """As a machine with that GPU makes it."""
     how = {"dtype": torch.bfloat16, "device": "cuda", "grad_weight": trained}
     with mock.patch.object(planning, "processors_of", lambda _: GPUS[gpu].processors):
         return plan(tokens, HIDDEN, VOCAB, workspace_bytes=mib * _MIB, **how, **run)

@@ -1,1 +1,1 @@
-"""`python -m benchmarks.report`: plots, a page and the README's tables from JSON alone."""
+"""`python -m benchmarks.report`: plots, a page and the tables of README and docs from JSON."""

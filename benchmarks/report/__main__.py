@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.report.data import Case, Contender, Device, ReportError
 from benchmarks.report.files import RESULTS, ROOT, load
-from benchmarks.report.readme import rewrite
+from benchmarks.report.pages import rewrite
 from benchmarks.report.tables import (
     GRADIENT_LIMIT,
     LOSS_LIMIT,
@@ -42,7 +42,10 @@ from benchmarks.report.tables import (
 )
 
 OUT = Path("runs/benchmarks/report")
-PAGES = [ROOT / "README.md", ROOT / "docs" / "gpu.md"]
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("index", "benchmarks", "demo", "gpu")),
+]
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def _verdict(changed: list[Path]) -> int:
 def write_report(devices: list[Device], folder: Path) -> list[Path]:
     """Writes the PNGs and index.html into a folder, and returns their paths."""
     try:
-        # Only here: the README and --check do without.
+        # Only here: the pages and --check do without.
         import jinja2
 
         from benchmarks.report.plots import draw

@@ -78,7 +78,7 @@ class Case:
         return [c for c in self.contenders if c.role == role and self.phase in c.seconds]
 
     def floors(self, contender: Contender) -> float | None:
-        """The contender's time in the bare products' time."""
+        """The contender's time over that of the bare products."""
         if not self.floor or self.phase not in contender.seconds:
             return None
         return contender.seconds[self.phase] / self.floor.seconds[self.phase]

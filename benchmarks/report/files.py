@@ -165,7 +165,7 @@ def _demo(device: Device, content: Json, source: Source) -> None:
 
 
 def _compile(device: Device, content: Json, source: Source) -> None:
-    """Checked by `benchmarks.compile`; the README names the file, and no table shows it."""
+    """Checked by `benchmarks.compile`; docs/gpu.md names the file, and no table shows it."""
 
 
 def _gpu_report(device: Device, content: Json, source: Source) -> None:

@@ -135,7 +135,7 @@ def _looks(device: Device) -> dict[str, Look]:
 def _figure(group: Group, looks: dict[str, Look], device: str) -> Figure | None:
     wanted: tuple[tuple[str, Value], ...] = (
         ("time, ms", _milliseconds),
-        ("time, in bare GEMMs' time", lambda case, who: case.floors(who)),
+        ("time over bare GEMMs", lambda case, who: case.floors(who)),
         ("peak extra memory, MiB", _mib),
     )
     panels = [(label, value) for label, value in wanted if _worth_drawing(group, value)]

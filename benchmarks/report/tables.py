@@ -147,7 +147,7 @@ def dtype_text(case: Case) -> str:
 
 
 def headline(device: Device) -> Case | None:
-    """The README's case: the JSD that most peers took every round of, the largest of several.
+    """The headline case: the JSD that most peers took every round of, the largest of several.
 
     At least two peers computed it.
     """
@@ -178,7 +178,7 @@ def headline_table(case: Case) -> Table:
         errors = (loss_error(contender), percent_text(worst_gradient(contender.error)))
         figures = (ratio_text(case.floors(contender)), mib_text(case.peak(contender)))
         rows.append((name, *figures, *errors))
-    header = ("", "time, in bare GEMMs' time", "peak extra memory", "loss error", "gradient error")
+    header = ("", "time over bare GEMMs", "peak extra memory", "loss error", "gradient error")
     bold = frozenset(i for i, c in enumerate(case.contenders) if c is case.ours)
     return Table(header, tuple(rows), bold=bold)
 
@@ -214,7 +214,7 @@ def _both_errors(contender: Contender) -> str:
 
 
 def faster_by(case: Case, ours: Contender | None = None) -> float | None:
-    """The fastest peer's time in ours: above 1, ours is faster."""
+    """The fastest peer's time over ours: above 1, ours is faster."""
     ours, peer = ours or case.ours, case.fastest_peer
     if not ours or not peer or case.phase not in ours.seconds:
         return None
@@ -222,21 +222,24 @@ def faster_by(case: Case, ours: Contender | None = None) -> float | None:
 
 
 def train_step_table(step: TrainStep) -> Table:
-    """Phases down, trainers across; the ratio is to the first trainer that ran."""
+    """Phases down, trainers across; ratios are over the first trainer that ran."""
     trainers = [t for t in step.trainers if not t.why_not]
     reference = next((t for t in trainers if t.seconds), None)
     phases = dict.fromkeys(phase for t in trainers for phase in t.phases)
     rows = [(phase, *(time_text(t.phases.get(phase)) for t in trainers)) for phase in phases]
     rows.append(("whole step", *(time_text(t.seconds) for t in trainers)))
     if reference:
-        rows.append((f"in {reference.name}'s time", *_ratios(trainers, reference, "seconds")))
+        rows.append(
+            (f"whole step over {reference.name}'s", *_ratios(trainers, reference, "seconds"))
+        )
     rows.append(("all but the rollout", *(time_text(t.training) for t in trainers)))
     if reference:
-        rows.append((f"that in {reference.name}'s", *_ratios(trainers, reference, "training")))
+        ratios = _ratios(trainers, reference, "training")
+        rows.append((f"all but the rollout over {reference.name}'s", *ratios))
     rows.append(("peak extra memory", *(mib_text(t.peak_extra_mib) for t in trainers)))
     if reference:
         ratios = _ratios(trainers, reference, "peak_extra_mib")
-        rows.append((f"{reference.name}'s being 1", *ratios))
+        rows.append((f"peak extra memory over {reference.name}'s", *ratios))
     rows.append(("peak memory", *(mib_text(t.peak_mib) for t in trainers)))
     tokens = (f"{t.loss_tokens:,}" if t.loss_tokens else NONE for t in trainers)
     rows.append(("loss tokens", *tokens))

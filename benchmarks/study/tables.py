@@ -1,4 +1,4 @@
-"""The study in Markdown: its tables, and the README's part of it.
+"""The study in Markdown: its tables, and the summary in docs/benchmarks.md.
 
 <!-- study -->
 anything here is replaced
@@ -35,22 +35,22 @@ _WIDTH = 110
 Table = tuple[list[str], list[list[str]]]
 
 
-def readme(text: str, results: Results) -> str:
-    """The README with its study part written again from the results.
+def rewrite(text: str, results: Results) -> str:
+    """A page with its study part written again from the results.
 
     Raises UserError unless it has the part once.
     """
     parts = _PART.findall(text)
     if len(parts) != 1:
         raise UserError(
-            f"the README has {len(parts)} parts from '<!-- study -->' to '<!-- /study -->'; "
+            f"the page has {len(parts)} parts from '<!-- study -->' to '<!-- /study -->'; "
             "it needs one"
         )
-    block = f"<!-- study -->\n\n{readme_block(results)}\n\n<!-- /study -->"
+    block = f"<!-- study -->\n\n{summary(results)}\n\n<!-- /study -->"
     return _PART.sub(lambda _: block, text)
 
 
-def readme_block(results: Results) -> str:
+def summary(results: Results) -> str:
     """The main table, where it comes from, and the other experiments' contrasts, a line each."""
     comparisons = [compare(results, experiment) for experiment in results["experiments"]]
     main = main_comparison(comparisons)
@@ -186,6 +186,17 @@ def memory_table(memory: dict[str, Any]) -> Table:
     return ["tokens of the step", "plain logits, MiB", "opsd_kernels, MiB"], rows
 
 
+def measured_memory(results: Results) -> tuple[int, float, float] | None:
+    """The most tokens at which both were measured, and the MiB of plain logits and of ours."""
+    measured = [p for p in (results["memory"] or {"points": []})["points"] if not p["predicted"]]
+    by_method = {
+        method: {p["tokens"]: p["mib"] for p in measured if p["method"] == method}
+        for method in ("plain", "ours")
+    }
+    both = by_method["plain"].keys() & by_method["ours"].keys()
+    return (max(both), *(by_method[m][max(both)] for m in ("plain", "ours"))) if both else None
+
+
 def experiment_tables(results: Results, comparison: Comparison) -> list[Table]:
     """The tables of an experiment that have rows."""
     if not comparison.tasks:
@@ -256,17 +267,10 @@ def _experiment_line(comparison: Comparison) -> str:
 
 
 def _memory_line(results: Results) -> str:
-    """The most tokens at which the memory of both is measured."""
-    measured = [p for p in (results["memory"] or {"points": []})["points"] if not p["predicted"]]
-    by_method = {
-        method: {p["tokens"]: p["mib"] for p in measured if p["method"] == method}
-        for method in ("plain", "ours")
-    }
-    both = by_method["plain"].keys() & by_method["ours"].keys()
-    if not both:
+    found = measured_memory(results)
+    if found is None:
         return ""
-    tokens = max(both)
-    plain, ours = (by_method[method][tokens] for method in ("plain", "ours"))
+    tokens, plain, ours = found
     return (
         f"Peak memory of a full-vocabulary step of {tokens:,} tokens: {plain:,.0f} MiB with plain "
         f"logits, {ours:,.0f} MiB with opsd_kernels."

@@ -1,1 +1,1 @@
-"""Launchers and kernels; each takes a problem and a plan and knows no other backend."""
+"""The backends: each computes a problem by a plan, and none imports another."""

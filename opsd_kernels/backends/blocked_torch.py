@@ -1,15 +1,15 @@
 """The `blocked` schedule in plain PyTorch, for any device.
 
-A block of rows goes through one GEMM to logits; its rows are folded tile by tile, in cache, into
-values and, in place, into the gradient of the logits; one GEMM takes that to the hidden states and
-one, when the head is trained, to its weight. Rows that carry no loss never reach a GEMM.
+One GEMM makes a block's logits. Its rows are reduced, one tile that fits in the cache at a time, to
+values, and the gradient of the logits overwrites them. One GEMM takes that gradient to the hidden
+states and, for a trained head, another to its weight. Rows without loss never reach a GEMM.
 
-Logits and their gradient are fp32 (fp64 for fp64): rounded to 16 bits they would lose what a close
-pair differs by, overflow or underflow. PyTorch multiplies 16-bit operands to 16 bits on a CPU, so
-operands of 16 bits are converted, a few rows of the head at a time, and all products are fp32. On a
-Xeon with AMX and fp16 arithmetic (one thread, JSD of 512 tokens, D 1024, V 32768, frozen head) that
-takes 1.15 s of processor time for bfloat16, where 16-bit products took 0.40 s, and 1.17 s for
-float16, where they took 1.03 s; the C++ operators have bfloat16 products with fp32 sums.
+Logits and their gradient are fp32 (fp64 for fp64 inputs): in 16 bits they would lose the difference
+of a close pair, overflow or underflow. PyTorch rounds products of 16-bit operands to 16 bits on a
+CPU, so 16-bit operands are converted, a few rows of the head at a time, and all products are fp32.
+On a Xeon with AMX and fp16 arithmetic (one thread, JSD of 512 tokens, D 1024, V 32768, frozen head)
+that takes 1.15 s of processor time for bfloat16 against 0.40 s with 16-bit products, and 1.17 s
+against 1.03 s for float16. The C++ operators have bfloat16 products with fp32 sums.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.backends import row_math
-from opsd_kernels.backends.context import LossContext, same_head
+from opsd_kernels.backends.context import LossContext, same_head, store_stats
 from opsd_kernels.backends.logprob_terms import rates_of, rates_with_lse, value_of
 from opsd_kernels.layouts import even_blocks
 from opsd_kernels.plan import Plan
@@ -38,10 +38,10 @@ from opsd_kernels.problem import (
 
 
 def divergence(
-    p: DivergenceProblem, plan: Plan, row_scale: Tensor | None, wanted: GradsNeeded
+    p: DivergenceProblem, plan: Plan, row_scale: Tensor | None, needed: GradsNeeded
 ) -> Result:
-    """Per-token divergence; gradients of sum(row_scale * value), per row for row_scale None."""
-    run = _Pass(p.student, plan, p.keep, wanted, p.execution.group_name, row_scale)
+    """Divergence of each token; gradients of sum(row_scale * value), or of each value if None."""
+    run = _Pass(p.student, plan, p.keep, needed, p.execution.group_name, row_scale)
     stats = run.stats(len(DIVERGENCE_STATS) if p.with_stats else 0)
     shared = same_head(p.student, p.teacher)
     logits = run.logits(p.student, 2 if shared else 1)
@@ -66,8 +66,8 @@ def divergence(
 def _divergence_tile(
     p: DivergenceProblem,
     run: _Pass,
-    rows: Tensor,
-    z_s: Tensor,
+    rows: Tensor,  # (r,) indices of the tile's tokens
+    z_s: Tensor,  # (r, V), overwritten by the gradient
     z_t: Tensor,
     tiles: list[Tensor],
     stats: Tensor,
@@ -78,14 +78,14 @@ def _divergence_tile(
     row_math.to_logits_(log_t.copy_(z_t), p.teacher, None)
     row_math.log_softmax_(log_s, s, run.group)
     row_math.log_softmax_(log_t, t, run.group)
-    columns: list[Tensor | None] = []
+    columns = {}
     if p.with_stats:
-        columns += [row_math.entropy(x, y, work, run.group) for x, y in ((log_s, s), (log_t, t))]
-        if p.labels is None:
-            columns += [None, None]
-        else:
-            label = p.labels[rows, None]
-            columns += [row_math.pick(x, label, run.offset, run.group) for x in (log_s, log_t)]
+        for name, log_p, prob in (("student", log_s, s), ("teacher", log_t, t)):
+            columns[f"{name}_entropy"] = row_math.entropy(log_p, prob, work, run.group)
+            if p.labels is not None:
+                columns[f"{name}_logprob"] = row_math.gather_label(
+                    log_p, p.labels[rows, None], run.offset, run.group
+                )
     value, removed = row_math.divergence_(
         log_s,
         s,
@@ -94,15 +94,15 @@ def _divergence_tile(
         work,
         beta=p.beta,
         clip=p.clip,
-        want_grad=run.wanted.any,
+        needs_grad=run.needed.any,
         group=run.group,
     )
     run.value[rows] = value.squeeze(-1)
     if p.with_stats:
-        for row, column in zip(stats, [*columns, removed], strict=True):
-            if column is not None:
-                row[rows] = column.squeeze(-1)
-    if run.wanted.any:
+        if removed is not None:
+            columns["clipped_mass"] = removed
+        run.store_stats(stats, DIVERGENCE_STATS, rows, columns)
+    if run.needed.any:
         run.store_gradient(z_s, log_s, slope, run.factor(run.row_scale, rows))
 
 
@@ -112,18 +112,18 @@ def logprob(
     row_scale: Tensor | None,
     entropy_scale: Tensor | None,
     lse_scale: Tensor | None,
-    wanted: GradsNeeded,
+    needed: GradsNeeded,
 ) -> Result:
-    """Per-token log-probability of the target; gradients as `divergence`, the entropy's beside."""
+    """Log-probability of each target; gradients as `divergence`, the entropy's separately."""
     scales = row_scale, entropy_scale, lse_scale
-    run = _Pass(p.head, plan, p.keep, wanted, p.execution.group_name, *scales)
+    run = _Pass(p.head, plan, p.keep, needed, p.execution.group_name, *scales)
     stats = run.stats(len(LOGPROB_STATS))
-    logits = run.logits(p.head, 2 if wanted.entropy else 1)
+    logits = run.logits(p.head, 2 if needed.entropy else 1)
     tiles = [run.tile() for _ in range(3)]
     for index, rows in enumerate(run.blocks()):
         size = rows.shape[0]
         h = p.head.hidden[rows]
-        blocks = [logits[:size], logits[size : 2 * size]] if wanted.entropy else [logits[:size]]
+        blocks = [logits[:size], logits[size : 2 * size]] if needed.entropy else [logits[:size]]
         run.multiply(h, p.head.weight, blocks[0])
         for first in range(0, size, plan.tile_rows):
             part = slice(first, first + plan.tile_rows)
@@ -135,54 +135,61 @@ def logprob(
 def _logprob_tile(
     p: LogprobProblem,
     run: _Pass,
-    rows: Tensor,
-    blocks: list[Tensor],
+    rows: Tensor,  # (r,) indices of the tile's tokens
+    blocks: list[Tensor],  # (r, V) each, overwritten by the gradients
     tiles: list[Tensor],
     stats: Tensor,
 ) -> None:
     log_p, prob, work = (tile[: rows.shape[0]] for tile in tiles)
     slope = run.slope(rows.shape[0])
     row_math.to_logits_(log_p.copy_(blocks[0]), p.head, slope)
+    columns = {}
     if p.with_predicted:
-        stats[3, rows] = row_math.predict(log_p, run.offset, run.group).squeeze(-1)
+        columns["predicted"] = row_math.argmax(log_p, run.offset, run.group)
     lse = row_math.log_softmax_(log_p, prob, run.group)
     target = p.target[rows, None]
-    logprob = row_math.pick(log_p, target, run.offset, run.group)
+    logprob = row_math.gather_label(log_p, target, run.offset, run.group)
     weight = None if p.label_weight is None else p.label_weight[rows, None]
     mean = share = None
     if p.label_smoothing != 0.0:
         mean, share = row_math.weighted_mean(log_p, p.head.class_weight, run.vocab_size, run.group)
     run.value[rows] = value_of(p, logprob, weight, mean, lse).squeeze(-1)
-    stats[0, rows], stats[2, rows] = logprob.squeeze(-1), lse.squeeze(-1)
+    columns |= {"logprob": logprob, "lse": lse}
     if p.with_entropy:
-        entropy = row_math.entropy(log_p, prob, work, run.group)
-        stats[1, rows] = entropy.squeeze(-1)
+        entropy = columns["entropy"] = row_math.entropy(log_p, prob, work, run.group)
         row_math.entropy_grad_(work, prob, entropy)
-    if not run.wanted.any:
+    run.store_stats(stats, LOGPROB_STATS, rows, columns)
+    if not run.needed.any:
         return
     rates, uniform = rates_of(p, weight, share, lse), p.label_smoothing / run.vocab_size
     factor = run.factor(run.row_scale, rows)
-    if run.lse_scale is not None:
-        scales = run.row_scale[rows, None], run.lse_scale[rows, None]
-        rates, factor = rates_with_lse(rates, *scales), 1.0 / p.head.temperature
+    if run.lse_scale is not None and run.row_scale is not None:
+        rates = rates_with_lse(rates, run.row_scale[rows, None], run.lse_scale[rows, None])
+        factor = 1.0 / p.head.temperature
     grad = row_math.logprob_grad_(prob, target, rates, uniform, p.head.class_weight, run.offset)
-    if run.entropy_scale is not None:  # both upstreams are known: one product serves both
+    if run.entropy_scale is not None:  # both scales are known: one product serves both
         work.mul_(run.factor(run.entropy_scale, rows))
         grad.mul_(factor).add_(work)
         factor = 1.0
-    elif run.wanted.entropy:
+    elif run.needed.entropy:
         run.store_gradient(blocks[1], work, slope, 1.0 / p.head.temperature)
     run.store_gradient(blocks[0], grad, slope, factor)
 
 
 class _Pass(LossContext):
-    """What one call allocates and fills: buffers by the plan, values and gradients by block."""
+    """Buffers, products and results of one call."""
 
     def stats(self, count: int) -> Tensor:
         return self.value.new_zeros(count, self.value.shape[0])
 
+    def store_stats(
+        self, stats: Tensor, names: tuple[str, ...], rows: Tensor, columns: dict[str, Tensor]
+    ) -> None:
+        """Write the statistics (r, 1) of a tile's tokens into their rows of `stats`."""
+        store_stats(stats, names, rows, {n: x.squeeze(-1) for n, x in columns.items()})
+
     def logits(self, head: Head, count: int) -> Tensor:
-        """Room for `count` sets of a block's logits; their gradients later take their place."""
+        """Buffer of `count` sets of a block's logits, which their gradients overwrite."""
         rows, dtype = min(self.plan.rows_per_block, self.num_kept), stat_dtype(head.hidden.dtype)
         return head.hidden.new_empty(count * rows, head.weight.shape[0], dtype=dtype)
 
@@ -196,34 +203,33 @@ class _Pass(LossContext):
             torch.mm(h, part.t(), out=out[:, columns])
 
     def _widened(self, weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The head in `dtype`, as many of its rows at a time as the plan has room for."""
+        """The head in `dtype`, `plan.widened_rows` of its rows at a time."""
         vocab, width = weight.shape[0], self.plan.widened_rows
-        room = weight.new_empty(min(width, vocab), weight.shape[1], dtype=dtype)
+        buffer = weight.new_empty(min(width, vocab), weight.shape[1], dtype=dtype)
         for first in range(0, vocab, width):
             columns = slice(first, min(first + width, vocab))
-            yield columns, room[: columns.stop - first].copy_(weight[columns])
+            yield columns, buffer[: columns.stop - first].copy_(weight[columns])
 
     def add_products(
         self, rows: Tensor | slice, h: Tensor, dz: list[Tensor], *, first: bool
     ) -> None:
-        """What a block's dz, and the entropy's own as a second, give to each gradient."""
-        if h.dtype == self.dtype or not self.wanted.any:
+        """As the base class; operands of 16 bits are widened on the way."""
+        if h.dtype == self.dtype or not self.needed.any:
             super().add_products(rows, h, dz, first=first)
             return
-        pairs = list(zip((self.grad_hidden, self.grad_entropy), dz, strict=False))
-        pairs = [
+        sums = [
             (grad, z, grad.new_zeros(h.shape, dtype=self.dtype))
-            for grad, z in pairs
+            for grad, z in zip((self.grad_hidden, self.grad_entropy), dz, strict=False)
             if grad is not None
         ]
         h = h.to(self.dtype)
         for columns, part in self._widened(self.head.weight, self.dtype):
-            for _, z, total in pairs:
-                total.addmm_(z[:, columns], part)
+            for _, z, dh in sums:
+                dh.addmm_(z[:, columns], part)
             if self.grad_weight is not None:
                 self.grad_weight[columns].addmm_(dz[0][:, columns].t(), h, beta=int(not first))
-        for grad, _, total in pairs:
-            grad[rows] = total.to(grad.dtype)
+        for grad, _, dh in sums:
+            grad[rows] = dh.to(grad.dtype)
         if self.grad_bias is not None:
             self.grad_bias += dz[0].sum(0)
 
@@ -236,23 +242,25 @@ class _Pass(LossContext):
         return self.tile()
 
     def slope(self, rows: int) -> Tensor | None:
-        return self._slopes[:rows] if self.head.softcap is not None and self.wanted.any else None
+        """Buffer of d softcap / d raw, if the gradient needs it."""
+        return self._slopes[:rows] if self.head.softcap is not None and self.needed.any else None
 
     def blocks(self) -> Iterator[Tensor]:
+        """Indices of the kept tokens, block by block."""
         kept = self.kept
         if kept is None:
             kept = torch.arange(self.num_kept, device=self.head.hidden.device)
         return iter(kept.split(even_blocks(self.num_kept, self.plan.rows_per_block)))
 
     def factor(self, row_scale: Tensor | None, rows: Tensor) -> Tensor | float:
-        """What a tile's gradient is multiplied by, as a column or a number."""
+        """row_scale / temperature of a tile's rows, as a column or a number."""
         unit = 1.0 if row_scale is None else row_scale[rows, None]
         return unit / self.head.temperature
 
     def store_gradient(
         self, logits: Tensor, grad: Tensor, slope: Tensor | None, factor: Tensor | float
     ) -> None:
-        """Chain through temperature, scale and softcap."""
+        """logits <- grad * softcap's slope * factor."""
         if slope is not None:
             grad.mul_(slope)
         logits.copy_(grad.mul_(factor))

@@ -1,7 +1,7 @@
-"""The CPU's C++ operators (csrc/): statistics while a tile is in cache, then the block's gradient.
+"""The C++ operators of the CPU (csrc/) as a backend of the two-pass driver.
 
-Logits are float32 whatever the inputs are, and stay in memory only if a second pass looks at them;
-their gradient takes their place.
+Statistics are made while a tile of logits is in cache. Logits are float32 for any input dtype; they
+are stored only if a later pass reads them, and their gradient overwrites them.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsd_kernels.backends import passes
+from opsd_kernels.backends import two_pass
 from opsd_kernels.backends.passes import JSD, BlockedPass, Gradient, Layout, gathered
 from opsd_kernels.problem import Head
 
 _AMX_COLUMNS = 32
 
 
-class _Pass(BlockedPass):
-    """Blocks of logits, and the products with what takes their place."""
+class _Pass(BlockedPass["_Tiles"]):
+    """Blocks of logits, and the products with their gradient."""
 
     def tiles(self, heads: list[Head], block: slice, shared: bool, again: bool) -> _Tiles:
         hidden = [self.part(head.hidden, block) for head in heads]
         rows, vocab = hidden[0].shape[0], heads[0].weight.shape[0]
         logits = hidden[0].new_empty(0, dtype=torch.float32)
         if again:
-            logits = self.room("logits", len(heads) * rows, vocab).view(len(heads), rows, vocab)
-        return _Tiles(heads, hidden, logits, shared, self.wanted.any)
+            logits = self.buffer("logits", len(heads) * rows, vocab).view(len(heads), rows, vocab)
+        return _Tiles(heads, hidden, logits, shared, self.needed.any)
 
     def gradients(self, block: slice, tiles: _Tiles, gradient: Gradient) -> None:
         vocab, h = tiles.logits.shape[-1], tiles.hidden[0]
         dz = [tiles.dz()]
-        if self.wanted.entropy:
-            dz.append(self.room("entropy", len(h), vocab, h.dtype))
+        if self.needed.entropy:
+            dz.append(self.buffer("entropy", len(h), vocab, h.dtype))
         gradient(slice(0, vocab), dz)
         tiles.clear_beyond()
         rows = block if self.kept is None else self.kept[block]
@@ -42,7 +42,7 @@ class _Pass(BlockedPass):
 
 
 class _Tiles:
-    """One block's operands, and its logits (heads, rows, V) if they are kept."""
+    """One block's operands, and its logits (heads, rows, V), empty if they are not stored."""
 
     def __init__(
         self,
@@ -58,12 +58,12 @@ class _Tiles:
         self.temperatures = [head.temperature for head in heads]
 
     def dz(self) -> Tensor:
-        """Where the gradient of the student's logits takes their place: (rows, V)."""
+        """(rows, V) in the dtype of the inputs: the gradient, over the student's logits."""
         first, vocab = self.logits[0], self.logits.shape[-1]
         return first.view(self.hidden[0].dtype)[:, :vocab]
 
     def clear_beyond(self) -> None:
-        """Zero what is left of the logits behind each row of a 16-bit dz.
+        """Zero the columns after the last of a 16-bit dz, which still hold logits.
 
         oneDNN's AMX products read a row in tiles of 32 columns, and 0 times NaN is NaN.
         """
@@ -86,7 +86,7 @@ class _Tiles:
             layout.predicted, heads[0].class_weight, layout.kind, self.logits, out,
         )  # fmt: skip
         if layout.predicted:
-            out[layout.names.index("best")] += offset
+            out[layout.names.index("argmax")] += offset
         if group is not None:
             torch.ops.opsd_cpu.merge(
                 gathered(out, group), layout.heads, layout.entropy, layout.smoothed, layout.label,
@@ -101,19 +101,19 @@ class _Tiles:
         clip: float | None,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        total = torch.ops.opsd_cpu.divergence_sums(
+        sums: Tensor = torch.ops.opsd_cpu.divergence_sums(
             self.logits, merged, len(layout.names), self.softcaps[0], self.temperatures[0], beta,
             clip, layout.kind, self.differentiated,
         )  # fmt: skip
         if group is not None:
-            dist.all_reduce(total, group=group)
-        return total
+            dist.all_reduce(sums, group=group)
+        return sums
 
     def divergence_gradient(
         self,
         layout: Layout,
         merged: Tensor,
-        totals: Tensor,
+        sum_share: Tensor,
         scale: Tensor | None,
         beta: float,
         clip: float | None,
@@ -122,7 +122,7 @@ class _Tiles:
     ) -> None:
         kept = layout.kind == JSD or clip is not None
         torch.ops.opsd_cpu.divergence_gradient(
-            self.logits, merged, len(layout.names), totals, scale, self.softcaps[0],
+            self.logits, merged, len(layout.names), sum_share, scale, self.softcaps[0],
             self.temperatures[0], beta, layout.kind, kept, out.dtype == torch.bfloat16,
         )  # fmt: skip
 
@@ -147,5 +147,5 @@ class _Tiles:
         )  # fmt: skip
 
 
-divergence = functools.partial(passes.divergence, _Pass)
-logprob = functools.partial(passes.logprob, _Pass)
+divergence = functools.partial(two_pass.divergence, _Pass)
+logprob = functools.partial(two_pass.logprob, _Pass)

@@ -1,4 +1,4 @@
-"""What PyTorch's settings of matrix products allow, and what they refuse."""
+"""PyTorch's global settings of matrix products: tf32, and those that refuse our products."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-# Words of PyTorch's refusals of fp32 sums of 16-bit products, and what to do about each.
+# Part of PyTorch's message when it refuses fp32 sums of 16-bit products, and the error we raise.
 _REFUSALS = {
     "Tunable GEMM is not supported": (
         "torch.cuda.tunable: cannot tune products of 16-bit inputs with fp32 sums; call "
@@ -21,21 +21,21 @@ _REFUSALS = {
 
 
 def tf32_allowed() -> bool:
-    """Whether fp32 products may round their operands to tf32, by either of PyTorch's settings.
+    """Whether fp32 products may round their operands to tf32.
 
-    `fp32_precision` is what cuBLAS follows: `allow_tf32` and `set_float32_matmul_precision` write
-    it too, and reading it never raises, while reading them does after the newer one was set.
+    cuBLAS follows `fp32_precision`, which the older `allow_tf32` and
+    `set_float32_matmul_precision` also write. Reading the older ones raises once it has been set.
     """
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 @contextlib.contextmanager
 def named_refusals() -> Iterator[None]:
-    """Raise a RuntimeError that names the setting where PyTorch refuses a product for it."""
+    """Where PyTorch refuses a product, raise a RuntimeError that names the setting and the fix."""
     try:
         yield
     except RuntimeError as error:
-        for words, explanation in _REFUSALS.items():
-            if words in str(error):
+        for message, explanation in _REFUSALS.items():
+            if message in str(error):
                 raise RuntimeError(explanation) from error
         raise

@@ -1,7 +1,8 @@
-"""Row arithmetic of both loss families on tiles of logits, in place, in fp32 (fp64 for fp64).
+"""Row arithmetic of the PyTorch backend: both loss families on tiles of logits, in place.
 
-Every function takes tiles of shape (r, V) and returns columns of shape (r, 1). With a process
-group the tile holds this rank's slice of the vocabulary, and columns are reduced over the group.
+Tiles are (r, V), results per row (r, 1), in fp32 (fp64 for fp64 inputs). With a process group a
+tile holds this rank's shard of the vocabulary, and results per row are reduced over the group.
+Functions that end in _ overwrite arguments.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from opsd_kernels.problem import Head
 
 Group = dist.ProcessGroup | None
 
-# A finite stand-in for log 0: exp gives exactly 0, and differences of two of them do not overflow.
+# Finite, in place of log 0: its exp is exactly 0, and the difference of two does not overflow.
 LOG_ZERO = -1e38
 
 
 def reduce_columns(column: Tensor, op: str, group: Group) -> Tensor:
-    """All-reduce a per-row column over the vocabulary shards; the identity without a group."""
+    """All-reduce a result per row over the vocabulary shards; a no-op without a group."""
     if group is not None:
         dist.all_reduce(column, getattr(dist.ReduceOp, op), group=group)
     return column
@@ -46,45 +47,44 @@ def to_logits_(
 
 def log_softmax_(z: Tensor, prob: Tensor, group: Group) -> Tensor:
     """z <- log softmax(z), prob <- softmax(z); returns the log-sum-exp."""
-    top = reduce_columns(z.amax(-1, keepdim=True), "MAX", group)
-    z.sub_(top)
+    row_max = reduce_columns(z.amax(-1, keepdim=True), "MAX", group)
+    z.sub_(row_max)
     torch.exp(z, out=prob)
-    total = reduce_columns(prob.sum(-1, keepdim=True), "SUM", group)
-    log_total = total.log()
-    z.sub_(log_total).clamp_(min=LOG_ZERO)
-    prob.div_(total)
-    return top + log_total
+    sum_exp = reduce_columns(prob.sum(-1, keepdim=True), "SUM", group)
+    log_sum = sum_exp.log()
+    z.sub_(log_sum).clamp_(min=LOG_ZERO)
+    prob.div_(sum_exp)
+    return row_max + log_sum
 
 
 def entropy(log_prob: Tensor, prob: Tensor, work: Tensor, group: Group) -> Tensor:
-    """-sum p log p; `work` is left holding p log p."""
+    """-sum p log p; leaves p log p in `work`."""
     return -_row_sum(torch.mul(log_prob, prob, out=work), group)
 
 
-def pick(log_prob: Tensor, column: Tensor, offset: int, group: Group) -> Tensor:
-    """log p of one vocabulary entry per row; the shard that owns the entry supplies it."""
-    local = column - offset
+def gather_label(log_prob: Tensor, label: Tensor, offset: int, group: Group) -> Tensor:
+    """log p of each row's label, from the shard that holds it."""
+    local = label - offset
     owned = (local >= 0) & (local < log_prob.shape[-1])
-    picked = log_prob.gather(-1, torch.where(owned, local, 0))
-    picked = reduce_columns(torch.where(owned, picked, 0), "SUM", group)
-    return restore_infinity(picked)
+    found = log_prob.gather(-1, torch.where(owned, local, 0))
+    return restore_infinity(reduce_columns(torch.where(owned, found, 0), "SUM", group))
 
 
-def predict(z: Tensor, offset: int, group: Group) -> Tensor:
-    """The entry of the largest logit, the first of equals; a float as other statistics are."""
-    top, best = z.max(-1, keepdim=True)
-    best = (best + offset).to(z.dtype)
+def argmax(z: Tensor, offset: int, group: Group) -> Tensor:
+    """First column of the row's maximum, as a float like the other statistics."""
+    row_max, found = z.max(-1, keepdim=True)
+    found = (found + offset).to(z.dtype)
     if group is not None:
-        highest = reduce_columns(top.clone(), "MAX", group)
-        best = reduce_columns(torch.where(top == highest, best, torch.inf), "MIN", group)
-        best = torch.where(best < torch.inf, best, 0)  # a row of NaN has no maximum
-    return best
+        highest = reduce_columns(row_max.clone(), "MAX", group)
+        found = reduce_columns(torch.where(row_max == highest, found, torch.inf), "MIN", group)
+        found = torch.where(found < torch.inf, found, 0)  # a row of NaN has no maximum
+    return found
 
 
 def weighted_mean(
     log_prob: Tensor, class_weight: Tensor | None, vocab_size: int, group: Group
 ) -> tuple[Tensor, Tensor]:
-    """(sum_v w_v log p(v) / V, sum_v w_v / V), the second () or (1,)."""
+    """(sum_v w_v log p(v) / V, sum_v w_v / V), V the whole vocabulary; the second () or (1,)."""
     if class_weight is None:
         return _row_sum(log_prob / vocab_size, group), log_prob.new_ones(())
     share = _row_sum(class_weight / vocab_size, group)
@@ -99,8 +99,8 @@ def logprob_grad_(
     class_weight: Tensor | None,
     offset: int,
 ) -> Tensor:
-    """prob <- sharp onehot(y) + uniform w - mass p, the gradient of the value's logits."""
-    sharp, mass = rates or [prob.new_ones(())] * 2
+    """prob <- sharp onehot(y) + uniform w - mass p, the gradient of `logprob_terms`."""
+    sharp, mass = rates or (prob.new_ones(()),) * 2
     grad = prob.mul_(-mass)
     if uniform != 0.0:
         grad.add_(uniform if class_weight is None else uniform * class_weight)
@@ -109,9 +109,9 @@ def logprob_grad_(
     return grad.scatter_add_(-1, torch.where(owned, local, 0), torch.where(owned, sharp, 0))
 
 
-def entropy_grad_(plogp: Tensor, prob: Tensor, entropy: Tensor) -> Tensor:
-    """plogp <- -p (log p + entropy), the gradient of the entropy."""
-    return plogp.addcmul_(prob, entropy).neg_()
+def entropy_grad_(p_log_p: Tensor, prob: Tensor, entropy: Tensor) -> Tensor:
+    """p_log_p <- -p (log p + entropy), the gradient of the entropy."""
+    return p_log_p.addcmul_(prob, entropy).neg_()
 
 
 def divergence_(
@@ -123,15 +123,15 @@ def divergence_(
     *,
     beta: float,
     clip: float | None,
-    want_grad: bool,
+    needs_grad: bool,
     group: Group,
 ) -> tuple[Tensor, Tensor | None]:
-    """Divergence and, with a clip, the mass it removed; kernels named by beta as in the docs."""
+    """Divergence and, with a clip, the mass it removed; beta 0 is the forward, 1 the reverse KL."""
     if beta == 0.0:
         return _forward_kl_(log_s, s, log_t, t, clip, group)
     if beta == 1.0:
-        return _reverse_kl_(log_s, s, log_t, clip, want_grad, work, group)
-    return _jsd_(log_s, s, log_t, t, work, beta, clip, want_grad, group)
+        return _reverse_kl_(log_s, s, log_t, clip, needs_grad, work, group)
+    return _jsd_(log_s, s, log_t, t, work, beta, clip, needs_grad, group)
 
 
 def _forward_kl_(
@@ -142,18 +142,18 @@ def _forward_kl_(
     clip: float | None,
     group: Group,
 ) -> tuple[Tensor, Tensor | None]:
-    """sum t log(t/s); gradient T s - t over the unclipped entries, T their teacher mass."""
+    """sum t log(t/s); gradient T s - t over the unclipped entries, T the teacher's mass on them."""
     gap = log_t.sub_(log_s)
-    infinite = _banned(gap, group)
+    infinite = _is_infinite(gap, group)
     entries = gap.mul_(t)
-    total = _row_sum(entries, group)
+    unclipped = _row_sum(entries, group)
     if clip is None:
         torch.sub(s, t, out=log_s)
-        return total.masked_fill_(infinite, torch.inf), None
+        return unclipped.masked_fill_(infinite, torch.inf), None
     t.masked_fill_(entries > clip, 0)
     value = _row_sum(entries.clamp_(max=clip), group)
     torch.mul(s, _row_sum(t, group), out=log_s).sub_(t)
-    return value, (total - value).masked_fill_(infinite, torch.inf)
+    return value, (unclipped - value).masked_fill_(infinite, torch.inf)
 
 
 def _reverse_kl_(
@@ -161,26 +161,29 @@ def _reverse_kl_(
     s: Tensor,
     log_t: Tensor,
     clip: float | None,
-    want_grad: bool,
+    needs_grad: bool,
     work: Tensor,
     group: Group,
 ) -> tuple[Tensor, Tensor | None]:
-    """sum s log(s/t); gradient s (log(s/t) - value), or its form over the unclipped entries."""
+    """sum s log(s/t); gradient s (log(s/t) - value).
+
+    With a clip it is g - s sum(g), g = s log(s/t) + s on the unclipped entries, 0 elsewhere.
+    """
     gap = log_s.sub_(log_t)
-    infinite = _banned(gap, group)
+    infinite = _is_infinite(gap, group)
     entries = gap.mul_(s)
-    total = _row_sum(entries, group)
+    unclipped = _row_sum(entries, group)
     if clip is None:
-        if want_grad:
-            # inf - inf has no direction; the infinite value reports it
-            entries.addcmul_(s, total, value=-1).masked_fill_(infinite, 0)
-        return total.masked_fill_(infinite, torch.inf), None
+        if needs_grad:
+            # An infinite KL has no gradient (inf - inf); the value reports it.
+            entries.addcmul_(s, unclipped, value=-1).masked_fill_(infinite, 0)
+        return unclipped.masked_fill_(infinite, torch.inf), None
     over = entries > clip
     value = _row_sum(torch.clamp(entries, max=clip, out=work), group)
-    if want_grad:
+    if needs_grad:
         entries.add_(s).masked_fill_(over, 0)
         entries.addcmul_(s, _row_sum(entries, group), value=-1)
-    return value, (total - value).masked_fill_(infinite, torch.inf)
+    return value, (unclipped - value).masked_fill_(infinite, torch.inf)
 
 
 def _jsd_(
@@ -191,38 +194,38 @@ def _jsd_(
     work: Tensor,
     beta: float,
     clip: float | None,
-    want_grad: bool,
+    needs_grad: bool,
     group: Group,
 ) -> tuple[Tensor, Tensor | None]:
     """beta KL(t|m) + (1-beta) KL(s|m), m = beta t + (1-beta) s.
 
     Gradient (1-beta) s (log(s/m) - K) with K = KL(s|m), both over the unclipped entries. With
     d = log(t/s), log(m/s) = log1p(beta expm1(d)): on close pairs the rounding of log s and log t
-    then cancels to first order, which it does not through m itself.
+    then cancels to first order; computed from m it would not.
     """
     limit = _log_ratio_limit(s.dtype)
     d = log_t.sub_(log_s).clamp_(min=-limit, max=limit)
-    q = torch.expm1(d, out=work).mul_(beta).log1p_()
-    student = torch.mul(q, s, out=log_s)  # -s log(s/m)
-    teacher = d.sub_(q).mul_(t)
+    log_m_s = torch.expm1(d, out=work).mul_(beta).log1p_()
+    student = torch.mul(log_m_s, s, out=log_s)  # s log(m/s)
+    teacher = d.sub_(log_m_s).mul_(t)
     removed = None
     if clip is None:
         k = _row_sum(student, group)
         value = beta * _row_sum(teacher, group) - (1 - beta) * k
     else:
         entries = teacher.mul_(beta).add_(student, alpha=beta - 1)
-        total = _row_sum(entries, group)
+        unclipped = _row_sum(entries, group)
         student.masked_fill_(entries > clip, 0)
         value = _row_sum(entries.clamp_(max=clip), group)
-        removed = total - value
+        removed = unclipped - value
         k = _row_sum(student, group)
-    if want_grad:
+    if needs_grad:
         student.addcmul_(s, k, value=-1).mul_(beta - 1)
     return value, removed
 
 
 def _log_ratio_limit(dtype: torch.dtype) -> float:
-    """Beyond it the smaller probability is nothing beside the larger, and expm1 still finite."""
+    """Bound of log(t/s): the smaller probability is negligible there, and expm1 still finite."""
     return 700.0 if dtype == torch.float64 else 80.0
 
 
@@ -230,6 +233,6 @@ def _row_sum(tile: Tensor, group: Group) -> Tensor:
     return reduce_columns(tile.sum(-1, keepdim=True), "SUM", group)
 
 
-def _banned(gap: Tensor, group: Group) -> Tensor:
-    """Rows where log p - log q met q = 0 < p, however faint p is."""
+def _is_infinite(gap: Tensor, group: Group) -> Tensor:
+    """Rows whose gap, log p - log q, contains q = 0 < p, however small p is: the KL is infinite."""
     return reduce_columns(gap.amax(-1, keepdim=True), "MAX", group) > -LOG_ZERO / 2

@@ -1,9 +1,9 @@
-"""The schedules of a GPU: Triton kernels for rows of logits, cuBLAS for the products.
+"""The GPU backend: Triton kernels for rows of logits, cuBLAS for matrix products, fp32 sums.
 
-`blocked` leaves a block's logits in memory and turns them into their gradient in place. `tiled`
-does so one slice of the vocabulary at a time and multiplies the slice anew in every pass.
-`streaming` multiplies tiles of logits inside its kernels in every pass and makes the gradient one
-slice of the vocabulary at a time. All sum products in fp32.
+`blocked` stores a block's logits and overwrites them with their gradient. `tiled` does so for one
+slice of the vocabulary at a time and multiplies the slice again in every pass. `streaming`
+multiplies tiles of logits inside its kernels in every pass, and stores only the gradient, one slice
+of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from opsd_kernels.backends import passes
+from opsd_kernels.backends import two_pass
 from opsd_kernels.backends.passes import BlockedPass, Gradient, Layout
 from opsd_kernels.backends.triton_columns import ColumnTiles
 from opsd_kernels.backends.triton_config import device_of, resident_blocks
@@ -31,8 +31,8 @@ from opsd_kernels.problem import DivergenceProblem, Head, Result
 _Tiles = FusedTiles | StoredTiles | ColumnTiles | DifferenceTiles
 
 
-class _Pass(BlockedPass):
-    """Where the tiles come from, and the products that turn dz into gradients."""
+class _Pass(BlockedPass[_Tiles]):
+    """Makes the tiles of a schedule, and the products that turn dz into gradients."""
 
     def __init__(self, *how: Any) -> None:
         super().__init__(*how)
@@ -55,7 +55,7 @@ class _Pass(BlockedPass):
         if self.plan.precision == "fp32":
             return multiplied(slices[0])
         size = len(hidden[0])
-        codes = self.room("differences", 2 * size, padded_columns(vocab), torch.float16)
+        codes = self.buffer("differences", 2 * size, padded_columns(vocab), torch.float16)
         return DifferenceTiles(
             multiplied, slices, codes.unflatten(0, (2, size)), hidden[0], heads[0],
         )  # fmt: skip
@@ -67,17 +67,17 @@ class _Pass(BlockedPass):
         shared: bool,
         columns: slice,
     ) -> StoredTiles:
-        """A slice of the vocabulary: its logits are multiplied into the one buffer for them."""
+        """Multiply a slice of the vocabulary's logits into the buffer that all slices share."""
         size, count = len(hidden[0]), columns.stop - columns.start
-        # Every block and pass visits the same slices, and a small one waits for the host.
+        # Kept: every block and pass visits the same slices, and cutting the heads takes host time.
         key = columns.start, columns.stop
         if key not in self.parts:
             self.parts[key] = [_part(head, columns) for head in heads]
         parts = self.parts[key]
         width, padded = padded_columns(self.plan.slice_columns), padded_columns(count)
-        z = self.room("logits", len(heads) * size, width)[:, :padded]
+        z = self.buffer("logits", len(heads) * size, width)[:, :padded]
         if shared:  # one GEMM reads the head once for both models
-            both = self.room("hidden", 2 * size, *hidden[0].shape[1:], hidden[0].dtype)
+            both = self.buffer("hidden", 2 * size, hidden[0].shape[1], hidden[0].dtype)
             multiply(z[:, :count], both, parts[0].weight.t())
         else:
             for out, h, head in zip(z.split(size), hidden, parts, strict=True):
@@ -86,15 +86,15 @@ class _Pass(BlockedPass):
         return StoredTiles(z.unflatten(0, (len(heads), size)), parts, hidden[0])
 
     def operands(self, heads: list[Head], block: slice, stacked: bool = False) -> list[Tensor]:
-        """Each head's hidden states of the block; stacked: one after the other in "hidden"."""
+        """Each head's hidden states of the block; with `stacked`, adjacent in one buffer."""
         size = block.stop - block.start
         if self.kept is None and not stacked:
             return [head.hidden[block] for head in heads]
         shapes = [(size, head.hidden.shape[1], head.hidden.dtype) for head in heads]
         if stacked:
-            outs = self.room("hidden", 2 * size, *shapes[0][1:]).split(size)
+            outs = self.buffer("hidden", 2 * size, *shapes[0][1:]).split(size)
         else:
-            outs = [self.room(f"hidden {i}", *shape) for i, shape in enumerate(shapes)]
+            outs = [self.buffer(f"hidden {i}", *shape) for i, shape in enumerate(shapes)]
         for out, head in zip(outs, heads, strict=True):
             if self.kept is None:
                 out.copy_(head.hidden[block])
@@ -106,17 +106,17 @@ class _Pass(BlockedPass):
     def resident(self) -> bool:
         if self.plan.schedule != "blocked" or self.plan.precision != "fp32":
             return False
-        if self.group is not None or not self.wanted.any:
+        if self.group is not None or not self.needed.any:
             return False
         hidden = self.head.hidden
         device = device_of(hidden.device.index if hidden.is_cuda else None)
         columns = padded_columns(self.head.weight.shape[0])
-        # A row's programs wait for each other: a small GPU may not hold those of a wide row.
+        # The programs of a row wait for each other, so all of them must run at once.
         return columns <= device.processors * resident_blocks(columns, device).columns
 
     @property
     def joined(self) -> Callable[..., Tensor] | None:
-        frozen = self.wanted.hidden and not (self.wanted.weight or self.wanted.bias)
+        frozen = self.needed.hidden and not (self.needed.weight or self.needed.bias)
         return self._joined if self.plan.schedule == "tiled" and frozen else None
 
     def _joined(
@@ -131,12 +131,12 @@ class _Pass(BlockedPass):
     ) -> Tensor:
         """(2, rows) value and sum of shares, from the logits that also make the gradient.
 
-        dz = (1 - beta) s (K - q) with K known at the end: one product of [s (q - center); s]
-        makes both parts of dh. K - center is small where q - center is, so that rounding s apart
-        from its share costs nothing.
+        dz = (1 - beta) s (K - q), and K is known only at the end. So one product of
+        [s (q - center); s] with the head makes both terms of dh. K - center is small where
+        q - center is, so rounding s separately from its share costs nothing.
         """
         size, depth = tiles.hidden.shape[0], self.head.weight.shape[1]
-        dh = self.room("dh 0", 2 * size, depth)
+        dh = self.buffer("dh 0", 2 * size, depth)
 
         def add(columns: slice, stacked: Tensor) -> None:
             multiply(dh, stacked, self.head.weight[columns], add=columns.start > 0)
@@ -145,17 +145,18 @@ class _Pass(BlockedPass):
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
         share, chance = dh.split(size)
-        half = tiles.hidden.dtype == torch.float16  # shares are kept times the boost
+        half = tiles.hidden.dtype == torch.float16  # shares are stored times FP16_BOOST
         rate = 1.0 - p.beta if half else (1.0 - p.beta) / p.student.temperature
         factor = rate * (1.0 if scale is None else scale[:, None])
         total = sums[1, :, None] * (FP16_BOOST.value if half else 1.0)
         grad = chance.mul_(total).sub_(share).mul_(factor)
         rows = block if self.kept is None else self.kept[block]
+        assert self.grad_hidden is not None  # `joined` says so
         self.grad_hidden[rows] = grad.to(self.grad_hidden.dtype)
         return sums
 
     def result(self, stats: Tensor) -> Result:
-        """Gradients of fp16 inputs are sums of what `gradient_unit` says until here."""
+        """fp16 inputs: apply what `stored_grad_scale` left out, 1 / (FP16_BOOST * temperature)."""
         if self.head.hidden.dtype == torch.float16:
             for grad in (self.grad_hidden, self.grad_entropy, self.grad_weight, self.grad_bias):
                 if grad is not None:
@@ -167,8 +168,8 @@ class _Pass(BlockedPass):
         size, (vocab, depth) = len(h), weight.shape
         width = vocab if self.plan.schedule == "blocked" else self.plan.slice_columns
         # Which dz makes which gradient of the hidden states.
-        pairs = [(0, self.grad_hidden), (1, self.grad_entropy)]
-        pairs = [(i, grad) for i, grad in pairs if grad is not None]
+        grads = enumerate((self.grad_hidden, self.grad_entropy))
+        pairs = [(i, grad) for i, grad in grads if grad is not None]
         sums = {i: self._room_for_dh(i, size, depth) for i, _ in pairs}
         dz = self._room_for_dz(tiles, width)
         for first in range(0, vocab, width):
@@ -186,27 +187,27 @@ class _Pass(BlockedPass):
             grad[rows] = sums[i].to(grad.dtype)
 
     def _room_for_dh(self, index: int, size: int, depth: int) -> Tensor:
-        """fp32 sums; in place of a slice's logits where differences have been made of them."""
+        """Buffer for fp32 sums; a slice's logits, no longer needed once they are differences."""
         if self.plan.precision == "difference" and 2 * self.plan.slice_columns >= depth:
-            logits = self.room("logits", 2 * size, padded_columns(self.plan.slice_columns))
+            logits = self.buffer("logits", 2 * size, padded_columns(self.plan.slice_columns))
             return logits.flatten()[: size * depth].view(size, depth)
-        return self.room(f"dh {index}", size, depth)
+        return self.buffer(f"dh {index}", size, depth)
 
     def _room_for_dz(self, tiles: _Tiles, width: int) -> list[Tensor]:
-        """Where a slice's dz goes, and the entropy's own; over the logits where there are some."""
+        """Buffers for a slice's dz, which overwrites stored logits, and for the entropy's own."""
         size, dtype = tiles.hidden.shape[0], tiles.hidden.dtype
         width = padded_columns(width)
         if isinstance(tiles, FusedTiles):
-            dz = [self.room("dz 0", size, width, dtype)]
+            dz = [self.buffer("dz 0", size, width, dtype)]
         elif isinstance(tiles, DifferenceTiles):
             dz = [tiles.dz(dtype)]
         else:
-            dz = [self.room("logits", size, width).view(dtype)[:, :width]]
-        return [*dz, self.room("dz 1", size, width, dtype)] if self.wanted.entropy else dz
+            dz = [self.buffer("logits", size, width).view(dtype)[:, :width]]
+        return [*dz, self.buffer("dz 1", size, width, dtype)] if self.needed.entropy else dz
 
 
 def _part(head: Head, columns: slice) -> Head:
-    """A slice of the vocabulary of a head."""
+    """The rows of a head's weight, bias and class weights in a slice of the vocabulary."""
     vectors = head.bias, head.class_weight
     bias, class_weight = (None if x is None else x[columns] for x in vectors)
     return replace(head, weight=head.weight[columns], bias=bias, class_weight=class_weight)
@@ -214,15 +215,16 @@ def _part(head: Head, columns: slice) -> Head:
 
 def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """out (+)= a @ b with fp32 sums, out fp32."""
+    how: dict[str, Any] = {}
     if a.dtype == torch.float32 or not a.is_cuda:
-        a, b, how = a.float(), b.float(), {}  # on the CPU under the interpreter
+        a, b = a.float(), b.float()  # on the CPU under the interpreter
     else:
-        how = {"out_dtype": torch.float32}
+        how["out_dtype"] = torch.float32
     if add:
         torch.addmm(out, a, b, out=out, **how)
     else:
         torch.mm(a, b, out=out, **how)
 
 
-divergence = functools.partial(passes.divergence, _Pass)
-logprob = functools.partial(passes.logprob, _Pass)
+divergence = functools.partial(two_pass.divergence, _Pass)
+logprob = functools.partial(two_pass.logprob, _Pass)

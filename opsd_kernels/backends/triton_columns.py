@@ -1,11 +1,12 @@
-"""Tiles of the schedule `tiled`: a block's logits a slice of the vocabulary at a time.
+"""Tiles of the schedule `tiled`: a block's logits, one slice of the vocabulary at a time.
 
-Every pass multiplies a slice's logits anew into one small buffer and runs the row kernels on it;
-statistics of slices merge as those of spans do.
+Every pass multiplies each slice's logits again into one small buffer and runs the row kernels on
+it. The statistics of slices are merged like those of spans.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -18,7 +19,7 @@ from opsd_kernels.backends.triton_rows_launch import StoredTiles
 
 
 class ColumnTiles:
-    """A block of rows whose logits `multiplied(columns)` leaves in memory, a slice at a time."""
+    """A block of rows; `multiplied(columns)` multiplies a slice of its logits into memory."""
 
     def __init__(
         self, multiplied: Callable[[slice], StoredTiles], slices: list[slice], hidden: Tensor
@@ -65,14 +66,14 @@ class ColumnTiles:
     ) -> Tensor:
         """(2, rows) value and sum of centered shares of the JSD.
 
-        `use(columns, [shares; s])` takes each slice's, (2 rows, columns) in the input dtype.
+        Calls `use(columns, [shares; s])` for each slice: (2 rows, columns) in the input dtype.
         """
-        total = 0.0
+        sums = []
         for columns in self.slices:
             tiles = self.multiplied(columns)
-            total = total + tiles.shares(layout, merged, center, beta)
+            sums.append(tiles.shares(layout, merged, center, beta))
             use(columns, tiles.stacked()[:, : columns.stop - columns.start])
-        return total
+        return functools.reduce(torch.add, sums)
 
     def divergence_gradient(
         self,

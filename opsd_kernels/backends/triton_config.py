@@ -1,4 +1,4 @@
-"""Block sizes of the Triton kernels: a plain function of what is computed and where."""
+"""Block sizes of the Triton kernels: plain functions of shapes, dtype and device."""
 
 from __future__ import annotations
 
@@ -10,44 +10,45 @@ import torch
 # Bytes of shared memory one program may use, by compute capability.
 _SHARED_MEMORY = {(8, 0): 163, (8, 7): 163, (8, 6): 99, (8, 9): 99, (12, 0): 99, (12, 1): 99}
 _SHARED_MEMORY_ELSE = 227
-# Programs per processor: enough that the last wave is a few percent, few enough partial results.
+# Programs per processor: so many that the last wave costs a few percent, so few that the partial
+# results stay small.
 _WAVES = 16
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows and vocabulary columns of a tile, inner size of a product, and how it is compiled."""
+    """A fused kernel's tile and how it is compiled."""
 
-    rows: int
-    cols: int
-    inner: int
+    rows: int  # BLOCK_N
+    cols: int  # BLOCK_V
+    inner: int  # BLOCK_D, a step of the product
     warps: int
     stages: int
-    parts: int  # of its columns, taken one after the other through the rows' arithmetic
+    parts: int  # PARTS of the columns, whose row math runs one after the other
 
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """How a kernel walks a row of logits: columns at a time, warps, threads."""
+    """How a kernel walks a row of stored logits."""
 
-    columns: int
+    columns: int  # BLOCK_V
     warps: int
-    lanes: int
+    lanes: int  # LANES, columns that one thread loads together
 
 
 @dataclass(frozen=True)
 class ResidentBlocks:
-    """Columns of a program's part of a row, warps, programs a processor, how it is compiled."""
+    """How the resident kernel cuts up a row and how it is compiled."""
 
-    columns: int
+    columns: int  # BLOCK_V, of a program's part
     warps: int
-    programs: int
-    options: dict[str, object]
+    programs: int  # per processor
+    options: dict[str, object]  # of the launch
 
 
 @dataclass(frozen=True)
 class Device:
-    """What block sizes depend on; capability None is Triton's interpreter."""
+    """What block sizes depend on; capability is None under Triton's interpreter."""
 
     capability: tuple[int, int] | None
     processors: int
@@ -69,17 +70,17 @@ def blocks(
     aligned: bool,
     device: Device,
 ) -> Blocks:
-    """Tile of a fused kernel with products over `depths`, of one head or a pair of them.
+    """Tile of a fused kernel of one head or a pair, whose hidden sizes are `depths`.
 
     Tiles are as large as registers allow (benchmarks/results/compile.json).
     """
-    if device.capability is None:  # small, so that small tests meet several tiles of each kind
+    if device.capability is None:  # small, so that small tests have several tiles
         return Blocks(16, 64, 16, 1, 1, 2)
     old = device.capability[0] < 9
     if itemsize == 4:
         rows, cols, inner = 64, 64, 16
     elif not aligned or (old and any(depth % 64 for depth in depths)):
-        rows, cols, inner = 64, 64, 32  # short loads and masks take the registers
+        rows, cols, inner = 64, 64, 32  # narrow loads and masks need registers
     elif old:
         rows, cols, inner = 64 if pair else 128, 128, 64
     else:
@@ -91,7 +92,7 @@ def blocks(
 
 
 def row_blocks(columns: int, device: Device) -> RowBlocks:
-    """Columns a program of a row kernel takes at a time: 8 of each head a thread."""
+    """Columns that a program of a row kernel loads at a time: 8 of each head per thread."""
     if device.capability is None:
         return RowBlocks(128, 1, 16)
     block = min(2048, _power_of_two(columns, 256))
@@ -99,19 +100,19 @@ def row_blocks(columns: int, device: Device) -> RowBlocks:
 
 
 def resident_blocks(columns: int, device: Device) -> ResidentBlocks:
-    """The part of a row that a program holds: 32 columns of each head a thread."""
-    if device.capability is None:  # its programs run one after the other: none may wait
+    """The part of a row that a program holds in registers: 32 columns of each head per thread."""
+    if device.capability is None:  # programs run one after the other: none may wait
         return ResidentBlocks(_power_of_two(columns, 128), 1, 16, {})
     block = min(4096, _power_of_two(columns, 1024))
-    # 384 threads of 168 registers fill a processor; all programs must run at once.
-    how = {"maxnreg": 168, "launch_cooperative_grid": True}
+    # 384 threads with 168 registers fill a processor; all programs must run at once.
+    how: dict[str, object] = {"maxnreg": 168, "launch_cooperative_grid": True}
     return ResidentBlocks(block, block // 1024, 3 * 4096 // block, how)
 
 
 def spans(
     rows: int, columns: int, row_tile: int, column_tile: int, device: Device
 ) -> tuple[int, int]:
-    """(tiles a program walks, programs per row block) of a pass over the vocabulary."""
+    """(span, splits) of a pass over the vocabulary: tiles per program, programs per row block."""
     row_blocks, tiles = -(-rows // row_tile), -(-columns // column_tile)
     span = max(1, row_blocks * tiles // (_WAVES * device.processors))
     span = min(span, tiles)

@@ -1,10 +1,10 @@
-"""Kernels on 16-bit differences of a pair's logits, in place of the fp32 logits themselves.
+"""Kernels on 16-bit differences of a pair's logits, which take the place of the fp32 logits.
 
-A tile of BLOCK_V columns is known by its maxima, which its statistics hold in fp32. Relative to
-them u_s and u_t are at most 0, and two fp16 numbers keep a column: the larger of u_s and u_t, and
-the gap u_t - u_s. A probability loses what fp16 loses near the tile's maximum, where it matters
-least; a close pair keeps its digits, because the gap itself is stored. Where one side is banned the
-gap is infinite and the larger is the other side.
+A row is cut into tiles of BLOCK_V columns, whose maxima are kept in fp32. Relative to them
+u_s <= 0 and u_t <= 0, and two fp16 numbers describe a column: `larger` = max(u_s, u_t) and
+`gap` = u_t - u_s. fp16 is finest near 0, so the probabilities near the tile's maximum lose least;
+a close pair keeps its digits, because the gap itself is stored. If one side is banned, the gap is
+infinite and `larger` is the other side.
 """
 
 from __future__ import annotations
@@ -18,154 +18,179 @@ from opsd_kernels.backends.triton_math import (
     LN_2,
     LOG2_E,
     LOG_ZERO,
-    divergence_slope,
-    entries,
+    divergence_grad,
+    divergence_terms,
     exp,
-    gradient_unit,
+    stored_grad_scale,
 )
 from opsd_kernels.backends.triton_rows import (
-    ROW_NUMBERS,
+    ROW_JIT_OPTIONS,
     by_lane,
-    label_logit,
     lane_sum,
-    row_constants,
+    load_label_logit,
+    load_row_constants,
     row_logits,
     store_head,
 )
 
-HOW = {
-    "do_not_specialize": [*ROW_NUMBERS["do_not_specialize"], "tile", "tiles"],
+JIT_OPTIONS = {
+    "do_not_specialize": [*ROW_JIT_OPTIONS["do_not_specialize"], "first_tile", "tiles"],
     "do_not_specialize_on_alignment": [
-        *ROW_NUMBERS["do_not_specialize_on_alignment"], "parts",
+        *ROW_JIT_OPTIONS["do_not_specialize_on_alignment"], "parts",
     ],
 }  # fmt: skip
 
 
-@triton.jit(**HOW)
+@triton.jit(**JIT_OPTIONS)
 def difference_statistics(
-    z_s, z_t, bias_s, cap_s, inv_temp_s, bias_t, cap_t, inv_temp_t, label, parts, larger, gap, rows,
-    cols, padded, stride, code_stride, first, tile, tiles,
+    raw_s, raw_t,  # (rows, padded) fp32 logits of a slice, rows `stride` apart
+    epilogue_s, epilogue_t,
+    label,  # (rows,) int64, or None
+    parts,  # (statistics, tiles, rows) fp32
+    larger, gap,  # (rows, padded vocabulary) fp16, rows code_stride apart
+    rows, cols, padded, stride, code_stride,
+    vocab_start,  # of the slice
+    first_tile,  # of the slice
+    tiles,  # of the vocabulary
     BLOCK_V: tl.constexpr, ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one tile of a row, as `row_statistics_pair` has them, and its differences.
-
-    `tile` is the slice's first of the vocabulary's `tiles`.
-    """
-    row, local = tl.program_id(0) % rows, tl.program_id(0) // rows
-    z_s += row.to(tl.int64) * stride
-    z_t += row.to(tl.int64) * stride
-    begin = local * BLOCK_V
-    c = begin + tl.arange(0, BLOCK_V)
-    x_s, _ = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_temp_s)
-    x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_temp_t)
-    top_s, top_t = tl.maximum(tl.max(x_s, 0), LOG_ZERO), tl.maximum(tl.max(x_t, 0), LOG_ZERO)
-    u_s, u_t = x_s - top_s, x_t - top_t
-    d = (x_t - x_s) - (top_t - top_s)
-    d = tl.where(d == d, d, float("-inf"))  # both banned
-    code = row.to(tl.int64) * code_stride + tile * BLOCK_V + c
-    tl.store(larger + code, tl.where(d > 0, u_t, u_s).to(tl.float16), mask=c < padded)
-    tl.store(gap + code, d.to(tl.float16), mask=c < padded)
-    s, t = exp(u_s), exp(u_t)
-    u_s, u_t = tl.maximum(u_s, LOG_ZERO), tl.maximum(u_t, LOG_ZERO)
+    """Differences of one tile of a row, and its statistics as of `row_statistics_pair`."""
+    i_n, i_tile = tl.program_id(0) % rows, tl.program_id(0) // rows
+    raw_s += i_n.to(tl.int64) * stride
+    raw_t += i_n.to(tl.int64) * stride
+    begin = i_tile * BLOCK_V
+    o_v = begin + tl.arange(0, BLOCK_V)
+    b_z_s, _ = row_logits(raw_s, o_v, cols, padded, epilogue_s)
+    b_z_t, _ = row_logits(raw_t, o_v, cols, padded, epilogue_t)
+    max_s, max_t = tl.maximum(tl.max(b_z_s, 0), LOG_ZERO), tl.maximum(tl.max(b_z_t, 0), LOG_ZERO)
+    b_u_s, b_u_t = b_z_s - max_s, b_z_t - max_t
+    b_gap = (b_z_t - b_z_s) - (max_t - max_s)
+    b_gap = tl.where(b_gap == b_gap, b_gap, float("-inf"))  # NaN if both are banned
+    o_code = i_n.to(tl.int64) * code_stride + first_tile * BLOCK_V + o_v
+    b_larger = tl.where(b_gap > 0, b_u_t, b_u_s)
+    tl.store(larger + o_code, b_larger.to(tl.float16), mask=o_v < padded)
+    tl.store(gap + o_code, b_gap.to(tl.float16), mask=o_v < padded)
+    b_exp_s, b_exp_t = exp(b_u_s), exp(b_u_t)
+    b_u_s, b_u_t = tl.maximum(b_u_s, LOG_ZERO), tl.maximum(b_u_t, LOG_ZERO)
     y, end = begin, begin + BLOCK_V
     if label is not None:
-        y = (tl.load(label + row) - first).to(tl.int32)
-    jump = tiles.to(tl.int64) * rows
-    at = parts + (tile + local).to(tl.int64) * rows + row
-    label_s = label_logit(z_s, y, begin, end, cols, bias_s, cap_s, inv_temp_s)
-    at = store_head(
-        at, jump, top_s, tl.sum(s, 0), tl.sum(s * u_s, 0), label_s, label, ENTROPY
-    )  # fmt: skip
-    label_t = label_logit(z_t, y, begin, end, cols, bias_t, cap_t, inv_temp_t)
-    at = store_head(
-        at, jump, top_t, tl.sum(t, 0), tl.sum(t * u_t, 0), label_t, label, ENTROPY
-    )  # fmt: skip
+        y = (tl.load(label + i_n) - vocab_start).to(tl.int32)
+    stat_stride = tiles.to(tl.int64) * rows
+    p_out = parts + (first_tile + i_tile).to(tl.int64) * rows + i_n
+    label_logit = load_label_logit(raw_s, y, begin, end, cols, epilogue_s)
+    tile_s = (max_s, tl.sum(b_exp_s, 0), tl.sum(b_exp_s * b_u_s, 0))
+    p_out = store_head(p_out, stat_stride, tile_s, label_logit, label, ENTROPY)
+    label_logit = load_label_logit(raw_t, y, begin, end, cols, epilogue_t)
+    tile_t = (max_t, tl.sum(b_exp_t, 0), tl.sum(b_exp_t * b_u_t, 0))
+    p_out = store_head(p_out, stat_stride, tile_t, label_logit, label, ENTROPY)
     if KIND != JSD:
         if KIND == FORWARD_KL:
-            cross, lost = t * tl.clamp(d, LOG_ZERO, -LOG_ZERO), x_t - x_s
+            b_cross = b_exp_t * tl.clamp(b_gap, LOG_ZERO, -LOG_ZERO)
+            b_raw_gap = b_z_t - b_z_s
         else:
-            cross, lost = s * tl.clamp(-d, LOG_ZERO, -LOG_ZERO), x_s - x_t
-        tl.store(at, tl.sum(cross, 0))
-        tl.store(at + jump, tl.where(tl.max(lost, 0) > -0.5 * LOG_ZERO, 1.0, 0.0))
+            b_cross = b_exp_s * tl.clamp(-b_gap, LOG_ZERO, -LOG_ZERO)
+            b_raw_gap = b_z_s - b_z_t
+        tl.store(p_out, tl.sum(b_cross, 0))
+        infinite = tl.where(tl.max(b_raw_gap, 0) > -0.5 * LOG_ZERO, 1.0, 0.0)
+        tl.store(p_out + stat_stride, infinite)
 
 
 @triton.jit
-def _terms(
-    larger, gap, parts, at, row, rows, tile, tiles, top_s, log2_s, top_t, log2_t, inside,
-    STEP: tl.constexpr,
+def _decode(
+    larger, gap, parts, o_code, i_n, rows, i_tile, tiles,
+    row_max_s, log2_sum_s, row_max_t, log2_sum_t, mask, HEAD_STATISTICS: tl.constexpr,
 ):  # fmt: skip
-    """(s, t, log(t / s), z_s) of a tile from its differences and its own maxima in `parts`."""
-    own = parts + tile * rows + row
-    own_s = tl.load(own)
-    own_t = tl.load(own + STEP * tiles.to(tl.int64) * rows)
-    v = tl.load(larger + at, mask=inside, other=float("-inf")).to(tl.float32)
-    d = tl.load(gap + at, mask=inside, other=float("-inf")).to(tl.float32)
-    u_s, u_t = v - tl.maximum(d, 0.0), v + tl.minimum(d, 0.0)
-    s = tl.exp2(u_s * LOG2_E + ((own_s - top_s) * LOG2_E - log2_s))
-    t = tl.exp2(u_t * LOG2_E + ((own_t - top_t) * LOG2_E - log2_t))
-    d += ((own_t - own_s) - (top_t - top_s)) - (log2_t - log2_s) * LN_2
-    return s, t, d, u_s + own_s
+    """(s, t, log(t / s), z_s) of a tile from its differences and its maxima in `parts`."""
+    p_max = parts + i_tile * rows + i_n
+    max_s = tl.load(p_max)
+    max_t = tl.load(p_max + HEAD_STATISTICS * tiles.to(tl.int64) * rows)
+    b_larger = tl.load(larger + o_code, mask=mask, other=float("-inf")).to(tl.float32)
+    b_d = tl.load(gap + o_code, mask=mask, other=float("-inf")).to(tl.float32)
+    b_u_s, b_u_t = b_larger - tl.maximum(b_d, 0.0), b_larger + tl.minimum(b_d, 0.0)
+    b_s = tl.exp2(b_u_s * LOG2_E + ((max_s - row_max_s) * LOG2_E - log2_sum_s))
+    b_t = tl.exp2(b_u_t * LOG2_E + ((max_t - row_max_t) * LOG2_E - log2_sum_t))
+    b_d += ((max_t - max_s) - (row_max_t - row_max_s)) - (log2_sum_t - log2_sum_s) * LN_2
+    return b_s, b_t, b_d, b_u_s + max_s
 
 
-@triton.jit(**HOW)
+@triton.jit(**JIT_OPTIONS)
 def difference_sums(
-    larger, gap, parts, merged, out, rows, padded, code_stride, width, beta, rest, span, splits,
-    tiles,
-    BLOCK_V: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr,
+    larger, gap,  # (rows, padded) fp16, rows code_stride apart
+    parts,  # (statistics, tiles, rows) fp32 of the tiles
+    merged,  # (statistics, merged_stride) fp32 of whole rows
+    out,  # (3, splits, rows) fp32
+    rows, padded, code_stride, merged_stride,
+    beta, one_minus_beta,
+    span,  # tiles per program
+    splits,  # programs per row
+    tiles,  # of the vocabulary
+    BLOCK_V: tl.constexpr, LANES: tl.constexpr, HEAD_STATISTICS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Value, sum of what K is made of, and sum of s, over a span of a row's tiles."""
-    row, split = tl.program_id(0) % rows, tl.program_id(0) // rows
-    larger += row.to(tl.int64) * code_stride
-    gap += row.to(tl.int64) * code_stride
-    top_s, log2_s, top_t, log2_t = row_constants(merged, row, width, STEP)
+    """Value, sum of the terms of K (shares of a JSD, entries of a KL) and sum of s, over a span."""
+    i_n, i_split = tl.program_id(0) % rows, tl.program_id(0) // rows
+    larger += i_n.to(tl.int64) * code_stride
+    gap += i_n.to(tl.int64) * code_stride
+    row_max_s, log2_sum_s, row_max_t, log2_sum_t = load_row_constants(
+        merged, i_n, merged_stride, HEAD_STATISTICS
+    )
     value = tl.zeros((LANES,), tl.float32)
-    shares = tl.zeros((LANES,), tl.float32)
-    chances = tl.zeros((LANES,), tl.float32)
-    for tile in range(split * span, tl.minimum(split * span + span, tiles)):
-        c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        s, t, d, _ = _terms(
-            larger, gap, parts, c, row, rows, tile, tiles, top_s, log2_s, top_t, log2_t,
-            c < padded, STEP,
+    sum_share = tl.zeros((LANES,), tl.float32)
+    sum_s = tl.zeros((LANES,), tl.float32)
+    for i_tile in range(i_split * span, tl.minimum(i_split * span + span, tiles)):
+        o_v = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        b_s, b_t, b_d, _ = _decode(
+            larger, gap, parts, o_v, i_n, rows, i_tile, tiles,
+            row_max_s, log2_sum_s, row_max_t, log2_sum_t, o_v < padded, HEAD_STATISTICS,
         )  # fmt: skip
-        entry, share = entries(s, t, d, beta, rest, KIND)
+        b_entry, b_share = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
         if KIND != JSD:
-            share = entry
-        value += lane_sum(by_lane(entry, LANES, 8))
-        shares += lane_sum(by_lane(share, LANES, 8))
-        chances += lane_sum(by_lane(s, LANES, 8))
-    at = out + split.to(tl.int64) * rows + row
-    jump = splits.to(tl.int64) * rows
-    tl.store(at, tl.sum(value, 0))
-    tl.store(at + jump, tl.sum(shares, 0))
-    tl.store(at + 2 * jump, tl.sum(chances, 0))
+            b_share = b_entry
+        value += lane_sum(by_lane(b_entry, LANES, 8))
+        sum_share += lane_sum(by_lane(b_share, LANES, 8))
+        sum_s += lane_sum(by_lane(b_s, LANES, 8))
+    p_out = out + i_split.to(tl.int64) * rows + i_n
+    sum_stride = splits.to(tl.int64) * rows
+    tl.store(p_out, tl.sum(value, 0))
+    tl.store(p_out + sum_stride, tl.sum(sum_share, 0))
+    tl.store(p_out + 2 * sum_stride, tl.sum(sum_s, 0))
 
 
-@triton.jit(**HOW)
+@triton.jit(**JIT_OPTIONS)
 def difference_gradient(
-    larger, gap, parts, cap_s, inv_temp_s, merged, totals, scale, dz, rows, padded, code_stride,
-    width, beta, rest, span, tiles,
-    BLOCK_V: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr,
+    larger, gap,  # (rows, padded) fp16, rows code_stride apart
+    parts,  # (statistics, tiles, rows) fp32 of the tiles
+    softcap_s,  # of the student, or None
+    inv_temp_s,  # 1 / temperature of the student
+    merged,  # (statistics, merged_stride) fp32 of whole rows
+    totals,  # (rows,) fp32: K of the gradient
+    scale,  # (rows,) fp32: gradient of the loss by each value, or None for 1
+    dz,  # (rows, padded), rows code_stride apart: the memory of `larger`
+    rows, padded, code_stride, merged_stride,
+    beta, one_minus_beta, span, tiles,
+    BLOCK_V: tl.constexpr, HEAD_STATISTICS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """d value / d raw logits of the student, times the row's scale, in place of `larger`."""
-    row, split = tl.program_id(0) % rows, tl.program_id(0) // rows
-    at = row.to(tl.int64) * code_stride
-    top_s, log2_s, top_t, log2_t = row_constants(merged, row, width, STEP)
-    total = tl.load(totals + row)
-    factor = gradient_unit(dz, inv_temp_s)
+    """d value / d raw logits of the student, times the row's scale, over `larger`."""
+    i_n, i_split = tl.program_id(0) % rows, tl.program_id(0) // rows
+    o_row = i_n.to(tl.int64) * code_stride
+    row_max_s, log2_sum_s, row_max_t, log2_sum_t = load_row_constants(
+        merged, i_n, merged_stride, HEAD_STATISTICS
+    )
+    total = tl.load(totals + i_n)
+    factor = stored_grad_scale(dz, inv_temp_s)
     if scale is not None:
-        factor *= tl.load(scale + row)
+        factor *= tl.load(scale + i_n)
     if KIND != FORWARD_KL:
-        # Of an infinite reverse KL inf - inf has no direction; the value reports it.
+        # An infinite reverse KL has no gradient (inf - inf): 0 here, the value reports it.
         factor = tl.where(total == float("inf"), 0.0, factor)
         total = tl.where(total == float("inf"), 0.0, total)
-    for tile in range(split * span, tl.minimum(split * span + span, tiles)):
-        c = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        s, t, d, z = _terms(
-            larger, gap, parts, at + c, row, rows, tile, tiles, top_s, log2_s, top_t, log2_t,
-            c < padded, STEP,
+    for i_tile in range(i_split * span, tl.minimum(i_split * span + span, tiles)):
+        o_v = i_tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        b_s, b_t, b_d, b_z_s = _decode(
+            larger, gap, parts, o_row + o_v, i_n, rows, i_tile, tiles,
+            row_max_s, log2_sum_s, row_max_t, log2_sum_t, o_v < padded, HEAD_STATISTICS,
         )  # fmt: skip
-        grad = divergence_slope(s, t, d, total, None, beta, rest, KIND) * factor
-        if cap_s is not None:
-            height = z * (1.0 / (inv_temp_s * cap_s))
-            grad *= tl.where(s > 0, 1.0 - height * height, 0.0)
-        tl.store(dz + at + c, grad.to(dz.dtype.element_ty), mask=c < padded)
+        b_dz = divergence_grad(b_s, b_t, b_d, total, None, beta, one_minus_beta, KIND) * factor
+        if softcap_s is not None:
+            b_tanh = b_z_s * (1.0 / (inv_temp_s * softcap_s))
+            b_dz *= tl.where(b_s > 0, 1.0 - b_tanh * b_tanh, 0.0)
+        tl.store(dz + o_row + o_v, b_dz.to(dz.dtype.element_ty), mask=o_v < padded)

@@ -16,14 +16,14 @@ from opsd_kernels.backends.triton_rows_launch import StoredTiles
 from opsd_kernels.layouts import DIFFERENCE_TILE
 from opsd_kernels.problem import Head
 
-_WARPS = 1  # 16 columns a thread
+_WARPS = 1  # 16 columns per thread
 
 
 class DifferenceTiles:
-    """A block of rows whose logits `multiplied(columns)` leaves in fp32, a slice at a time.
+    """A block of rows; `multiplied(columns)` multiplies a slice of its fp32 logits into memory.
 
-    The statistics take them to differences (2, rows, padded) in fp16, which the other passes read
-    and the gradient takes the place of.
+    `statistics` turns the logits into differences (2, rows, padded) in fp16, which the other passes
+    read and the gradient overwrites.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class DifferenceTiles:
         }  # fmt: skip
 
     def dz(self, dtype: torch.dtype) -> Tensor:
-        """(rows, padded) where the gradient takes the place of the first differences."""
+        """(rows, padded) view of `larger`, the first differences, to be overwritten."""
         return self.differences[0].view(dtype)
 
     def statistics(
@@ -78,17 +78,17 @@ class DifferenceTiles:
         clip: float | None,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        """(2, rows): value, and K of the gradient: the mean of log(m / s), or log(s / t), under s.
+        """(2, rows): value, and K of the gradient: the mean of log(m / s) or log(s / t) under s.
 
-        Where the student is sure the gradient is what K leaves of one column, so K is the mean
-        under the very probabilities that the gradient sees: rounded, they do not add up to 1.
+        K is divided by the sum of the rounded s, which is not exactly 1: for a student that is sure
+        of one column the gradient is the difference of that column's term and K.
         """
         parts = merged.new_empty(3, self.splits, self.rows)
         triton_differences.difference_sums[(self.rows * self.splits,)](
             *self.differences, self.parts, merged, parts, self.rows, self.padded,
             self.differences.stride(1), merged.stride(0), beta, 1.0 - beta, self.span,
-            self.splits, self.tiles, **self.flags, LANES=32 * _WARPS, STEP=len(layout.names),
-            KIND=layout.kind,
+            self.splits, self.tiles, **self.flags, LANES=32 * _WARPS,
+            HEAD_STATISTICS=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
         value, shares, chances = summed(parts, group)
         return torch.stack([value, shares / chances])
@@ -108,5 +108,5 @@ class DifferenceTiles:
             *self.differences, self.parts, self.student.softcap, 1.0 / self.student.temperature,
             merged, totals, scale, out, self.rows, self.padded, self.differences.stride(1),
             merged.stride(0), beta, 1.0 - beta, self.span, self.tiles, **self.flags,
-            STEP=len(layout.names), KIND=layout.kind,
+            HEAD_STATISTICS=len(layout.names), KIND=layout.kind,
         )  # fmt: skip

@@ -1,11 +1,8 @@
-"""Fused kernels of the CUDA backend: statistics of rows and sums of a divergence, without logits.
+"""Fused kernels of the schedule `streaming`: row statistics and divergence sums, without logits.
 
-A program multiplies its tiles of logits from hidden states `x` and head `w`. It owns R rows and a
-span of the vocabulary, whose statistics it writes for `merge`.
-
-Statistics are (rows of float32) in the order of `passes.Layout`: per head maximum, sum of
-exponentials, sum of p u for the entropy, sum of w u and of w for label smoothing, the label's
-logit, the first column of the maximum; then, of a pair, the cross sum and an infinite KL's mark.
+Each program multiplies its own tiles of logits from hidden states x and head weight w. It owns
+BLOCK_N rows and a span of the vocabulary, and writes one partial result for each row, which
+`triton_merge` merges. Suffixes _s and _t are student and teacher.
 """
 
 from __future__ import annotations
@@ -17,29 +14,28 @@ from opsd_kernels.backends.triton_math import (
     FORWARD_KL,
     JSD,
     LOG_ZERO,
-    class_weights,
-    entries,
+    divergence_terms,
     exp,
+    load_class_weights,
     log2,
     log_ratio,
     probability,
-    rescaled,
+    rescale_sum,
 )
+from opsd_kernels.backends.triton_merge import head_statistics, store_statistics
 from opsd_kernels.backends.triton_tiles import (
-    crossed,
-    finished,
-    part_of,
-    product,
-    risen,
-    shared_products,
+    apply_bias_cap_temperature,
+    column_part,
+    has_infinite_kl,
+    matmul_tile,
+    matmul_tile_pair,
+    update_max,
 )
 
-# Sizes that change from call to call, and rows of longer tensors, which start anywhere; a kernel
-# compiled again for each would cost seconds.
-HOW = {
-    "do_not_specialize": [
-        "rows", "width", "out_width", "part_width", "span", "splits", "count", "first", "offset",
-    ],
+# Sizes that change from call to call, and rows of longer tensors, which start anywhere: compiling a
+# kernel again for each would cost seconds.
+JIT_OPTIONS = {
+    "do_not_specialize": ["rows", "merged_stride", "out_stride", "span", "splits", "vocab_start"],
     "do_not_specialize_on_alignment": [
         "label", "out", "merged", "totals", "entropy", "scale", "entropy_scale",
     ],
@@ -47,277 +43,262 @@ HOW = {
 
 
 @triton.jit
-def place(row_blocks, columns, GROUP: tl.constexpr):
-    """(row block, column index) of this program: a band of row blocks shares its columns in L2."""
+def swizzle_pid(row_blocks, column_blocks, GROUP: tl.constexpr):
+    """(row block, column block) of this program.
+
+    Programs go down GROUP row blocks before the next column block, so the group's row blocks find
+    the columns' weights in L2.
+    """
     pid = tl.program_id(0)
-    band = pid // (GROUP * columns)
-    first = band * GROUP
+    group = pid // (GROUP * column_blocks)
+    first = group * GROUP
     height = tl.minimum(row_blocks - first, GROUP)
-    inside = pid % (GROUP * columns)
-    return first + inside % height, inside // height
+    pid_in_group = pid % (GROUP * column_blocks)
+    return first + pid_in_group % height, pid_in_group // height
 
 
 @triton.jit
-def tiles_of(
-    x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k, x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k,
-    row, col, rows, cols,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
-    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(R, C) raw logits of student and teacher."""
-    if SHARED:
-        raw_s, raw_t = shared_products(
-            x_s, x_t, w_s, row, col, rows, cols, depth_s, s_row, s_k, t_row, t_k, ws_row, ws_k,
-            R, C, K, DESCRIBED, EVEN, PRECISION,
-        )  # fmt: skip
-    else:
-        raw_s = product(
-            x_s, w_s, row, col, rows, cols, depth_s, s_row, s_k, ws_row, ws_k,
-            R, C, K, DESCRIBED, EVEN, PRECISION,
-        )  # fmt: skip
-        raw_t = product(
-            x_t, w_t, row, col, rows, cols, depth_t, t_row, t_k, wt_row, wt_k,
-            R, C, K, DESCRIBED, EVEN, PRECISION,
-        )  # fmt: skip
-    return raw_s, raw_t
-
-
-@triton.jit
-def labels_of(label, r, rows, cols, first):
-    """Column of each row's label in this shard, -1 where another owns it."""
-    y = tl.load(label + tl.minimum(r, rows - 1)) - first
+def load_label(label, o_n, rows, cols, vocab_start):
+    """Column of each row's label in this rank's shard, -1 if another rank owns it."""
+    y = tl.load(label + tl.minimum(o_n, rows - 1)) - vocab_start
     return tl.where(y < cols, y, -1).to(tl.int32)
 
 
 @triton.jit
-def _picked(z, y, col, C: tl.constexpr):
+def _label_logit(b_z, y, start_v, BLOCK_V: tl.constexpr):
     """The label's logit if it lies in this tile, else 0."""
-    c = col + tl.arange(0, C)
-    return tl.sum(tl.where(c[None, :] == y[:, None], z, 0.0), 1)
+    o_v = start_v + tl.arange(0, BLOCK_V)
+    return tl.sum(tl.where(o_v[None, :] == y[:, None], b_z, 0.0), 1)
 
 
 @triton.jit
-def _column_of(z, top, col, C: tl.constexpr):
-    """The first column of each row's tile that holds `top`."""
-    c = (col + tl.arange(0, C)).to(tl.float32)
-    return tl.min(tl.where(z == top[:, None], c[None, :], float("inf")), 1)
+def _first_column_of(b_z, row_max, start_v, BLOCK_V: tl.constexpr):
+    """The first column of each row's tile that equals row_max, as a float."""
+    o_v = (start_v + tl.arange(0, BLOCK_V)).to(tl.float32)
+    return tl.min(tl.where(b_z == row_max[:, None], o_v[None, :], float("inf")), 1)
 
 
 # --------------------------------------------------------------------------------------- first pass
 
 
-@triton.jit(**HOW)
+@triton.jit(**JIT_OPTIONS)
 def statistics(
-    x, w, bias, softcap, inv_temp, depth, x_row, x_k, w_row, w_k,
-    class_weight, label, out, rows, cols, first, width, span, splits,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    x,  # (rows, D), or its tensor descriptor with USE_TMA
+    w,  # (cols, D), likewise
+    epilogue,  # Epilogue
+    sizes,  # MatmulSizes
+    class_weight,  # (cols,) fp32, or None
+    label,  # (rows,) int64, or None
+    out,  # (statistics, splits, out_stride) fp32
+    rows, cols,
+    vocab_start,  # of this rank's shard
+    out_stride,
+    span,  # tiles of BLOCK_V columns per program
+    splits,  # programs per row block
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr,
+    USE_TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr, PREDICTED: tl.constexpr,
 ):  # fmt: skip
     """Statistics of one head over this program's span of the vocabulary."""
-    block, split = place(tl.cdiv(rows, R), splits, GROUP)
-    row = block * R
-    r = row + tl.arange(0, R)
-    top = tl.full((R,), LOG_ZERO, tl.float32)
-    total = tl.zeros((R,), tl.float32)
-    weighted = tl.zeros((R,), tl.float32)
-    plain = tl.zeros((R,), tl.float32)
-    number = tl.zeros((R,), tl.float32)
-    picked = tl.zeros((R,), tl.float32)
-    best = tl.full((R,), float("inf"), tl.float32)
-    PART: tl.constexpr = C // PARTS
-    begin = split * span * C
-    end = tl.minimum(begin + span * C, cols)
+    i_n, i_split = swizzle_pid(tl.cdiv(rows, BLOCK_N), splits, GROUP)
+    start_n = i_n * BLOCK_N
+    o_n = start_n + tl.arange(0, BLOCK_N)
+    row_max = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
+    sum_exp = tl.zeros((BLOCK_N,), tl.float32)
+    sum_exp_logit = tl.zeros((BLOCK_N,), tl.float32)
+    sum_logit = tl.zeros((BLOCK_N,), tl.float32)
+    sum_weight = tl.zeros((BLOCK_N,), tl.float32)
+    label_logit = tl.zeros((BLOCK_N,), tl.float32)
+    argmax = tl.full((BLOCK_N,), float("inf"), tl.float32)
+    PART_V: tl.constexpr = BLOCK_V // PARTS
+    begin = i_split * span * BLOCK_V
+    end = tl.minimum(begin + span * BLOCK_V, cols)
     if label is not None:
-        y = labels_of(label, r, rows, cols, first)
-    for col in range(begin, end, C):
-        raw = product(
-            x, w, row, col, rows, cols, depth, x_row, x_k, w_row, w_k,
-            R, C, K, DESCRIBED, EVEN, PRECISION,
+        y = load_label(label, o_n, rows, cols, vocab_start)
+    for start_v in range(begin, end, BLOCK_V):
+        b_raw = matmul_tile(
+            x, w, sizes, start_n, start_v, rows, cols,
+            BLOCK_N, BLOCK_V, BLOCK_D, USE_TMA, EVEN_D, PRECISION,
         )  # fmt: skip
-        for part in tl.static_range(PARTS):
-            c = col + part * PART
-            piece = part_of(raw, part, PARTS, R, C)
-            z, _ = finished(piece, c, cols, bias, softcap, inv_temp, PART)
-            now, shift = risen(z, top)
+        for i_part in tl.static_range(PARTS):
+            part_v = start_v + i_part * PART_V
+            b_part = column_part(b_raw, i_part, PARTS, BLOCK_N, BLOCK_V)
+            b_z, _ = apply_bias_cap_temperature(b_part, part_v, cols, epilogue, PART_V)
+            new_max, shift = update_max(b_z, row_max)
             if PREDICTED:
-                best = tl.where(now > top, _column_of(z, now, c, PART), best)
-            top = now
-            u = z - top[:, None]
-            p = exp(u)
+                found = _first_column_of(b_z, new_max, part_v, PART_V)
+                argmax = tl.where(new_max > row_max, found, argmax)
+            row_max = new_max
+            b_u = b_z - row_max[:, None]
+            b_exp = exp(b_u)
             if ENTROPY:
-                weighted = rescaled(weighted, shift, total) + tl.sum(p * u, 1)
+                sum_exp_logit = rescale_sum(sum_exp_logit, shift, sum_exp) + tl.sum(b_exp * b_u, 1)
             if SMOOTHED:
-                each = class_weights(class_weight, c + tl.arange(0, PART), cols)
-                plain += shift * number + tl.sum(each[None, :] * u, 1)
-                number += tl.sum(each, 0)
-            total = total * exp(shift) + tl.sum(p, 1)
+                b_weight = load_class_weights(class_weight, part_v + tl.arange(0, PART_V), cols)
+                sum_logit += shift * sum_weight + tl.sum(b_weight[None, :] * b_u, 1)
+                sum_weight += tl.sum(b_weight, 0)
+            sum_exp = sum_exp * exp(shift) + tl.sum(b_exp, 1)
             if label is not None:
-                picked += _picked(z, y, c, PART)
-    inside = r < rows
-    stride = splits.to(tl.int64) * width
-    at = out + split.to(tl.int64) * width + r
-    tl.store(at, top, inside)
-    tl.store(at + stride, total, inside)
-    at += 2 * stride
-    if ENTROPY:
-        tl.store(at, weighted, inside)
-        at += stride
-    if SMOOTHED:
-        tl.store(at, plain, inside)
-        tl.store(at + stride, number, inside)
-        at += 2 * stride
-    if label is not None:
-        tl.store(at, picked, inside)
-        at += stride
-    if PREDICTED:
-        tl.store(at, best + first, inside)
+                label_logit += _label_logit(b_z, y, part_v, PART_V)
+    stats = head_statistics(
+        row_max, sum_exp, sum_exp_logit if ENTROPY else None,
+        sum_logit if SMOOTHED else None, sum_weight if SMOOTHED else None,
+        label_logit if label is not None else None,
+        argmax + vocab_start if PREDICTED else None,
+    )  # fmt: skip
+    mask_n, stat_stride = o_n < rows, splits.to(tl.int64) * out_stride
+    store_statistics(out + i_split.to(tl.int64) * out_stride + o_n, stat_stride, stats, mask_n)
 
 
-@triton.jit(**HOW)
+@triton.jit(**JIT_OPTIONS)
 def statistics_pair(
-    x_s, w_s, bias_s, cap_s, inv_temp_s, depth_s, s_row, s_k, ws_row, ws_k,
-    x_t, w_t, bias_t, cap_t, inv_temp_t, depth_t, t_row, t_k, wt_row, wt_k,
-    label, out, rows, cols, first, width, span, splits,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    x_s, w_s, epilogue_s, sizes_s,  # (rows, D), (cols, D), Epilogue, MatmulSizes as above
+    x_t, w_t, epilogue_t, sizes_t,
+    label,  # (rows,) int64, or None
+    out,  # (statistics, splits, out_stride) fp32
+    rows, cols, vocab_start, out_stride, span, splits,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
+    USE_TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
     ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of both heads; for a KL also sum p (u_p - u_q), which makes its value."""
-    block, split = place(tl.cdiv(rows, R), splits, GROUP)
-    row = block * R
-    r = row + tl.arange(0, R)
-    top_s = tl.full((R,), LOG_ZERO, tl.float32)
-    top_t = tl.full((R,), LOG_ZERO, tl.float32)
-    total_s = tl.zeros((R,), tl.float32)
-    total_t = tl.zeros((R,), tl.float32)
-    weighted_s = tl.zeros((R,), tl.float32)
-    weighted_t = tl.zeros((R,), tl.float32)
-    picked_s = tl.zeros((R,), tl.float32)
-    picked_t = tl.zeros((R,), tl.float32)
-    cross = tl.zeros((R,), tl.float32)
-    infinite = tl.zeros((R,), tl.float32)
-    PART: tl.constexpr = C // PARTS
-    begin = split * span * C
-    end = tl.minimum(begin + span * C, cols)
+    """Statistics of both heads; for a KL also sum exp(u_p) (u_p - u_q), which gives its value."""
+    i_n, i_split = swizzle_pid(tl.cdiv(rows, BLOCK_N), splits, GROUP)
+    start_n = i_n * BLOCK_N
+    o_n = start_n + tl.arange(0, BLOCK_N)
+    row_max_s = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
+    row_max_t = tl.full((BLOCK_N,), LOG_ZERO, tl.float32)
+    sum_exp_s = tl.zeros((BLOCK_N,), tl.float32)
+    sum_exp_t = tl.zeros((BLOCK_N,), tl.float32)
+    sum_exp_logit_s = tl.zeros((BLOCK_N,), tl.float32)
+    sum_exp_logit_t = tl.zeros((BLOCK_N,), tl.float32)
+    label_logit_s = tl.zeros((BLOCK_N,), tl.float32)
+    label_logit_t = tl.zeros((BLOCK_N,), tl.float32)
+    cross = tl.zeros((BLOCK_N,), tl.float32)
+    infinite = tl.zeros((BLOCK_N,), tl.float32)
+    PART_V: tl.constexpr = BLOCK_V // PARTS
+    begin = i_split * span * BLOCK_V
+    end = tl.minimum(begin + span * BLOCK_V, cols)
     if label is not None:
-        y = labels_of(label, r, rows, cols, first)
-    for col in range(begin, end, C):
-        raw_s, raw_t = tiles_of(
-            x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k,
-            x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
-            R, C, K, SHARED, DESCRIBED, EVEN, PRECISION,
+        y = load_label(label, o_n, rows, cols, vocab_start)
+    for start_v in range(begin, end, BLOCK_V):
+        b_raw_s, b_raw_t = matmul_tile_pair(
+            x_s, w_s, sizes_s, x_t, w_t, sizes_t, start_n, start_v, rows, cols,
+            BLOCK_N, BLOCK_V, BLOCK_D, SHARED, USE_TMA, EVEN_D, PRECISION,
         )  # fmt: skip
-        for part in tl.static_range(PARTS):
-            c = col + part * PART
-            part_s = part_of(raw_s, part, PARTS, R, C)
-            part_t = part_of(raw_t, part, PARTS, R, C)
-            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, inv_temp_s, PART)
-            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_temp_t, PART)
+        for i_part in tl.static_range(PARTS):
+            part_v = start_v + i_part * PART_V
+            b_part_s = column_part(b_raw_s, i_part, PARTS, BLOCK_N, BLOCK_V)
+            b_part_t = column_part(b_raw_t, i_part, PARTS, BLOCK_N, BLOCK_V)
+            b_z_s, _ = apply_bias_cap_temperature(b_part_s, part_v, cols, epilogue_s, PART_V)
+            b_z_t, _ = apply_bias_cap_temperature(b_part_t, part_v, cols, epilogue_t, PART_V)
             if label is not None:
-                picked_s += _picked(z_s, y, c, PART)
-                picked_t += _picked(z_t, y, c, PART)
-            top_s, shift_s = risen(z_s, top_s)
-            top_t, shift_t = risen(z_t, top_t)
+                label_logit_s += _label_logit(b_z_s, y, part_v, PART_V)
+                label_logit_t += _label_logit(b_z_t, y, part_v, PART_V)
+            row_max_s, shift_s = update_max(b_z_s, row_max_s)
+            row_max_t, shift_t = update_max(b_z_t, row_max_t)
             if KIND == FORWARD_KL:
-                infinite = tl.maximum(infinite, crossed(z_t, z_s))
-                cross = rescaled(cross, shift_t, total_t, shift_s)
+                infinite = tl.maximum(infinite, has_infinite_kl(b_z_t, b_z_s))
+                cross = rescale_sum(cross, shift_t, sum_exp_t, shift_s)
             elif KIND != JSD:
-                infinite = tl.maximum(infinite, crossed(z_s, z_t))
-                cross = rescaled(cross, shift_s, total_s, shift_t)
-            u_s = z_s - top_s[:, None]
-            u_t = z_t - top_t[:, None]
-            s = exp(u_s)
-            t = exp(u_t)
+                infinite = tl.maximum(infinite, has_infinite_kl(b_z_s, b_z_t))
+                cross = rescale_sum(cross, shift_s, sum_exp_s, shift_t)
+            b_u_s = b_z_s - row_max_s[:, None]
+            b_u_t = b_z_t - row_max_t[:, None]
+            b_exp_s = exp(b_u_s)
+            b_exp_t = exp(b_u_t)
             if KIND == FORWARD_KL:
-                cross += tl.sum(t * (u_t - u_s), 1)
+                cross += tl.sum(b_exp_t * (b_u_t - b_u_s), 1)
             elif KIND != JSD:
-                cross += tl.sum(s * (u_s - u_t), 1)
+                cross += tl.sum(b_exp_s * (b_u_s - b_u_t), 1)
             if ENTROPY:
-                weighted_s = rescaled(weighted_s, shift_s, total_s) + tl.sum(s * u_s, 1)
-                weighted_t = rescaled(weighted_t, shift_t, total_t) + tl.sum(t * u_t, 1)
-            total_s = total_s * exp(shift_s) + tl.sum(s, 1)
-            total_t = total_t * exp(shift_t) + tl.sum(t, 1)
-    inside = r < rows
-    stride = splits.to(tl.int64) * width
-    at = out + split.to(tl.int64) * width + r
-    at = _store_head(at, stride, top_s, total_s, weighted_s, picked_s, inside, label, ENTROPY)
-    at = _store_head(at, stride, top_t, total_t, weighted_t, picked_t, inside, label, ENTROPY)
+                sum_exp_logit_s = rescale_sum(sum_exp_logit_s, shift_s, sum_exp_s)
+                sum_exp_logit_s += tl.sum(b_exp_s * b_u_s, 1)
+                sum_exp_logit_t = rescale_sum(sum_exp_logit_t, shift_t, sum_exp_t)
+                sum_exp_logit_t += tl.sum(b_exp_t * b_u_t, 1)
+            sum_exp_s = sum_exp_s * exp(shift_s) + tl.sum(b_exp_s, 1)
+            sum_exp_t = sum_exp_t * exp(shift_t) + tl.sum(b_exp_t, 1)
+    stats = head_statistics(
+        row_max_s, sum_exp_s, sum_exp_logit_s if ENTROPY else None, None, None,
+        label_logit_s if label is not None else None, None,
+    )  # fmt: skip
+    stats += head_statistics(
+        row_max_t, sum_exp_t, sum_exp_logit_t if ENTROPY else None, None, None,
+        label_logit_t if label is not None else None, None,
+    )  # fmt: skip
     if KIND != JSD:
-        tl.store(at, cross, inside)
-        tl.store(at + stride, infinite, inside)
-
-
-@triton.jit
-def _store_head(at, stride, top, total, weighted, picked, inside, label, ENTROPY: tl.constexpr):
-    tl.store(at, top, inside)
-    tl.store(at + stride, total, inside)
-    at += 2 * stride
-    if ENTROPY:
-        tl.store(at, weighted, inside)
-        at += stride
-    if label is not None:
-        tl.store(at, picked, inside)
-        at += stride
-    return at
+        stats += (cross, infinite)
+    mask_n, stat_stride = o_n < rows, splits.to(tl.int64) * out_stride
+    store_statistics(out + i_split.to(tl.int64) * out_stride + o_n, stat_stride, stats, mask_n)
 
 
 # -------------------------------------------------------------------------------------- second pass
 
 
 @triton.jit
-def constants(merged, r, rows, width, STEP: tl.constexpr):
-    """(R, 1) maximum and log2 of the sum of each head; the teacher's stand STEP rows later."""
-    at = (merged + tl.minimum(r, rows - 1))[:, None]
-    other = at + STEP * width.to(tl.int64)
-    top_s, top_t = tl.load(at), tl.load(other)
-    return top_s, log2(tl.load(at + width)), top_t, log2(tl.load(other + width))
+def load_maxima_and_sums(merged, o_n, rows, merged_stride, HEAD_STATISTICS: tl.constexpr):
+    """(BLOCK_N, 1) row_max_s, log2_sum_s, row_max_t, log2_sum_t of the rows `o_n`.
+
+    merged (statistics, merged_stride) has HEAD_STATISTICS rows of each head, the student's first.
+    """
+    p_s = (merged + tl.minimum(o_n, rows - 1))[:, None]
+    p_t = p_s + HEAD_STATISTICS * merged_stride.to(tl.int64)
+    row_max_s, row_max_t = tl.load(p_s), tl.load(p_t)
+    log2_sum_s = log2(tl.load(p_s + merged_stride))
+    return row_max_s, log2_sum_s, row_max_t, log2(tl.load(p_t + merged_stride))
 
 
-@triton.jit(**HOW)
+@triton.jit(**JIT_OPTIONS)
 def divergence_sums(
-    x_s, w_s, bias_s, cap_s, inv_temp_s, depth_s, s_row, s_k, ws_row, ws_k,
-    x_t, w_t, bias_t, cap_t, inv_temp_t, depth_t, t_row, t_k, wt_row, wt_k,
-    merged, out, rows, cols, width, out_width, beta, rest, clip, span, splits,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
-    SHARED: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    STEP: tl.constexpr, KIND: tl.constexpr,
+    x_s, w_s, epilogue_s, sizes_s,  # as of `statistics`
+    x_t, w_t, epilogue_t, sizes_t,
+    merged,  # (statistics, merged_stride) fp32 of whole rows
+    out,  # (2 or 3, splits, out_stride) fp32
+    rows, cols, merged_stride, out_stride,
+    beta, one_minus_beta,
+    clip,  # largest entry, or None
+    span, splits,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
+    USE_TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_STATISTICS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """Value, sum of shares and, with a clip, value without it, over a span of the vocabulary."""
-    block, split = place(tl.cdiv(rows, R), splits, GROUP)
-    row = block * R
-    r = row + tl.arange(0, R)
-    top_s, log2_s, top_t, log2_t = constants(merged, r, rows, width, STEP)
-    value = tl.zeros((R,), tl.float32)
-    shares = tl.zeros((R,), tl.float32)
-    unclipped = tl.zeros((R,), tl.float32)
-    PART: tl.constexpr = C // PARTS
-    begin = split * span * C
-    for col in range(begin, tl.minimum(begin + span * C, cols), C):
-        raw_s, raw_t = tiles_of(
-            x_s, w_s, depth_s, s_row, s_k, ws_row, ws_k,
-            x_t, w_t, depth_t, t_row, t_k, wt_row, wt_k, row, col, rows, cols,
-            R, C, K, SHARED, DESCRIBED, EVEN, PRECISION,
+    i_n, i_split = swizzle_pid(tl.cdiv(rows, BLOCK_N), splits, GROUP)
+    start_n = i_n * BLOCK_N
+    o_n = start_n + tl.arange(0, BLOCK_N)
+    row_max_s, log2_sum_s, row_max_t, log2_sum_t = load_maxima_and_sums(
+        merged, o_n, rows, merged_stride, HEAD_STATISTICS
+    )
+    value = tl.zeros((BLOCK_N,), tl.float32)
+    sum_share = tl.zeros((BLOCK_N,), tl.float32)
+    unclipped = tl.zeros((BLOCK_N,), tl.float32)
+    PART_V: tl.constexpr = BLOCK_V // PARTS
+    begin = i_split * span * BLOCK_V
+    for start_v in range(begin, tl.minimum(begin + span * BLOCK_V, cols), BLOCK_V):
+        b_raw_s, b_raw_t = matmul_tile_pair(
+            x_s, w_s, sizes_s, x_t, w_t, sizes_t, start_n, start_v, rows, cols,
+            BLOCK_N, BLOCK_V, BLOCK_D, SHARED, USE_TMA, EVEN_D, PRECISION,
         )  # fmt: skip
-        for part in tl.static_range(PARTS):
-            c = col + part * PART
-            part_s = part_of(raw_s, part, PARTS, R, C)
-            part_t = part_of(raw_t, part, PARTS, R, C)
-            z_s, _ = finished(part_s, c, cols, bias_s, cap_s, inv_temp_s, PART)
-            z_t, _ = finished(part_t, c, cols, bias_t, cap_t, inv_temp_t, PART)
-            s, t = probability(z_s, top_s, log2_s), probability(z_t, top_t, log2_t)
-            d = log_ratio(z_s, z_t, top_s, log2_s, top_t, log2_t)
-            entry, share = entries(s, t, d, beta, rest, KIND)
+        for i_part in tl.static_range(PARTS):
+            part_v = start_v + i_part * PART_V
+            b_part_s = column_part(b_raw_s, i_part, PARTS, BLOCK_N, BLOCK_V)
+            b_part_t = column_part(b_raw_t, i_part, PARTS, BLOCK_N, BLOCK_V)
+            b_z_s, _ = apply_bias_cap_temperature(b_part_s, part_v, cols, epilogue_s, PART_V)
+            b_z_t, _ = apply_bias_cap_temperature(b_part_t, part_v, cols, epilogue_t, PART_V)
+            b_s = probability(b_z_s, row_max_s, log2_sum_s)
+            b_t = probability(b_z_t, row_max_t, log2_sum_t)
+            b_d = log_ratio(b_z_s, b_z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
+            b_entry, b_share = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
             if clip is not None:
-                unclipped += tl.sum(entry, 1)
-                share = tl.where(entry > clip, 0.0, share)
-                entry = tl.where(entry > clip, clip, entry)
-            value += tl.sum(entry, 1)
-            shares += tl.sum(share, 1)
-    inside = r < rows
-    stride = splits.to(tl.int64) * out_width
-    at = out + split.to(tl.int64) * out_width + r
-    tl.store(at, value, inside)
-    tl.store(at + stride, shares, inside)
+                unclipped += tl.sum(b_entry, 1)
+                b_share = tl.where(b_entry > clip, 0.0, b_share)
+                b_entry = tl.where(b_entry > clip, clip, b_entry)
+            value += tl.sum(b_entry, 1)
+            sum_share += tl.sum(b_share, 1)
+    sums = (value, sum_share)
     if clip is not None:
-        tl.store(at + 2 * stride, unclipped, inside)
+        sums += (unclipped,)
+    mask_n, stat_stride = o_n < rows, splits.to(tl.int64) * out_stride
+    store_statistics(out + i_split.to(tl.int64) * out_stride + o_n, stat_stride, sums, mask_n)

@@ -1,4 +1,4 @@
-"""Launches the fused Triton kernels on a block of rows: arguments, grids, partial results."""
+"""Launches the fused Triton kernels on a block of rows: their arguments, grids and results."""
 
 from __future__ import annotations
 
@@ -14,35 +14,39 @@ from opsd_kernels.backends import triton_gradients, triton_kernels, triton_merge
 from opsd_kernels.backends.passes import Layout, gathered
 from opsd_kernels.backends.precision import tf32_allowed
 from opsd_kernels.backends.triton_config import Blocks, Device, blocks, device_of, spans
+from opsd_kernels.backends.triton_math import Epilogue
+from opsd_kernels.backends.triton_tiles import MatmulSizes
 from opsd_kernels.layouts import padded_columns
 
-_GROUP = 8  # row blocks that walk the vocabulary side by side and find the head's tiles in L2
-# Rows and spans that `merge` takes at a time: few programs, whose loads must not wait in turn.
-_MERGED_ROWS, _MERGED_SPANS = 32, 16
+_GROUP = 8  # row blocks that read the same tiles of the head in turn and find them in L2
+# Rows of a program of `merge`, and spans that it loads at a time: there are few programs, so each
+# must have many loads in flight.
+_MERGE_BLOCK_N, _MERGE_BLOCK_SPANS = 32, 16
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the tiles of one head are multiplied from."""
+    """One head as a fused kernel takes it."""
 
     x: Tensor  # (rows, D)
     w: Tensor  # (V, D)
     bias: Tensor | None
     softcap: float | None
     temperature: float
-    class_weight: Tensor | None = None
+    class_weight: Tensor | None = None  # (V,)
 
-    def arguments(self, b: Blocks, described: bool) -> list[object]:
+    def arguments(self, b: Blocks, use_tma: bool) -> list[object]:
+        """x, w, epilogue, sizes; Triton 3.6 takes no tensor descriptors inside a tuple."""
         x, w = self.x, self.w
-        if described:
+        if use_tma:
             x = TensorDescriptor.from_tensor(x, [b.rows, b.inner])
             w = TensorDescriptor.from_tensor(w, [b.cols, b.inner])
-        sizes = [self.x.shape[1], *self.x.stride(), *self.w.stride()]
-        return [x, w, self.bias, self.softcap, 1.0 / self.temperature, *sizes]
+        epilogue = Epilogue(self.bias, self.softcap, 1.0 / self.temperature)
+        return [x, w, epilogue, MatmulSizes(self.x.shape[1], *self.x.stride(), *self.w.stride())]
 
 
 class FusedTiles:
-    """One block of rows, what its tiles are multiplied from, and how its kernels are launched."""
+    """A block of rows whose tiles of logits the kernels multiply where they need them."""
 
     def __init__(self, sources: list[Source], shared: bool) -> None:
         x = self.hidden = sources[0].x
@@ -51,13 +55,13 @@ class FusedTiles:
         self.device = device_of(x.device.index if x.is_cuda else None)
         operands = [t for s in sources for t in (s.x, s.w)]
         depths = [s.x.shape[1] for s in sources]
-        self.described = describable(operands, self.device)
+        self.use_tma = can_use_tma(operands, self.device)
         self.blocks = blocks(
             pair=len(sources) == 2, depths=depths, itemsize=max(t.itemsize for t in operands),
             aligned=aligned(operands), device=self.device,
         )  # fmt: skip
-        self.even = all(d % self.blocks.inner == 0 for d in depths)
-        self.arguments = [a for s in sources for a in s.arguments(self.blocks, self.described)]
+        self.even_d = all(d % self.blocks.inner == 0 for d in depths)
+        self.arguments = [a for s in sources for a in s.arguments(self.blocks, self.use_tma)]
 
     def options(self) -> dict[str, object]:
         b = self.blocks
@@ -65,8 +69,9 @@ class FusedTiles:
         exact = fp32 and not tf32_allowed()
         shared = {"SHARED": self.shared} if len(self.sources) == 2 else {}
         return {
-            "R": b.rows, "C": b.cols, "K": b.inner, "PARTS": b.parts, "GROUP": _GROUP,
-            "DESCRIBED": self.described, "EVEN": self.even,
+            "BLOCK_N": b.rows, "BLOCK_V": b.cols, "BLOCK_D": b.inner,
+            "PARTS": b.parts, "GROUP": _GROUP,
+            "USE_TMA": self.use_tma, "EVEN_D": self.even_d,
             "PRECISION": "ieee" if exact else "tf32", **shared,
             "num_warps": b.warps, "num_stages": b.stages, "enable_fp_fusion": True,
         }  # fmt: skip
@@ -115,7 +120,7 @@ class FusedTiles:
         triton_kernels.divergence_sums[grid](
             *self.arguments, merged, parts, self.rows, self.cols, merged.stride(0), self.rows,
             beta, 1.0 - beta, clip, span, splits, **self.options(),
-            STEP=len(layout.names), KIND=layout.kind,
+            HEAD_STATISTICS=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
         return summed(parts, group)
 
@@ -133,7 +138,7 @@ class FusedTiles:
         triton_gradients.divergence_gradient[self._grid(columns)](
             *self.arguments, merged, totals, scale, out, self.rows, self.cols, merged.stride(0),
             out.stride(0), beta, 1.0 - beta, clip, *_ends(columns),
-            **self.options(), STEP=len(layout.names), KIND=layout.kind,
+            **self.options(), HEAD_STATISTICS=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
 
     def logprob_gradient(
@@ -174,7 +179,7 @@ def aligned(tensors: list[Tensor]) -> bool:
     )
 
 
-def describable(tensors: list[Tensor], device: Device) -> bool:
+def can_use_tma(tensors: list[Tensor], device: Device) -> bool:
     """Whether all can be read by TMA: Hopper or later, aligned rows."""
     return device.capability is not None and device.capability[0] >= 9 and aligned(tensors)
 
@@ -196,8 +201,9 @@ def summed(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _merge(parts: Tensor, out: Tensor, layout: Layout) -> None:
     rows = out.shape[1]
-    triton_merge.merge[(triton.cdiv(rows, _MERGED_ROWS),)](
-        parts, out, rows, out.stride(0), parts.shape[1], parts.shape[2], R=_MERGED_ROWS,
-        SPANS=_MERGED_SPANS, HEADS=layout.heads, ENTROPY=layout.entropy,
-        SMOOTHED=layout.smoothed, LABEL=layout.label, PREDICTED=layout.predicted, KIND=layout.kind,
+    triton_merge.merge[(triton.cdiv(rows, _MERGE_BLOCK_N),)](
+        parts, out, rows, out.stride(0), parts.shape[1], parts.shape[2],
+        BLOCK_N=_MERGE_BLOCK_N, BLOCK_SPANS=_MERGE_BLOCK_SPANS, HEADS=layout.heads,
+        ENTROPY=layout.entropy, SMOOTHED=layout.smoothed, LABEL=layout.label,
+        PREDICTED=layout.predicted, KIND=layout.kind,
     )  # fmt: skip

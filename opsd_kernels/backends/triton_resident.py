@@ -1,9 +1,10 @@
-"""Statistics, sums and gradient of a pair's rows in one pass over their logits.
+"""A pair's statistics, sums and gradient in one kernel, which reads the logits once.
 
-A row's programs each hold a part of it in registers, tell each other their statistics and then
-their sums, and write the gradient over the logits, which nobody needs any more: who has told its
-statistics has read its logits. Programs form teams, which take rows in turn. All run at once, and
-each fetches its part of the next row while it works on one.
+The programs of a row each hold one part of it in registers. They exchange the parts' statistics,
+then the parts' sums, through an exchange buffer in global memory, and write the gradient over the
+logits. A part's statistics are published after its logits are read, so the others may overwrite
+them. A team of programs takes one row after another; all programs run at once (a cooperative
+launch), and each prefetches its part of the team's next row.
 """
 
 from __future__ import annotations
@@ -15,230 +16,259 @@ from opsd_kernels.backends.triton_math import (
     FORWARD_KL,
     JSD,
     LOG_ZERO,
-    divergence_slope,
-    entries,
+    divergence_grad,
+    divergence_terms,
     exp,
-    gradient_unit,
     log2,
     log_ratio,
     probability,
+    stored_grad_scale,
 )
-from opsd_kernels.backends.triton_rows import ROW_NUMBERS, label_logit, row_logits, store_head
+from opsd_kernels.backends.triton_merge import store_statistics
+from opsd_kernels.backends.triton_rows import (
+    ROW_JIT_OPTIONS,
+    load_label_logit,
+    row_logits,
+    store_head,
+)
 
-# What stands on the board until it is written: a NaN that no arithmetic gives.
-UNTOLD = 0x7FA5A5A5
-_UNTOLD = tl.constexpr(UNTOLD)
+# A slot of the exchange buffer that is not written yet: a NaN that no arithmetic gives.
+EMPTY = 0x7FA5A5A5
+_EMPTY = tl.constexpr(EMPTY)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-TOLD = 5  # numbers that a part tells the others of its row
-_TOLD = tl.constexpr(TOLD)
+SLOTS = 5  # numbers that a part publishes
+_SLOTS = tl.constexpr(SLOTS)
 
 
 @triton.jit
-def _larger(a, b, c, d):
+def _max2(a, b, c, d):
     return tl.maximum(a, c), tl.maximum(b, d)
 
 
 @triton.jit
-def _added(a, b, c, d):
+def _add2(a, b, c, d):
     return a + c, b + d
 
 
 @triton.jit
-def _added4(a, b, c, d, e, f, g, h):
+def _add4(a, b, c, d, e, f, g, h):
     return a + e, b + f, c + g, d + h
 
 
 @triton.jit
-def _joined(top_s, total_s, top_t, total_t, other_s, more_s, other_t, more_t):
+def _merge_parts(max_s, sum_s, max_t, sum_t, other_max_s, other_sum_s, other_max_t, other_sum_t):
     """Maxima and sums of exponentials of two parts, of both heads."""
-    now_s, now_t = tl.maximum(top_s, other_s), tl.maximum(top_t, other_t)
-    total_s = total_s * exp(top_s - now_s) + more_s * exp(other_s - now_s)
-    total_t = total_t * exp(top_t - now_t) + more_t * exp(other_t - now_t)
-    return now_s, total_s, now_t, total_t
+    new_s, new_t = tl.maximum(max_s, other_max_s), tl.maximum(max_t, other_max_t)
+    sum_s = sum_s * exp(max_s - new_s) + other_sum_s * exp(other_max_s - new_s)
+    sum_t = sum_t * exp(max_t - new_t) + other_sum_t * exp(other_max_t - new_t)
+    return new_s, sum_s, new_t, sum_t
 
 
-# Several at once: the threads of a program meet once. The interpreter takes each element of such a
-# reduction in turn, and one of its own all together.
+# Several reductions in one, so that the threads of a program synchronize once. The interpreter
+# loops over the elements of such a reduction, but not over those of a tl.sum.
 
 
 @triton.jit
-def _maxima(a, b):
+def _block_max2(a, b):
     if _INTERPRETED:
         found = tl.max(a, 0), tl.max(b, 0)
     else:
-        found = tl.reduce((a, b), 0, _larger)
+        found = tl.reduce((a, b), 0, _max2)
     return found
 
 
 @triton.jit
-def _sums(a, b):
+def _block_sum2(a, b):
     if _INTERPRETED:
         found = tl.sum(a, 0), tl.sum(b, 0)
     else:
-        found = tl.reduce((a, b), 0, _added)
+        found = tl.reduce((a, b), 0, _add2)
     return found
 
 
 @triton.jit
-def _sums4(a, b, c, d):
+def _block_sum4(a, b, c, d):
     if _INTERPRETED:
         found = tl.sum(a, 0), tl.sum(b, 0), tl.sum(c, 0), tl.sum(d, 0)
     else:
-        found = tl.reduce((a, b, c, d), 0, _added4)
+        found = tl.reduce((a, b, c, d), 0, _add4)
     return found
 
 
 @triton.jit
-def _fetch(z, begin, padded, COUNT: tl.constexpr):
-    """Bring so many logits of a row into L2."""
+def _prefetch(raw, begin, padded, COUNT: tl.constexpr):
+    """Bring COUNT logits of a row into L2."""
     if not _INTERPRETED:
-        # A line is 128 bytes. The result is not used.
-        at = tl.minimum(begin + tl.arange(0, COUNT // 32) * 32, padded - 1)
+        # One address per line of 128 bytes. The result is not used.
+        o_v = tl.minimum(begin + tl.arange(0, COUNT // 32) * 32, padded - 1)
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [z + at], dtype=tl.int32,
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [raw + o_v], dtype=tl.int32,
             is_pure=False, pack=1,
         )  # fmt: skip
 
 
-@triton.jit
-def _tell(at, value):
-    tl.store(at, value.to(tl.int32, bitcast=True))
+# ------------------------------------------------------------------------------ the exchange buffer
 
 
 @triton.jit
-def _read(at, there):
-    return tl.load(at, mask=there, other=0, volatile=True)
+def _publish(p_slot, value):
+    tl.store(p_slot, value.to(tl.int32, bitcast=True))
 
 
 @triton.jit
-def _any(these):
-    return tl.max(these.to(tl.int32), 0) > 0
+def _load_bits(p_slots, mask):
+    return tl.load(p_slots, mask=mask, other=0, volatile=True)
 
 
 @triton.jit
-def _heard(bits, there, other):
-    return tl.where(there, bits.to(tl.float32, bitcast=True), other)
+def _any(condition):
+    return tl.max(condition.to(tl.int32), 0) > 0
 
 
 @triton.jit
-def _row_of_all(board, parts, ROOM: tl.constexpr):
-    """(maximum, log2 of the sum) of both heads, when every part of the row has told its own."""
-    at = board + tl.arange(0, ROOM)
-    there = tl.arange(0, ROOM) < parts
-    a, b = _read(at, there), _read(at + ROOM, there)
-    c, d = _read(at + 2 * ROOM, there), _read(at + 3 * ROOM, there)
-    while _any((a == _UNTOLD) | (b == _UNTOLD) | (c == _UNTOLD) | (d == _UNTOLD)):
-        a, b = _read(at, there), _read(at + ROOM, there)
-        c, d = _read(at + 2 * ROOM, there), _read(at + 3 * ROOM, there)
-    tops_s, totals_s = _heard(a, there, LOG_ZERO), _heard(b, there, 0.0)
-    tops_t, totals_t = _heard(c, there, LOG_ZERO), _heard(d, there, 0.0)
+def _as_float(bits, mask, other):
+    return tl.where(mask, bits.to(tl.float32, bitcast=True), other)
+
+
+@triton.jit
+def _wait_for_row_constants(slots, parts, MAX_PARTS: tl.constexpr):
+    """(row_max, log2_sum) of both heads, as soon as every part of the row has published its own."""
+    p_slots = slots + tl.arange(0, MAX_PARTS)
+    mask = tl.arange(0, MAX_PARTS) < parts
+    a, b = _load_bits(p_slots, mask), _load_bits(p_slots + MAX_PARTS, mask)
+    c, d = _load_bits(p_slots + 2 * MAX_PARTS, mask), _load_bits(p_slots + 3 * MAX_PARTS, mask)
+    while _any((a == _EMPTY) | (b == _EMPTY) | (c == _EMPTY) | (d == _EMPTY)):
+        a, b = _load_bits(p_slots, mask), _load_bits(p_slots + MAX_PARTS, mask)
+        c, d = _load_bits(p_slots + 2 * MAX_PARTS, mask), _load_bits(p_slots + 3 * MAX_PARTS, mask)
+    b_max_s, b_sum_s = _as_float(a, mask, LOG_ZERO), _as_float(b, mask, 0.0)
+    b_max_t, b_sum_t = _as_float(c, mask, LOG_ZERO), _as_float(d, mask, 0.0)
     if _INTERPRETED:
-        top_s, top_t = tl.max(tops_s, 0), tl.max(tops_t, 0)
-        total_s = tl.sum(totals_s * exp(tops_s - top_s), 0)
-        total_t = tl.sum(totals_t * exp(tops_t - top_t), 0)
+        max_s, max_t = tl.max(b_max_s, 0), tl.max(b_max_t, 0)
+        sum_s = tl.sum(b_sum_s * exp(b_max_s - max_s), 0)
+        sum_t = tl.sum(b_sum_t * exp(b_max_t - max_t), 0)
     else:
-        top_s, total_s, top_t, total_t = tl.reduce((tops_s, totals_s, tops_t, totals_t), 0, _joined)
-    return top_s, log2(total_s), top_t, log2(total_t)
+        max_s, sum_s, max_t, sum_t = tl.reduce(
+            (b_max_s, b_sum_s, b_max_t, b_sum_t), 0, _merge_parts
+        )
+    return max_s, log2(sum_s), max_t, log2(sum_t)
 
 
 @triton.jit
-def _sum_of_all(board, parts, ROOM: tl.constexpr):
-    """The sum of what every part has told."""
-    at = board + tl.arange(0, ROOM)
-    there = tl.arange(0, ROOM) < parts
-    a = _read(at, there)
-    while _any(a == _UNTOLD):
-        a = _read(at, there)
-    return tl.sum(_heard(a, there, 0.0), 0)
+def _wait_for_sum(slots, parts, MAX_PARTS: tl.constexpr):
+    """Sum over the parts, as soon as every part of the row has published its own."""
+    p_slots = slots + tl.arange(0, MAX_PARTS)
+    mask = tl.arange(0, MAX_PARTS) < parts
+    bits = _load_bits(p_slots, mask)
+    while _any(bits == _EMPTY):
+        bits = _load_bits(p_slots, mask)
+    return tl.sum(_as_float(bits, mask, 0.0), 0)
 
 
-@triton.jit(**ROW_NUMBERS)
+# --------------------------------------------------------------------------------------- the kernel
+
+
+@triton.jit(**ROW_JIT_OPTIONS)
 def resident_divergence(
-    z_s, z_t, bias_s, cap_s, inv_temp_s, bias_t, cap_t, inv_temp_t, label, out, sums, board, scale,
-    dz, rows, cols, padded, stride, dz_stride, first, beta, rest, splits,
-    BLOCK_V: tl.constexpr, ROOM: tl.constexpr, ENTROPY: tl.constexpr, KIND: tl.constexpr,
+    raw_s, raw_t,  # (rows, padded) fp32 logits, rows `stride` apart
+    epilogue_s, epilogue_t,
+    label,  # (rows,) int64, or None
+    out,  # (statistics, splits, rows) fp32: each part's, as of `row_statistics_pair`
+    sums,  # (2, splits, rows) fp32: each part's, as of `row_divergence_sums`; None but for a JSD
+    exchange,  # (rows, SLOTS, MAX_PARTS) int32, all EMPTY
+    scale,  # (rows,) fp32: gradient of the loss by each value, or None for 1
+    dz,  # (rows, padded), rows dz_stride apart: the memory of raw_s
+    rows, cols, padded, stride, dz_stride,
+    vocab_start,  # of this rank's shard
+    beta, one_minus_beta,
+    splits,  # parts of a row: programs of a team
+    BLOCK_V: tl.constexpr, MAX_PARTS: tl.constexpr, ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """d value / d raw logits of the student, times the row's scale, over z_s.
-
-    A row has `splits` parts. out and sums get each part's statistics and sums, as
-    `row_statistics_pair` and `row_divergence_sums` give them. The board (rows, TOLD, ROOM) is all
-    UNTOLD.
-    """
-    jump = rows.to(tl.int64) * splits
-    part, teams = tl.program_id(0) % splits, tl.num_programs(0) // splits
-    begin = part * BLOCK_V
-    for number in range(tl.program_id(0) // splits, rows, teams):
-        row = tl.cast(number, tl.int32)
-        at_row = row.to(tl.int64) * stride
-        at_next = tl.minimum(row + teams, rows - 1).to(tl.int64) * stride
-        _fetch(z_s + at_next, begin, padded, BLOCK_V)
-        _fetch(z_t + at_next, begin, padded, BLOCK_V)
-        c = begin + tl.arange(0, BLOCK_V)
-        x_s, slope = row_logits(z_s + at_row, c, cols, padded, bias_s, cap_s, inv_temp_s)
-        x_t, _ = row_logits(z_t + at_row, c, cols, padded, bias_t, cap_t, inv_temp_t)
+    """d value / d raw logits of the student, times the row's scale, over raw_s."""
+    stat_stride = rows.to(tl.int64) * splits
+    i_part, teams = tl.program_id(0) % splits, tl.num_programs(0) // splits
+    begin = i_part * BLOCK_V
+    for i_row in range(tl.program_id(0) // splits, rows, teams):
+        i_n = tl.cast(i_row, tl.int32)
+        o_row = i_n.to(tl.int64) * stride
+        o_next = tl.minimum(i_n + teams, rows - 1).to(tl.int64) * stride
+        _prefetch(raw_s + o_next, begin, padded, BLOCK_V)
+        _prefetch(raw_t + o_next, begin, padded, BLOCK_V)
+        o_v = begin + tl.arange(0, BLOCK_V)
+        b_z_s, slope = row_logits(raw_s + o_row, o_v, cols, padded, epilogue_s)
+        b_z_t, _ = row_logits(raw_t + o_row, o_v, cols, padded, epilogue_t)
         end, y = begin + BLOCK_V, begin
         if label is not None:
-            y = (tl.load(label + row) - first).to(tl.int32)
-        label_s = label_logit(z_s + at_row, y, begin, end, cols, bias_s, cap_s, inv_temp_s)
-        label_t = label_logit(z_t + at_row, y, begin, end, cols, bias_t, cap_t, inv_temp_t)
-        top_s, top_t = _maxima(x_s, x_t)
-        top_s, top_t = tl.maximum(top_s, LOG_ZERO), tl.maximum(top_t, LOG_ZERO)
-        u_s, u_t = x_s - top_s, x_t - top_t
-        s, t = exp(u_s), exp(u_t)
-        weighted_s, weighted_t = 0.0, 0.0
+            y = (tl.load(label + i_n) - vocab_start).to(tl.int32)
+        label_logit_s = load_label_logit(raw_s + o_row, y, begin, end, cols, epilogue_s)
+        label_logit_t = load_label_logit(raw_t + o_row, y, begin, end, cols, epilogue_t)
+
+        # Statistics of this part.
+        max_s, max_t = _block_max2(b_z_s, b_z_t)
+        max_s, max_t = tl.maximum(max_s, LOG_ZERO), tl.maximum(max_t, LOG_ZERO)
+        b_u_s, b_u_t = b_z_s - max_s, b_z_t - max_t
+        b_exp_s, b_exp_t = exp(b_u_s), exp(b_u_t)
+        sum_exp_logit_s, sum_exp_logit_t = 0.0, 0.0
         if ENTROPY:
-            total_s, total_t, weighted_s, weighted_t = _sums4(
-                s, t, s * tl.maximum(u_s, LOG_ZERO), t * tl.maximum(u_t, LOG_ZERO)
-            )
+            sum_exp_s, sum_exp_t, sum_exp_logit_s, sum_exp_logit_t = _block_sum4(
+                b_exp_s, b_exp_t,
+                b_exp_s * tl.maximum(b_u_s, LOG_ZERO), b_exp_t * tl.maximum(b_u_t, LOG_ZERO),
+            )  # fmt: skip
         else:
-            total_s, total_t = _sums(s, t)
-        lost, cross = 0.0, 0.0
+            sum_exp_s, sum_exp_t = _block_sum2(b_exp_s, b_exp_t)
+        infinite, cross = 0.0, 0.0
         if KIND != JSD:
             if KIND == FORWARD_KL:
-                d = x_t - x_s
-                cross = t * (tl.clamp(d, LOG_ZERO, -LOG_ZERO) - (top_t - top_s))
+                b_gap = b_z_t - b_z_s
+                b_cross = b_exp_t * (tl.clamp(b_gap, LOG_ZERO, -LOG_ZERO) - (max_t - max_s))
             else:
-                d = x_s - x_t
-                cross = s * (tl.clamp(d, LOG_ZERO, -LOG_ZERO) - (top_s - top_t))
-            cross = tl.sum(cross, 0)
-            lost = tl.where(tl.max(d, 0) > -0.5 * LOG_ZERO, 1.0, 0.0)
-        at = out + part.to(tl.int64) * rows + row
-        at = store_head(at, jump, top_s, total_s, weighted_s, label_s, label, ENTROPY)
-        at = store_head(at, jump, top_t, total_t, weighted_t, label_t, label, ENTROPY)
+                b_gap = b_z_s - b_z_t
+                b_cross = b_exp_s * (tl.clamp(b_gap, LOG_ZERO, -LOG_ZERO) - (max_s - max_t))
+            cross = tl.sum(b_cross, 0)
+            infinite = tl.where(tl.max(b_gap, 0) > -0.5 * LOG_ZERO, 1.0, 0.0)
+        p_out = out + i_part.to(tl.int64) * rows + i_n
+        part_s, part_t = (max_s, sum_exp_s, sum_exp_logit_s), (max_t, sum_exp_t, sum_exp_logit_t)
+        p_out = store_head(p_out, stat_stride, part_s, label_logit_s, label, ENTROPY)
+        p_out = store_head(p_out, stat_stride, part_t, label_logit_t, label, ENTROPY)
         if KIND != JSD:
-            tl.store(at, cross)
-            tl.store(at + jump, lost)
-        # From here on the others may write over this part: what it read has arrived and is stored.
+            store_statistics(p_out, stat_stride, (cross, infinite))
+
+        # Statistics of the row. Once this part's are published the others may overwrite its logits:
+        # the barrier makes sure that every thread has read them.
         tl.debug_barrier()
-        told = board + row.to(tl.int64) * (_TOLD * ROOM)
-        mine = told + part
-        _tell(mine, top_s)
-        _tell(mine + ROOM, total_s)
-        _tell(mine + 2 * ROOM, top_t)
-        _tell(mine + 3 * ROOM, total_t)
-        top_s, log2_s, top_t, log2_t = _row_of_all(told, splits, ROOM)
-        s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
-        d = log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t)
-        factor = gradient_unit(dz, inv_temp_s)
+        slots = exchange + i_n.to(tl.int64) * (_SLOTS * MAX_PARTS)
+        p_own = slots + i_part
+        _publish(p_own, max_s)
+        _publish(p_own + MAX_PARTS, sum_exp_s)
+        _publish(p_own + 2 * MAX_PARTS, max_t)
+        _publish(p_own + 3 * MAX_PARTS, sum_exp_t)
+        row_max_s, log2_sum_s, row_max_t, log2_sum_t = _wait_for_row_constants(
+            slots, splits, MAX_PARTS
+        )
+        b_s = probability(b_z_s, row_max_s, log2_sum_s)
+        b_t = probability(b_z_t, row_max_t, log2_sum_t)
+        b_d = log_ratio(b_z_s, b_z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
+
+        # Sums and gradient.
+        factor = stored_grad_scale(dz, epilogue_s.inv_temp)
         if scale is not None:
-            factor *= tl.load(scale + row)
+            factor *= tl.load(scale + i_n)
         if KIND == FORWARD_KL:
-            grad = s - t
+            b_dz = b_s - b_t
         else:
-            entry, share = entries(s, t, d, beta, rest, KIND)
-            value, mean = _sums(entry, share)
+            b_entry, b_share = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
+            value, part_share = _block_sum2(b_entry, b_share)
             if KIND == JSD:
-                _tell(mine + 4 * ROOM, mean)
-                at = sums + part.to(tl.int64) * rows + row
-                tl.store(at, value)
-                tl.store(at + jump, mean)
-                grad = rest * (s * _sum_of_all(told + 4 * ROOM, splits, ROOM) - share)
+                _publish(p_own + 4 * MAX_PARTS, part_share)
+                p_sums = sums + i_part.to(tl.int64) * rows + i_n
+                store_statistics(p_sums, stat_stride, (value, part_share))
+                sum_share = _wait_for_sum(slots + 4 * MAX_PARTS, splits, MAX_PARTS)
+                b_dz = one_minus_beta * (b_s * sum_share - b_share)
             else:
-                _tell(mine + 4 * ROOM, tl.where(lost > 0, float("inf"), value))
-                total = _sum_of_all(told + 4 * ROOM, splits, ROOM)
-                # Of an infinite reverse KL inf - inf has no direction; the value reports it.
+                _publish(p_own + 4 * MAX_PARTS, tl.where(infinite > 0, float("inf"), value))
+                total = _wait_for_sum(slots + 4 * MAX_PARTS, splits, MAX_PARTS)
+                # An infinite reverse KL has no gradient (inf - inf): 0 here, the value reports it.
                 factor = tl.where(total == float("inf"), 0.0, factor)
                 total = tl.where(total == float("inf"), 0.0, total)
-                grad = divergence_slope(s, t, d, total, None, beta, rest, KIND)
-        grad = (grad * slope * factor).to(dz.dtype.element_ty)
-        tl.store(dz + row.to(tl.int64) * dz_stride + c, grad, mask=c < padded)
+                b_dz = divergence_grad(b_s, b_t, b_d, total, None, beta, one_minus_beta, KIND)
+        b_dz = (b_dz * slope * factor).to(dz.dtype.element_ty)
+        tl.store(dz + i_n.to(tl.int64) * dz_stride + o_v, b_dz, mask=o_v < padded)

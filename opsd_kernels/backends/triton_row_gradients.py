@@ -1,8 +1,8 @@
-"""Kernels that turn rows of logits into the logits' gradient, in place.
+"""Kernels that turn rows of stored logits into the logits' gradient, in place.
 
-A program owns a whole row and walks it upward. The gradient may be narrower than the float32
-logits it takes the place of: what a step writes was read in an earlier step, or in this one before
-the barrier.
+A program owns a whole row and walks it upward. The gradient may be narrower than the fp32 logits it
+overwrites: the bytes that a step writes were read in an earlier step, or in this one before the
+barrier.
 """
 
 from __future__ import annotations
@@ -15,129 +15,164 @@ from opsd_kernels.backends.triton_math import (
     FP16_BOOST,
     LN_2,
     LOG_ZERO,
-    class_weights,
-    divergence_slope,
-    gradient_unit,
+    divergence_grad,
     jsd_terms,
+    load_class_weights,
+    load_rates,
     log2,
     log_ratio,
     probability,
-    rates_of,
+    stored_grad_scale,
 )
 from opsd_kernels.backends.triton_rows import (
-    ROW_NUMBERS,
+    ROW_JIT_OPTIONS,
     by_lane,
     lane_sum,
-    row_constants,
+    load_row_constants,
     row_logits,
 )
 
 
-@triton.jit(**ROW_NUMBERS)
+@triton.jit(**ROW_JIT_OPTIONS)
 def row_divergence_gradient(
-    z_s, z_t, bias_s, cap_s, inv_temp_s, bias_t, cap_t, inv_temp_t, merged, totals, scale, dz, cols,
-    padded, stride, dz_stride, width, beta, rest, clip,
-    BLOCK_V: tl.constexpr, STEP: tl.constexpr, KIND: tl.constexpr,
+    raw_s, raw_t,  # (rows, padded) fp32 logits, rows `stride` apart
+    epilogue_s, epilogue_t,
+    merged,  # (statistics, merged_stride) fp32
+    totals,  # (rows,) fp32: sum of shares
+    scale,  # (rows,) fp32: gradient of the loss by each value, or None for 1
+    dz,  # (rows, padded), rows dz_stride apart: the memory of raw_s
+    cols, padded, stride, dz_stride, merged_stride,
+    beta, one_minus_beta,
+    clip,  # largest entry, or None
+    BLOCK_V: tl.constexpr, HEAD_STATISTICS: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """d value / d raw logits of the student, times the row's scale, over z_s."""
-    row = tl.program_id(0)
-    z_s += row.to(tl.int64) * stride
-    z_t += row.to(tl.int64) * stride
-    dz += row.to(tl.int64) * dz_stride
-    top_s, log2_s, top_t, log2_t = row_constants(merged, row, width, STEP)
-    total = tl.load(totals + row)
-    factor = gradient_unit(dz, inv_temp_s)
+    """d value / d raw logits of the student, times the row's scale, over raw_s."""
+    i_n = tl.program_id(0)
+    raw_s += i_n.to(tl.int64) * stride
+    raw_t += i_n.to(tl.int64) * stride
+    dz += i_n.to(tl.int64) * dz_stride
+    row_max_s, log2_sum_s, row_max_t, log2_sum_t = load_row_constants(
+        merged, i_n, merged_stride, HEAD_STATISTICS
+    )
+    sum_share = tl.load(totals + i_n)
+    factor = stored_grad_scale(dz, epilogue_s.inv_temp)
     if scale is not None:
-        factor *= tl.load(scale + row)
+        factor *= tl.load(scale + i_n)
     if KIND != FORWARD_KL and clip is None:
-        # Of an infinite reverse KL inf - inf has no direction; the value reports it.
-        factor = tl.where(total == float("inf"), 0.0, factor)
-        total = tl.where(total == float("inf"), 0.0, total)
-    for col in range(0, padded, BLOCK_V):
-        c = col + tl.arange(0, BLOCK_V)
-        x_s, slope = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_temp_s)
-        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_temp_t)
-        s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
-        d = log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t)
-        grad = divergence_slope(s, t, d, total, clip, beta, rest, KIND) * slope * factor
+        # An infinite reverse KL has no gradient (inf - inf): 0 here, the value reports it.
+        factor = tl.where(sum_share == float("inf"), 0.0, factor)
+        sum_share = tl.where(sum_share == float("inf"), 0.0, sum_share)
+    for start_v in range(0, padded, BLOCK_V):
+        o_v = start_v + tl.arange(0, BLOCK_V)
+        b_z_s, slope = row_logits(raw_s, o_v, cols, padded, epilogue_s)
+        b_z_t, _ = row_logits(raw_t, o_v, cols, padded, epilogue_t)
+        b_s = probability(b_z_s, row_max_s, log2_sum_s)
+        b_t = probability(b_z_t, row_max_t, log2_sum_t)
+        b_d = log_ratio(b_z_s, b_z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
+        b_dz = divergence_grad(b_s, b_t, b_d, sum_share, clip, beta, one_minus_beta, KIND)
+        b_dz = b_dz * slope * factor
         tl.debug_barrier()
-        tl.store(dz + c, grad.to(dz.dtype.element_ty), mask=c < padded)
+        tl.store(dz + o_v, b_dz.to(dz.dtype.element_ty), mask=o_v < padded)
 
 
-@triton.jit(**ROW_NUMBERS)
+@triton.jit(**ROW_JIT_OPTIONS)
 def row_jsd_shares(
-    z_s, z_t, bias_s, cap_s, inv_temp_s, bias_t, cap_t, inv_temp_t, merged, center, out, share,
-    chance, rows, cols, padded, stride, dz_stride, width, beta, rest,
-    BLOCK_V: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
+    raw_s, raw_t,  # (rows, padded) fp32 logits, rows `stride` apart
+    epilogue_s, epilogue_t,
+    merged,  # (statistics, merged_stride) fp32
+    center,  # (rows,) fp32
+    out,  # (2, rows) fp32
+    share,  # (rows, padded), rows dz_stride apart: the memory of raw_s
+    chance,  # the same: the memory of raw_t
+    rows, cols, padded, stride, dz_stride, merged_stride,
+    beta, one_minus_beta,
+    BLOCK_V: tl.constexpr, LANES: tl.constexpr, HEAD_STATISTICS: tl.constexpr,
 ):  # fmt: skip
-    """Value of the JSD and sum of s (q - center), q = log(m/s); both factors over the logits.
+    """Value of the JSD and sum of s (q - center), with q = log(m / s), into `out`.
 
-    The gradient rest s (K - q) is linear in the two: K - center is the sum, known at the end.
+    s (q - center) goes to `share` and s to `chance`, both times the softcap's slope. The gradient
+    (1 - beta) s (K - q) is linear in the two, and K - center is the sum, known at the end.
     """
-    row = tl.program_id(0)
-    z_s += row.to(tl.int64) * stride
-    z_t += row.to(tl.int64) * stride
-    share += row.to(tl.int64) * dz_stride
-    chance += row.to(tl.int64) * dz_stride
-    top_s, log2_s, top_t, log2_t = row_constants(merged, row, width, STEP)
-    middle = tl.load(center + row)
+    i_n = tl.program_id(0)
+    raw_s += i_n.to(tl.int64) * stride
+    raw_t += i_n.to(tl.int64) * stride
+    share += i_n.to(tl.int64) * dz_stride
+    chance += i_n.to(tl.int64) * dz_stride
+    row_max_s, log2_sum_s, row_max_t, log2_sum_t = load_row_constants(
+        merged, i_n, merged_stride, HEAD_STATISTICS
+    )
+    row_center = tl.load(center + i_n)
     value = tl.zeros((LANES,), tl.float32)
-    shares = tl.zeros((LANES,), tl.float32)
-    for col in range(0, padded, BLOCK_V):
-        c = col + tl.arange(0, BLOCK_V)
-        x_s, slope = row_logits(z_s, c, cols, padded, bias_s, cap_s, inv_temp_s)
-        x_t, _ = row_logits(z_t, c, cols, padded, bias_t, cap_t, inv_temp_t)
-        s, t = probability(x_s, top_s, log2_s), probability(x_t, top_t, log2_t)
-        d, q = jsd_terms(log_ratio(x_s, x_t, top_s, log2_s, top_t, log2_t), beta, rest)
-        centered = s * (q - middle)
-        value += lane_sum(by_lane(beta * t * (d - q) - rest * (s * q), LANES, 8))
-        shares += lane_sum(by_lane(centered, LANES, 8))
+    sum_share = tl.zeros((LANES,), tl.float32)
+    for start_v in range(0, padded, BLOCK_V):
+        o_v = start_v + tl.arange(0, BLOCK_V)
+        b_z_s, slope = row_logits(raw_s, o_v, cols, padded, epilogue_s)
+        b_z_t, _ = row_logits(raw_t, o_v, cols, padded, epilogue_t)
+        b_s = probability(b_z_s, row_max_s, log2_sum_s)
+        b_t = probability(b_z_t, row_max_t, log2_sum_t)
+        b_d = log_ratio(b_z_s, b_z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
+        b_d, b_q = jsd_terms(b_d, beta, one_minus_beta)
+        b_share = b_s * (b_q - row_center)
+        b_entry = beta * b_t * (b_d - b_q) - one_minus_beta * (b_s * b_q)
+        value += lane_sum(by_lane(b_entry, LANES, 8))
+        sum_share += lane_sum(by_lane(b_share, LANES, 8))
         tl.debug_barrier()
-        kind = share.dtype.element_ty
-        if kind == tl.float16:
-            centered *= FP16_BOOST
-        tl.store(share + c, (centered * slope).to(kind), mask=c < padded)
-        tl.store(chance + c, (s * slope).to(kind), mask=c < padded)
-    tl.store(out + row, tl.sum(value, 0))
-    tl.store(out + rows.to(tl.int64) + row, tl.sum(shares, 0))
+        dtype = share.dtype.element_ty
+        if dtype == tl.float16:
+            b_share *= FP16_BOOST
+        tl.store(share + o_v, (b_share * slope).to(dtype), mask=o_v < padded)
+        tl.store(chance + o_v, (b_s * slope).to(dtype), mask=o_v < padded)
+    tl.store(out + i_n, tl.sum(value, 0))
+    tl.store(out + rows.to(tl.int64) + i_n, tl.sum(sum_share, 0))
 
 
-@triton.jit(**ROW_NUMBERS)
+@triton.jit(**ROW_JIT_OPTIONS)
 def row_logprob_gradient(
-    z, bias, softcap, inv_temp, class_weight, label, merged, rates, entropy, scale, entropy_scale,
-    dz, dz_entropy, rows, cols, padded, stride, dz_stride, entropy_stride, width, first, uniform,
+    raw,  # (rows, padded) fp32 logits, rows `stride` apart
+    epilogue,  # Epilogue
+    class_weight,  # (cols,) fp32, or None
+    label,  # (rows,) int64
+    merged,  # (statistics, merged_stride) fp32
+    rates,  # (2, rows) fp32: sharp and mass of `logprob_terms`, or None where both are 1
+    entropy,  # (rows,) fp32, or None
+    scale,  # (rows,) fp32: gradient of the loss by each log-probability, or None for 1
+    entropy_scale,  # (rows,) fp32: the same by each entropy, or None
+    dz,  # (rows, padded), rows dz_stride apart: the memory of raw
+    dz_entropy,  # (rows, padded), rows entropy_stride apart, for the entropy's own, or None
+    rows, cols, padded, stride, dz_stride, entropy_stride, merged_stride, vocab_start,
+    uniform,  # label smoothing / vocabulary size
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """(sharp at the label) + uniform class_weight - mass p, chained to the raw logits, over z.
+    """dz = (sharp at the label) + uniform class_weight - mass p, times slope and scale, over raw.
 
-    rates (2, rows): each row's sharp and mass, see `logprob_terms`; None where both are 1.
-    The entropy's gradient is added where its scale is known, or written to dz_entropy.
+    With `entropy_scale` the entropy's gradient is added; with `dz_entropy` it is written there.
     """
-    row = tl.program_id(0)
-    z += row.to(tl.int64) * stride
-    dz += row.to(tl.int64) * dz_stride
-    top, log2_total = tl.load(merged + row), log2(tl.load(merged + width + row))
-    y = (tl.load(label + row) - first).to(tl.int32)
-    sharp, mass = rates_of(rates, row, rows)
-    unit = gradient_unit(dz, inv_temp)
-    factor = unit
+    i_n = tl.program_id(0)
+    raw += i_n.to(tl.int64) * stride
+    dz += i_n.to(tl.int64) * dz_stride
+    row_max, log2_sum = tl.load(merged + i_n), log2(tl.load(merged + merged_stride + i_n))
+    y = (tl.load(label + i_n) - vocab_start).to(tl.int32)
+    sharp, mass = load_rates(rates, i_n, rows)
+    stored_scale = stored_grad_scale(dz, epilogue.inv_temp)
+    factor = stored_scale
     if scale is not None:
-        factor *= tl.load(scale + row)
-    for col in range(0, padded, BLOCK_V):
-        c = col + tl.arange(0, BLOCK_V)
-        x, slope = row_logits(z, c, cols, padded, bias, softcap, inv_temp)
-        share = uniform
+        factor *= tl.load(scale + i_n)
+    for start_v in range(0, padded, BLOCK_V):
+        o_v = start_v + tl.arange(0, BLOCK_V)
+        b_z, slope = row_logits(raw, o_v, cols, padded, epilogue)
+        smoothing = uniform
         if class_weight is not None:
-            share = uniform * class_weights(class_weight, c, cols)
-        p = probability(x, top, log2_total)
-        grad = (tl.where(c == y, sharp, 0.0) + share - mass * p) * factor
+            smoothing = uniform * load_class_weights(class_weight, o_v, cols)
+        b_p = probability(b_z, row_max, log2_sum)
+        b_dz = (tl.where(o_v == y, sharp, 0.0) + smoothing - mass * b_p) * factor
         if entropy is not None:
-            log_p = tl.maximum((x - top) - log2_total * LN_2, LOG_ZERO)
-            rise = -p * (log_p + tl.load(entropy + row)) * unit
+            b_log_p = tl.maximum((b_z - row_max) - log2_sum * LN_2, LOG_ZERO)
+            b_dz_entropy = -b_p * (b_log_p + tl.load(entropy + i_n)) * stored_scale
             if entropy_scale is not None:
-                grad += rise * tl.load(entropy_scale + row)
+                b_dz += b_dz_entropy * tl.load(entropy_scale + i_n)
             if dz_entropy is not None:
-                at = dz_entropy + row.to(tl.int64) * entropy_stride + c
-                tl.store(at, (rise * slope).to(dz_entropy.dtype.element_ty), mask=c < padded)
+                p_dz = dz_entropy + i_n.to(tl.int64) * entropy_stride + o_v
+                dtype = dz_entropy.dtype.element_ty
+                tl.store(p_dz, (b_dz_entropy * slope).to(dtype), mask=o_v < padded)
         tl.debug_barrier()
-        tl.store(dz + c, (grad * slope).to(dz.dtype.element_ty), mask=c < padded)
+        tl.store(dz + o_v, (b_dz * slope).to(dz.dtype.element_ty), mask=o_v < padded)

@@ -10,14 +10,15 @@ from opsd_kernels.backends import triton_resident, triton_row_gradients, triton_
 from opsd_kernels.backends.passes import JSD, Layout
 from opsd_kernels.backends.triton_config import device_of, resident_blocks, row_blocks, spans
 from opsd_kernels.backends.triton_launch import merge, summed
+from opsd_kernels.backends.triton_math import Epilogue
 from opsd_kernels.problem import Head
 
-# Parts of a row that the board has room for at least: one compilation for most vocabularies.
-_ROOM = 64
+# Least MAX_PARTS of the resident kernel: one compilation serves most vocabularies.
+_MIN_MAX_PARTS = 64
 
 
 class StoredTiles:
-    """A block's logits (heads, rows, padded) in fp32, -inf beyond the vocabulary."""
+    """A block's logits in memory: (heads, rows, padded) fp32, -inf beyond the vocabulary."""
 
     def __init__(self, logits: Tensor, heads: list[Head], hidden: Tensor) -> None:
         self.logits, self.hidden = logits, hidden
@@ -25,21 +26,21 @@ class StoredTiles:
         self.cols = heads[0].weight.shape[0]
         self.class_weight = heads[0].class_weight
         self.device = device_of(logits.device.index if logits.is_cuda else None)
-        # Of the rows' stride: the vocabulary's last slice runs what the others do.
+        # From the row stride, so that the last, narrower slice runs the same kernel as the others.
         self.blocks = row_blocks(logits.stride(1), self.device)
-        finish = [(head.bias, head.softcap, 1.0 / head.temperature) for head in heads]
-        self.sources = [*logits, *(a for each in finish for a in each)]
+        epilogues = [Epilogue(head.bias, head.softcap, 1.0 / head.temperature) for head in heads]
+        self.sources = [*logits, *epilogues]
         self.flags = {
             "BLOCK_V": self.blocks.columns, "num_warps": self.blocks.warps, "num_stages": 1,
             "enable_fp_fusion": True,
         }  # fmt: skip
 
     def dz(self, dtype: torch.dtype, head: int = 0) -> Tensor:
-        """(rows, padded) where something of that dtype takes the place of a head's logits."""
+        """(rows, padded) view of a head's logits as `dtype`, to be overwritten."""
         return self.logits[head].view(dtype)[:, : self.padded]
 
     def stacked(self) -> Tensor:
-        """(heads * rows, padded) what `dz` gives of each head, one under the other."""
+        """(heads * rows, padded): `dz` of each head in the input dtype, one below the other."""
         dtype = self.hidden.dtype
         return self.logits.flatten(0, 1).view(dtype)[:, : self.padded]
 
@@ -97,7 +98,7 @@ class StoredTiles:
         triton_rows.row_divergence_sums[grid](
             *self.sources, merged, parts, self.rows, self.cols, self.padded,
             self.logits.stride(1), merged.stride(0), beta, 1.0 - beta, clip, span,
-            splits, **self.flags, LANES=self.blocks.lanes, STEP=len(layout.names),
+            splits, **self.flags, LANES=self.blocks.lanes, HEAD_STATISTICS=len(layout.names),
             KIND=layout.kind,
         )  # fmt: skip
         return parts
@@ -105,15 +106,15 @@ class StoredTiles:
     def shares(self, layout: Layout, merged: Tensor, center: Tensor, beta: float) -> Tensor:
         """(2, rows) value of the JSD and sum of the centered shares s (log(m/s) - center).
 
-        The shares take the place of the student's logits, s that of the teacher's; both are
-        multiplied by the softcap's slope.
+        The shares overwrite the student's logits and s the teacher's, both multiplied by the
+        softcap's slope.
         """
         sums = self.logits.new_empty(2, self.rows)
         outs = [self.dz(self.hidden.dtype, head) for head in range(2)]
         triton_row_gradients.row_jsd_shares[(self.rows,)](
             *self.sources, merged, center, sums, *outs, self.rows, self.cols, self.padded,
             self.logits.stride(1), outs[0].stride(0), merged.stride(0), beta,
-            1.0 - beta, **self.flags, LANES=self.blocks.lanes, STEP=len(layout.names),
+            1.0 - beta, **self.flags, LANES=self.blocks.lanes, HEAD_STATISTICS=len(layout.names),
         )  # fmt: skip
         return sums
 
@@ -131,7 +132,7 @@ class StoredTiles:
         triton_row_gradients.row_divergence_gradient[(self.rows,)](
             *self.sources, merged, totals, scale, out, self.cols, self.padded,
             self.logits.stride(1), out.stride(0), merged.stride(0), beta, 1.0 - beta,
-            clip, **self.flags, STEP=len(layout.names), KIND=layout.kind,
+            clip, **self.flags, HEAD_STATISTICS=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
 
     def resident(
@@ -143,22 +144,25 @@ class StoredTiles:
         beta: float,
         scale: Tensor | None,
     ) -> Tensor | None:
-        """Statistics into `out`, the gradient over the student's logits; a JSD's sums (2, rows)."""
+        """Statistics into `out`, gradient over the student's logits, in one kernel.
+
+        Returns a JSD's value and sum of shares, (2, rows), and None for a KL.
+        """
         blocks = resident_blocks(self.padded, self.device)
         count = -(-self.padded // blocks.columns)
-        room = max(_ROOM, 1 << (count - 1).bit_length())
+        max_parts = max(_MIN_MAX_PARTS, 1 << (count - 1).bit_length())
         parts = self.logits.new_empty(layout.count, count, self.rows)
         sums = self.logits.new_empty(2, count, self.rows) if layout.kind == JSD else None
-        shape = self.rows, triton_resident.TOLD, room
-        board = torch.full(
-            shape, triton_resident.UNTOLD, dtype=torch.int32, device=self.logits.device
+        shape = self.rows, triton_resident.SLOTS, max_parts
+        exchange = torch.full(
+            shape, triton_resident.EMPTY, dtype=torch.int32, device=self.logits.device
         )
         dz = self.dz(self.hidden.dtype)
         teams = min(self.rows, blocks.programs * self.device.processors // count)
         triton_resident.resident_divergence[(teams * count,)](
-            *self.sources, label if layout.label else None, parts, sums, board, scale, dz,
+            *self.sources, label if layout.label else None, parts, sums, exchange, scale, dz,
             self.rows, self.cols, self.padded, self.logits.stride(1), dz.stride(0), offset, beta,
-            1.0 - beta, count, BLOCK_V=blocks.columns, ROOM=room, ENTROPY=layout.entropy,
+            1.0 - beta, count, BLOCK_V=blocks.columns, MAX_PARTS=max_parts, ENTROPY=layout.entropy,
             KIND=layout.kind, num_warps=blocks.warps, num_stages=1, enable_fp_fusion=True,
             **blocks.options,
         )  # fmt: skip

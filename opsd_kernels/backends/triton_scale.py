@@ -1,4 +1,4 @@
-"""Scales a gradient and rounds it to its parameter's dtype in one pass over memory."""
+"""Scale a gradient and round it to its parameter's dtype in one pass over memory."""
 
 from __future__ import annotations
 
@@ -6,25 +6,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS = 4096  # of a program, 32 a thread
+_COLUMNS = 4096  # of a program: 32 per thread
 
 
 @triton.jit
-def _scale(x, factor, out, columns, BY_ROW: tl.constexpr, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0)
-    c = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    at = row.to(tl.int64) * columns + c
-    scale = tl.load(factor + row * BY_ROW).to(tl.float32)
-    y = tl.load(x + at, mask=c < columns).to(tl.float32) * scale
-    if BY_ROW:  # NaN times 0 is 0
-        y = tl.where(scale == 0, 0.0, y)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=c < columns)
+def _scale(
+    grad,  # (rows, columns), contiguous
+    factor,  # (rows,) if BY_ROW, else one element
+    out,  # (rows, columns), contiguous
+    columns,
+    BY_ROW: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    i_n = tl.program_id(0)
+    o_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    o_grad = i_n.to(tl.int64) * columns + o_d
+    scale = tl.load(factor + i_n * BY_ROW).to(tl.float32)
+    b_grad = tl.load(grad + o_grad, mask=o_d < columns).to(tl.float32) * scale
+    if BY_ROW:  # a factor of 0 makes 0 of NaN
+        b_grad = tl.where(scale == 0, 0.0, b_grad)
+    tl.store(out + o_grad, b_grad.to(out.dtype.element_ty), mask=o_d < columns)
 
 
 def scale_into(grad: Tensor, factor: Tensor, out: Tensor) -> None:
-    """out = grad * factor; grad and out contiguous, factor a scalar or one entry per row of grad.
+    """out = grad * factor, rounded to the dtype of `out`.
 
-    A row's factor of 0 makes 0 of NaN too.
+    grad and out (..., D) are contiguous; factor is a scalar tensor or has one entry per row of
+    grad. A row whose factor is 0 becomes 0 even where grad is NaN.
     """
     if not grad.numel():
         return

@@ -1,171 +1,243 @@
-"""Tiles of logits that a kernel multiplies from hidden states and head on the spot.
+"""Tiles of logits that the fused kernels multiply from hidden states and head weight.
 
-A tile is (R, C) fp32: R rows by C vocabulary columns. A row's columns are folded into running
-statistics relative to the running maximum, so that tiles, programs and ranks merge alike.
+A tile is (BLOCK_N, BLOCK_V) fp32: BLOCK_N rows by BLOCK_V vocabulary columns, summed over the inner
+size in steps of BLOCK_D. A row's statistics are kept relative to its running maximum, so those of
+tiles, programs and ranks merge in the same way.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from opsd_kernels.backends.triton_math import BANNED, LOG_ZERO, capped
+from opsd_kernels.backends.triton_math import BANNED, LOG_ZERO, apply_softcap
 
-# Steps over the inner size that an exact fp32 product sums by themselves: the rounding of one long
-# sum grows with its length.
-_STEPS = tl.constexpr(16)
+# Steps over the inner size that an exact fp32 product adds up separately: the rounding error of one
+# long sum grows with its length.
+_EXACT_STEPS = tl.constexpr(16)
 
-# ---------------------------------------------------------------------------- where tiles come from
+
+class MatmulSizes(NamedTuple):
+    """Inner size and element strides of x (N, D) @ w (V, D).T, as one kernel argument."""
+
+    depth: int  # D
+    x_stride_n: int
+    x_stride_d: int
+    w_stride_v: int
+    w_stride_d: int
+
+
+# -------------------------------------------------------------------------------------- the product
 
 
 @triton.jit
-def operand(
-    x, row, k, rows, depth, row_stride, k_stride,
-    R: tl.constexpr, K: tl.constexpr, DESCRIBED: tl.constexpr, EVEN: tl.constexpr,
+def load_operand(
+    x, start_row, start_d, rows, depth, row_stride, d_stride,
+    BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr, USE_TMA: tl.constexpr, EVEN_D: tl.constexpr,
 ):  # fmt: skip
-    """(R, K) operand of a product, zero beyond `depth`; rows past the end hold anything finite."""
-    if DESCRIBED:
-        tile = x.load([row, k])
+    """(BLOCK_ROWS, BLOCK_D) of x, zero beyond `depth`; rows past the end hold anything finite.
+
+    With USE_TMA x is a tensor descriptor. EVEN_D: depth is a multiple of BLOCK_D, no mask needed.
+    """
+    if USE_TMA:
+        b_x = x.load([start_row, start_d])
     else:
-        # The last row again instead of a mask: their products are dropped with the tile's edge.
-        r = tl.minimum(row + tl.arange(0, R), rows - 1).to(tl.int64)
-        c = k + tl.arange(0, K)
-        at = x + r[:, None] * row_stride + c[None, :].to(tl.int64) * k_stride
-        if EVEN:
-            tile = tl.load(at)
+        # The last row again instead of a mask: the caller drops these rows at the tile's edge.
+        o_row = tl.minimum(start_row + tl.arange(0, BLOCK_ROWS), rows - 1).to(tl.int64)
+        o_d = start_d + tl.arange(0, BLOCK_D)
+        p_x = x + o_row[:, None] * row_stride + o_d[None, :].to(tl.int64) * d_stride
+        if EVEN_D:
+            b_x = tl.load(p_x)
         else:
-            tile = tl.load(at, mask=c[None, :] < depth, other=0.0)
-    return tile
+            b_x = tl.load(p_x, mask=o_d[None, :] < depth, other=0.0)
+    return b_x
 
 
 @triton.jit
-def product(
-    h, w, row, col, rows, cols, depth, h_row, h_k, w_row, w_k,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+def matmul_tile(
+    x, w, sizes, start_n, start_v, rows, cols,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    USE_TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(R, C) tile of h @ w.T in fp32."""
-    acc = tl.zeros((R, C), tl.float32)
+    """(BLOCK_N, BLOCK_V) tile of x @ w.T in fp32."""
+    b_raw = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if PRECISION == "ieee":
-        for first in range(0, depth, _STEPS * K):
-            acc += _product(
-                h, w, row, col, rows, cols, depth, h_row, h_k, w_row, w_k, first,
-                tl.minimum(first + _STEPS * K, depth), R, C, K, DESCRIBED, EVEN, PRECISION,
+        for first in range(0, sizes.depth, _EXACT_STEPS * BLOCK_D):
+            b_raw += _matmul_steps(
+                x, w, sizes, start_n, start_v, rows, cols, first,
+                tl.minimum(first + _EXACT_STEPS * BLOCK_D, sizes.depth),
+                BLOCK_N, BLOCK_V, BLOCK_D, USE_TMA, EVEN_D, PRECISION,
             )  # fmt: skip
     else:
-        acc = _product(
-            h, w, row, col, rows, cols, depth, h_row, h_k, w_row, w_k, 0, depth,
-            R, C, K, DESCRIBED, EVEN, PRECISION,
+        b_raw = _matmul_steps(
+            x, w, sizes, start_n, start_v, rows, cols, 0, sizes.depth,
+            BLOCK_N, BLOCK_V, BLOCK_D, USE_TMA, EVEN_D, PRECISION,
         )  # fmt: skip
-    return acc
+    return b_raw
 
 
 @triton.jit
-def _product(
-    h, w, row, col, rows, cols, depth, h_row, h_k, w_row, w_k, first, last,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+def _matmul_steps(
+    x, w, sizes, start_n, start_v, rows, cols, first, last,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    USE_TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part of it from `first` to `last` of the inner size."""
-    acc = tl.zeros((R, C), tl.float32)
-    for k in range(first, last, K):
-        a = operand(h, row, k, rows, depth, h_row, h_k, R, K, DESCRIBED, EVEN)
-        b = operand(w, col, k, cols, depth, w_row, w_k, C, K, DESCRIBED, EVEN)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-    return acc
+    """The product summed over the inner size from `first` to `last`."""
+    b_raw = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for start_d in range(first, last, BLOCK_D):
+        b_x = load_operand(
+            x, start_n, start_d, rows, sizes.depth, sizes.x_stride_n, sizes.x_stride_d,
+            BLOCK_N, BLOCK_D, USE_TMA, EVEN_D,
+        )  # fmt: skip
+        b_w = load_operand(
+            w, start_v, start_d, cols, sizes.depth, sizes.w_stride_v, sizes.w_stride_d,
+            BLOCK_V, BLOCK_D, USE_TMA, EVEN_D,
+        )  # fmt: skip
+        b_raw = tl.dot(b_x, tl.trans(b_w), b_raw, input_precision=PRECISION)
+    return b_raw
 
 
 @triton.jit
-def shared_products(
-    h_s, h_t, w, row, col, rows, cols, depth, s_row, s_k, t_row, t_k, w_row, w_k,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+def matmul_tile_pair(
+    x_s, w_s, sizes_s, x_t, w_t, sizes_t, start_n, start_v, rows, cols,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SHARED: tl.constexpr,
+    USE_TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Student's and teacher's tile of one head: each weight tile is loaded once for both."""
-    student = tl.zeros((R, C), tl.float32)
-    teacher = tl.zeros((R, C), tl.float32)
-    if PRECISION == "ieee":
-        for first in range(0, depth, _STEPS * K):
-            more_s, more_t = _shared_products(
-                h_s, h_t, w, row, col, rows, cols, depth, s_row, s_k, t_row, t_k, w_row, w_k,
-                first, tl.minimum(first + _STEPS * K, depth), R, C, K, DESCRIBED, EVEN, PRECISION,
-            )  # fmt: skip
-            student += more_s
-            teacher += more_t
+    """(BLOCK_N, BLOCK_V) tiles of raw logits of student and teacher.
+
+    SHARED: both models use w_s, and each tile of it is loaded once for both.
+    """
+    if SHARED:
+        b_raw_s, b_raw_t = _matmul_shared(
+            x_s, x_t, w_s, sizes_s, sizes_t, start_n, start_v, rows, cols,
+            BLOCK_N, BLOCK_V, BLOCK_D, USE_TMA, EVEN_D, PRECISION,
+        )  # fmt: skip
     else:
-        student, teacher = _shared_products(
-            h_s, h_t, w, row, col, rows, cols, depth, s_row, s_k, t_row, t_k, w_row, w_k, 0, depth,
-            R, C, K, DESCRIBED, EVEN, PRECISION,
+        b_raw_s = matmul_tile(
+            x_s, w_s, sizes_s, start_n, start_v, rows, cols,
+            BLOCK_N, BLOCK_V, BLOCK_D, USE_TMA, EVEN_D, PRECISION,
         )  # fmt: skip
-    return student, teacher
+        b_raw_t = matmul_tile(
+            x_t, w_t, sizes_t, start_n, start_v, rows, cols,
+            BLOCK_N, BLOCK_V, BLOCK_D, USE_TMA, EVEN_D, PRECISION,
+        )  # fmt: skip
+    return b_raw_s, b_raw_t
 
 
 @triton.jit
-def _shared_products(
-    h_s, h_t, w, row, col, rows, cols, depth, s_row, s_k, t_row, t_k, w_row, w_k, first, last,
-    R: tl.constexpr, C: tl.constexpr, K: tl.constexpr,
-    DESCRIBED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+def _matmul_shared(
+    x_s, x_t, w, sizes_s, sizes_t, start_n, start_v, rows, cols,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    USE_TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    student = tl.zeros((R, C), tl.float32)
-    teacher = tl.zeros((R, C), tl.float32)
-    for k in range(first, last, K):
-        b = tl.trans(operand(w, col, k, cols, depth, w_row, w_k, C, K, DESCRIBED, EVEN))
-        a = operand(h_s, row, k, rows, depth, s_row, s_k, R, K, DESCRIBED, EVEN)
-        student = tl.dot(a, b, student, input_precision=PRECISION)
-        a = operand(h_t, row, k, rows, depth, t_row, t_k, R, K, DESCRIBED, EVEN)
-        teacher = tl.dot(a, b, teacher, input_precision=PRECISION)
-    return student, teacher
+    b_raw_s = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    b_raw_t = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    if PRECISION == "ieee":
+        for first in range(0, sizes_s.depth, _EXACT_STEPS * BLOCK_D):
+            b_part_s, b_part_t = _matmul_shared_steps(
+                x_s, x_t, w, sizes_s, sizes_t, start_n, start_v, rows, cols, first,
+                tl.minimum(first + _EXACT_STEPS * BLOCK_D, sizes_s.depth),
+                BLOCK_N, BLOCK_V, BLOCK_D, USE_TMA, EVEN_D, PRECISION,
+            )  # fmt: skip
+            b_raw_s += b_part_s
+            b_raw_t += b_part_t
+    else:
+        b_raw_s, b_raw_t = _matmul_shared_steps(
+            x_s, x_t, w, sizes_s, sizes_t, start_n, start_v, rows, cols, 0, sizes_s.depth,
+            BLOCK_N, BLOCK_V, BLOCK_D, USE_TMA, EVEN_D, PRECISION,
+        )  # fmt: skip
+    return b_raw_s, b_raw_t
 
 
 @triton.jit
-def _half(tile, right: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    first, second = tl.split(tl.permute(tl.reshape(tile, (R, 2, C // 2)), (0, 2, 1)))
+def _matmul_shared_steps(
+    x_s, x_t, w, sizes_s, sizes_t, start_n, start_v, rows, cols, first, last,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    USE_TMA: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b_raw_s = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    b_raw_t = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for start_d in range(first, last, BLOCK_D):
+        b_w = load_operand(
+            w, start_v, start_d, cols, sizes_s.depth, sizes_s.w_stride_v, sizes_s.w_stride_d,
+            BLOCK_V, BLOCK_D, USE_TMA, EVEN_D,
+        )  # fmt: skip
+        b_w = tl.trans(b_w)
+        b_x = load_operand(
+            x_s, start_n, start_d, rows, sizes_s.depth, sizes_s.x_stride_n, sizes_s.x_stride_d,
+            BLOCK_N, BLOCK_D, USE_TMA, EVEN_D,
+        )  # fmt: skip
+        b_raw_s = tl.dot(b_x, b_w, b_raw_s, input_precision=PRECISION)
+        b_x = load_operand(
+            x_t, start_n, start_d, rows, sizes_s.depth, sizes_t.x_stride_n, sizes_t.x_stride_d,
+            BLOCK_N, BLOCK_D, USE_TMA, EVEN_D,
+        )  # fmt: skip
+        b_raw_t = tl.dot(b_x, b_w, b_raw_t, input_precision=PRECISION)
+    return b_raw_s, b_raw_t
+
+
+# ------------------------------------------------------------------------- what follows the product
+
+
+@triton.jit
+def _half(b_x, right: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Left or right half of the columns."""
+    half, b_right = tl.split(tl.permute(tl.reshape(b_x, (BLOCK_N, 2, BLOCK_V // 2)), (0, 2, 1)))
     if right:
-        first = second
-    return first
+        half = b_right
+    return half
 
 
 @triton.jit
-def part_of(tile, part: tl.constexpr, PARTS: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
-    """(R, C / PARTS) of a tile in 1, 2, 4 or 8 parts, whose row arithmetic fits in registers."""
+def column_part(
+    b_x, i_part: tl.constexpr, PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """(BLOCK_N, BLOCK_V / PARTS): one of 1, 2, 4 or 8 parts of a tile's columns.
+
+    The row math of a part fits in registers where that of a whole tile would spill.
+    """
     if PARTS == 1:
-        piece = tile
+        b_part = b_x
     elif PARTS == 2:
-        piece = _half(tile, part, R, C)
+        b_part = _half(b_x, i_part, BLOCK_N, BLOCK_V)
     elif PARTS == 4:
-        piece = _half(_half(tile, part // 2, R, C), part % 2, R, C // 2)
+        b_half = _half(b_x, i_part // 2, BLOCK_N, BLOCK_V)
+        b_part = _half(b_half, i_part % 2, BLOCK_N, BLOCK_V // 2)
     else:
-        quarter = _half(_half(tile, part // 4, R, C), part // 2 % 2, R, C // 2)
-        piece = _half(quarter, part % 2, R, C // 4)
-    return piece
+        b_half = _half(b_x, i_part // 4, BLOCK_N, BLOCK_V)
+        b_quarter = _half(b_half, i_part // 2 % 2, BLOCK_N, BLOCK_V // 2)
+        b_part = _half(b_quarter, i_part % 2, BLOCK_N, BLOCK_V // 4)
+    return b_part
 
 
 @triton.jit
-def finished(raw, col, cols, bias, softcap, inv_temp, C: tl.constexpr):
-    """(z, slope): z = softcap(raw + bias) / temperature, and d softcap / d raw.
+def apply_bias_cap_temperature(b_raw, start_v, cols, epilogue, BLOCK_V: tl.constexpr):
+    """(z, slope): z = softcap(raw + bias) / temperature, and slope = d softcap / d raw.
 
     Columns past the end and banned entries become LOG_ZERO.
     """
-    c = col + tl.arange(0, C)
+    o_v = start_v + tl.arange(0, BLOCK_V)
     slope = 1.0
-    if bias is not None:
-        raw += tl.load(bias + c, mask=c < cols, other=0.0).to(tl.float32)[None, :]
-    if softcap is not None:
-        raw, slope = capped(raw, softcap)
+    if epilogue.bias is not None:
+        b_raw += tl.load(epilogue.bias + o_v, mask=o_v < cols, other=0.0).to(tl.float32)[None, :]
+    if epilogue.softcap is not None:
+        b_raw, slope = apply_softcap(b_raw, epilogue.softcap)
     # A comparison lets NaN through, where a maximum would hide it.
-    z = raw * inv_temp
-    z = tl.where(z < LOG_ZERO, LOG_ZERO, z)
-    return tl.where((c < cols)[None, :], z, LOG_ZERO), slope
+    b_z = b_raw * epilogue.inv_temp
+    b_z = tl.where(b_z < LOG_ZERO, LOG_ZERO, b_z)
+    return tl.where((o_v < cols)[None, :], b_z, LOG_ZERO), slope
 
 
 @triton.jit
-def risen(z, top):
-    """The running maximum after a tile, and how far the old one now lies below it."""
-    now = tl.maximum(top, tl.max(z, 1))
-    return now, top - now
+def update_max(b_z, row_max):
+    """(running maximum after this tile, old maximum - new maximum)."""
+    new_max = tl.maximum(row_max, tl.max(b_z, 1))
+    return new_max, row_max - new_max
 
 
 @triton.jit
-def crossed(z_p, z_q):
-    """Per row, 1 where p is possible and q banned: there the KL of p from q is infinite."""
-    return tl.max(tl.where((z_p > BANNED) & (z_q < BANNED), 1.0, 0.0), 1)
+def has_infinite_kl(b_z_p, b_z_q):
+    """Per row 1 if a column is possible under p and banned under q: KL(p || q) is infinite."""
+    return tl.max(tl.where((b_z_p > BANNED) & (b_z_q < BANNED), 1.0, 0.0), 1)

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +25,14 @@ _SLICE_ELEMENTS = 2**20
 # Labels are checked, and their rows compacted, on the host: inductor must leave these operators
 # out of the CUDA graphs it captures.
 HOST_READS = (torch.Tag.cudagraph_unsafe,)
+# Arguments of an operator that ask for the gradients of its hidden states, weight and bias.
 GRADS = ("grad_hidden", "grad_weight", "grad_bias")
+
+# loss, value, stats, d hidden, d weight, d bias, scale
+SumOutputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+# ------------------------------------------------------------------------ arguments by their names
 
 
 @functools.cache
@@ -38,6 +45,14 @@ def argument_names(operator: str) -> tuple[str, ...]:
 def by_name(operator: str, inputs: Sequence[Any]) -> dict[str, Any]:
     """The inputs of a registered operator by the names of its schema."""
     return dict(zip(argument_names(operator), inputs, strict=True))
+
+
+def in_order(operator: str, grads: Mapping[str, Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What a backward returns: gradients by name in the order of the schema, None for the rest."""
+    return tuple(grads.get(name) for name in argument_names(operator))
+
+
+# ------------------------------------------------------------------------------ backends and plans
 
 
 def backend_name(hidden: Tensor, teacher: Tensor | None = None) -> str:
@@ -55,15 +70,15 @@ def backend_name(hidden: Tensor, teacher: Tensor | None = None) -> str:
 
 
 def backend_of(chosen: Plan) -> ModuleType:
-    """The plan's backend."""
-    if chosen.backend == "triton":  # not needed, nor always there, elsewhere
+    """The module of the plan's backend."""
+    if chosen.backend == "triton":  # imported only here: Triton may not be installed
         return importlib.import_module("opsd_kernels.backends.triton_backend")
     return cpp_backend if chosen.backend == "cpp" else blocked_torch
 
 
 @functools.cache
 def _triton_runs(device: torch.device) -> bool:
-    """Whether Triton supports the device; says once what is missing."""
+    """Whether Triton supports the device; warns once about what is missing."""
     missing = None
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         missing = "a CUDA device of compute capability 8.0 or higher"
@@ -86,8 +101,9 @@ def plan_for(
     clipped: bool = False,
 ) -> Plan:
     """The plan of one operator call."""
+    num_tokens, hidden_size = head.hidden.shape
     return plan(
-        *head.hidden.shape, vocab_size,
+        num_tokens, hidden_size, vocab_size,
         loss=loss, dtype=head.hidden.dtype,
         teacher_dtype=None if teacher is None else teacher.hidden.dtype,
         device=head.hidden.device,
@@ -107,17 +123,20 @@ def whole_vocabulary(head: Head, e: Execution) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def dispatched(hidden: Tensor) -> Iterator[None]:
-    """Where a backend runs: on the device of its tensors, which Triton takes from the current one.
+def backend_scope(hidden: Tensor) -> Iterator[None]:
+    """Run a backend on the device of its tensors (Triton launches on the current one), no autocast.
 
-    Operands were cast by `checks`; inside, every product names its own dtypes.
+    `checks` has cast the operands; inside, every product names its own dtypes.
     """
     no_autocast = torch.autocast(hidden.device.type, enabled=False)
     with torch.cuda.device_of(hidden), no_autocast, named_refusals():
         yield
 
 
-def wanted(head: Head) -> GradsNeeded:
+# --------------------------------------------------------------------------------------- gradients
+
+
+def grads_needed(head: Head) -> GradsNeeded:
     """The gradients that autograd will ask for."""
     if not torch.is_grad_enabled():
         return GradsNeeded()
@@ -126,102 +145,107 @@ def wanted(head: Head) -> GradsNeeded:
 
 
 def or_empty(grad: Tensor | None, value: Tensor) -> Tensor:
-    """Operators return tensors only; a gradient nobody asked for is empty."""
+    """The gradient, or an empty tensor if there is none: operators return only tensors."""
     return value.new_empty(0) if grad is None else grad
 
 
 def fake_grad(h: Tensor, present: bool) -> Tensor:
     """Fake of an optional gradient of the hidden states."""
-    shape, dtype = (h.shape, kept_dtype(h.dtype)) if present else (0, stat_dtype(h.dtype))
-    return h.new_empty(shape, dtype=dtype)
+    if not present:
+        return h.new_empty(0, dtype=stat_dtype(h.dtype))
+    return h.new_empty(h.shape, dtype=kept_dtype(h.dtype))
 
 
-def summed(result: Result, row_scale: Tensor) -> tuple[Tensor, ...]:
+def sum_outputs(result: Result, row_scale: Tensor) -> SumOutputs:
     """Outputs of a `*_sum` operator."""
-    grads = (result.grad_hidden, result.grad_weight, result.grad_bias)
+    assert result.scale is not None, "a result without row_scale"
     return (
         (result.value * row_scale).sum(),
         result.value,
         result.stats,
-        *(or_empty(grad, result.value) for grad in grads),
+        or_empty(result.grad_hidden, result.value),
+        or_empty(result.grad_weight, result.value),
+        or_empty(result.grad_bias, result.value),
         result.scale,
     )
 
 
-def fake_sum(h: Tensor, w: Tensor, stats: int, flags: Sequence[bool]) -> tuple[Tensor, ...]:
-    """Fake outputs of a `*_sum` operator."""
+def fake_sum_outputs(h: Tensor, w: Tensor, stats: int, a: Mapping[str, Any]) -> SumOutputs:
+    """Fake outputs of a `*_sum` operator with the arguments `a`."""
     value = h.new_empty(h.shape[0], dtype=stat_dtype(h.dtype))
     return (
         value.new_empty(()),
         value,
         value.new_empty(stats, h.shape[0]),
-        fake_grad(h, flags[0]),
-        value.new_empty(w.shape if flags[1] else 0),
-        value.new_empty(w.shape[0] if flags[2] else 0),
+        fake_grad(h, a["grad_hidden"]),
+        value.new_empty(w.shape if a["grad_weight"] else 0),
+        value.new_empty(w.shape[0] if a["grad_bias"] else 0),
         value.new_empty(()),
     )
 
 
-def wanted_dtypes(arguments: dict[str, Any], parameters: Sequence[str]) -> list[torch.dtype | None]:
-    """Dtype of each parameter whose gradient is wanted, None for the others."""
-    return [
-        arguments[name].dtype if arguments[flag] else None
+def parameter_dtypes(
+    a: Mapping[str, Any], parameters: Sequence[str]
+) -> dict[str, torch.dtype | None]:
+    """Dtype of each parameter whose gradient is needed, None for the others."""
+    return {
+        name: a[name].dtype if a[flag] else None
         for name, flag in zip(parameters, GRADS, strict=True)
-    ]
+    }
 
 
-def save_sum(ctx: Any, dtypes: list[torch.dtype | None], output: tuple) -> None:
-    """Keep what the backward of a `*_sum` operator scales."""
+def save_sum(
+    ctx: Any, dtypes: Mapping[str, torch.dtype | None], output: tuple[Tensor, ...]
+) -> None:
+    """Save the gradients that the backward of a `*_sum` operator scales."""
+    _, value, stats, *grads, scale = output
     ctx.dtypes = dtypes
-    ctx.save_for_backward(*output[3:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*grads, scale)
+    ctx.mark_non_differentiable(value, stats, *grads, scale)
     ctx.set_materialize_grads(False)
 
 
-def sum_backward(operator: str, ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple:
+def sum_backward(
+    operator: str, ctx: Any, grad_loss: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     """Backward of a `*_sum` operator."""
     if grad_loss is None:
-        return in_order(operator, [])
+        return in_order(operator, {})
     refuse_double_backward()
     *grads, scale = ctx.saved_tensors
     return in_order(operator, scaled_grads(grads, scale * grad_loss, ctx.dtypes))
 
 
 def scaled_grads(
-    grads: Sequence[Tensor], factor: Tensor, dtypes: Sequence[torch.dtype | None]
-) -> list[Tensor | None]:
-    """Each wanted gradient times factor, rounded once to its parameter's dtype."""
-    return [
-        None if dtype is None else scale_cast(grad, factor, dtype)
-        for grad, dtype in zip(grads, dtypes, strict=True)
-    ]
+    grads: Sequence[Tensor], factor: Tensor, dtypes: Mapping[str, torch.dtype | None]
+) -> dict[str, Tensor | None]:
+    """Each needed gradient times factor, rounded once to the dtype of its parameter."""
+    return {
+        name: None if dtype is None else scale_cast(grad, factor, dtype)
+        for grad, (name, dtype) in zip(grads, dtypes.items(), strict=True)
+    }
 
 
-def at_kept(upstream: Tensor | None, keep: Tensor | None) -> Tensor | None:
-    """The upstream of tokens that were kept, 0 for the others: even NaN does not reach them."""
+def zero_dropped(upstream: Tensor | None, keep: Tensor | None) -> Tensor | None:
+    """The upstream gradient of kept tokens, 0 for the others, even where it is NaN."""
     if upstream is None or keep is None:
         return upstream
     return torch.where(keep, upstream, 0)
 
 
-def still_kept(
+def keep_with_upstream(
     keep: Tensor | None, group_name: str | None, *upstreams: Tensor | None
 ) -> Tensor | None:
-    """Kept tokens whose upstream is not 0: the others have no gradient, even of NaN values."""
+    """The kept tokens with an upstream gradient: NaN values of the others reach no gradient."""
     # Without a mask this would read the upstream on the host; ranks must compute the same rows.
     if keep is None or group_name is not None:
         return keep
-    flowing = [upstream != 0 for upstream in upstreams if upstream is not None]
-    return keep & functools.reduce(torch.logical_or, flowing)
-
-
-def in_order(operator: str, grads: Sequence[Tensor | None]) -> tuple:
-    """Gradients in argument order: the student's hidden, weight and bias come first."""
-    return (*grads, *(None,) * (len(argument_names(operator)) - len(grads)))
+    nonzero = [upstream != 0 for upstream in upstreams if upstream is not None]
+    return keep & functools.reduce(torch.logical_or, nonzero)
 
 
 def refuse_double_backward() -> None:
-    """The gradients were made in forward; their own derivatives are not known."""
+    """Raise under create_graph: the gradients made in forward have no derivatives of their own."""
     if torch.is_grad_enabled():
         raise RuntimeError(
             "opsd_kernels losses are differentiable once; create_graph=True is not supported"
@@ -230,9 +254,9 @@ def refuse_double_backward() -> None:
 
 @torch.library.custom_op("opsd_kernels::scale_cast", mutates_args=())
 def scale_cast(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """grad * factor in `dtype`; no second copy of a large gradient in fp32.
+    """grad * factor in `dtype`, without a second copy of a large gradient in fp32.
 
-    factor is a scalar or has one entry per row of grad; a row's factor of 0 makes 0 of NaN too.
+    factor is a scalar or has one entry per row of grad; a row with factor 0 becomes 0 even if NaN.
     """
     out = torch.empty_like(grad, dtype=dtype, memory_format=torch.contiguous_format)
     if grad.is_cuda and backend_name(grad) == "triton":
@@ -245,7 +269,7 @@ def scale_cast(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _scaled_in_slices(grad: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """PyTorch casts in a second pass over a buffer, here one of a slice's size."""
+    """out <- grad * factor in slices: PyTorch casts from a buffer, here of a slice's size."""
     rows = max(1, _SLICE_ELEMENTS // max(1, grad[:1].numel()))
     for first in range(0, grad.shape[0], rows):
         part = slice(first, first + rows)

@@ -10,27 +10,27 @@ from torch import Tensor
 
 from opsd_kernels import checks
 from opsd_kernels.ops.common import (
-    GRADS,
     HOST_READS,
-    at_kept,
+    SumOutputs,
     backend_of,
+    backend_scope,
     by_name,
-    dispatched,
     fake_grad,
-    fake_sum,
+    fake_sum_outputs,
+    grads_needed,
     in_order,
+    keep_with_upstream,
     or_empty,
+    parameter_dtypes,
     plan_for,
     refuse_double_backward,
     save_sum,
     scale_cast,
     scaled_grads,
-    still_kept,
     sum_backward,
-    summed,
-    wanted,
-    wanted_dtypes,
+    sum_outputs,
     whole_vocabulary,
+    zero_dropped,
 )
 from opsd_kernels.problem import (
     DIVERGENCE_STATS,
@@ -43,15 +43,18 @@ from opsd_kernels.problem import (
 )
 
 _STUDENT = ("student_input", "student_weight", "student_bias")
-# What backward needs again to make the gradients of a trained head.
+# Tensors that backward needs to make the gradients of a trained head.
 _SAVED = (*_STUDENT, "teacher_input", "teacher_weight", "teacher_bias", "labels", "keep")
 
 
 def divergence(
     p: DivergenceProblem, row_scale: Tensor, reduced: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, value, stats): loss is sum(row_scale * value) when reduced, else (N,) weighted."""
-    needed = wanted(p.student)
+    """(loss, value (N,), stats (S, N)); value and stats are detached.
+
+    The loss is sum(row_scale * value) if reduced, else row_scale * value (N,).
+    """
+    needed = grads_needed(p.student)
     s, t, e = p.student, p.teacher, p.execution
     tensors = (s.hidden, s.weight, s.bias, t.hidden, t.weight, t.bias, p.labels, p.keep)
     numbers = (p.beta, p.clip, s.softcap, t.softcap, s.temperature, t.temperature)
@@ -61,8 +64,8 @@ def divergence(
         loss, value, stats, *_ = divergence_sum(*tensors, *numbers, *run, *flags, row_scale)
         return loss, value, stats
     value, stats, _ = divergence_tokens(*tensors, *numbers, *run, *flags)
-    weighted = value * row_scale
-    return (weighted.sum() if reduced else weighted), value.detach(), stats
+    loss = value * row_scale
+    return (loss.sum() if reduced else loss), value.detach(), stats
 
 
 @torch.library.custom_op("opsd_kernels::divergence_tokens", mutates_args=(), tags=HOST_READS)
@@ -90,15 +93,15 @@ def divergence_tokens(
     grad_weight: bool,
     grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(value (N,), stats (S, N), d value / d hidden (N, D) or empty)."""
+    """(value (N,), stats (S, N), d value / d hidden (N, D) or empty if a head is trained)."""
     p = DivergenceProblem(
         Head(student_input, student_weight, student_bias, student_softcap, student_temperature),
         Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_temperature),
         labels, keep, beta, clip, with_stats,
         Execution(schedule, workspace_bytes, group_name, precision),
     )  # fmt: skip
-    now = grad_hidden and not (grad_weight or grad_bias)
-    result = _run_divergence(p, None, GradsNeeded(hidden=now))
+    in_forward = grad_hidden and not (grad_weight or grad_bias)
+    result = _run_divergence(p, None, GradsNeeded(hidden=in_forward))
     return result.value, result.stats, or_empty(result.grad_hidden, result.value)
 
 
@@ -128,7 +131,7 @@ def divergence_sum(
     grad_bias: bool,
     row_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(sum(row_scale * value), value, stats, dh, dW, db, scale); gradients times scale."""
+    """(sum(row_scale * value), value, stats, dh, dW, db, scale); multiply dh, dW, db by scale."""
     p = DivergenceProblem(
         Head(student_input, student_weight, student_bias, student_softcap, student_temperature),
         Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_temperature),
@@ -136,29 +139,29 @@ def divergence_sum(
         Execution(schedule, workspace_bytes, group_name, precision),
     )  # fmt: skip
     result = _run_divergence(p, row_scale, GradsNeeded(grad_hidden, grad_weight, grad_bias))
-    return summed(result, row_scale)
+    return sum_outputs(result, row_scale)
 
 
 @divergence_tokens.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     a = by_name("divergence_tokens", inputs)
-    h, (hidden, weight, bias) = a["student_input"], (a[name] for name in GRADS)
+    h, trained = a["student_input"], a["grad_weight"] or a["grad_bias"]
     value = h.new_empty(h.shape[0], dtype=stat_dtype(h.dtype))
     stats = value.new_empty(len(DIVERGENCE_STATS) if a["with_stats"] else 0, h.shape[0])
-    return value, stats, fake_grad(h, hidden and not (weight or bias))
+    return value, stats, fake_grad(h, a["grad_hidden"] and not trained)
 
 
 @divergence_sum.register_fake
-def _(*inputs: Any) -> tuple[Tensor, ...]:
+def _(*inputs: Any) -> SumOutputs:
     a = by_name("divergence_sum", inputs)
     stats = len(DIVERGENCE_STATS) if a["with_stats"] else 0
-    return fake_sum(a["student_input"], a["student_weight"], stats, [a[name] for name in GRADS])
+    return fake_sum_outputs(a["student_input"], a["student_weight"], stats, a)
 
 
 def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: GradsNeeded) -> Result:
     group = p.execution.group_name
-    with dispatched(p.student.hidden):
-        checks.outside_capture(
+    with backend_scope(p.student.hidden):
+        checks.refuse_in_capture(
             p.student.hidden, shift_labels=p.labels, token_weight=p.keep, process_group=group
         )
         _, vocab_size, largest = whole_vocabulary(p.student, p.execution)
@@ -168,40 +171,44 @@ def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Grad
             "divergence", p.student, largest, p.execution, row_scale, needed, p.teacher,
             two_passes=p.clip is not None or p.beta not in (0.0, 1.0), clipped=p.clip is not None,
         )  # fmt: skip
-        return backend_of(chosen).divergence(p, chosen, row_scale, needed)
+        result: Result = backend_of(chosen).divergence(p, chosen, row_scale, needed)
+        return result
 
 
-def _divergence_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _divergence_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a = by_name("divergence_tokens", inputs)
     ctx.trained = a["grad_weight"] or a["grad_bias"]
-    ctx.dtypes = wanted_dtypes(a, _STUDENT)
+    ctx.dtypes = parameter_dtypes(a, _STUDENT)
     ctx.numbers = {name: value for name, value in a.items() if name not in _SAVED}
-    ctx.save_for_backward(
-        *([a[name] for name in _SAVED] if ctx.trained else (a["keep"], output[2]))
-    )
-    ctx.mark_non_differentiable(output[1], output[2])
+    _, stats, grad_hidden = output
+    saved = [a[name] for name in _SAVED] if ctx.trained else [a["keep"], grad_hidden]
+    ctx.save_for_backward(*saved)
+    ctx.mark_non_differentiable(stats, grad_hidden)
     ctx.set_materialize_grads(False)
 
 
-def _divergence_tokens_backward(ctx: Any, grad_value: Tensor | None, *_: Any) -> tuple:
+def _divergence_tokens_backward(
+    ctx: Any, grad_value: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     if grad_value is None:
-        return in_order("divergence_tokens", [])
+        return in_order("divergence_tokens", {})
     refuse_double_backward()
     if not ctx.trained:
-        keep, unit = ctx.saved_tensors
-        grad = scale_cast(unit, at_kept(grad_value, keep), ctx.dtypes[0])
-        return in_order("divergence_tokens", [grad])
+        keep, grad_hidden = ctx.saved_tensors
+        factor, dtype = zero_dropped(grad_value, keep), ctx.dtypes["student_input"]
+        grad = scale_cast(grad_hidden, factor, dtype)
+        return in_order("divergence_tokens", {"student_input": grad})
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
-    grad_value = at_kept(grad_value, saved["keep"])
-    saved["keep"] = still_kept(saved["keep"], ctx.numbers["group_name"], grad_value)
+    grad_value = zero_dropped(grad_value, saved["keep"])
+    saved["keep"] = keep_with_upstream(saved["keep"], ctx.numbers["group_name"], grad_value)
     numbers = {**ctx.numbers, "with_stats": False}
     _, _, _, *grads, scale = divergence_sum(**saved, **numbers, row_scale=grad_value)
     return in_order("divergence_tokens", scaled_grads(grads, scale, ctx.dtypes))
 
 
-def _divergence_sum_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _divergence_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a = by_name("divergence_sum", inputs)
-    save_sum(ctx, wanted_dtypes(a, _STUDENT), output)
+    save_sum(ctx, parameter_dtypes(a, _STUDENT), output)
 
 
 divergence_tokens.register_autograd(

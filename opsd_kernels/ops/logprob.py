@@ -10,27 +10,27 @@ from torch import Tensor
 
 from opsd_kernels import checks
 from opsd_kernels.ops.common import (
-    GRADS,
     HOST_READS,
-    at_kept,
+    SumOutputs,
     backend_of,
+    backend_scope,
     by_name,
-    dispatched,
     fake_grad,
-    fake_sum,
+    fake_sum_outputs,
+    grads_needed,
     in_order,
+    keep_with_upstream,
     or_empty,
+    parameter_dtypes,
     plan_for,
     refuse_double_backward,
     save_sum,
     scale_cast,
     scaled_grads,
-    still_kept,
     sum_backward,
-    summed,
-    wanted,
-    wanted_dtypes,
+    sum_outputs,
     whole_vocabulary,
+    zero_dropped,
 )
 from opsd_kernels.problem import (
     LOGPROB_STATS,
@@ -43,7 +43,7 @@ from opsd_kernels.problem import (
 )
 
 _PARAMETERS = ("input", "weight", "bias")
-# What backward needs again to make the gradients of a trained head.
+# Tensors that backward needs to make the gradients of a trained head.
 _SAVED = (*_PARAMETERS, "target", "keep", "class_weight", "label_weight", "z_weight")
 
 
@@ -53,22 +53,23 @@ def logprob(
     entropy_grad: bool = False,
     lse_grad: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(value (N,) or, with row_scale, sum(row_scale * value); entropy; lse; stats).
+    """(value (N,), entropy (N,), lse (N,), stats (S, N)).
 
-    Entropy and lse are differentiable where their flag says so, and there is no row_scale.
+    With row_scale (N,) the first is sum(row_scale * value) instead, and only it is differentiable.
+    Else entropy and lse are too, if their flag says so.
     """
-    needed = wanted(p.head)
+    needed = grads_needed(p.head)
     h, e = p.head, p.execution
-    tensors = (h.hidden, h.weight, h.bias, p.target, p.keep)
-    tensors += (h.class_weight, p.label_weight, p.z_weight)
+    head = (h.hidden, h.weight, h.bias)
+    tensors = (*head, p.target, p.keep, h.class_weight, p.label_weight, p.z_weight)
     numbers = (h.softcap, h.temperature, p.label_smoothing)
     run = (p.with_entropy, p.with_predicted, e.schedule, e.workspace_bytes, e.group_name)
     flags = (needed.hidden, needed.weight, needed.bias)
     if row_scale is not None and (needed.weight or needed.bias):
         loss, _, stats, *_ = logprob_sum(*tensors, *numbers, *run, *flags, row_scale, None, None)
         return loss, *(stats[LOGPROB_STATS.index(name)] for name in ("entropy", "lse")), stats
-    flags += (entropy_grad, lse_grad)
-    value, entropy, lse, stats, _, _ = logprob_tokens(*tensors, *numbers, *run, *flags)
+    flags_of_tokens = (*flags, entropy_grad, lse_grad)
+    value, entropy, lse, stats, _, _ = logprob_tokens(*tensors, *numbers, *run, *flags_of_tokens)
     return (value if row_scale is None else (value * row_scale).sum()), entropy, lse, stats
 
 
@@ -96,16 +97,18 @@ def logprob_tokens(
     grad_entropy: bool,
     grad_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(value (N,), entropy (N,), lse (N,), stats (S, N), d value / dh, d entropy / dh)."""
+    """(value (N,), entropy (N,), lse (N,), stats (S, N), d value / dh, d entropy / dh).
+
+    The gradients are (N, D), or empty if backward makes them.
+    """
     p = LogprobProblem(
         Head(input, weight, bias, softcap, temperature, class_weight), target, keep,
         label_smoothing, with_entropy, Execution(schedule, workspace_bytes, group_name),
         with_predicted, label_weight, z_weight,
     )  # fmt: skip
-    now = grad_hidden and not (grad_weight or grad_bias or grad_lse)
-    result = _run_logprob(
-        p, None, None, None, GradsNeeded(hidden=now, entropy=now and grad_entropy)
-    )
+    in_forward = grad_hidden and not (grad_weight or grad_bias or grad_lse)
+    needed = GradsNeeded(hidden=in_forward, entropy=in_forward and grad_entropy)
+    result = _run_logprob(p, None, None, None, needed)
     return (
         result.value,
         result.stats[LOGPROB_STATS.index("entropy")].clone(),
@@ -141,36 +144,36 @@ def logprob_sum(
     entropy_scale: Tensor | None,
     lse_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As divergence_sum; entropy_scale * entropy and lse_scale * lse join in the gradients."""
+    """As divergence_sum; the gradients include entropy_scale * entropy and lse_scale * lse."""
     p = LogprobProblem(
         Head(input, weight, bias, softcap, temperature, class_weight), target, keep,
         label_smoothing, with_entropy, Execution(schedule, workspace_bytes, group_name),
         with_predicted, label_weight, z_weight,
     )  # fmt: skip
     needed = GradsNeeded(grad_hidden, grad_weight, grad_bias)
-    return summed(_run_logprob(p, row_scale, entropy_scale, lse_scale, needed), row_scale)
+    return sum_outputs(_run_logprob(p, row_scale, entropy_scale, lse_scale, needed), row_scale)
 
 
 @logprob_tokens.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     a = by_name("logprob_tokens", inputs)
-    h, (hidden, weight, bias) = a["input"], (a[name] for name in GRADS)
-    now = hidden and not (weight or bias or a["grad_lse"])
+    h, in_backward = a["input"], a["grad_weight"] or a["grad_bias"] or a["grad_lse"]
+    in_forward = a["grad_hidden"] and not in_backward
     value = h.new_empty(h.shape[0], dtype=stat_dtype(h.dtype))
     return (
         value,
         torch.empty_like(value),
         torch.empty_like(value),
         value.new_empty(len(LOGPROB_STATS), h.shape[0]),
-        fake_grad(h, now),
-        fake_grad(h, now and a["grad_entropy"]),
+        fake_grad(h, in_forward),
+        fake_grad(h, in_forward and a["grad_entropy"]),
     )
 
 
 @logprob_sum.register_fake
-def _(*inputs: Any) -> tuple[Tensor, ...]:
+def _(*inputs: Any) -> SumOutputs:
     a = by_name("logprob_sum", inputs)
-    return fake_sum(a["input"], a["weight"], len(LOGPROB_STATS), [a[name] for name in GRADS])
+    return fake_sum_outputs(a["input"], a["weight"], len(LOGPROB_STATS), a)
 
 
 def _run_logprob(
@@ -180,8 +183,8 @@ def _run_logprob(
     lse_scale: Tensor | None,
     needed: GradsNeeded,
 ) -> Result:
-    with dispatched(p.head.hidden):
-        checks.outside_capture(p.head.hidden, target=p.target)
+    with backend_scope(p.head.hidden):
+        checks.refuse_in_capture(p.head.hidden, target=p.target)
         first, vocab_size, largest = whole_vocabulary(p.head, p.execution)
         checks.labels_in_vocabulary("target", p.target, p.keep, vocab_size)
         if p.head.class_weight is not None:
@@ -189,18 +192,20 @@ def _run_logprob(
             shard = p.head.class_weight[first : first + p.head.weight.shape[0]]
             p.head.class_weight = shard if p.label_smoothing != 0.0 else None
         chosen = plan_for("logprob", p.head, largest, p.execution, row_scale, needed)
-        return backend_of(chosen).logprob(p, chosen, row_scale, entropy_scale, lse_scale, needed)
+        backend, scales = backend_of(chosen), (row_scale, entropy_scale, lse_scale)
+        result: Result = backend.logprob(p, chosen, *scales, needed)
+        return result
 
 
-def _logprob_tokens_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _logprob_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a = by_name("logprob_tokens", inputs)
-    ctx.later = a["grad_weight"] or a["grad_bias"] or a["grad_lse"]
-    ctx.dtypes = wanted_dtypes(a, _PARAMETERS)
+    ctx.in_backward = a["grad_weight"] or a["grad_bias"] or a["grad_lse"]
+    ctx.dtypes = parameter_dtypes(a, _PARAMETERS)
     ctx.numbers = {n: v for n, v in a.items() if n not in (*_SAVED, "grad_entropy", "grad_lse")}
-    ctx.save_for_backward(
-        *([a[name] for name in _SAVED] if ctx.later else (a["keep"], *output[4:]))
-    )
-    ctx.mark_non_differentiable(*output[3:])
+    _, _, _, stats, *grads = output
+    saved = [a[name] for name in _SAVED] if ctx.in_backward else [a["keep"], *grads]
+    ctx.save_for_backward(*saved)
+    ctx.mark_non_differentiable(stats, *grads)
     ctx.set_materialize_grads(False)
 
 
@@ -210,24 +215,24 @@ def _logprob_tokens_backward(
     grad_entropy: Tensor | None,
     grad_lse: Tensor | None,
     *_: Any,
-) -> tuple:
+) -> tuple[Tensor | None, ...]:
     upstreams = [x for x in (grad_value, grad_entropy, grad_lse) if x is not None]
     if not upstreams:
-        return in_order("logprob_tokens", [])
+        return in_order("logprob_tokens", {})
     refuse_double_backward()
-    if not ctx.later:
-        keep, unit, unit_entropy = ctx.saved_tensors
+    if not ctx.in_backward:
+        keep, *grads = ctx.saved_tensors
         terms = [
-            scale_cast(unit, at_kept(upstream, keep), ctx.dtypes[0])
-            for unit, upstream in ((unit, grad_value), (unit_entropy, grad_entropy))
+            scale_cast(grad, zero_dropped(upstream, keep), ctx.dtypes["input"])
+            for grad, upstream in zip(grads, (grad_value, grad_entropy), strict=True)
             if upstream is not None
         ]
-        return in_order("logprob_tokens", [sum(terms[1:], start=terms[0])])
+        return in_order("logprob_tokens", {"input": sum(terms[1:], start=terms[0])})
     if grad_value is None:
         grad_value = torch.zeros_like(upstreams[0])
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
-    scales = [at_kept(x, saved["keep"]) for x in (grad_value, grad_entropy, grad_lse)]
-    saved["keep"] = still_kept(saved["keep"], ctx.numbers["group_name"], *scales)
+    scales = [zero_dropped(x, saved["keep"]) for x in (grad_value, grad_entropy, grad_lse)]
+    saved["keep"] = keep_with_upstream(saved["keep"], ctx.numbers["group_name"], *scales)
     numbers = {**ctx.numbers, "with_predicted": False}
     names = ("row_scale", "entropy_scale", "lse_scale")
     _, _, _, *grads, scale = logprob_sum(
@@ -236,9 +241,9 @@ def _logprob_tokens_backward(
     return in_order("logprob_tokens", scaled_grads(grads, scale, ctx.dtypes))
 
 
-def _logprob_sum_setup(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _logprob_sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     a = by_name("logprob_sum", inputs)
-    save_sum(ctx, wanted_dtypes(a, _PARAMETERS), output)
+    save_sum(ctx, parameter_dtypes(a, _PARAMETERS), output)
 
 
 logprob_tokens.register_autograd(_logprob_tokens_backward, setup_context=_logprob_tokens_setup)

@@ -6,7 +6,7 @@ from benchmarks.report import gpu
 from benchmarks.report.__main__ import main
 from benchmarks.report.data import ReportError
 from benchmarks.report.files import load
-from benchmarks.report.readme import rewrite
+from benchmarks.report.pages import rewrite
 from tests.helpers.report_json import case, environment, run, write, write_results
 
 PARTS = ("gpu_losses", *gpu.STAGES)

@@ -1,4 +1,4 @@
-"""The README's marked parts say what the JSON says, and nothing else in it changes."""
+"""A page's marked parts say what the JSON says, and nothing else in it changes."""
 
 import json
 import subprocess
@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-from benchmarks.report import readme as readme_tables
+from benchmarks.report import pages
+from benchmarks.report.data import ReportError
+from benchmarks.report.files import load
+from benchmarks.report.results import results_table
 from benchmarks.report.tables import headline
 from tests.helpers.report_json import (
     README,
@@ -14,6 +17,7 @@ from tests.helpers.report_json import (
     case,
     change,
     device,
+    environment,
     losses,
     run,
     write,
@@ -79,7 +83,7 @@ def test_the_readme_holds_the_figures(folder):
     assert found["rollout"] == ["2.00 s", "2.00 s"] and found["loss"] == ["250 ms", dash]
     assert found["**whole step**"] == ["**5.00 s**", "**12.5 s**"]
     assert found["all but the rollout"] == ["3.00 s", "10.5 s"]
-    assert found["that in opsd_train's"] == ["1.00", "3.50"]
+    assert found["all but the rollout over opsd_train's"] == ["1.00", "3.50"]
     assert found["peak extra memory"] == ["700 MiB", dash] and found["mean loss"] == ["1.5", "1.5"]
     assert found["**student after 40 steps**"] == ["**29.5 %**", "**23.6 to 36.2 %**"]
     gain = f"**{minus}1.8 to +24.2 (44 gained, 9 lost)**"
@@ -147,6 +151,46 @@ def test_a_marker_without_results_is_named(folder, capsys, kind):
 
 
 def test_cells_do_not_break_the_table():
-    table = readme_tables.Table(("a", "b"), (("x|y", "1"), ("z", "")), bold=frozenset([1]))
+    table = pages.Table(("a", "b"), (("x|y", "1"), ("z", "")), bold=frozenset([1]))
     expected = "| a | b |\n|---|---:|\n| x\\|y | 1 |\n| **z** |  |"
-    assert readme_tables.markdown(table) == expected
+    assert pages.markdown(table) == expected
+
+
+def test_the_readme_has_a_row_of_each_measurement(folder):
+    """The first of ours beside the fastest of the others, the study's figures as committed."""
+    change(folder, "train_step", lambda c: c["settings"].update(model="smol", tokens=64))
+    table = results_table(load([folder / "json"]))
+    gpu, cpu, step, demo, study = table.rows
+    times, minus = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
+    assert gpu[0].endswith("small's head, 2,048 tokens; Test GPU")
+    assert gpu[1] == f"2.00{times} the bare GEMMs, 44 MiB"
+    assert gpu[2] == f"Eager: 3.00{times}, \N{EN DASH}"
+    assert gpu[3] == "`python -m benchmarks.gpu_report second --out FOLDER`"
+    assert cpu[0].endswith("large's head, 512 tokens; Test CPU, 2 cores")
+    assert cpu[1].startswith("1.25") and cpu[3] == "`make bench`"
+    assert step[0] == "OPSD step, smol, 16 prompts, 64 tokens each; Test CPU, 2 cores"
+    assert step[1:3] == ("5.00 s, 700 MiB", "Their trainer: 12.5 s, \N{EN DASH}")
+    assert demo[1:3] == ("29.5 % [23.6, 36.2]", "before training: 12.0 % [8.2, 17.2]")
+    assert study[3] == "`python -m benchmarks.study --quick`"
+    assert minus not in study[1] and study[1].startswith("OPSD: ")
+    block = (ROOT / "docs" / "benchmarks.md").read_text()
+    for figures in (study[1].removeprefix("OPSD: "), study[2].split(": ")[1].split(";")[0]):
+        assert figures in block
+
+
+def test_a_second_measurement_stands_beside_the_first(folder):
+    call = {"case": "JSD, frozen, bf16, 2,048 tokens", "commit": "c", "contenders": [
+        {"name": name, "ms": ms, "workspace_mib": None, "rows_per_block": None}
+        for name, ms in (("bare GEMMs", [4.0, 2.0, 4.0]), ("ours", [5.0]))
+    ]}  # fmt: skip
+    place = environment("Test GPU", "cuda")
+    streams = {"kind": "gpu_streams", "environment": place, "shape": "s", "method": "m"}
+    write(folder, "streams", streams | {"calls": [call]})
+    (folder / "json" / "train_step.json").unlink()
+    assert "(1.25 in another run), 44 MiB" in results_table(load([folder / "json"])).rows[0][1]
+
+
+def test_the_readme_needs_the_study(folder, tmp_path):
+    (folder / "json" / "train_step.json").unlink()
+    with pytest.raises(ReportError, match=r"results\.json"):
+        results_table(load([folder / "json"]), tmp_path / "nowhere")

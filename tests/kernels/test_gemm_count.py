@@ -1,4 +1,4 @@
-"""GEMMs as kernels.md promises for `blocked`, counted by the profiler from operand shapes."""
+"""GEMMs of the `blocked` schedule are as many as the plan says, counted by the profiler."""
 
 from collections.abc import Callable
 

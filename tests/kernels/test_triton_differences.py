@@ -68,7 +68,7 @@ def by_differences(
     device: str, with_labels: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same from the kernels."""
-    from opsd_kernels.backends.passes import FORWARD_KL, JSD, REVERSE_KL, Layout, _kl
+    from opsd_kernels.backends.passes import FORWARD_KL, JSD, REVERSE_KL, Layout, kl_of
     from opsd_kernels.backends.triton_differences_launch import DifferenceTiles
     from opsd_kernels.backends.triton_rows_launch import StoredTiles
     from opsd_kernels.problem import Head
@@ -96,7 +96,7 @@ def by_differences(
     tiles.divergence_gradient(
         layout, merged, totals, None, beta, None, slice(0, VOCAB), dz
     )  # fmt: skip
-    return (value if kind == JSD else _kl(layout, merged)[0]).cpu(), dz[:, :VOCAB].cpu()
+    return (value if kind == JSD else kl_of(layout, merged)[0]).cpu(), dz[:, :VOCAB].cpu()
 
 
 def error(found: Tensor, true: Tensor) -> float:

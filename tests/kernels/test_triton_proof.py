@@ -126,12 +126,9 @@ def inexact(interpreter, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         ("exp", np.exp, 0.0), ("exp2", np.exp2, 0.0), ("log", np.log, 0.0),
         ("log2", np.log2, 2.0**-22),
     ):  # fmt: skip
-        function = noisy(exact, absolute)
-        monkeypatch.setattr(
-            interpreter.InterpreterBuilder,
-            f"create_{name}",
-            lambda self, x, function=function: self.unary_op(x, function),
-        )
+        builder = interpreter.InterpreterBuilder
+        method = functools.partialmethod(builder.unary_op, op=noisy(exact, absolute))
+        monkeypatch.setattr(builder, f"create_{name}", method)
     return calls
 
 

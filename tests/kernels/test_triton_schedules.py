@@ -38,17 +38,17 @@ def ours(name: str, schedule: str, trained: bool, pair: dict[str, Tensor]) -> tu
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="sizes of the interpreter")
-@pytest.mark.parametrize("described", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("use_tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("name", ["jsd 0", "jsd 0.1", "logprob and entropy"])
 def test_block_sizes_do_not_change_the_result(
-    name: str, tile: tuple, described: bool, triton_device: str, monkeypatch
+    name: str, tile: tuple, use_tma: bool, triton_device: str, monkeypatch
 ) -> None:
     from opsd_kernels.backends import triton_launch
 
     sizes = triton_launch.Blocks(*tile[:3], 1, 1, tile[3])
     monkeypatch.setattr(triton_launch, "blocks", lambda **_: sizes)
-    monkeypatch.setattr(triton_launch, "describable", lambda *_: described)
+    monkeypatch.setattr(triton_launch, "can_use_tma", lambda *_: use_tma)
     pair = make_pair(33, 24, 201, masked=3, seed=21)
     compare(name, pair, True, None, torch.float32, triton_device, schedule="streaming")
 

@@ -27,7 +27,7 @@ from benchmarks.study.reading import (
     verdict,
 )
 from benchmarks.study.statistics import Estimate
-from benchmarks.study.tables import accuracy_table, main_comparison, readme, readme_block
+from benchmarks.study.tables import accuracy_table, main_comparison, rewrite, summary
 from opsd_train.config.errors import UserError
 from tests.helpers import study_results as made_up
 
@@ -228,20 +228,20 @@ def test_a_study_without_any_run(tmp_path):
     assert "0 of 81" in page and "not measured" in page
 
 
-def test_the_readme_part_is_replaced(whole):
+def test_the_part_of_the_page_is_replaced(whole):
     text = "before\n<!-- study -->\nold\n<!-- /study -->\nafter\n"
     whole = whole | {"experiments": whole["experiments"][:1]}
-    new = readme(text, whole)
+    new = rewrite(text, whole)
     assert new.startswith("before\n<!-- study -->\n") and new.endswith("<!-- /study -->\nafter\n")
     assert "old" not in new
-    assert readme(new, whole) == new
+    assert rewrite(new, whole) == new
     for bad in ("no part", text * 2):
         with pytest.raises(UserError, match="it needs one"):
-            readme(bad, whole)
+            rewrite(bad, whole)
 
 
-def test_the_readme_has_the_table_and_a_line_an_experiment(whole):
-    block = readme_block(whole)
+def test_the_summary_has_the_table_and_a_line_an_experiment(whole):
+    block = summary(whole)
     comparison = main_comparison([compare(whole, e) for e in whole["experiments"]])
     _, rows = accuracy_table(whole, comparison)
     assert [row[0] for row in rows] == [

@@ -14,7 +14,9 @@ from functools import partial
 
 from benchmarks.report import gpu
 from benchmarks.report.data import Device, ReportError
+from benchmarks.report.results import memory_text, results_table
 from benchmarks.report.tables import (
+    TIMES,
     Table,
     case_text,
     demo_table,
@@ -104,12 +106,24 @@ def gpu_part(name: str, devices: list[Device]) -> str:
     return "\n\n".join(_wrapped(b) if isinstance(b, str) else markdown(b) for b in blocks)
 
 
+def results(devices: list[Device]) -> str:
+    """The README's table: each measurement beside the best of the others, with its command."""
+    return markdown(results_table(devices))
+
+
+def memory(devices: list[Device]) -> str:
+    """The README's first figure, from the study."""
+    return _wrapped(memory_text())
+
+
 PARTS: dict[str, Callable[[list[Device]], str]] = {
     "losses": losses,
     "train_step": train_step,
     "demo": demo,
     "gpu_losses": gpu_losses,
     **{name: partial(gpu_part, name) for name in (*gpu.STAGES, "gpu_streams")},
+    "results": results,
+    "memory": memory,
 }
 
 
@@ -138,7 +152,7 @@ def _overview(device: Device) -> str:
     sources = {case.source.file: case.source for case in cases}
     intro = (
         f"All {len(cases)} cases measured on {device.name}, each beside the fastest peer that runs "
-        f"there; times in those of the bare matrix products. Figures: "
+        f"there; {TIMES} GEMMs is the time over that of the bare matrix products. Figures: "
         f"{files_text(sources[file] for file in sorted(sources))}."
     )
     return f"{_wrapped(intro)}\n\n{markdown(overview_table(cases))}"
