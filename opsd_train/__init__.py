@@ -1,4 +1,4 @@
 """opsd_train: a small trainer for On-Policy Self-Distillation.
 
-Start it with ``python -m opsd_train``; ``python -m opsd_train --help`` lists what else it does.
+`python -m opsd_train` runs the demo; `python -m opsd_train --help` lists all commands.
 """

@@ -1,4 +1,4 @@
-"""``python -m opsd_train``."""
+"""Entry point of `python -m opsd_train`."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ if __name__ == "__main__":
             file=sys.stderr,
         )
         code = 2
-    except BrokenPipeError:  # `... --help | head`; what is left to print has no reader
+    except BrokenPipeError:  # such as `... --help | head`: discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)

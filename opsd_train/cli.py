@@ -1,6 +1,6 @@
-"""The command line: picks a recipe, applies overrides, starts the run.
+"""The command line: parse a command, load its recipe with overrides, and run it.
 
-Nothing here imports torch, so that help, lists and errors come at once.
+This module does not import torch at the top, so that help, lists and errors appear at once.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import (
@@ -26,8 +26,8 @@ from opsd_train.config.schema import Config
 
 DEFAULT_RECIPE = "demo/opsd"
 PROGRAM = "python -m opsd_train"
-# A path that nothing can be written to, as opposed to a fault of ours.
-WRONG_PLACE = {
+# Errors of a path that cannot be written to; other OSErrors are bugs.
+BAD_PATH = {
     errno.EACCES,
     errno.EEXIST,
     errno.EISDIR,
@@ -36,7 +36,7 @@ WRONG_PLACE = {
     errno.EPERM,
     errno.EROFS,
 }
-TRAINING = "RECIPE"  # the command without a word of its own
+TRAINING = "RECIPE"  # training has no command word: the recipe takes its place
 EVAL_USAGE = "python -m opsd_train eval MODEL_OR_RUN --set SET,SET"
 KINDS: dict[RecipeKind, str] = {
     "train": "Training:",
@@ -45,17 +45,17 @@ KINDS: dict[RecipeKind, str] = {
 
 USAGE = """\
 python -m opsd_train                          run the demo, recipe demo/opsd
-python -m opsd_train RECIPE KEY=VALUE ...     run a recipe (a name or a .yaml file) with changes
+python -m opsd_train RECIPE KEY=VALUE ...     run a recipe (a name or a .yaml file) with overrides
 python -m opsd_train RECIPE --dry-run         print the resolved config and the plan, run nothing
-python -m opsd_train RECIPE ... --resume      go on after the newest checkpoint in its output_dir
+python -m opsd_train RECIPE ... --resume      continue after the newest checkpoint in output_dir
 torchrun --nproc_per_node N -m opsd_train RECIPE ... [--shard full|none]
-                                              N processes: weights sharded (FSDP2) or a copy on each
+                                              N processes: weights sharded (FSDP2) or copied to each
 python -m opsd_train eval MODEL_OR_RUN --set SET,SET [--recipe RECIPE] KEY=VALUE ...
-                                              answers, checks and scores; goes on where it was left
+                                              generate, grade and score; continues if interrupted
     SET: aime24 aime25 hmmt25 amo-bench math-500, heldout (of the run) or a run's folder, a task of
     reasoning_gym, a file (.jsonl .json .csv .parquet); RECIPE: paper/eval, demo/eval or a .yaml
 python -m opsd_train eval ... --against FOLDER        and the difference to another evaluation
-python -m opsd_train eval ... --regrade               check what is kept again, without a model
+python -m opsd_train eval ... --regrade               grade saved completions again, without a model
 python -m opsd_train recipes                  list the recipes
 python -m opsd_train report RUN_DIR           write RUN_DIR/report.html again
 python -m opsd_train export RUN_DIR [OUT]     write the newest checkpoint's adapter (PEFT)
@@ -65,12 +65,12 @@ python -m opsd_train export RUN_DIR [OUT] --merged
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({PROGRAM} --help)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code; bad input gives one line on stderr and 2."""
+    """Run one command and return the exit code; bad input prints one line on stderr and gives 2."""
     try:
         name, options = _parse(sys.argv[1:] if argv is None else argv)
         if not options.help:
@@ -80,19 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _fail(error)
     except OSError as error:
-        if error.errno in WRONG_PLACE and error.filename:
+        if error.errno in BAD_PATH and error.filename:
             return _fail(
                 f"cannot write {error.filename}: {error.strerror}; choose another output_dir"
             )
         if error.errno != errno.ENOSPC:
             raise
-        # A checkpoint that did not fit says more than the report that did not fit after it.
+        # If the checkpoint failed first and then the report, the checkpoint's error says more.
         first: BaseException = error
         while isinstance(first, OSError) and first.__context__ is not None:
             first = first.__context__
-        full = "the disk of the run folder is full; make room and go on with --resume"
+        full = "the disk of the run folder is full; make room and continue with --resume"
         return _fail(first if isinstance(first, UserError) else full)
-    except KeyboardInterrupt:  # before the run folder exists; later the trainer takes it
+    except KeyboardInterrupt:  # before training starts; from then on run.py handles signals
         print("interrupted", file=sys.stderr)
         return 130
 
@@ -110,9 +110,9 @@ def _parse(argv: Sequence[str]) -> tuple[str, argparse.Namespace]:
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     if name in COMMANDS:
         arguments.remove(name)
-    else:  # a recipe, a change of one, or the value of an option
+    else:  # a recipe, an override, or the value of an option
         name = TRAINING
-    _refuse_others_options(name, arguments)
+    _refuse_other_commands_options(name, arguments)
     return name, _parser(name).parse_intermixed_args(arguments)
 
 
@@ -125,8 +125,8 @@ def _parser(name: str) -> _Parser:
     return parser
 
 
-def _refuse_others_options(name: str, arguments: Sequence[str]) -> None:
-    """An option of another command: say whose it is."""
+def _refuse_other_commands_options(name: str, arguments: Sequence[str]) -> None:
+    """Raise UserError for an option of another command, naming the command."""
     for argument in arguments:
         option = argument.partition("=")[0]
         owners = [other for other, command in COMMANDS.items() if option in command.options]
@@ -159,9 +159,9 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _config(words: list[str]) -> Config:
-    named = bool(words) and "=" not in words[0]
-    recipe = load_recipe(words[0] if named else DEFAULT_RECIPE)
-    return config_from(recipe, words[1:] if named else words)
+    has_recipe = bool(words) and "=" not in words[0]
+    recipe = load_recipe(words[0] if has_recipe else DEFAULT_RECIPE)
+    return config_from(recipe, words[1:] if has_recipe else words)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -187,18 +187,18 @@ def _eval(options: argparse.Namespace) -> None:
     config = config_from(recipe, words[1:], EvalConfig)
     from opsd_train.evaluation.evaluate import evaluate, print_difference, regrade
 
+    folder: str | Path = config.output_dir
     if options.regrade:
         folder = regrade(config, source)
     else:
         evaluate(config, source, sets)
-        folder = config.output_dir
     if options.against and os.environ.get("RANK", "0") == "0":
         print_difference(folder, options.against)
 
 
 @dataclass(frozen=True)
 class Command:
-    """What runs it, and the options that it alone takes (as argparse takes them)."""
+    """The function that runs a command, and its options with their argparse settings."""
 
     run: Callable[[argparse.Namespace], int | None]
     options: dict[str, dict[str, Any]]

@@ -1,4 +1,4 @@
-"""What surrounds training: the run folder, resuming, evaluations, checkpoints, the report."""
+"""One training run: its folder, resuming, evaluations, checkpoints and the report."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers.utils import logging as transformers_logging
 
-from opsd_train.checkpoint.resume import Checkpoints, Loaded, restore_training
+from opsd_train.checkpoint.resume import Checkpoint, Checkpoints, restore_training
 from opsd_train.checkpoint.save import training_tensors
 from opsd_train.checkpoint.weights import save_adapter, save_weights
 from opsd_train.config.errors import UserError
@@ -30,39 +30,41 @@ from opsd_train.reporting.html import write_report
 from opsd_train.reporting.metrics_log import RunLogger
 from opsd_train.reporting.run_folder import RunFolder, claim, release
 from opsd_train.reporting.step_stats import StepStats
-from opsd_train.reporting.timers import Clock, peak_memory_mib
+from opsd_train.reporting.timers import PhaseTimer, peak_memory_mib
 from opsd_train.reporting.trackers import Tracker, open_trackers
 from opsd_train.trainer import Trainer
 
 
 def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
-    """Run a recipe, or go on with it after its newest checkpoint; returns the exit code.
+    """Run a recipe, or resume it after its newest checkpoint; returns the exit code.
 
-    The first Ctrl-C or SIGTERM ends it after the step in progress, with a checkpoint (exit code
-    130 or 143); the second at once.
+    `shard` "full" shards the weights over the processes (FSDP2), "none" copies them to each.
+    The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint (exit code
+    130 or 143); the second ends it at once. Raises UserError for a recipe that cannot be run.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    clock = Clock()
+    timer = PhaseTimer()
     context = init_distributed(config.model.device)
     path = Path(config.output_dir)
     claimed = context.is_main and not resume
     folder = RunFolder(context.broadcast(claim(path) if claimed else path), context)
     try:
-        with clock.phase("load"):
+        with timer.phase("load"):
             names = config.report.trackers if context.is_main else []
-            trackers = open_trackers(names, folder.path, dataclasses.asdict(config))
-            run = TrainingRun(Trainer(config, context, folder, clock, shard))
-            resumed = run.resume() if resume else None
+            trackers = open_trackers(names, folder.path, dataclasses.asdict(cast(Any, config)))
+            run = TrainingRun(Trainer(config, context, folder, timer, shard))
+            resumed_step = run.resume() if resume else None
     except BaseException:
         if claimed:
             release(folder.path)
         raise
     try:
-        with run.recording(resumed, trackers), run.interruptible(), stop_requests() as stop:
-            run.end(
-                run.trainer.fit(stop, evaluate=run.evaluate, log=run.log, save=run.save_checkpoint)
+        with run.recording(resumed_step, trackers), run.interruptible(), stop_requests() as stop:
+            stopped_by = run.trainer.fit(
+                stop, evaluate=run.evaluate, log=run.log, save=run.save_checkpoint
             )
+            run.finish(stopped_by)
     finally:
         run.trainer.close()
     context.shutdown()
@@ -70,38 +72,43 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
 
 
 class TrainingRun:
-    """Reads and writes the run folder of a trainer, which keeps all state of the training."""
+    """Reads and writes a trainer's run folder. All state of the training is in the trainer."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.config, self.context = trainer, trainer.config, trainer.context
         self.folder = trainer.folder.path
         self.recipe = to_yaml(self.config)
         self.checkpoints = Checkpoints(self.folder, self.config.checkpoint.keep, self.context)
-        self.logger: RunLogger | None = None  # on rank 0
-        self.status, self.exit_code = "failed", 1  # until it ends
+        self.logger: RunLogger | None = None  # on rank 0, within `recording`
+        self.status, self.exit_code = "failed", 1  # until the run ends some other way
 
     def resume(self) -> int | None:
-        """Take everything over from the newest whole checkpoint; returns its step, if any."""
+        """Load the newest undamaged checkpoint into the trainer; returns its step.
+
+        Returns None if there is no checkpoint. Raises UserError if the recipe or the data is not
+        the one of the checkpoint.
+        """
         trainer = self.trainer
-        loaded = self.checkpoints.newest(self.recipe)
-        if loaded is None:
+        checkpoint = self.checkpoints.newest(self.recipe)
+        if checkpoint is None:
             self._say(f"{self.folder} has no checkpoint yet: starting from the beginning")
             return None
-        self._refuse_other_origin(loaded)
+        self._refuse_other_data(checkpoint)
         tensors = training_tensors(trainer.policy, trainer.optimizer, trainer.method.state())
-        loaded.fill(tensors)
+        checkpoint.load_tensors(tensors)
         restore_training(trainer.policy, trainer.optimizer, tensors)
-        trainer.load_state_dict(loaded.step, loaded.facts)
-        if loaded.rank_facts is not None:
-            set_random_state(loaded.rank_facts["random"])
-        self._say(f"resuming after step {loaded.step} from {loaded.path}")
-        return loaded.step
+        trainer.load_state_dict(checkpoint.step, checkpoint.trainer_state)
+        if checkpoint.rank_state is not None:
+            set_random_state(checkpoint.rank_state["random"])
+        self._say(f"resuming after step {checkpoint.step} from {checkpoint.path}")
+        return checkpoint.step
 
     @contextmanager
-    def recording(self, resumed: int | None, trackers: list[Tracker]) -> Iterator[None]:
-        """Rank 0 writes metrics, and at the end, whatever it is, the summary and the report.
+    def recording(self, resumed_step: int | None, trackers: list[Tracker]) -> Iterator[None]:
+        """Within this context rank 0 logs metrics; on exit, even after an error, it writes the
+        summary and the report.
 
-        `resumed`: the step after which the run goes on.
+        `resumed_step`: the step of the checkpoint that the run resumed from, or None.
         """
         if not self.context.is_main:
             yield
@@ -109,7 +116,7 @@ class TrainingRun:
         with RunLogger(
             self.folder,
             self.config.steps,
-            resume_step=resumed,
+            resume_step=resumed_step,
             evaluations=self.trainer.evaluations,
             trackers=trackers,
         ) as self.logger:
@@ -123,7 +130,7 @@ class TrainingRun:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """On rank 0 a second signal ends the run as the first would have, only at once."""
+        """Within this context rank 0 takes a second signal as a normal end of the run, too."""
         try:
             yield
         except KeyboardInterrupt:
@@ -131,8 +138,11 @@ class TrainingRun:
                 raise
             self._ended_by(signal.SIGINT)
 
-    def end(self, stopped_by: int | None) -> None:
-        """Training is done, or a signal stopped it: write the weights if it is done."""
+    def finish(self, stopped_by: int | None) -> None:
+        """Set the status; unless the signal `stopped_by` ended training, write the trained weights.
+
+        Every rank calls it.
+        """
         if stopped_by is not None:
             self._ended_by(stopped_by)
             return
@@ -142,10 +152,10 @@ class TrainingRun:
         self.status, self.exit_code = "finished", 0
 
     def log(self, row: dict[str, Any], stats: StepStats) -> None:
-        """Record a step: its metrics, warnings and now and then some samples."""
+        """Record a step: metrics, warnings, and every `report.sample_every` steps some samples."""
         if self.logger is None:
             return
-        step, report = self.trainer.done, self.config.report
+        step, report = self.trainer.steps_done, self.config.report
         self.logger.log(step, row)
         for warning in row["warnings"]:
             self._say(f"warning: {warning}")
@@ -154,11 +164,11 @@ class TrainingRun:
             self.logger.samples(step, rows)
 
     def save_checkpoint(self) -> None:
-        """Write a checkpoint of the step just done. Every rank calls it."""
+        """Write a checkpoint after the last finished step. Every rank calls it."""
         trainer = self.trainer
         write_adapter = partial(save_adapter, trainer.policy, context=self.context)
         self.checkpoints.save(
-            trainer.done,
+            trainer.steps_done,
             training_tensors(trainer.policy, trainer.optimizer, trainer.method.state()),
             trainer.state_dict(),
             {"random": random_state()},
@@ -167,28 +177,32 @@ class TrainingRun:
         )
 
     def evaluate(self) -> None:
-        """Held-out accuracy and divergence; before training the teacher's accuracy too."""
+        """Evaluate on the held-out problems: accuracy and divergence. Every rank calls it.
+
+        Before training it also evaluates under the teacher's prompt, if the recipe asks for that.
+        """
         trainer, heldout, results = self.trainer, self.trainer.heldout, self.trainer.results
-        step, clock = trainer.done, trainer.clock
-        seconds = clock.total() - clock.seconds["load"] - clock.seconds["evaluate"]
-        with clock.phase("evaluate"):
-            made = heldout.evaluate("student")
-            row = {"step": step, "tokens": trainer.tokens, "seconds": seconds} | made.row()
+        step, timer = trainer.steps_done, trainer.timer
+        training_seconds = timer.total() - timer.seconds["load"] - timer.seconds["evaluate"]
+        with timer.phase("evaluate"):
+            student = heldout.evaluate("student")
+            row: dict[str, Any] = {"step": step, "tokens": trainer.tokens_generated}
+            row |= {"seconds": training_seconds} | student.row()
             if trainer.method.divergence and self.config.evaluation.divergence:
-                row["divergence"] = heldout.divergence(made)
+                row["divergence"] = heldout.divergence(student)
             answer, share = majority_answer(heldout.problems)
             results["majority"] = {"answer": answer, "accuracy": share}
             if step == 0:
-                results |= {"before": made.summary(), "divergence_before": row.get("divergence")}
+                results |= {"before": student.summary(), "divergence_before": row.get("divergence")}
                 if self.config.evaluation.teacher:
                     results["teacher"] = heldout.evaluate("teacher").summary()
             if step == self.config.steps:
-                results |= {"after": made.summary(), "divergence_after": row.get("divergence")}
+                results |= {"after": student.summary(), "divergence_after": row.get("divergence")}
             trainer.evaluations.append(row)
             results |= over_checkpoints(trainer.evaluations)
-            self._show_evaluation(row, made.reasons)
+            self._record_evaluation(row, student.reasons)
 
-    def _show_evaluation(self, row: dict[str, Any], reasons: list[str | None]) -> None:
+    def _record_evaluation(self, row: dict[str, Any], reasons: list[str | None]) -> None:
         if self.logger:
             self.logger.evaluation(row)
         for line in failures(reasons):
@@ -199,29 +213,24 @@ class TrainingRun:
         trainer = self.trainer
         results = {name: value for name, value in trainer.results.items() if value is not None}
         return {
-            "steps": trainer.done,
+            "steps": trainer.steps_done,
             **results,
-            "tokens": trainer.tokens,
+            "tokens": trainer.tokens_generated,
             "peak_memory_mib": peak_memory_mib(self.context.device),
-            "seconds": trainer.clock.seconds | {"total": trainer.clock.total()},
+            "seconds": trainer.timer.seconds | {"total": trainer.timer.total()},
             "report": str(self.folder / "report.html"),
         }
 
-    def _refuse_other_origin(self, loaded: Loaded) -> None:
-        if "order" not in loaded.facts:
-            raise UserError(
-                f"{loaded.path} is of version 0.1, which this one cannot resume; start anew with "
-                "another output_dir"
-            )
-        old = loaded.facts.get("data")
+    def _refuse_other_data(self, checkpoint: Checkpoint) -> None:
+        old = checkpoint.trainer_state.get("data")
         if old is None:
-            name = loaded.path.name
+            name = checkpoint.path.name
             self._say(f"warning: {name} does not say what data it is of; make sure it is the same")
-        elif changed := difference(old, self.trainer.data, loaded.path):
-            raise UserError(f"{changed}; restore it, or start anew with another output_dir")
+        elif changed := difference(old, self.trainer.data_fingerprint, checkpoint.path):
+            raise UserError(f"{changed}; restore it, or start a new run with another output_dir")
 
-    def _ended_by(self, number: int) -> None:
-        self.status, self.exit_code = "interrupted", 128 + number
+    def _ended_by(self, signal_number: int) -> None:
+        self.status, self.exit_code = "interrupted", 128 + signal_number
 
     def _say(self, text: str) -> None:
         if self.logger:

@@ -1,9 +1,9 @@
 """The training loop and its step.
 
-A step: problems -> prompts -> one rollout call -> weights of the samples -> micro-batches by token
-budget -> what the method needs without gradient -> loss over hidden states at completion
-positions -> backward -> clip, AdamW, schedule -> metrics. The loss is a mean over all loss tokens
-of the step, however it is cut and over however many processes.
+One step: draw problems -> build prompts -> generate completions -> weight the samples -> cut them
+into micro-batches by a token budget -> run the method's passes without gradient -> loss over the
+hidden states at the completion tokens -> backward -> clip, AdamW, schedule -> metrics. The loss is
+a mean over all loss tokens of the step, however many micro-batches and processes share them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ from opsd_train.evaluation.heldout import HeldOut
 from opsd_train.evaluation.rewards import Rewards, failures, grading_processes, with_grades
 from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
+from opsd_train.methods.distill import Distill
 from opsd_train.model.policy import load_policy, load_tokenizer
 from opsd_train.reporting.collapse import CollapseMonitor
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.step_stats import StepStats
-from opsd_train.reporting.timers import Clock, peak_memory_mib
+from opsd_train.reporting.timers import PhaseTimer, peak_memory_mib
 from opsd_train.rollout.context_checks import check_context, heldout_texts
 from opsd_train.rollout.engines import make_engine
 from opsd_train.rollout.trajectories import Trajectories
@@ -43,46 +44,43 @@ STEP_PHASES = ("rollout", "grading", "teacher", "student", "optimizer")
 
 
 class Trainer:
-    """A policy with its method, optimizer, engine and problems, and how far training has come."""
+    """Everything a training run consists of, and its progress: the state a checkpoint holds.
+
+    `shard_mode` "full" shards the weights over the processes (FSDP2), "none" copies them to each.
+    Raises UserError for a recipe that cannot be run.
+    """
 
     def __init__(
         self,
         config: Config,
         context: DistributedContext,
         folder: RunFolder,
-        clock: Clock,
+        timer: PhaseTimer,
         shard_mode: str,
     ) -> None:
-        self.config, self.context, self.folder, self.clock = config, context, folder, clock
-        kind = METHODS[config.method]
+        self.config, self.context, self.folder, self.timer = config, context, folder, timer
         train, heldout = load_problems(config.data)
-        self.data = fingerprint(train, heldout)
+        self.data_fingerprint = fingerprint(train, heldout)
         self.tokenizer = load_tokenizer(config.model)
         self.prompts = PromptBuilder(self.tokenizer, config.prompts)
-        measured = self.prompts.measure(train, kind.required_texts(config))
-        asked = self.prompts.measure(heldout[: config.evaluation.problems], heldout_texts(config))
-        self.problems = measured.problems
-        torch.manual_seed(config.seed)  # adapters start alike on every rank
+        # Problems with the lengths of their texts; those over the limits are an error or left out.
+        train_lengths = self.prompts.measure(train, METHODS[config.method].required_texts(config))
+        heldout = heldout[: config.evaluation.problems]
+        heldout_lengths = self.prompts.measure(heldout, heldout_texts(config))
+        self.problems = train_lengths.problems
+
+        torch.manual_seed(config.seed)  # every rank initialises the same adapters
         self.policy = load_policy(config.model, config.lora, self.tokenizer, context, shard_mode)
         self.method = make_method(config, self.policy, self.tokenizer, context, shard_mode)
-        readers = {"model": self.policy} | (
-            {"teacher": self.method.teacher} if config.distill else {}
-        )
-        configs = {name: policy.core.config for name, policy in readers.items()}
-        check_context(config, configs, measured, asked)
+        check_context(config, self._model_configs(), train_lengths, heldout_lengths)
         engine = make_engine(config, self.policy, self.tokenizer, folder)
         self.trajectories = Trajectories(config, self.method, self.prompts, engine, self.tokenizer)
-        made = len(self.trajectories.requests(self.problems[:1])) * config.problems_per_step
-        if made < context.size:
-            raise UserError(
-                f"problems_per_step={config.problems_per_step} gives {made} samples, fewer than "
-                f"the {context.size} processes; raise it"
-            )
+        self._refuse_more_ranks_than_samples()
         self.grader = Grader(workers=grading_processes())
         self.rewards = Rewards(self.grader, self.tokenizer, context)
         self.heldout = HeldOut(
             config,
-            asked.problems,
+            heldout_lengths.problems,
             self.prompts,
             self.trajectories,
             self.method,
@@ -97,9 +95,9 @@ class Trainer:
         )
         self.order = make_order(config, self.problems)
         self.collapse_monitor = CollapseMonitor(config.collapse)
-        self.done = 0  # steps
-        self.tokens = 0  # generated in them
-        self.results: dict[str, Any] = {}  # of evaluations, for the summary
+        self.steps_done = 0
+        self.tokens_generated = 0  # in these steps
+        self.results: dict[str, Any] = {}  # of evaluations, for summary.json
         self.evaluations: list[dict[str, Any]] = []  # the rows of evaluations.jsonl
         torch.manual_seed(stable_seed(config.seed, "dropout", context.rank))
 
@@ -111,140 +109,180 @@ class Trainer:
         log: Callable[[dict[str, Any], StepStats], None],
         save: Callable[[], None],
     ) -> int | None:
-        """Train until `config.steps` are done; returns the signal that ended it early, or None.
+        """Train until `config.steps` steps are done.
 
-        `evaluate` measures held-out problems, `log` records a step's metrics, `save` writes a
-        checkpoint. Every rank calls it.
+        `evaluate` evaluates on held-out problems, `log` records a step's metrics, `save` writes a
+        checkpoint. Returns the signal that ended training early, or None. Every rank calls it.
         """
         if self._evaluation_is_due():
             evaluate()
-        while self.done < self.config.steps:
-            row, stats = self.step(self.done + 1)
-            self.done += 1
+        while self.steps_done < self.config.steps:
+            row, stats = self.step(self.steps_done + 1)
+            self.steps_done += 1
             log(row, stats)
             signals = [n for n in self.context.all_gather(stop.signal) if n is not None]
             if not signals and self._evaluation_is_due():
                 evaluate()
-            every = self.config.checkpoint.every
-            if signals or self.done == self.config.steps or (every and self.done % every == 0):
+            if signals or self._checkpoint_is_due():
                 save()
             if signals:
                 return signals[0]
         return None
 
     def step(self, step: int) -> tuple[dict[str, Any], StepStats]:
-        """One step; on rank 0 its metrics row and the statistics of all ranks."""
-        marks, started = dict(self.clock.seconds), time.perf_counter()
-        with self.clock.phase("rollout"):
-            samples, pending = self._samples(step)
-        if pending and self.method.needs_rewards:
-            samples, pending = self._judged(samples, pending), None
+        """Take training step number `step`, counted from 1. Every rank calls it.
+
+        Returns the step's metrics and token statistics: on rank 0 of all ranks; on the others an
+        empty row and their own statistics. Raises UserError if loss or gradient is not finite.
+        """
+        timer = self.timer
+        start, seconds_before = time.perf_counter(), dict(timer.seconds)
+        with timer.phase("rollout"):
+            samples, pending = self._rollout(step)
+        if pending is not None and self.method.needs_rewards:
+            samples, pending = self._wait_for_grades(samples, pending), None
         samples = self.method.assign_weights(samples)
-        active = sorted((s for s in samples if s.weight > 0), key=lambda sample: sample.longest)
-        num_tokens = sum(len(sample.completion) for sample in active)
-        active = active[self.context.rank :: self.context.size]  # alike in length on every rank
+
+        trained = sorted((s for s in samples if s.weight > 0), key=lambda sample: sample.longest)
+        num_tokens = sum(len(sample.completion) for sample in trained)
+        # Every size-th sample of the sorted ones, so that all ranks get similar lengths.
+        own = trained[self.context.rank :: self.context.size]
         budget, packed = self.config.micro_batch_tokens, self.policy.packed
-        groups = balanced_micro_batches(samples, active, budget, self.context, packed)
+        groups = balanced_micro_batches(samples, own, budget, self.context, packed)
         self.policy.model.eval()
-        with self.clock.phase("teacher"):
+        with timer.phase("teacher"):
             precomputed = self.method.precompute(groups)
         self.policy.model.train()
         for _ in range(self.method.updates):
-            stats = StepStats()
-            with self.clock.phase("student"):
-                self._accumulate(groups, precomputed, max(num_tokens, 1), stats)
-            with self.clock.phase("optimizer"):
-                changes = self._update(step, stats, active)
+            with timer.phase("student"):
+                stats = self._accumulate(groups, precomputed, max(num_tokens, 1))
+            with timer.phase("optimizer"):
+                update = self._update(step, stats.loss, own)
+
         if self.context.is_main:
             stats.add_unscored([sample for sample in samples if sample.weight == 0])
-        if pending:  # the check went on beside the passes
-            samples = self._judged(samples, pending)
-            stats.judge(samples)
-        everything = self.context.gather(stats)
-        took = {name: self.clock.seconds[name] - marks.get(name, 0.0) for name in STEP_PHASES}
-        changes |= {"seconds": time.perf_counter() - started, "loss_tokens": num_tokens}
-        changes |= {f"seconds_{name}": seconds for name, seconds in took.items()}
-        row = self._row(step, samples, everything, changes)
-        return row, everything[0] if self.context.is_main else stats
+        if pending is not None:  # graded in parallel with the passes above
+            samples = self._wait_for_grades(samples, pending)
+            stats.set_verdicts(samples)
+        all_stats = self.context.gather(stats)
+        phases = {p: timer.seconds[p] - seconds_before.get(p, 0.0) for p in STEP_PHASES}
+        update |= {"seconds": time.perf_counter() - start, "loss_tokens": num_tokens}
+        update |= {f"seconds_{phase}": seconds for phase, seconds in phases.items()}
+        if not self.context.is_main:
+            return {}, stats
+        stats, *others = all_stats
+        stats.merge(others)
+        return self._metrics(step, samples, stats, update), stats
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the tensors, as JSON takes it."""
+        """The progress besides tensors that a checkpoint keeps; JSON."""
         return {
-            "data": self.data,
+            "data": self.data_fingerprint,
             "schedule": self.schedule.state_dict(),
             "order": self.order.state_dict(),
             "collapse": self.collapse_monitor.state_dict(),
-            "tokens": self.tokens,
-            "seconds": self.clock.seconds | {"total": self.clock.total()},
+            "tokens": self.tokens_generated,
+            "seconds": self.timer.seconds | {"total": self.timer.total()},
             "results": self.results,
             "evaluations": self.evaluations,
         }
 
-    def load_state_dict(self, done: int, state: dict[str, Any]) -> None:
-        """Go on after step `done` from a state of `state_dict`."""
-        self.done = done
+    def load_state_dict(self, steps_done: int, state: dict[str, Any]) -> None:
+        """Continue after step `steps_done`, from what `state_dict` returned then."""
+        self.steps_done = steps_done
         self.schedule.load_state_dict(state["schedule"])
         self.order.load_state_dict(state["order"])
         self.collapse_monitor.load_state_dict(state["collapse"])
-        self.tokens = state["tokens"]
-        self.clock.add(state["seconds"])
+        self.tokens_generated = state["tokens"]
+        self.timer.add(state["seconds"])
         self.results, self.evaluations = state["results"], state["evaluations"]
 
     def close(self) -> None:
-        """End the processes beside this one."""
+        """End the grading processes."""
         self.grader.close()
 
-    def _evaluation_is_due(self) -> bool:
-        """Before training, every so many steps, and after it; not twice at the same step."""
-        evaluation = self.config.evaluation
-        if self.done == 0:
-            due = evaluation.at_start
-        else:
-            between = evaluation.every and self.done % evaluation.every == 0
-            due = between or self.done == self.config.steps
-        known = self.evaluations and self.evaluations[-1]["step"] == self.done
-        return bool(self.heldout.problems and due and not known)
+    def _model_configs(self) -> dict[str, Any]:
+        """The transformers configurations of the models that read completions."""
+        configs = {"model": self.policy.core.config}
+        if isinstance(self.method, Distill):
+            configs["teacher"] = self.method.teacher.core.config
+        return configs
 
-    def _samples(self, step: int) -> tuple[list[Sample], Pending | None]:
-        """The step's samples, those of all ranks in the same order on every rank; the grades that
-        this rank's will get, where they were generated."""
+    def _refuse_more_ranks_than_samples(self) -> None:
+        per_problem = len(self.trajectories.requests(self.problems[:1]))
+        count = per_problem * self.config.problems_per_step
+        if count < self.context.size:
+            raise UserError(
+                f"problems_per_step={self.config.problems_per_step} gives {count} samples, fewer "
+                f"than the {self.context.size} processes; raise it"
+            )
+
+    def _evaluation_is_due(self) -> bool:
+        """Before training, every `evaluation.every` steps and at the end; once per step."""
+        evaluation = self.config.evaluation
+        if not self.heldout.problems:
+            return False
+        if self.evaluations and self.evaluations[-1]["step"] == self.steps_done:
+            return False  # already in the checkpoint that the run resumed from
+        if self.steps_done == 0:
+            return evaluation.at_start
+        return self.steps_done == self.config.steps or self._is_multiple_of(evaluation.every)
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint.every
+        return self.steps_done == self.config.steps or self._is_multiple_of(every)
+
+    def _is_multiple_of(self, every: int) -> bool:
+        """Whether this many steps, a multiple of `every`, are done; never for 0."""
+        return every > 0 and self.steps_done % every == 0
+
+    def _rollout(self, step: int) -> tuple[list[Sample], Pending | None]:
+        """The step's samples of all ranks, in the same order on every rank.
+
+        The second result is the grading of this rank's completions, already started; None for
+        reference solutions.
+        """
+        rank, size = self.context.rank, self.context.size
         requests = self.trajectories.requests(self.order.draw(step))
-        made = self.trajectories.make(step, requests[self.context.rank :: self.context.size])
+        own = self.trajectories.make(step, requests[rank::size])
         pending = None
         if self.method.source(self.config) != "solution":
-            answers = [sample.problem for sample in made], [sample.completion for sample in made]
-            pending = self.rewards.submit(*answers)
-        samples: list[Sample] = [None] * len(requests)
-        for rank, part in enumerate(self.context.all_gather(made)):
-            samples[rank :: self.context.size] = part
-        return samples, pending
+            problems = [sample.problem for sample in own]
+            pending = self.rewards.submit(problems, [sample.completion for sample in own])
+        parts = self.context.all_gather(own)
+        return [parts[index % size][index // size] for index in range(len(requests))], pending
 
-    def _judged(self, samples: list[Sample], pending: Pending) -> list[Sample]:
-        """The samples with their verdicts, as soon as all ranks have them."""
-        with self.clock.phase("grading"):
-            judged = with_grades(samples, self.rewards.collect(pending))
-        self.order.observe([(sample.problem.id, sample.correct) for sample in judged])
-        return judged
+    def _wait_for_grades(self, samples: list[Sample], pending: Pending) -> list[Sample]:
+        """The samples with their verdicts, once all ranks have graded theirs."""
+        with self.timer.phase("grading"):
+            graded = with_grades(samples, self.rewards.collect(pending))
+        self.order.observe([(sample.problem.id, bool(sample.correct)) for sample in graded])
+        return graded
 
     def _accumulate(
-        self, groups: Sequence[list[Sample]], precomputed: list, num_tokens: int, stats: StepStats
-    ) -> None:
-        """Add the gradients of all micro-batches."""
+        self, groups: Sequence[list[Sample]], precomputed: Sequence[Any], num_tokens: int
+    ) -> StepStats:
+        """Forward and backward of every micro-batch; gradients add up in the parameters."""
+        stats = StepStats()
         for index, group in enumerate(groups):
             set_last_backward(self.policy.core, index + 1 == len(groups))
             loss, columns = self.method.loss(group, precomputed[index], num_tokens)
             loss.backward()
-            if group[0].weight > 0:  # not an idle one
+            if group[0].weight > 0:  # not an idle micro-batch
                 stats.add(group, loss, columns)
+        return stats
 
-    def _update(self, step: int, stats: StepStats, samples: Sequence[Sample]) -> dict[str, float]:
-        """One optimizer step, unless it would spoil the weights."""
+    def _update(self, step: int, own_loss: float, own: Sequence[Sample]) -> dict[str, float]:
+        """One optimizer step; returns its `grad_norm` (before clipping) and `lr`.
+
+        Raises UserError, before the weights change, if loss or gradient norm is not finite.
+        `own_loss` and `own` are this rank's part of the loss and the samples it is from.
+        """
         limit = self.config.optim.grad_clip
         norm = full_tensor(torch.nn.utils.clip_grad_norm_(self.policy.parameters, limit)).item()
-        loss = self.context.sum(stats.loss)
-        for name, value in (("loss", loss), ("gradient norm", norm)):
+        for name, value in (("loss", self.context.sum(own_loss)), ("gradient norm", norm)):
             if not torch.isfinite(torch.tensor(value)):
-                path = self.folder.keep_batch(step, samples)
+                path = self.folder.keep_batch(step, own)
                 raise UserError(f"step {step}: {name} is {value}; its batch is in {path}")
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
@@ -253,36 +291,28 @@ class Trainer:
         self.method.after_step()
         return {"grad_norm": norm, "lr": rate}
 
-    def _row(
-        self,
-        step: int,
-        samples: Sequence[Sample],
-        parts: Sequence[StepStats],
-        changes: dict[str, Any],
+    def _metrics(
+        self, step: int, samples: Sequence[Sample], stats: StepStats, update: dict[str, Any]
     ) -> dict[str, Any]:
-        """The metrics of a step, on rank 0, which has the statistics of all ranks."""
-        if not self.context.is_main:
-            return {}
-        stats, *others = parts
-        stats.merge(others)
+        """The row of metrics.jsonl, from samples and statistics of all ranks."""
         row = {"loss": stats.loss, **stats.row(self.tokenizer)}
-        checked = [sample.correct for sample in samples if sample.correct is not None]
-        if checked:
+        verdicts = [sample.correct for sample in samples if sample.correct is not None]
+        if verdicts:
             generated = sum(len(sample.completion) for sample in samples)
-            self.tokens += generated
+            self.tokens_generated += generated
             row |= {
-                "accuracy": sum(checked) / len(checked),
+                "accuracy": sum(verdicts) / len(verdicts),
                 "failed_checks": sum(sample.check_failed is not None for sample in samples),
                 "truncated": sum(not sample.finished for sample in samples) / len(samples),
-                "tokens_per_second": generated / changes["seconds_rollout"],
+                "tokens_per_second": generated / update["seconds_rollout"],
             }
         row |= {
             "completion_length": sum(len(s.completion) for s in samples) / len(samples),
             "trained": sum(sample.weight > 0 for sample in samples) / len(samples),
-            "tokens": self.tokens,
+            "tokens": self.tokens_generated,
             "peak_mib": peak_memory_mib(self.context.device),
             **self.method.extra_metrics(samples),
-            **changes,
+            **update,
         }
         failed = failures([sample.check_failed for sample in samples])
         warnings = [f"step {step}: {line}" for line in failed]

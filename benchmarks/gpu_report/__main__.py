@@ -1,4 +1,4 @@
-"""The command line: runs the stages of a command, writes its report, says what failed."""
+"""The command line: run the stages of a command, write its report, print what failed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from benchmarks.environment import ROOT, default_device, environment
 from benchmarks.gpu_report import __doc__ as about
 from benchmarks.gpu_report import summary, sweeps
 from benchmarks.gpu_report.conductor import Stage, run_stage
-from benchmarks.gpu_report.job import Job, Row
+from benchmarks.gpu_report.job import GpuJob, Row
 from benchmarks.gpu_report.work import message
 from benchmarks.losses.memory import CudaMemory
 
 WHEELS = ROOT / ".whl"
-# In order, each with its time limit in seconds; the last one has what is left of the command's.
+# In order, with their time limits in seconds; the last stage has all that is left of SECONDS.
 STAGES = {
     "first": (
         Stage("ceilings", 20),
@@ -44,11 +44,11 @@ _SHOWN = 40
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 when everything was done, 1 when something failed or did not run, 2 for wrong arguments."""
+    """Returns 0 if all succeeded, 1 if something failed or did not run, 2 for bad arguments."""
     started = time.time()
     options = _options(arguments)
     if default_device().type != "cuda" and not options.small:
-        return _refuse("no GPU here; --small tries the same steps on the CPU")
+        return _refuse("no GPU here; --small tries the same stages on the CPU")
     winners = None
     if options.command == "second":
         try:
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         except (OSError, ValueError, KeyError) as error:
             return _refuse(f"--winners {options.winners} is not what `first` writes: {error!r}")
     options.out.mkdir(parents=True, exist_ok=True)
-    job = Job(options.command, str(options.out.resolve()), options.small, winners)
+    job = GpuJob(options.command, str(options.out.resolve()), options.small, winners)
     for suffix in ("jsonl", "json", "log"):
         job.file(suffix).unlink(missing_ok=True)
     stages, deadline = STAGES[job.command], started + SECONDS[job.command]
@@ -94,7 +94,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument("--out", type=Path, required=True, help="folder for the results")
         command.add_argument("--small", action="store_true", help="tiny sizes, any device")
         command.add_argument(
-            "--commit", help="the tree's commit, where its history did not come along or is older"
+            "--commit", help="the tree's commit, if it has no git history or an older one"
         )
     command.add_argument("--winners", type=Path, required=True, help="winners.json of `first`")
     return parser.parse_args(arguments)
@@ -105,8 +105,8 @@ def _refuse(why: str) -> int:
     return 2
 
 
-def write_report(report: dict[str, Any], job: Job, to_come: tuple[Stage, ...]) -> list[Row]:
-    """Write the report as of now; returns its failures, stages that have not begun among them."""
+def write_report(report: dict[str, Any], job: GpuJob, to_come: tuple[Stage, ...]) -> list[Row]:
+    """Write the report so far; returns its failures, among them the stages not yet started."""
     rows = job.rows()
     failed = [{k: row[k] for k in ("stage", "id", "failed")} for row in rows if "failed" in row]
     waiting = {"id": "the stage", "failed": "not started"}
@@ -118,8 +118,8 @@ def write_report(report: dict[str, Any], job: Job, to_come: tuple[Stage, ...]) -
     return failed
 
 
-def install_wheels(site: Path, job: Job) -> list[str]:
-    """Names of the wheels now importable in every process started from here."""
+def install_wheels(site: Path, job: GpuJob) -> list[str]:
+    """Install the peers' wheels for all processes started from here; returns their names."""
     wheels = sorted(WHEELS.glob("*.whl"))
     if wheels:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]

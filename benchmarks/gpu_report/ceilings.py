@@ -1,6 +1,6 @@
-"""What the device can do: copy, a large product, and cuBLAS at the products of `blocked`.
+"""The device's limits: copy bandwidth, a large product, and cuBLAS at the products of `blocked`.
 
-The products decide rows per block, fp32 or bf16 output, and whether to cut the dh product.
+The products decide rows per block, fp32 or bf16 output, and whether to split the dh product.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_report.job import Job, deal
+from benchmarks.gpu_report.job import GpuJob, deal
 from benchmarks.gpu_report.timing import median_ms
 from benchmarks.gpu_report.work import one_by_one
 from benchmarks.losses.cases import QWEN3_8B, TINY
@@ -25,7 +25,8 @@ _SLICE = 19200  # an eighth of the vocabulary, in whole tiles
 _DW_ROWS = (384, 768, 1152)
 
 
-def shards(job: Job) -> list[list[str]]:
+def shards(job: GpuJob) -> list[list[str]]:
+    """All products in one process."""
     ids = ["copy", "square product"]
     ids += [f"logits {rows} {out}" for rows in _LOGITS_ROWS for out in ("bfloat16", "float32")]
     ids += [f"dh {depth} {add}" for depth in ("slice", "vocabulary") for add in ("new", "add")]
@@ -33,7 +34,7 @@ def shards(job: Job) -> list[list[str]]:
     return deal(ids, 1)
 
 
-def run(identifier: str, job: Job) -> dict[str, Any]:
+def run(identifier: str, job: GpuJob) -> dict[str, Any]:
     """{"ms"}, with "gb_per_s" (read and written) of the copy, else "shape" and "tflops"."""
     if identifier == "copy":
         return _copy(job)
@@ -57,7 +58,7 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
     return _product(dz.t(), hidden_states, torch.float32, add)
 
 
-def _copy(job: Job) -> dict[str, Any]:
+def _copy(job: GpuJob) -> dict[str, Any]:
     size = _SMALL_COPY if job.small else _COPY
     source = torch.randint(256, (size,), dtype=torch.uint8, device=job.device)
     out = torch.empty_like(source)
@@ -66,9 +67,9 @@ def _copy(job: Job) -> dict[str, Any]:
 
 
 def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype, add: bool = False) -> dict[str, Any]:
-    """a @ b of bf16 operands as they lie in memory, added to what is there with `add`."""
+    """Time a @ b of bf16 operands; `add`: the product is added to the output."""
     rows, depth, columns = a.shape[0], *b.shape
-    # The CPU, where this is only tried, cannot widen a product.
+    # The CPU, used for a trial only, cannot write a wider dtype.
     wide = {"out_dtype": out_dtype} if a.is_cuda and out_dtype != a.dtype else {}
     out = torch.zeros(rows, columns, device=a.device, dtype=out_dtype if a.is_cuda else a.dtype)
 
@@ -82,7 +83,7 @@ def _product(a: Tensor, b: Tensor, out_dtype: torch.dtype, add: bool = False) ->
     return {"ms": ms, "shape": [rows, depth, columns], "tflops": operations / ms / 1e9}
 
 
-def _normal(job: Job, rows: int, columns: int) -> Tensor:
+def _normal(job: GpuJob, rows: int, columns: int) -> Tensor:
     x = torch.randn(rows, columns, device=job.device, dtype=torch.bfloat16)
     return x.div_(columns**0.5)
 

@@ -1,4 +1,4 @@
-"""Runs the stages of a command: processes, time limits, and what counts as failed."""
+"""Run the stages of a command: processes, time limits, failures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any
 from unittest import mock
 
 from benchmarks.environment import ROOT
-from benchmarks.gpu_report.job import Job
+from benchmarks.gpu_report.job import GpuJob
 from benchmarks.gpu_report.work import LOST, Absent, message
 
 _POLL = 0.05
@@ -23,9 +23,10 @@ _POLL = 0.05
 
 @dataclass(frozen=True)
 class Stage:
-    """A module of this package (see work.py) and the seconds it may take.
+    """A stage: a module with `shards` and `work` (see work.py), and its time limit in seconds.
 
-    `triton`: on a CPU its processes run Triton's kernels in the interpreter. `module`: another's.
+    `triton`: on a CPU its processes run Triton's kernels in the interpreter. `module`: its path, if
+    it is not in this package.
     """
 
     name: str
@@ -35,13 +36,14 @@ class Stage:
 
     @property
     def path(self) -> str:
+        """The module's import path."""
         return self.module or f"benchmarks.gpu_report.{self.name}"
 
 
 class Worker:
-    """A process that works through some ids, started again for the rest when it dies."""
+    """A process that works through some ids; if it dies, it is started again for the rest."""
 
-    def __init__(self, module: str, ids: list[str], job: Job, log: IO[str]) -> None:
+    def __init__(self, module: str, ids: list[str], job: GpuJob, log: IO[str]) -> None:
         self.module, self.ids, self.job, self.log = module, ids, job, log
         self.left = list(ids)
         self._start()
@@ -57,10 +59,10 @@ class Worker:
             self.process.stdin.write(json.dumps(self.left))
             self.process.stdin.close()
         except BrokenPipeError:
-            pass  # it died at once; `ended` reads its exit status
+            pass  # it died at once; `ended` finds its exit status
 
     def ended(self) -> bool:
-        """Whether nothing is left to do; whoever died is named, and the rest started again."""
+        """Whether all ids are done. If the process died, record that and start it for the rest."""
         code = self.process.poll()
         if code is None:
             return False
@@ -74,20 +76,20 @@ class Worker:
         return not self.left
 
     def stop(self) -> None:
-        """End the process and whatever it started."""
+        """Kill the process and its children."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
 
-def run_stage(stage: Stage, job: Job, limit: float) -> dict[str, Any]:
-    """Run it within `limit` seconds; every id it should have has a row then. Returns a summary."""
+def run_stage(stage: Stage, job: GpuJob, limit: float) -> dict[str, Any]:
+    """Run the stage for at most `limit` seconds; all its ids have rows then. Returns a summary."""
     interpreted = stage.triton and job.device.type != "cuda"
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"} if interpreted else {}):
         return _run(stage, job.at(stage.name), limit)
 
 
-def _run(stage: Stage, job: Job, limit: float) -> dict[str, Any]:
+def _run(stage: Stage, job: GpuJob, limit: float) -> dict[str, Any]:
     started = time.time()
     print(f"{stage.name}: at most {max(0.0, limit):.0f} s", flush=True)
     shards: list[list[str]] = []
@@ -116,7 +118,9 @@ def _run(stage: Stage, job: Job, limit: float) -> dict[str, Any]:
     return {"name": stage.name, "limit": round(limit, 1), "seconds": seconds, **counts}
 
 
-def _work(stage: Stage, shards: list[list[str]], job: Job, log: IO[str], deadline: float) -> None:
+def _work(
+    stage: Stage, shards: list[list[str]], job: GpuJob, log: IO[str], deadline: float
+) -> None:
     workers: list[Worker] = []
     try:
         workers += [Worker(stage.path, ids, job, log) for ids in shards]

@@ -1,4 +1,4 @@
-"""Hardware counters of one block's kernels, by Nsight Compute: bytes, issue, occupancy."""
+"""Hardware counters of one block's kernels from Nsight Compute: bytes, issue, occupancy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT
-from benchmarks.gpu_report.job import Job, deal
+from benchmarks.gpu_report.job import GpuJob, deal
 from benchmarks.gpu_report.work import Absent, one_by_one
 from benchmarks.losses.cases import QWEN3_8B, Case
 from benchmarks.losses.contenders import our_call, our_plan, ways
@@ -33,7 +33,8 @@ METRICS = (
 _KERNELS = 5  # the longest ones
 
 
-def shards(job: Job) -> list[list[str]]:
+def shards(job: GpuJob) -> list[list[str]]:
+    """Each precision of `blocked`. Raises Absent without a GPU or ncu."""
     if job.device.type != "cuda":
         raise Absent("there is no GPU here")
     if shutil.which("ncu") is None:
@@ -42,8 +43,8 @@ def shards(job: Job) -> list[list[str]]:
     return deal((f"{s} {p}" for s, p in ways(case, job.device) if s == "blocked"), 1)
 
 
-def run(identifier: str, job: Job) -> dict[str, Any]:
-    """{"kernels": a dict of name and METRICS each}, longest first."""
+def run(identifier: str, job: GpuJob) -> dict[str, Any]:
+    """{"kernels": [...]}: name and METRICS of each kernel, longest first."""
     command = ["ncu", "--clock-control", "none", "--profile-from-start", "off"]
     command += ["--csv", "--page", "raw", "--print-units", "base", "--metrics", ",".join(METRICS)]
     command += [sys.executable, "-m", "benchmarks.gpu_report.counters", *identifier.split()]
@@ -59,7 +60,7 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
 
 
 def longest(text: str) -> list[dict[str, Any]]:
-    """The longest kernels of ncu's CSV, which has a row of units below its header."""
+    """The longest kernels in ncu's CSV output, which has a row of units below the header."""
     lines = [line for line in text.splitlines() if line.startswith('"')]
     rows = list(csv.DictReader(lines))[1:]
     found = [
@@ -70,13 +71,13 @@ def longest(text: str) -> list[dict[str, Any]]:
 
 
 def _number(text: str) -> float | None:
-    """None where ncu has no value of a kernel."""
+    """A number of ncu's; None if it has no value."""
     text = text.replace(",", "")
     return float(text) if text.replace(".", "", 1).isdigit() else None
 
 
 def one_block(schedule: str, precision: str) -> None:
-    """What is profiled: the JSD of as many tokens as one block has, compiled before."""
+    """The profiled call: a JSD over the tokens of one block, after a call that compiles it."""
     device = torch.device("cuda")
     case = Case("jsd", "frozen", "bfloat16", QWEN3_8B, 8192)
     rows = our_plan(case, device, schedule, precision).rows_per_block

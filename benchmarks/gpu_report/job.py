@@ -1,4 +1,4 @@
-"""What every process of a command is told, and the file that results are appended to."""
+"""The settings of a command that every process gets, and the file that results go to."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from benchmarks.environment import default_device
 from benchmarks.losses.cases import Shape
 
 Row = dict[str, Any]
-# Takes a row without its stage: {"id"} and one of "found" (a dict), "failed" or "absent" (why).
+# Records a row: {"id"} and one of "found" (a dict), "failed" or "absent" (the reason); no stage.
 Emit = Callable[[Row], None]
 
 _WORKERS = 12  # processes that compile or check at once
-# What Triton's interpreter gets through in a fraction of a second: one tile of the vocabulary.
+# Takes Triton's interpreter a fraction of a second: one tile of the vocabulary.
 SMALL = Shape("small", 16, 40)
 SMALL_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class Job:
-    """`winners` is the content of the first command's winners.json, None for its own sweeps."""
+class GpuJob:
+    """Settings of a command; processes get them as JSON.
+
+    `winners` is the first command's winners.json; None in the first command itself. `stage` is the
+    stage whose rows `append` and `rows` are about; "" means all.
+    """
 
     command: str
     out: str
@@ -37,27 +41,33 @@ class Job:
 
     @property
     def device(self) -> torch.device:
+        """The GPU, or the CPU if there is none."""
         return default_device()
 
     @property
     def workers(self) -> int:
+        """How many processes compile or check at the same time."""
         return 1 if self.small else _WORKERS
 
     def file(self, suffix: str) -> Path:
+        """COMMAND.suffix in the output folder."""
         return Path(self.out) / f"{self.command}.{suffix}"
 
-    def at(self, stage: str) -> Job:
+    def at(self, stage: str) -> GpuJob:
+        """The same settings for one stage."""
         return replace(self, stage=stage)
 
     def as_text(self) -> str:
+        """As JSON, for a process's command line."""
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_text(cls, text: str) -> Job:
+    def from_text(cls, text: str) -> GpuJob:
+        """The inverse of `as_text`."""
         return cls(**json.loads(text))
 
     def append(self, row: Row) -> None:
-        """One write of one line: several processes append to the same file."""
+        """Append a row to COMMAND.jsonl, in one write: several processes append to the file."""
         line = json.dumps({"stage": self.stage} | row) + "\n"
         where = os.open(self.file("jsonl"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -66,17 +76,17 @@ class Job:
             os.close(where)
 
     def rows(self) -> list[Row]:
-        """The rows of this job's stage, of all stages without one."""
+        """The recorded rows of the stage, or of all stages."""
         if not self.file("jsonl").exists():
             return []
         found = []
         for line in self.file("jsonl").read_text().splitlines():
-            with suppress(ValueError):  # half a line: its process was killed
+            with suppress(ValueError):  # an incomplete line of a process that was killed
                 found.append(json.loads(line))
         return [row for row in found if self.stage in ("", row["stage"])]
 
 
 def deal(ids: Iterable[str], hands: int) -> list[list[str]]:
-    """The ids in turn to so many processes; none is left without any."""
+    """Deal the ids to at most `hands` processes in turn; no process gets none."""
     ids = list(ids)
     return [ids[first::hands] for first in range(min(hands, len(ids)))]

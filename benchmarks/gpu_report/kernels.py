@@ -1,4 +1,4 @@
-"""Milliseconds of every kernel and product inside a call, beside what the time model predicts."""
+"""Milliseconds of every kernel and product in a call, measured and predicted by the time model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, Job, deal
+from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, GpuJob, deal
 from benchmarks.gpu_report.timing import median_ms, parts
 from benchmarks.gpu_report.work import one_by_one
 from benchmarks.losses.cases import QWEN3_8B, Case
@@ -22,8 +22,8 @@ _CALLS, _SMALL_CALLS = 3, 1
 _LONGEST = 14  # kernels listed for a call
 
 
-def shards(job: Job) -> list[list[str]]:
-    """The JSD in every way, with heads apart and shared; then what else trains."""
+def shards(job: GpuJob) -> list[list[str]]:
+    """The JSD with every schedule and precision, distinct and shared heads; then other losses."""
     every = ways(_case("jsd", "frozen", job), job.device)
     ids = [f"jsd frozen {s} {p} {head}" for s, p in every for head in ("distinct", "shared")]
     others = () if job.small else ("jsd trained", "forward_kl frozen", "cross_entropy trained")
@@ -32,10 +32,10 @@ def shards(job: Job) -> list[list[str]]:
     return deal(ids + [f"jsd frozen {what}" for what in wider], 1)
 
 
-def run(identifier: str, job: Job) -> dict[str, Any]:
-    """The call's ms, its kernels' [name, calls, ms], longest first, and the plan.
+def run(identifier: str, job: GpuJob) -> dict[str, Any]:
+    """The call's ms, [name, calls, ms] of its kernels, longest first, and the plan.
 
-    An id may end with MiB of workspace.
+    The id ends with the MiB of workspace if that is not the default.
     """
     operation, trained, schedule, precision, head, *size = identifier.split()
     case = _case(operation, trained, job)
@@ -63,7 +63,7 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
 
 
 def _predicted(case: Case, chosen: Plan, shared: bool, device: torch.device) -> dict[str, Any]:
-    """{"predicted": phases' ms} of the time model, where it knows the device."""
+    """{"predicted": ms by phase} of the time model; empty if it does not know the device."""
     if device.type != "cuda" or not find_spec("benchmarks.compile.model"):
         return {}
     from benchmarks.compile.model import predict
@@ -76,7 +76,7 @@ def _predicted(case: Case, chosen: Plan, shared: bool, device: torch.device) -> 
     return {"predicted": predict(chosen, known, shared=shared, **kind)}
 
 
-def _case(operation: str, head: str, job: Job) -> Case:
+def _case(operation: str, head: str, job: GpuJob) -> Case:
     shape, tokens = (SMALL, SMALL_TOKENS) if job.small else (QWEN3_8B, _TOKENS)
     dtype = "float32" if job.device.type != "cuda" else "bfloat16"
     return Case(operation, head, dtype, shape, tokens)

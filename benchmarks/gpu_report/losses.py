@@ -1,4 +1,4 @@
-"""Times, memory and errors of the losses, the JSD beside its peers first."""
+"""Times, memory and errors of the losses and their peers; the JSD first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_report.job import Job, deal
+from benchmarks.gpu_report.job import GpuJob, deal
 from benchmarks.gpu_report.work import Absent, one_by_one
 from benchmarks.losses.cases import COMPILED, check_cases, default_cases, find
 from benchmarks.losses.contenders import OURS, SHARED, Contender
@@ -14,26 +14,29 @@ from benchmarks.losses.inputs import MissingInputs
 from benchmarks.losses.memory import CudaMemory, NoMemory
 from benchmarks.losses.runner import measure
 
-_ROUNDS, _LATER_ROUNDS = 3, 1  # each of several calls
-# So many first cases have every way of ours and all rounds.
-_WIDE = 4
-_PATIENCE = 0.15  # seconds; a slower peer is timed once, as there are minutes for all cases
+_ROUNDS, _LATER_ROUNDS = 3, 1  # of several calls each
+_WIDE = 4  # the first cases, with all our schedules and _ROUNDS
+_PATIENCE = 0.15  # seconds; a slower peer is timed once
 
 
-def shards(job: Job) -> list[list[str]]:
+def shards(job: GpuJob) -> list[list[str]]:
+    """All cases in one process."""
     return deal(ids(job), 1)
 
 
-def ids(job: Job) -> list[str]:
-    if job.small:  # one of each loss, in a dtype that Triton's interpreter computes rightly
+def ids(job: GpuJob) -> list[str]:
+    """The cases, in order."""
+    if (
+        job.small
+    ):  # one case of each loss, in the dtype that Triton's interpreter computes correctly
         cases = [case for case in check_cases() if case.dtype == "float32"][::3]
     else:
         cases = default_cases(job.device)
     return [case.id for case in cases]
 
 
-def run(identifier: str, job: Job) -> dict[str, Any]:
-    """The case as the loss benchmarks record it."""
+def run(identifier: str, job: GpuJob) -> dict[str, Any]:
+    """The case's JSON, as in the loss benchmarks."""
     place = ids(job).index(identifier)
     compiled = not job.small and place < COMPILED
     rounds = _ROUNDS if place < _WIDE else _LATER_ROUNDS
@@ -51,11 +54,11 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
 
 
 def _narrow(contender: Contender) -> bool:
-    """Whether it takes part in later cases: of ours the default, and with a shared head."""
+    """Whether a contender runs in later cases: of ours only the default and the shared head."""
     return contender.role != "ours" or contender.name in (OURS, SHARED)
 
 
-def _memory(job: Job) -> CudaMemory | NoMemory:
+def _memory(job: GpuJob) -> CudaMemory | NoMemory:
     return CudaMemory() if job.device.type == "cuda" else NoMemory()
 
 

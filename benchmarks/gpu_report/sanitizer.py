@@ -1,4 +1,4 @@
-"""compute-sanitizer on the smallest cases: memory accesses, and races in shared memory."""
+"""compute-sanitizer on small cases: invalid memory accesses and races in shared memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.environment import ROOT, default_device
-from benchmarks.gpu_report.job import Job, deal
+from benchmarks.gpu_report.job import GpuJob, deal
 from benchmarks.gpu_report.work import Absent, one_by_one
 from benchmarks.losses.cases import Case, Shape
 from benchmarks.losses.contenders import our_call, ways
@@ -20,12 +20,13 @@ from benchmarks.losses.inputs import Inputs
 
 _PROGRAM = "compute-sanitizer"
 _TOOLS = ("memcheck", "racecheck")
-# Two blocks of rows of any kernel, and a vocabulary of several tiles that ends inside one.
+# Two blocks of rows for any kernel; several tiles of the vocabulary, the last one partial.
 _TOKENS, _SHAPE = 160, Shape("smallest", 64, 9111)
 _LOSSES = ("jsd", "forward_kl", "logprob")
 
 
-def shards(job: Job) -> list[list[str]]:
+def shards(job: GpuJob) -> list[list[str]]:
+    """Each tool on each schedule and precision. Raises Absent without a GPU or the tool."""
     if job.device.type != "cuda":
         raise Absent("there is no GPU here")
     if shutil.which(_PROGRAM) is None:
@@ -35,14 +36,14 @@ def shards(job: Job) -> list[list[str]]:
     return deal(ids, job.workers)
 
 
-def run(identifier: str, job: Job) -> dict[str, Any]:
-    """{"summary"}: the tool's last words; raises when it found anything."""
+def run(identifier: str, job: GpuJob) -> dict[str, Any]:
+    """{"summary"}: the tool's summary lines. Raises RuntimeError if it found an error."""
     tool, schedule, precision = identifier.split()
     command = [
         _PROGRAM, "--tool", tool, "--error-exitcode", "9",
         sys.executable, "-m", "benchmarks.gpu_report.sanitizer", schedule, precision,
     ]  # fmt: skip
-    # The caching allocator would hide an access beyond a tensor's end.
+    # The caching allocator would hide an access past a tensor's end.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     print(done.stdout[-20000:], done.stderr[-20000:], sep="\n")
@@ -54,7 +55,7 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
 
 
 def smallest(schedule: str, precision: str) -> None:
-    """What is watched: forward and backward of a loss of each family, head trained."""
+    """The program under test: forward and backward of a loss of each family, head trained."""
     for operation, dtype in product(_LOSSES, ("bfloat16", "float32")):
         x = Inputs(Case(operation, "trained", dtype, _SHAPE, _TOKENS), default_device())
         if (schedule, precision) in ways(x.case, default_device()):

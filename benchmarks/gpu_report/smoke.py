@@ -1,4 +1,4 @@
-"""Every loss on every schedule at a real model's head, few tokens, beside float64 on the device."""
+"""Check every loss and schedule at a real model's head, with few tokens, against float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, Job, deal
+from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, GpuJob, deal
 from benchmarks.gpu_report.work import one_by_one
 from benchmarks.losses.cases import ONE_HEAD, OPERATIONS, Case, Shape
 from benchmarks.losses.check import rms
@@ -16,18 +16,18 @@ from benchmarks.losses.contenders import our_call, ways
 from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.truth import Truth, truth
 
-# Two blocks of rows of the larger vocabulary, the second one uneven; the smaller one is odd.
+# Two blocks of rows, the second partial, with the larger vocabulary; the smaller one is odd.
 _TOKENS, _HIDDEN, _VOCABS = 640, 4096, (151936, 50257)
 _DTYPES = ("bfloat16", "float32")
 _SMALL_DTYPES = ("float32",)  # Triton's interpreter computes bf16 wrongly
-# Relative errors of the loss, and RMS of the gradient, that a right answer stays below.
+# Limits on the relative error of the loss and the relative RMS error of the gradient.
 LIMITS = {"bfloat16": (2e-3, 1e-2), "float32": (1e-4, 1e-3)}
 
 
-def shards(job: Job) -> list[list[str]]:
-    """Each dtype and vocabulary has processes of its own, so that few hold the largest head.
+def shards(job: GpuJob) -> list[list[str]]:
+    """Each dtype and vocabulary has its own processes, so that few hold the largest head.
 
-    They are dealt whole losses, whose truth is computed once.
+    A loss is not split between processes: its truth is computed once.
     """
     sizes = list(product(_SMALL_DTYPES, (SMALL.vocab,)) if job.small else product(_DTYPES, _VOCABS))
     workers = max(1, job.workers // len(sizes))
@@ -35,7 +35,7 @@ def shards(job: Job) -> list[list[str]]:
     return [_ids(hand, *size, job) for size, hand in hands]
 
 
-def _ids(operations: list[str], dtype: str, vocab: int, job: Job) -> list[str]:
+def _ids(operations: list[str], dtype: str, vocab: int, job: GpuJob) -> list[str]:
     return [
         f"{operation} {schedule} {precision} {head} {dtype} {vocab}"
         for operation in operations
@@ -44,8 +44,8 @@ def _ids(operations: list[str], dtype: str, vocab: int, job: Job) -> list[str]:
     ]
 
 
-def run(identifier: str, job: Job) -> dict[str, Any]:
-    """Signed relative error of the loss and RMS error of the gradient; raises beyond LIMITS."""
+def run(identifier: str, job: GpuJob) -> dict[str, Any]:
+    """Relative errors of loss and gradient. Raises AssertionError if one exceeds LIMITS."""
     operation, schedule, precision, head, dtype, vocab = identifier.split()
     torch.backends.cuda.matmul.allow_tf32 = False
     case = _case(operation, dtype, int(vocab), job)
@@ -66,7 +66,7 @@ def run(identifier: str, job: Job) -> dict[str, Any]:
 
 @functools.cache
 def _inputs(shape: Shape, dtype: str, device: torch.device) -> Inputs:
-    """The same for every loss: several processes share the device's memory."""
+    """The inputs, made once for all losses: several processes share the device's memory."""
     tokens = SMALL_TOKENS if shape.hidden == SMALL.hidden else _TOKENS
     return Inputs(Case("jsd", "frozen", dtype, shape, tokens), device)
 
@@ -78,7 +78,7 @@ def _truth(case: Case, device: torch.device) -> Truth:
     return truth(x)
 
 
-def _case(operation: str, dtype: str, vocab: int, job: Job) -> Case:
+def _case(operation: str, dtype: str, vocab: int, job: GpuJob) -> Case:
     tokens, hidden = (SMALL_TOKENS, SMALL.hidden) if job.small else (_TOKENS, _HIDDEN)
     return Case(operation, "frozen", dtype, Shape(f"smoke{vocab}", hidden, vocab), tokens)
 

@@ -1,8 +1,8 @@
-"""One whole optimizer step of OPSD, seconds by phase and peak memory: ours and plain logits.
+"""A whole OPSD optimizer step, seconds by phase and peak memory: opsd_kernels and plain logits.
 
-A random model of Qwen3-1.7B's shape with LoRA and gradient checkpointing teaches itself: the
-teacher is the model without its adapters, which reads a longer prompt. Both contenders train the
-same model in turn, step by step.
+The model is random, of Qwen3-1.7B's shape, with LoRA and gradient checkpointing. The teacher is the
+model without its adapters and reads a longer prompt. Both contenders train the same model, in turn,
+step by step.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_report.job import Emit, Job, Row
+from benchmarks.gpu_report.job import Emit, GpuJob, Row
 from benchmarks.gpu_report.work import leave_if_lost, message
 from benchmarks.losses import eager
 from benchmarks.train_step.meters import Memory, Phases
 from opsd_kernels import fused_linear_jsd
 
-BETA, TEMPERATURE = 0.5, 1.1  # as the paper's recipe for this model
+BETA, TEMPERATURE = 0.5, 1.1  # as in the paper's recipe for this model
 _LORA = {
     "r": 64,
     "lora_alpha": 128,
@@ -54,38 +54,39 @@ _TINY = _QWEN3_17B | {
 
 @dataclass(frozen=True)
 class Settings:
-    """`at_once`: sequences of a micro-batch, one comparison each."""
+    """`at_once`: sequences in a micro-batch; contenders are compared at each of these."""
 
     sequences: int = 8
     completion: int = 1024
     student_prompt: int = 256
     teacher_prompt: int = 1024
     at_once: tuple[int, ...] = (8, 2)
-    steps: int = 3  # measured ones; one more warms up
+    steps: int = 3  # measured; one more is the warm-up
     dtype: str = "bfloat16"
 
 
 _SMALL = Settings(2, 8, 4, 6, (2, 1), 1, "float32")
-# Hidden states or logits of student and teacher, the head: the mean divergence.
+# (student, teacher, head) -> mean divergence; the first two are hidden states or logits.
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Contender:
-    """`logits`: the model's forward makes them; else it ends with hidden states."""
+    """`logits`: the loss takes logits, else hidden states."""
 
     name: str
     loss: Loss
     logits: bool
 
 
-def shards(job: Job) -> list[list[str]]:
+def shards(job: GpuJob) -> list[list[str]]:
+    """Each contender with each micro-batch, in one process."""
     settings = _SMALL if job.small else Settings()
     return [[f"{c.name}, {n} at once" for n in settings.at_once for c in contenders()]]
 
 
 def contenders() -> list[Contender]:
-    """Ours, and full logits with TRL's loss where TRL can be imported, else with our own."""
+    """opsd_kernels, and full logits with TRL's loss or, without TRL, a plain one."""
     plain = Contender("plain logits", _plain_loss, True)
     if trl_loss() is not None:
         plain = Contender("plain logits, TRL's loss", _trl_loss, True)
@@ -94,9 +95,10 @@ def contenders() -> list[Contender]:
 
 @functools.cache
 def trl_loss() -> Callable[..., Tensor] | None:
+    """TRL's JSD on logits; None if TRL cannot be imported."""
     try:
         from trl.experimental.gkd import GKDTrainer
-    except (ImportError, RuntimeError):  # it, or something that it needs, is not installed
+    except (ImportError, RuntimeError):  # TRL or one of its requirements is missing
         return None
     return GKDTrainer.generalized_jsd_loss
 
@@ -115,9 +117,9 @@ def _trl_loss(student: Tensor, teacher: Tensor, head: Tensor) -> Tensor:
     return trl_loss()(*flat, beta=BETA, temperature=TEMPERATURE)
 
 
-def work(ids: list[str], job: Job, emit: Emit) -> None:
-    """A row per contender and micro-batch, as `benchmarks.train_step` records a trainer."""
-    run = Run(_SMALL if job.small else Settings(), job)
+def work(ids: list[str], job: GpuJob, emit: Emit) -> None:
+    """A row per contender and micro-batch size, in the format of `benchmarks.train_step`."""
+    run = StepRun(_SMALL if job.small else Settings(), job)
     for at_once in run.settings.at_once:
         wanted = {f"{c.name}, {at_once} at once": c for c in contenders()}
         rows = run.compare({i: c for i, c in wanted.items() if i in ids}, at_once)
@@ -127,10 +129,10 @@ def work(ids: list[str], job: Job, emit: Emit) -> None:
             leave_if_lost()
 
 
-class Run:
+class StepRun:
     """The model, its optimizer and a batch of random tokens."""
 
-    def __init__(self, settings: Settings, job: Job) -> None:
+    def __init__(self, settings: Settings, job: GpuJob) -> None:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, Qwen3Config
 
@@ -156,7 +158,7 @@ class Run:
         self.phases, self.memory = Phases(), Memory(job.device)
 
     def compare(self, wanted: dict[str, Contender], at_once: int) -> list[Row]:
-        """Warm steps, then rounds in which each takes one; who runs out of memory says so."""
+        """A warm-up step, then rounds of one step per contender; out of memory is a result too."""
         steps: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
         out: list[Row] = []
         for number in range(1 + self.settings.steps):
@@ -191,6 +193,7 @@ class Run:
         return {"seconds": seconds, "phases": phases, "loss": loss, **self.memory.stop()}
 
     def step(self, contender: Contender, at_once: int) -> float:
+        """One optimizer step over all sequences; returns the loss."""
         head = self.model.get_output_embeddings().weight
         total = torch.zeros((), device=self.device)
         parts = zip(self.student.split(at_once), self.teacher.split(at_once), strict=True)
@@ -215,7 +218,7 @@ class Run:
     def forward(self, ids: Tensor, logits: bool) -> Tensor:
         """Logits or last hidden states at the positions that predict the completion."""
         core, kept = self.model.get_base_model(), self.settings.completion + 1
-        # peft keeps adapters in float32; they compute in the model's dtype.
+        # peft keeps adapters in float32; autocast computes them in the model's dtype.
         low = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if low else None, enabled=low):
             if logits:

@@ -1,4 +1,4 @@
-"""The kernel tests that need a GPU, dealt to many processes, the slow ones first."""
+"""The kernel tests that need a GPU, split over many processes, slow ones first."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import sys
 import pytest
 
 from benchmarks.environment import ROOT
-from benchmarks.gpu_report.job import Emit, Job, deal
+from benchmarks.gpu_report.job import Emit, GpuJob, deal
 from benchmarks.gpu_report.work import leave_if_lost
 
 _WHERE = "tests/kernels"
 _GPU = [_WHERE, "-m", "gpu"]
-# A handful that a CPU runs in no time.
+# A few tests that are fast on a CPU.
 _SMALL = [f"{_WHERE}/test_plan.py", "-k", "budget or backend"]
 _COLLECTING = 60.0
 _MARK = "collected: "
 _OPTIONS = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
 
 
-def shards(job: Job) -> list[list[str]]:
-    """The slow tests, which fill the memory, one after the other in the first process."""
+def shards(job: GpuJob) -> list[list[str]]:
+    """The slow tests, which need most of the memory, in one process; the others in the rest."""
     selection = _SMALL if job.small else _GPU
     command = [sys.executable, "-m", "benchmarks.gpu_report.suite", *selection]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_COLLECTING)
@@ -35,15 +35,15 @@ def shards(job: Job) -> list[list[str]]:
     return [slow] * bool(slow) + deal(quick, max(1, job.workers - bool(slow)))
 
 
-def work(ids: list[str], job: Job, emit: Emit) -> None:
-    """Run these tests; one that passed is found, one that was skipped absent."""
+def work(ids: list[str], job: GpuJob, emit: Emit) -> None:
+    """Run these tests; a passed one is recorded as "found", a skipped one as "absent"."""
     code = pytest.main([*_OPTIONS, *ids], plugins=[_Reporter(emit)])
     if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         sys.exit(int(code))
 
 
 class _Reporter:
-    """A row when a test's last phase is over."""
+    """Records a row after a test's teardown."""
 
     def __init__(self, emit: Emit) -> None:
         self.emit, self.outcome, self.seconds = emit, {}, 0.0
@@ -66,7 +66,7 @@ class _Reporter:
 
 
 class _Collector:
-    """Prints every test and whether it is slow; a file that does not import counts as one."""
+    """Prints every test and whether it is slow; a file that cannot be imported counts as a test."""
 
     def __init__(self) -> None:
         self.broken: list[str] = []

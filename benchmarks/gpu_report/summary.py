@@ -1,4 +1,4 @@
-"""The report's figures in the terminal: what a reader wants before the files are fetched."""
+"""The most important results of a report as lines for the terminal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 from benchmarks.gpu_report.job import Row
 from benchmarks.losses.table import render
 
-_LONGEST = 6  # kernels shown of a call
+_LONGEST = 6  # kernels shown per call
 
 
 def lines(report: dict[str, Any], rows: list[Row]) -> list[str]:
-    """Ceilings, kernels, sweeps and steps a line each, then the losses' tables."""
+    """A line for each ceiling, kernel, sweep and step; then the tables of the losses."""
     shown, cases = [], []
     for row in (row for row in rows if "found" in row):
         stage, name, found = row["stage"], row["id"], row["found"]

@@ -1,6 +1,6 @@
-"""Times of other tiles and workspaces than the launcher's own; the fastest become winners.json.
+"""Time tiles and workspaces other than the launcher's own; the fastest tiles go to winners.json.
 
-Every configuration was compiled by many processes before (compiling.py); one times them.
+Many processes have compiled every configuration before (compiling.py); one process times them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, Job, Row, deal
+from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, GpuJob, Row, deal
 from benchmarks.gpu_report.timing import Timeline, median_ms, parts
 from benchmarks.gpu_report.winners import tiles
 from benchmarks.gpu_report.work import Absent, one_by_one
@@ -28,13 +28,15 @@ from benchmarks.losses.contenders import ways
 from benchmarks.losses.inputs import Inputs
 from opsd_kernels import Plan, fused_linear_jsd, plan
 
-plans = importlib.import_module("opsd_kernels.plan")  # as an attribute it is the function
+plans = importlib.import_module(
+    "opsd_kernels.plan"
+)  # the package's attribute `plan` is the function
 _MIB = 2**20
 OWN = "own"  # the launcher's choice
 # Columns of a row kernel's tile, warps.
 _ROW = tuple(product((2048, 4096, 8192), (4, 8, 16)))
 _SMALL_ROW = ((128, 1),)
-# The same of the kernels on differences: a thread has 8 columns at least.
+# The same for the kernels on differences, with at least 8 columns per thread.
 _DIFFERENCE = ((512, 2), (1024, 1), (1024, 2), (1024, 4), (2048, 4), (2048, 8))
 # Rows, columns, inner size, warps, stages of a fused kernel's tile.
 _STREAMING = (
@@ -42,11 +44,11 @@ _STREAMING = (
     (64, 128, 64, 4, 3), (64, 128, 64, 8, 4), (64, 256, 64, 8, 3), (64, 128, 128, 8, 2),
 )  # fmt: skip
 _SMALL_STREAMING = ((16, 32, 16, 1, 1),)
-# Rows of a block, reached by workspace_bytes; and workspaces that a user may well have.
+# Rows of a block, set through workspace_bytes; and usual workspaces.
 _ROWS = (256, 384, 512, 640, 768)
 _WORKSPACES = (512, 1024, 2048)  # MiB
 _SMALL_ROWS, _SMALL_WORKSPACES = (8,), (1,)
-# Rows of a block and columns of a slice, of differences.
+# Rows of a block and columns of a slice, for differences.
 _LAYOUTS = (
     (512, 8192), (768, 5632), (1024, 4096), (1024, 8192), (1408, 3072), (2048, 2048), (2048, 4096),
     (2816, 1536), (4096, 4096),
@@ -54,16 +56,17 @@ _LAYOUTS = (
 _ROW_TOKENS, _STREAMING_TOKENS, _TOKENS = 768, 2048, 8192
 _COMPILED_TOKENS = 32
 _CALLS, _SMALL_CALLS = 5, 1
-# A winner is this much faster than the launcher's own choice: less is noise.
+# A winner takes less than this share of the time of the launcher's own choice; more is noise.
 _GAIN = 0.98
 
 
-def shards(job: Job) -> list[list[str]]:
+def shards(job: GpuJob) -> list[list[str]]:
+    """All tiles, layouts and workspaces in one process."""
     return deal([*tile_ids(job), *_workspace_ids(job)], 1)
 
 
-def tile_ids(job: Job) -> list[str]:
-    """What has to be compiled: a name per configuration, and the launcher's own of each kind."""
+def tile_ids(job: GpuJob) -> list[str]:
+    """Ids of the configurations to compile, the launcher's own of each kind first."""
     row, streaming = (_SMALL_ROW, _SMALL_STREAMING) if job.small else (_ROW, _STREAMING)
     ids = [f"row {OWN}"] + ["row " + "x".join(map(str, sizes)) for sizes in row]
     if ("streaming", "fp32") in ways(_case(job, 1), job.device):
@@ -75,11 +78,12 @@ def tile_ids(job: Job) -> list[str]:
     return ids
 
 
-def takes_differences(job: Job) -> bool:
+def takes_differences(job: GpuJob) -> bool:
+    """Whether `blocked` with differences runs on this device."""
     return ("blocked", "difference") in ways(_case(job, 1), job.device)
 
 
-def _workspace_ids(job: Job) -> list[str]:
+def _workspace_ids(job: GpuJob) -> list[str]:
     rows, sizes = (_SMALL_ROWS, _SMALL_WORKSPACES) if job.small else (_ROWS, _WORKSPACES)
     ids = [f"rows {n}" for n in rows]
     if takes_differences(job):
@@ -87,8 +91,8 @@ def _workspace_ids(job: Job) -> list[str]:
     return ids + [f"workspace {n} {p}" for p in ("fp32", "auto") for n in sizes]
 
 
-def run(identifier: str, job: Job) -> dict[str, Any]:
-    """{"ms"} of the row kernels alone, else of a whole call, with its workspace if that varies."""
+def run(identifier: str, job: GpuJob) -> dict[str, Any]:
+    """{"ms"} of the row kernels or of a whole call; with the workspace where that varies."""
     kind, value, *precision = identifier.split()
     if kind in ("row", "difference"):
         x = _inputs(_case(job, _ROW_TOKENS), job.device)
@@ -118,7 +122,7 @@ def _inputs(case: Case, device: torch.device) -> Inputs:
 
 @contextmanager
 def fixed_layout(rows: int, columns: int) -> Iterator[None]:
-    """Blocks of so many rows and slices of so many columns, whatever the plan finds."""
+    """Within this context plans have blocks of `rows` rows and slices of `columns` columns."""
     own = plans.triton_layout
 
     def layout(*how: Any) -> Any:
@@ -130,8 +134,8 @@ def fixed_layout(rows: int, columns: int) -> Iterator[None]:
         yield
 
 
-def compile_one(identifier: str, job: Job) -> None:
-    """Run the configuration once on few tokens: its kernels are compiled for the timing then."""
+def compile_one(identifier: str, job: GpuJob) -> None:
+    """Run the configuration once on few tokens, which compiles its kernels."""
     schedule = "streaming" if identifier.startswith("streaming") else "blocked"
     x = _inputs(_case(job, _COMPILED_TOKENS), job.device)
     with chosen_tiles(identifier):
@@ -139,11 +143,12 @@ def compile_one(identifier: str, job: Job) -> None:
 
 
 def chosen_tiles(identifier: str) -> AbstractContextManager[None]:
+    """Within this context launches use the tiles of this id."""
     return tiles({identifier.split()[0]: blocks_of(identifier)})
 
 
 def blocks_of(identifier: str) -> dict[str, int]:
-    """What an id of `tile_ids` changes of the launcher's blocks."""
+    """The block sizes in an id of `tile_ids`; empty for the launcher's own."""
     kind, value = identifier.split()
     if value == OWN:
         return {}
@@ -154,14 +159,14 @@ def blocks_of(identifier: str) -> dict[str, int]:
     return found | {"parts": max(1, found["cols"] // 32)}
 
 
-def write_winners(job: Job, folder: Path, environment: dict[str, Any]) -> None:
-    """winners.json: the fastest tiles that were timed, nothing where the launcher's own are."""
+def write_winners(job: GpuJob, folder: Path, environment: dict[str, Any]) -> None:
+    """Write winners.json: the fastest tiles of each kind, unless the launcher's own are."""
     content = {"tiles": winners(job.rows()), "environment": environment}
     (folder / "winners.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 def winners(rows: list[Row]) -> dict[str, dict[str, int]]:
-    """By kind of tile: blocks that beat the launcher's own by more than noise."""
+    """By kind: the fastest blocks, where they beat the launcher's own by more than noise."""
     found = {}
     for kind in ("row", "streaming", "difference"):
         timed = [r for r in rows if r["id"].split()[0] == kind and "found" in r]
@@ -173,7 +178,7 @@ def winners(rows: list[Row]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _calls(job: Job) -> int:
+def _calls(job: GpuJob) -> int:
     return _SMALL_CALLS if job.small else _CALLS
 
 
@@ -182,7 +187,7 @@ def _precision(identifier: str) -> str:
 
 
 def _row_kernels(x: Inputs, identifier: str, calls: int) -> float:
-    """Milliseconds in Triton's kernels alone: the products around them do not change."""
+    """Milliseconds in Triton's kernels only: the matrix products around them do not change."""
     device, precision = x.student.device, _precision(identifier)
 
     def call() -> None:
@@ -210,13 +215,15 @@ def _call(x: Inputs, schedule: str, precision: str, workspace: int | None) -> No
         how = {"schedule": schedule, "precision": precision, "workspace_bytes": workspace}
         fused_linear_jsd(*heads, **how).backward()
     except Exception as error:
-        if type(error).__name__ == "OutOfResources":  # Triton's: the tile is too large for the GPU
+        if (
+            type(error).__name__ == "OutOfResources"
+        ):  # Triton's error: the tile is too large for the GPU
             raise Absent(str(error)) from None
         raise
 
 
 def _bytes_for(case: Case, rows: int, device: torch.device) -> int:
-    """What `blocked` takes for so many rows in one block."""
+    """The workspace of `blocked` with so many rows in one block."""
     return _plan(replace(case, tokens=rows), device, "fp32", 2**40).workspace_bytes
 
 
@@ -233,7 +240,7 @@ def _plan(case: Case, device: torch.device, precision: str, workspace: int) -> P
     return plan(*sizes, workspace_bytes=workspace, **how)
 
 
-def _case(job: Job, tokens: int) -> Case:
+def _case(job: GpuJob, tokens: int) -> Case:
     if job.small:
         return Case("jsd", "frozen", "float32", SMALL, SMALL_TOKENS)
     return Case("jsd", "frozen", "bfloat16", QWEN3_8B, tokens)

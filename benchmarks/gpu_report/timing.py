@@ -1,4 +1,4 @@
-"""Milliseconds on a device: of a call, and of every kernel and operator inside one."""
+"""Milliseconds of a call on a device, and of every kernel and operator inside it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ Mark = Any  # an event, or seconds on a CPU
 
 
 def mark(device: torch.device) -> Mark:
+    """A point in time on the device."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -25,19 +26,20 @@ def mark(device: torch.device) -> Mark:
 
 
 def milliseconds(first: Mark, last: Mark) -> float:
-    """Between two marks; on a GPU the device must have passed the last."""
+    """Milliseconds between two marks; a GPU must have finished the work before the last."""
     if isinstance(first, float):
         return 1000 * (last - first)
     return first.elapsed_time(last)
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for a GPU to finish its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def median_ms(call: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median of so many calls after a warm one."""
+    """Median time of `repeats` calls, after a warm-up call."""
     call()
     marks = []
     for _ in range(repeats):
@@ -49,9 +51,9 @@ def median_ms(call: Callable[[], object], device: torch.device, repeats: int) ->
 
 
 def parts(call: Callable[[], object], device: torch.device) -> dict[str, tuple[int, float]]:
-    """By name of a kernel: how often it ran inside a warm call, and its milliseconds in all.
+    """(calls, total ms) of every kernel inside a call, by name.
 
-    As the GPU's own profiler counts them; on a CPU those of Triton's launches and of operators.
+    On a GPU they are from torch's profiler; on a CPU of Triton's launches and ATen operators.
     """
     if device.type == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -66,7 +68,7 @@ def parts(call: Callable[[], object], device: torch.device) -> dict[str, tuple[i
 
 
 class Timeline:
-    """Names and marks of every Triton launch and ATen operator while `watching`."""
+    """Records name and time marks of every Triton launch and ATen operator within `watching`."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -74,7 +76,7 @@ class Timeline:
         self.launched: set[str] = set()  # names of Triton's kernels
 
     def totals(self) -> dict[str, tuple[int, float]]:
-        """By name: calls, and milliseconds of all of them together."""
+        """(calls, total ms) by name."""
         synchronize(self.device)
         found: dict[str, tuple[int, float]] = {}
         for name, first, last in self.marks:
@@ -84,6 +86,7 @@ class Timeline:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Record within this context."""
         from triton.runtime.interpreter import GridExecutor
         from triton.runtime.jit import JITFunction
 
@@ -93,7 +96,7 @@ class Timeline:
         with ExitStack() as patches, _Operators(self):
             for owner, name in launches:
                 patches.enter_context(mock.patch.object(owner, name, self._launch(owner, name)))
-            # A dispatch mode sees a registered operator and nothing in it: it enters there again.
+            # A dispatch mode does not see inside a registered operator: enter it again there.
             for name in ("divergence", "logprob"):
                 inner = self._inside(getattr(triton_backend, name))
                 patches.enter_context(mock.patch.object(triton_backend, name, inner))
@@ -134,7 +137,7 @@ class _Operators(TorchDispatchMode):
         before = len(self.timeline.marks)
         first = mark(self.timeline.device)
         result = function(*args, **kwargs)
-        if len(self.timeline.marks) == before:  # nothing inside it was timed by itself
+        if len(self.timeline.marks) == before:  # nothing inside it was recorded
             shapes = " x ".join(str(tuple(x.shape)) for x in args if isinstance(x, torch.Tensor))
             label = f"{name} {shapes}" if name in ("mm", "addmm", "addmm_") else name
             self.timeline.marks.append((label, first, mark(self.timeline.device)))

@@ -1,6 +1,6 @@
-"""Tiles other than the launcher's own, for the sweeps and for the second command.
+"""Replace the launchers' tiles, for the sweeps and for the second command.
 
-The one place that knows how the launchers choose their blocks.
+Only this module knows how the launchers choose their blocks.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-# What a winner may set of a row kernel's blocks, and of the fused kernels' for a pair of heads.
+# Block sizes by kind of kernel.
 Chosen = Mapping[str, Mapping[str, int]]
 
 
 @contextmanager
 def tiles(chosen: Chosen) -> Iterator[None]:
-    """Launches take what `chosen` says of each kind, their own where it is silent.
+    """Within this context launches use the blocks in `chosen`, and their own for other kinds.
 
     "row" has columns and warps of the row kernels, "difference" those of the kernels on
-    differences; "streaming" has rows, cols, inner, warps, stages and parts of the fused kernels of
-    two heads in 16 bits, which it was measured with.
+    differences; "streaming" has rows, cols, inner, warps, stages and parts of the fused kernels,
+    used for two heads in 16 bits only, as in the sweeps.
     """
     row, streaming, difference = (chosen.get(k) for k in ("row", "streaming", "difference"))
     if not (row or streaming or difference):
@@ -37,7 +37,7 @@ def tiles(chosen: Chosen) -> Iterator[None]:
     own, own_row = triton_launch.blocks, triton_rows_launch.row_blocks
 
     def blocks(**how: Any) -> Any:
-        # Small heads and rows that do not start at whole 16 bytes keep tiles of their own.
+        # Small heads and rows that are not aligned to 16 bytes keep their own tiles.
         fits = streaming and how["pair"] and how["itemsize"] == 2 and how["aligned"]
         return dataclasses.replace(own(**how), **streaming) if fits else own(**how)
 
@@ -45,7 +45,7 @@ def tiles(chosen: Chosen) -> Iterator[None]:
         found = own_row(columns, device)
         if not row or row["columns"] > columns:
             return found
-        # A lane is a thread, but has 8 columns at least: what 16 bytes hold of 16-bit logits.
+        # A lane is a thread with at least 8 columns: 16 bytes of 16-bit logits.
         lanes = min(32 * row["warps"], row["columns"] // 8)
         return dataclasses.replace(found, **row, lanes=lanes)
 

@@ -1,8 +1,8 @@
-"""A process of a stage: `... .work MODULE JOB`, a JSON list of ids on stdin.
+"""A process of a stage: `python -m benchmarks.gpu_report.work MODULE JOB`, ids as JSON on stdin.
 
 A stage is a module with two functions:
-    shards(job)           the ids of its results, a list for each process
-    work(ids, job, emit)  emits a row for each of the ids
+    shards(job)           a list of ids for each process
+    work(ids, job, emit)  calls emit with a row for each id
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu_report.job import Emit, Job, Row
+from benchmarks.gpu_report.job import Emit, GpuJob, Row
 from benchmarks.gpu_report.winners import tiles
 
-# Exit status of a process whose CUDA context is lost: the rest of its ids need a new one.
+# Exit status of a process that lost its CUDA context: a new one does the rest of its ids.
 LOST = 17
 _MESSAGE = 2000
 
 
 class Absent(Exception):
-    """What was asked for cannot be had on this machine, and that is no failure; says why."""
+    """This machine cannot do it, which is not a failure; the message says why."""
 
 
-def one_by_one(run: Callable[[str, Job], dict[str, Any]]) -> Callable[[list[str], Job, Emit], None]:
-    """A stage's `work` from a function that returns what was found for one id."""
+def one_by_one(
+    run: Callable[[str, GpuJob], dict[str, Any]],
+) -> Callable[[list[str], GpuJob, Emit], None]:
+    """A stage's `work`, from a function that returns the result of one id."""
 
-    def work(ids: list[str], job: Job, emit: Emit) -> None:
+    def work(ids: list[str], job: GpuJob, emit: Emit) -> None:
         for identifier in ids:
             started = time.time()
             row: Row = {"id": identifier}
@@ -51,11 +53,12 @@ def one_by_one(run: Callable[[str, Job], dict[str, Any]]) -> Callable[[list[str]
 
 
 def message(error: BaseException) -> str:
+    """The error's type and message, shortened."""
     return f"{type(error).__name__}: {error}"[:_MESSAGE]
 
 
 def leave_if_lost() -> None:
-    """End the process when an error has cost it its CUDA context."""
+    """End the process if an error destroyed its CUDA context."""
     if torch.cuda.is_available():
         try:
             torch.cuda.synchronize()
@@ -65,7 +68,8 @@ def leave_if_lost() -> None:
 
 
 def main(module_path: str, argument: str) -> None:
-    job, ids = Job.from_text(argument), json.load(sys.stdin)
+    """Do a stage's ids with the winners' tiles."""
+    job, ids = GpuJob.from_text(argument), json.load(sys.stdin)
     module = importlib.import_module(module_path)
     with tiles(job.winners or {}):
         module.work(ids, job, job.append)

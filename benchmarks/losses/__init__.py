@@ -1,1 +1,1 @@
-"""What one loss costs, beside what its peers take: cases, contenders, time, memory, errors."""
+"""Benchmarks of single losses against peers: cases, contenders, time, memory, errors."""

@@ -1,8 +1,8 @@
 """Timed calls of a contender, forward and backward.
 
-On a GPU several calls follow each other, and times are those between CUDA events: the device works
-while the host prepares the next call, as in training, where the host runs ahead. Who cannot
-prepare a call in the time of a call shows that.
+On a GPU several calls are queued one after another and timed by CUDA events: the device works while
+the host prepares the next call, as in training. If preparing a call takes longer than the call, the
+times show that.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from benchmarks.losses.contenders import Contender
 from benchmarks.losses.inputs import Inputs
 
-# Calls in a row on a GPU; the first is not counted.
+# Calls queued one after another on a GPU; the first is not counted.
 _IN_A_ROW = 4
 
 Mark = TypeVar("Mark")
 
 
 def call(contender: Contender, x: Inputs) -> tuple[float, float, Tensor]:
-    """(seconds forward, seconds backward, loss); gradients, if any, are left in x."""
+    """(seconds forward, seconds backward, loss) of one call; its gradients are left in x."""
     if x.student.device.type == "cuda":
         *marks, loss = _halves(contender, x, _event)
         torch.cuda.synchronize()
@@ -34,7 +34,7 @@ def call(contender: Contender, x: Inputs) -> tuple[float, float, Tensor]:
 
 
 def samples(contender: Contender, x: Inputs) -> list[tuple[float, float]]:
-    """Seconds forward and backward of a call, of several on a GPU."""
+    """Seconds forward and backward of one call, or on a GPU of several calls."""
     if x.student.device.type != "cuda":
         return [call(contender, x)[:2]]
     found = [_halves(contender, x, _event)[:3] for _ in range(_IN_A_ROW)]
@@ -45,7 +45,7 @@ def samples(contender: Contender, x: Inputs) -> list[tuple[float, float]]:
 def _halves(
     contender: Contender, x: Inputs, mark: Callable[[], Mark]
 ) -> tuple[Mark, Mark, Mark, Tensor]:
-    """Marks before, between and after the halves of a call, and its loss."""
+    """Time marks before forward, between forward and backward, and after backward; the loss."""
     x.clear()
     floor = contender.role == "floor"
     first = mark()

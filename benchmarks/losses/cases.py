@@ -1,4 +1,4 @@
-"""What is measured: operations at sizes named after models, and which of them by default."""
+"""The cases: operations at the sizes of models, and which of them are measured by default."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ OPERATIONS = {
     "advantage": "sampled-token advantage",
 }
 ONE_HEAD = ("logprob", "cross_entropy")
-HEADS = ("frozen", "trained", "no_grad")  # the last: forward alone, nothing is differentiated
+HEADS = ("frozen", "trained", "no_grad")  # no_grad: forward only
 DTYPES = ("bfloat16", "float32")
 TOKENS = tuple(2**power for power in range(8, 17))  # 256 to 65536
-# Contenders that compile do so in this many cases of a default selection, the first ones.
+# Contenders that compile run in the first cases of a default selection only, this many.
 COMPILED = 2
-# More than this many operations in one step is no use on a CPU: about 4 s of bare bf16 products.
+# The largest case on a CPU, in floating-point operations: about 4 s of bare bf16 products.
 _CPU_OPERATIONS = 1.5e12
 
 
@@ -36,11 +36,12 @@ class Shape:
 
     @property
     def slug(self) -> str:
+        """The name in a case's id."""
         return self.name.lower().replace("-", "_")
 
 
 SMOLLM2 = Shape("SmolLM2-135M", 576, 49152)
-MIDDLE = Shape("1024x32k", 1024, 32768)  # of no model
+MIDDLE = Shape("1024x32k", 1024, 32768)  # not a model's
 QWEN3_06B = Shape("Qwen3-0.6B", 1024, 151936)
 QWEN3_17B = Shape("Qwen3-1.7B", 2048, 151936)
 QWEN3_8B = Shape("Qwen3-8B", 4096, 151936)
@@ -66,52 +67,59 @@ class Case:
 
     @property
     def title(self) -> str:
+        """The operation's name in tables."""
         return OPERATIONS[self.operation]
 
     @property
     def id(self) -> str:
+        """The case as one word; `find` is the inverse."""
         names = (self.operation, self.head, self.dtype, self.shape.slug, self.tokens, self.inputs)
         return "-".join(map(str, names))
 
     @property
     def small(self) -> Case:
-        """The same at a size that takes no time, to load libraries with."""
+        """The same case at a tiny size, to load libraries."""
         return replace(self, shape=TINY, tokens=64, inputs="random")
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
         return getattr(torch, self.dtype)
 
     @property
     def trained(self) -> bool:
+        """Whether the head needs a gradient."""
         return self.head == "trained"
 
     @property
     def differentiated(self) -> bool:
+        """Whether there is a backward pass."""
         return self.head != "no_grad"
 
     @property
     def models(self) -> int:
+        """1 for the student alone, 2 with a teacher."""
         return 1 if self.operation in ONE_HEAD else 2
 
     @property
     def gemms(self) -> int:
-        """Products that nobody can avoid: logits once per model, one for each gradient."""
+        """Matrix products that every implementation needs: logits per model, one per gradient."""
         return self.models + int(self.differentiated) + int(self.trained)
 
     @property
     def input_bytes(self) -> int:
-        """Both models' hidden states and heads."""
+        """Bytes of both models' hidden states and heads."""
         size = (self.tokens + self.shape.vocab) * self.shape.hidden
         return 2 * size * self.torch_dtype.itemsize
 
     @property
     def operations(self) -> int:
+        """Floating-point operations of these products."""
         return self.gemms * 2 * self.tokens * self.shape.hidden * self.shape.vocab
 
 
 def default_cases(device: torch.device) -> list[Case]:
-    """The selection that ends within five minutes on 2 cores; the most telling cases first."""
+    """The default selection, at most five minutes on 2 cores; the most important cases first."""
     if device.type == "cuda":
         return _gpu_cases()
     bf16 = "bfloat16"
@@ -148,7 +156,7 @@ def _gpu_cases() -> list[Case]:
 
 
 def full_cases(device: torch.device, memory: int) -> list[Case]:
-    """Everything that `memory` bytes hold and, on a CPU, that is over in seconds."""
+    """All cases that fit into `memory` bytes and, on a CPU, take seconds."""
     random = _cases(product(OPERATIONS, HEADS, DTYPES, SHAPES, TOKENS))
     alike = [
         Case(name, "frozen", dtype, SMOLLM2, tokens, inputs)
@@ -164,7 +172,8 @@ def _cases(rows: Iterable[tuple]) -> list[Case]:
 
 
 def fits(case: Case, device: torch.device, memory: int) -> bool:
-    # Beside the inputs: a trained head's gradient and its fp32 accumulator, and room to work.
+    """Whether the case fits into so many bytes and, on a CPU, is small enough."""
+    # Besides the inputs: a trained head's gradient and fp32 accumulator, and 1 GiB of workspace.
     gradient = 3 * case.shape.vocab * case.shape.hidden * 4 if case.trained else 0
     if case.input_bytes + gradient + 2**30 > 0.8 * memory:
         return False

@@ -1,4 +1,4 @@
-"""Every contender's answers beside the truth: a fast wrong one must show."""
+"""Compare every contender's loss and gradients with the truth, so that a wrong one shows."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from benchmarks.losses.truth import checked_tokens, truth
 
 
 class Check:
-    """Compares answers with the truth, on all tokens or on some of them in a call of their own.
+    """Compares answers with the truth: on all tokens, or on some tokens in an extra call.
 
-    In the second case the gradient of those tokens in the call of full size is looked at as well
-    and the worse of the two is kept: an offset that overflows shows there only.
+    In the second case the gradient of these tokens in the full-size call is compared too, and the
+    larger error is kept: an offset that overflows shows only at full size.
     """
 
     def __init__(self, x: Inputs) -> None:
@@ -27,7 +27,7 @@ class Check:
         self.errors: dict[str, dict[str, float | None]] = {}
 
     def answers(self, contender: Contender, x: Inputs, loss: Tensor) -> None:
-        """Check the loss and the gradients that a call of full size left in x."""
+        """Compare the loss and gradients of a full-size call, which left its gradients in x."""
         if self.share == 1:
             self.errors[contender.name] = self._compare(x, loss)
             return
@@ -41,7 +41,7 @@ class Check:
         self.part.clear()
 
     def _compare(self, x: Inputs, loss: Tensor) -> dict[str, float | None]:
-        """Signed relative error of the loss, root mean square ones of the gradients."""
+        """Signed relative error of the loss; relative RMS errors of the gradients."""
         true, hidden, weight = self.true, None, None
         if x.case.differentiated:
             hidden = rms(x.student.grad, true.grad_hidden)
@@ -55,9 +55,10 @@ class Check:
 
 
 def worse(a: float, b: float) -> float:
-    """The larger, and NaN if one of them is."""
+    """The larger one; NaN if one of them is NaN."""
     return b if math.isnan(b) or b > a else a
 
 
 def rms(found: Tensor, true: Tensor) -> float:
+    """Relative RMS error: |found - true| / |true| in the 2-norm."""
     return ((found.double() - true).norm() / true.norm()).item()

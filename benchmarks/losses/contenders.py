@@ -1,7 +1,7 @@
-"""Everyone who takes part: the floor, ours, and every peer with what it needs to run.
+"""The contenders: the floor, ours, and every peer with what it needs to run.
 
 A contender computes the mean loss over tokens from hidden states and heads. `contenders(case)`
-lists those that have an answer to the case's operation; `why_not` says why one cannot give it here.
+lists those that implement the case's operation; `why_not` says why one cannot run here.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from opsd_kernels.plan import PRECISIONS, SCHEDULES
 FLOOR = "bare GEMMs"
 OURS = "opsd_kernels"
 SHARED = f"{OURS}, shared head"
-# The floor's products run in blocks of rows whose logits take this much at most.
+# The floor runs its products in blocks of rows whose logits take at most so many bytes.
 _FLOOR_BYTES = 2**30
 
-# Schedules and MiB of workspace that are measured beside the default.
+# Schedules and MiB of workspace measured in addition to the default.
 WORKSPACES = (("tiled", 64), ("blocked", 1024), ("blocked", 2048))
 
 Call = Callable[[Inputs], Tensor]
@@ -46,7 +46,7 @@ Call = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """role is "floor", "ours" or "peer". `logits` counts the (N, V) tensors it is known to hold."""
+    """`role` is "floor", "ours" or "peer"; `logits` is the number of (N, V) tensors it holds."""
 
     name: str
     role: str
@@ -57,7 +57,7 @@ class Contender:
     logits: int = 0
 
     def why_not(self, case: Case, device: torch.device, memory: int) -> str | None:
-        """Why it cannot run the case on this device with that many bytes, None if it can."""
+        """Why it cannot run the case on this device with `memory` bytes; None if it can."""
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         if self.needs_gpu and device.type != "cuda":
@@ -75,9 +75,9 @@ def contenders(case: Case, device: torch.device) -> list[Contender]:
 
 
 def _ours(case: Case, device: torch.device) -> list[Contender]:
-    """What `schedule="auto"` gives, each other way, and the shared head where it applies.
+    """The default plan, every other schedule and precision, and the shared head where it applies.
 
-    A divergence is also measured in the workspaces of WORKSPACES on a GPU.
+    On a GPU a divergence is also measured with the workspaces of WORKSPACES.
     """
     chosen = our_plan(case, device)
     found = [Contender(OURS, "ours", our_call)]
@@ -119,7 +119,7 @@ def our_plan(
     precision: str = "auto",
     workspace: int | None = None,
 ) -> Plan:
-    """The plan of ours, as the operators make it; ValueError where it cannot be had."""
+    """Our plan for the case, as the operators make it. Raises ValueError if it is not possible."""
     return plan(
         case.tokens, case.shape.hidden, case.shape.vocab,
         loss="divergence" if case.operation in BETA else "logprob",
@@ -139,9 +139,9 @@ def our_call(
     shared: bool = False,
     workspace: int | None = None,
 ) -> Tensor:
-    """Ours on x; `shared`: the teacher has the student's own head.
+    """Call our loss on x; `shared`: the teacher has the student's head.
 
-    `precision` and `workspace` are those of a divergence.
+    `precision` and `workspace` apply to divergences only.
     """
     operation = x.case.operation
     teacher = x.teacher, x.head if shared else x.teacher_head
@@ -207,10 +207,10 @@ def _peers(case: Case) -> list[Contender]:
 
 
 def floor(x: Inputs) -> Callable[[], None]:
-    """Logits of each model, then each gradient's product; returns the backward half.
+    """The bare matrix products: logits of each model, then those of the gradients.
 
-    Every block multiplies its own number of rows, so the products are `x.case.operations` floating
-    point operations whatever the blocks are. The first block's logits stand in for every dz.
+    Runs the logits and returns a function that runs the backward half, which uses the first block's
+    logits as dz of every block. All blocks together are `x.case.operations` operations.
     """
     tokens, vocab = x.student.shape[0], x.head.shape[0]
     size = max(1, _FLOOR_BYTES // (vocab * x.head.element_size()))

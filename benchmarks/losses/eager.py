@@ -1,4 +1,4 @@
-"""What one would write by hand: full logits, fp32 softmax; and the same through torch.compile."""
+"""Plain PyTorch: full logits and an fp32 softmax, eager and with torch.compile."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from benchmarks.losses.truth import BETA
 
 
 def loss(x: Inputs) -> Tensor:
+    """The mean loss, eager."""
     return _loss(x.case.operation, *_tensors(x))
 
 
 def compiled(x: Inputs) -> Tensor:
+    """The mean loss through torch.compile."""
     return _compiled()(x.case.operation, *_tensors(x))
 
 
@@ -41,7 +43,7 @@ def _loss(
     log_s = z.log_softmax(-1)
     logprob = log_s.gather(-1, labels[:, None]).squeeze(-1)
     if operation == "logprob":
-        # The entropy is watched, not trained on, as a GRPO step does; it cannot be optimised away.
+        # Entropy as a metric, as in a GRPO step; used, so that a compiler cannot remove it.
         entropy = -(log_s.detach().exp() * log_s.detach()).sum(-1)
         return -(upstream * logprob).mean() + 0 * entropy.mean()
     log_t = F.linear(teacher, teacher_head).float().log_softmax(-1)
@@ -52,6 +54,7 @@ def _loss(
 
 
 def divergence(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
+    """(N,) generalised JSD of (N, V) log-probabilities; beta 0 is forward KL, 1 reverse KL."""
     if beta == 0:
         return (log_t.exp() * (log_t - log_s)).sum(-1)
     if beta == 1:
@@ -63,5 +66,5 @@ def divergence(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    """Made when first called: torch.compile takes seconds to load, and most processes never do."""
+    """Created on the first call: torch.compile takes seconds to load."""
     return torch.compile(_loss, fullgraph=True, dynamic=False)

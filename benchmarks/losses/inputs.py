@@ -1,4 +1,4 @@
-"""The tensors of a case: random, close, or SmolLM2's own."""
+"""The tensors of a case: random, close, or captured from SmolLM2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.losses.cases import Case
 
 REAL_PAIR = Path(__file__).parents[1] / ".cache" / "real_pair.pt"
-# Logits of this standard deviation leave about 2 nats of entropy over 150k entries, like a model's.
+# Standard deviation of the logits: about 2 nats of entropy over 150k entries, like a model's.
 _LOGIT_SPREAD = 4.5
 _TEACHER_NOISE = {"random": 0.3, "close": 0.05}
 
@@ -20,11 +20,12 @@ class MissingInputs(Exception):
 
 
 class Inputs:
-    """What a contender is given.
+    """The inputs of a contender.
 
-    student and teacher (N, D), head and teacher_head (V, D): the same numbers in two tensors, so
-    that nobody takes them for one; labels (N,); upstream (N,), the factor that the loss of the
-    log-probability multiplies each token by.
+    student, teacher    (N, D) hidden states
+    head, teacher_head  (V, D) equal numbers in two tensors, so that no peer takes them for shared
+    labels              (N,)
+    upstream            (N,) factor of each token in the log-probability's loss
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -44,7 +45,7 @@ class Inputs:
         self.upstream = 0.5 + torch.rand(case.tokens, device=device, generator=generator)
 
     def rows(self, chosen: Tensor) -> Inputs:
-        """The same heads and only the chosen tokens."""
+        """The chosen tokens only, with the same heads."""
         part = object.__new__(Inputs)
         part.case = self.case
         part.student = self.student.detach()[chosen].requires_grad_()
@@ -54,12 +55,13 @@ class Inputs:
         return part
 
     def save(self, path: Path) -> None:
+        """Write the tensors to a file."""
         names = ("student", "teacher", "head", "labels", "upstream")
         torch.save({name: getattr(self, name).detach() for name in names}, path)
 
     @classmethod
     def load(cls, case: Case, path: Path) -> Inputs:
-        """The saved tensors as this process's own."""
+        """The inputs of a case from a saved file."""
         x = object.__new__(cls)
         x.case = case
         for name, tensor in torch.load(path, weights_only=True).items():
@@ -70,6 +72,7 @@ class Inputs:
         return x
 
     def clear(self) -> None:
+        """Drop the gradients."""
         self.student.grad = self.head.grad = None
 
 

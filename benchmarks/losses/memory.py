@@ -1,7 +1,7 @@
-"""Peak extra memory where it is real: CUDA's allocator, or the resident set of a fresh process.
+"""Peak extra memory of a call: from CUDA's allocator, or the resident set of a fresh process.
 
-On a CPU each contender gets a process of its own that stays for the session: inputs made, a small
-warm call, the kernel's high-water mark reset, the call.
+On a CPU each contender has its own process for the whole session. It loads the inputs, makes a
+small warm-up call, resets the kernel's high-water mark, and makes the call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MIB = 2**20
 
 
 class Memory(Protocol):
-    """`method` is a sentence for the record."""
+    """A way to measure; `method` describes it in the JSON file."""
 
     method: str
 
@@ -38,18 +38,22 @@ class Memory(Protocol):
 
 
 class NoMemory:
-    """For the runs that only check that everything runs."""
+    """Measures nothing, for runs that only check that everything works."""
 
     method = "not measured"
 
     def measure(self, contender: Contender, x: Inputs) -> dict[str, Any]:
+        """Nothing, with the reason."""
         return {"peak_extra_mib": None, "peak_why": "not asked for"}
 
 
 class CudaMemory:
+    """CUDA's allocator."""
+
     method = "growth of torch.cuda.max_memory_allocated over one warm call"
 
     def measure(self, contender: Contender, x: Inputs) -> dict[str, Any]:
+        """The peaks of one call in this process."""
         x.clear()
         gc.collect()
         before = torch.cuda.memory_allocated()
@@ -63,7 +67,7 @@ class CudaMemory:
 
 
 class ProcessMemory:
-    """One waiting process per contender; a context manager."""
+    """A process per contender, which waits for cases; a context manager."""
 
     method = (
         "growth of the resident set over one call after a small warm one, in a fresh process per "
@@ -85,6 +89,7 @@ class ProcessMemory:
         self.folder.cleanup()
 
     def measure(self, contender: Contender, x: Inputs) -> dict[str, Any]:
+        """The peaks of one call in the contender's process. Raises RuntimeError if it has died."""
         if reason := resident.why_not():
             return {"peak_extra_mib": None, "peak_why": reason}
         worker = self.workers.get(contender.name) or self._start(contender.name)
@@ -98,7 +103,7 @@ class ProcessMemory:
         if not answer:
             raise RuntimeError(
                 f"{contender.name}: the process that measures its memory died in {x.case.id}; "
-                "its error stands above"
+                "its error is printed above"
             )
         return {"peak_extra_mib": json.loads(answer)}
 
@@ -117,6 +122,7 @@ class ProcessMemory:
 
 @contextmanager
 def memory_for(device: torch.device) -> Iterator[Memory]:
+    """The way to measure memory on this device."""
     if device.type == "cuda":
         yield CudaMemory()
         return
@@ -125,7 +131,7 @@ def memory_for(device: torch.device) -> Iterator[Memory]:
 
 
 def _halves(contender: Contender, x: Inputs, reset: Any, peak: Any) -> dict[str, float]:
-    """Peak MiB of forward and of backward, both above what was held before the call."""
+    """Peak MiB of forward and of backward, above the memory in use before the call."""
     floor = contender.role == "floor"
     with torch.set_grad_enabled(x.case.differentiated and not floor):
         reset()
@@ -142,7 +148,7 @@ def _halves(contender: Contender, x: Inputs, reset: Any, peak: Any) -> dict[str,
 def _serve(name: str) -> None:
     """Answer [case id, file of its inputs] on stdin with peaks on stdout, a line of JSON each."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a peer prints goes to stderr
+    os.dup2(2, 1)  # what peers print goes to stderr
     device = torch.device("cpu")
     for line in sys.stdin:
         identifier, path = json.loads(line)
@@ -153,8 +159,8 @@ def _serve(name: str) -> None:
 
 
 def _resident(contender: Contender, x: Inputs) -> dict[str, float]:
-    torch.compiler.reset()  # as in the runner: a shape too many would not be compiled
-    # A compiled contender is compiled for this very shape, the others only need their libraries.
+    torch.compiler.reset()  # as in runner.py: Dynamo limits recompilations
+    # A contender that compiles must compile for this shape; the others only load libraries.
     warm = x if contender.compiles else Inputs(x.case.small, x.student.device)
     _halves(contender, warm, lambda: None, lambda: 0)
     x.clear()

@@ -1,4 +1,7 @@
-"""The peers' calls, each as its documentation shows it; imported when first called."""
+"""The peers' calls, as their documentation shows them. Each imports its package when called.
+
+Every function takes the inputs and returns the mean loss.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,7 @@ def unsloth_jsd(x: Inputs) -> Tensor:
 
 @functools.cache
 def _unsloth() -> ModuleType:
-    """unsloth_zoo's module by its path: importing the package needs unsloth and patches torch."""
+    """unsloth_zoo's module, loaded by its path: its package needs unsloth and patches torch."""
     package = importlib.util.find_spec("unsloth_zoo")
     path = Path(package.submodule_search_locations[0], "fused_losses", "fused_linear.py")
     spec = importlib.util.spec_from_file_location("unsloth_zoo_fused_linear", path)
@@ -65,7 +68,7 @@ def _trl_chunked(hidden: Tensor, head: Tensor, labels: Tensor, *outputs: str) ->
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer import utils
 
-    size = utils._CHUNKED_LOGPROB_CHUNK_SIZE  # what TRL's trainers pass
+    size = utils._CHUNKED_LOGPROB_CHUNK_SIZE  # as in TRL's trainers
     options = None, labels, 1.0, size, None, 1.0, outputs
     return ChunkedLogProbFunction.apply(hidden, head, *options)[0]
 

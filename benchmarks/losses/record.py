@@ -1,4 +1,4 @@
-"""The JSON of a run of the loss benchmarks: what was measured, on what."""
+"""The JSON file of a loss benchmark: results and environment."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from benchmarks.environment import environment
 
 @dataclass
 class Record:
-    """Grows case by case; `benchmarks.report` reads what `write` leaves."""
+    """Collects cases; `benchmarks.report` reads the file that `write` writes."""
 
     memory_method: str = "not measured"
     cases: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
     started: float = field(default_factory=time.time)
-    commit: str | None = None  # where the tree came without its history
+    commit: str | None = None  # for a tree without its git history
     environment: dict[str, Any] = field(default_factory=environment)
 
     def skip(self, case_id: str, why: str) -> None:
+        """Note a case that was not measured."""
         self.skipped.append({"id": case_id, "why": why})
 
     def as_json(self) -> dict[str, Any]:
+        """The file's content."""
         found = self.environment
         return {
             "kind": "losses",
@@ -37,5 +39,6 @@ class Record:
         }
 
     def write(self, path: Path) -> None:
+        """Write the file and its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.as_json(), indent=1) + "\n")

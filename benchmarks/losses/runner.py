@@ -1,4 +1,4 @@
-"""Times, errors and memory of one case: all contenders in turn, on the same tensors."""
+"""Measure time, errors and memory of one case: all contenders in turn, on the same tensors."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ MAX_ROUNDS, MIN_ROUNDS = 20, 3
 
 @dataclass
 class Samples:
-    """Seconds per call, forward and backward apart."""
+    """Seconds of each call, forward and backward separately."""
 
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
 
     def add(self, forward: float, backward: float) -> None:
+        """Add one call."""
         self.forward.append(forward)
         self.backward.append(backward)
 
     def as_json(self, differentiated: bool) -> dict[str, list[float]]:
+        """Lists by part; "backward" and "both" only if `differentiated`."""
         both = [f + b for f, b in zip(self.forward, self.backward, strict=True)]
         parts = {"forward": self.forward}
         if differentiated:
@@ -50,16 +52,17 @@ def measure(
     wanted: Callable[[Contender], bool] | None = None,
     drive: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
-    """One case as JSON; `budget` is the time in seconds of its rounds where `rounds` is None.
+    """Measure one case; returns its JSON.
 
-    `wanted` chooses among the contenders.
-
-    A peer whose warm call took more than `patience` seconds sits out the rounds: that call is its
-    only sample.
-    `drive(target, setup=, rounds=)` runs the rounds (pytest-benchmark's `pedantic`): the setup runs
-    everybody else, the target ours.
+    budget    seconds for all rounds, which sets their number if `rounds` is None
+    patience  a peer whose warm-up call took more seconds is not timed again: that call is its only
+              sample
+    compiled  whether contenders that compile take part
+    wanted    selects contenders
+    drive     runs the rounds as drive(target, setup=, rounds=), like pytest-benchmark's `pedantic`:
+              `setup` runs all others, `target` ours
     """
-    # Or else the ninth shape runs into Dynamo's recompile limit, and peers that compile fall back.
+    # Else the ninth shape exceeds Dynamo's recompile limit, and peers that compile run eagerly.
     torch.compiler.reset()
     x = Inputs(case, device)
     everyone = [c for c in contenders(case, device) if wanted is None or wanted(c)]
@@ -109,7 +112,7 @@ def _describe(case: Case, device: torch.device, rounds: int, checked: int) -> di
 def _present(
     case: Case, everyone: list[Contender], device: torch.device, compiled: bool
 ) -> tuple[list[Contender], dict[str, str]]:
-    """Contenders that can be tried, and why the others cannot."""
+    """The contenders that can run, and why the others cannot."""
     taking_part, absent = [], {}
     for contender in everyone:
         reason = contender.why_not(case, device, total_memory(device))
@@ -125,9 +128,9 @@ def _present(
 def _warm_up(
     contender: Contender, x: Inputs, check: Check, absent: dict[str, str]
 ) -> tuple[float, float]:
-    """Seconds of a call of full size with everything loaded and compiled; its answers are checked.
+    """Seconds of a full-size call after everything is loaded and compiled; checks its answers.
 
-    A peer that fails is noted in `absent`; ours is not excused.
+    A peer's error goes into `absent`; an error of ours is raised.
     """
     try:
         if contender.compiles:
@@ -166,13 +169,13 @@ def _run_rounds(
         for seconds in samples(contender, x):
             found[contender.name].add(*seconds)
 
-    def everybody_else() -> None:
+    def all_others() -> None:
         for contender in others:
             sample(contender)
-        others.append(others.pop(0))  # nobody always follows the same one
+        others.append(others.pop(0))  # rotate: no contender always follows the same one
         x.clear()
 
-    drive(lambda: sample(ours), setup=everybody_else, rounds=rounds)
+    drive(lambda: sample(ours), setup=all_others, rounds=rounds)
     x.clear()
 
 

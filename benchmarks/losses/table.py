@@ -1,4 +1,4 @@
-"""The terminal's tables: one per case, times in milliseconds and in the floor's time."""
+"""Tables for the terminal, one per case: times in milliseconds and relative to the floor's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from benchmarks.report.tables import GRADIENT_LIMIT, LOSS_LIMIT
 
 
 def render(record: dict[str, Any]) -> str:
+    """All cases of a record, with its environment and the skipped cases."""
     env = record["environment"]
     versions = ", ".join(f"{name} {found}" for name, found in env["versions"].items() if found)
     lines = [
@@ -66,7 +67,7 @@ def _peak(contender: dict[str, Any], phase: str) -> str:
 
 
 def _errors(contender: dict[str, Any]) -> str:
-    """Signed error of the loss, root mean square error of the gradients."""
+    """Signed error of the loss, RMS errors of the gradients."""
     errors = contender.get("error")
     if errors is None:
         return ""

@@ -1,4 +1,4 @@
-"""What every answer is measured against: float64 over full logits, a block of rows at a time."""
+"""The truth that answers are compared with: float64 over full logits, block of rows by block."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from benchmarks.losses.inputs import Inputs
 from opsd_kernels import reference
 
 BETA = {"jsd": 0.5, "forward_kl": 0.0, "reverse_kl": 1.0}
-# Logits of this many elements are folded in float64; more tokens are checked on a part of them.
+# At most so many logits are computed in float64; of more tokens a part is checked.
 _CPU_ELEMENTS, _GPU_ELEMENTS = 256 * 49152, 2**29
 _BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
-# Of a head, as many are in float64 at a time: a whole one is 5 GB, and several processes check.
+# Elements of a head in float64 at a time: a whole head is 5 GB, and several processes run.
 _HEAD_ELEMENTS = 2**26
 _WEIGHT_ROWS = 64
 
 
 @dataclass
 class Truth:
-    """Loss and gradients; of the head's gradient only the rows `entries` are known."""
+    """Loss and gradients; `grad_weight` has the rows `entries` of the head's gradient only."""
 
     loss: float
     grad_hidden: Tensor
@@ -30,7 +30,7 @@ class Truth:
 
 
 def checked_tokens(x: Inputs) -> Tensor:
-    """The tokens to check, spread over all of them."""
+    """Indices of the tokens to check, spread evenly over all tokens."""
     tokens, vocab = x.student.shape[0], x.head.shape[0]
     limit = _GPU_ELEMENTS if x.student.device.type == "cuda" else _CPU_ELEMENTS
     count = min(tokens, max(1, limit // vocab))
@@ -38,7 +38,7 @@ def checked_tokens(x: Inputs) -> Tensor:
 
 
 def truth(x: Inputs) -> Truth:
-    """Mean loss over x's tokens and its gradients."""
+    """The mean loss over x's tokens and its gradients."""
     tokens, vocab = x.student.shape[0], x.head.shape[0]
     head, teacher_head = x.head.detach(), x.teacher_head
     labelled = x.labels.unique()[: _WEIGHT_ROWS // 2]

@@ -1,1 +1,1 @@
-"""The paper's experiments at a small size: planned, run, and shown on one page."""
+"""The paper's experiments at a small size: plan them, run them, show them on one page."""

@@ -4,7 +4,7 @@
     python -m benchmarks.study                             the full grid of tasks, arms and seeds
     python -m benchmarks.study --only methods,tokens --jobs 4
 
-What is finished is kept: the same command goes on where the last one stopped.
+Finished runs are kept: the same command continues where the last one stopped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from opsd_train.config.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 if every run finished, 1 if one failed, 2 after an error in one line."""
+    """Returns 0 if every run finished, 1 if one failed, 2 after a one-line error."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study",
         description=__doc__,

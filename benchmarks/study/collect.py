@@ -11,7 +11,7 @@ import yaml
 
 from benchmarks.environment import environment
 from benchmarks.study.diagnostics import diagnose
-from benchmarks.study.plan import Plan, Planned, PlannedRun, Sampled
+from benchmarks.study.plan import Plan, PlannedExperiment, PlannedRun, PlannedSampling
 from opsd_train.evaluation.sets import HELDOUT
 from opsd_train.reporting.metrics_log import read_rows
 
@@ -75,7 +75,7 @@ def _evaluations(run: PlannedRun, start: PlannedRun) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "divergence"} for row in shared] + own
 
 
-def _sampled(sampled: Sampled) -> dict[str, Any]:
+def _sampled(sampled: PlannedSampling) -> dict[str, Any]:
     path = sampled.folder / "scores.json"
     right: Counter[str] = Counter()  # samples, by problem
     scores = json.loads(path.read_text(encoding="utf-8"))[HELDOUT] if path.exists() else None
@@ -106,7 +106,7 @@ def _tasks(plan: Plan) -> dict[str, Any]:
     return tasks
 
 
-def _experiment(planned: Planned, command: str) -> dict[str, Any]:
+def _experiment(planned: PlannedExperiment, command: str) -> dict[str, Any]:
     experiment = planned.experiment
     names = {arm.name for arm in experiment.arms}
     return {

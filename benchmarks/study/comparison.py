@@ -1,4 +1,4 @@
-"""An experiment's numbers: every arm's accuracies, and the differences it asks about."""
+"""The numbers of an experiment: each arm's accuracies, and the differences between arms."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ACCURACY = "accuracy"
 
 @dataclass
 class ArmResult:
-    """An arm on the experiment's tasks; what was not run is not there."""
+    """One arm on the experiment's tasks; tasks that were not run are missing."""
 
     name: str
     label: str
@@ -48,20 +48,20 @@ class ArmResult:
 
 @dataclass(frozen=True)
 class Contrast:
-    """First minus second; `total` is the average over the experiment's tasks, if all are there."""
+    """First minus second; `total` is the average over the experiment's tasks, if all were run."""
 
     first: ArmResult
     second: ArmResult
     measure: str  # "accuracy" or "pass@k"
     tasks: dict[str, Estimate]
     total: Estimate | None
-    paper: str | None  # "first" or "second": who is ahead in the paper; None: it does not say
+    paper: str | None  # which is ahead in the paper: "first" or "second"; None: it does not say
     ratios: dict[str, Ratio]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """An experiment of results.json with its numbers."""
+    """One experiment of results.json with its numbers."""
 
     name: str
     experiment: dict[str, Any]
@@ -70,14 +70,14 @@ class Comparison:
     contrasts: list[Contrast]
 
     def overall(self, values: dict[str, Measured]) -> Estimate | None:
-        """Average over the experiment's tasks; None where one is missing."""
+        """Average over the experiment's tasks; None if one is missing."""
         if not self.tasks or any(task not in values for task in self.tasks):
             return None
         return average([values[task] for task in self.tasks]).estimate()
 
 
 def compare(results: Results, experiment: dict[str, Any]) -> Comparison:
-    """All numbers of an experiment."""
+    """Compute all numbers of an experiment."""
     asked = {task for arm in experiment["arms"] for task in (arm.get("runs") or {})}
     tasks = [task for task in results["tasks"] if task in asked]
     arms = [_arm(results, experiment, arm, tasks) for arm in experiment["arms"]]
@@ -88,9 +88,8 @@ def compare(results: Results, experiment: dict[str, Any]) -> Comparison:
         comparison.contrasts.append(_contrast(comparison, *pair, ACCURACY, lambda arm: arm.final))
         most = min((len(p) for arm in pair for p in arm.passed.values()), default=0)
         if most > 1:
-            comparison.contrasts.append(
-                _contrast(comparison, *pair, f"pass@{most}", partial(_passed, k=most))
-            )
+            passed = partial(_passed, k=most)
+            comparison.contrasts.append(_contrast(comparison, *pair, f"pass@{most}", passed))
     return comparison
 
 
@@ -130,7 +129,7 @@ def _split(results: Results, kind: str, arm: dict[str, Any]) -> tuple[list[str],
 def _cost(runs: list[dict[str, Any]]) -> dict[str, float]:
     """Means over runs: tokens generated, seconds, peak memory in MiB.
 
-    Without the seconds of evaluations: one run makes those before training for all.
+    Seconds exclude evaluations: one run evaluates the initial model for all.
     """
     if not runs:
         return {}
@@ -175,7 +174,7 @@ def _contrast(
 
 
 def _paper(experiment: dict[str, Any], first: str, second: str) -> str | None:
-    """Who of the two the experiment's "paper_ahead", pairs of (ahead, behind), has ahead."""
+    """Which of the two is ahead in the paper, by the experiment's pairs of (ahead, behind)."""
     claims = [tuple(pair) for pair in experiment.get("paper_ahead") or []]
     if (first, second) in claims:
         return "first"

@@ -1,15 +1,14 @@
-"""Where in its completions an OPSD run's divergence is: positions, style tokens, largest tokens.
+"""Where an OPSD run's divergence is in its completions: by position, by kind of token, by token.
 
-A *style token* is one that carries wording or layout rather than the problem. A completion's tokens
-are of three kinds:
+A *style token* is about wording or layout, not about the problem. There are three kinds of tokens:
 
-- "end": a special token, such as <|im_end|>: whether to stop;
-- "task": it has a digit, a mathematical sign, or a part of a task word: a single letter (it may be
-  a variable), or a word, whole and without regard to case, of the question or of the answer;
-- "style": all others: words of the model's own, blanks, line ends, punctuation.
+- "end": a special token, such as <|im_end|>;
+- "task": it has a digit, a mathematical sign, or part of a task word: a single letter, which may be
+  a variable, or a whole word of the question or the answer, in any case;
+- "style": all others: the model's own words, spaces, line ends, punctuation.
 
-A question's "the" or "find" makes these words task words, so the share on style is a lower bound.
-Words are found in the joined text, so a token that is half a word is of the word's kind.
+A question with "the" or "find" makes these task words, so the share of style is a lower bound.
+Words are found in the joined text, so a token that is half a word has the kind of the word.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from opsd_train.reporting.plots import position_means
 from opsd_train.reporting.sample_table import Pieces, Rows
 
 KINDS = ("task", "style", "end")
-MOST_TOKENS = 12
-LEAST_COUNT = 3  # occurrences of a token in the list of the largest
+MAX_TOKENS = 12
+MIN_COUNT = 3  # occurrences of a token in the list of the largest
 
 _WORD = re.compile(r"[^\W\d_]+")
 _SIGN = re.compile(r"[\d+\-*/=<>^%|~×÷·−±≤≥≠≈√∑∏∫∞∈∧∨¬→\\$(){}\[\]]")  # noqa: RUF001
@@ -34,12 +33,12 @@ _SPECIAL = re.compile(r"<[^<>\s]+>|\[[A-Z]+\]")
 
 
 def diagnose(run_folder: Path) -> dict[str, Any] | None:
-    """From metrics.jsonl and samples.jsonl; None where the method has no divergence. For JSON.
+    """Diagnostics from metrics.jsonl and samples.jsonl, as JSON; None without a divergence.
 
     "position": the divergence by position over the first and the last quarter of the steps;
-    "kinds": of all sampled tokens, the share of each kind and its share of the summed divergence,
-    for all steps, the first and the last quarter; "tokens": those with the largest mean divergence,
-    as [text, mean, count, kind].
+    "kinds": the share of each kind in the tokens and in the summed divergence, over all steps, the
+    first and the last quarter; "tokens": the tokens with the largest mean divergence, as
+    [text, mean, count, kind].
     """
     rows = [row for row in read_rows(run_folder / "metrics.jsonl") if _has_positions(row)]
     samples = [row for row in read_rows(run_folder / "samples.jsonl") if "divergence" in row]
@@ -131,7 +130,7 @@ def _largest(samples: Rows) -> list[list[Any]]:
     for text, value, kind in _tokens(samples):
         values[text].append(value)
         found[text] = kind if found.get(text, kind) == kind else "task or style"
-    often = [text for text in values if len(values[text]) >= LEAST_COUNT] or list(values)
-    means = {text: sum(values[text]) / len(values[text]) for text in often}
-    ranked = sorted(often, key=lambda text: means[text], reverse=True)[:MOST_TOKENS]
+    frequent = [text for text in values if len(values[text]) >= MIN_COUNT] or list(values)
+    means = {text: sum(values[text]) / len(values[text]) for text in frequent}
+    ranked = sorted(frequent, key=lambda text: means[text], reverse=True)[:MAX_TOKENS]
     return [[text, round(means[text], 5), len(values[text]), found[text]] for text in ranked]

@@ -1,4 +1,4 @@
-"""Tokens that two methods generate for the same held-out accuracy (the paper's Figure 3)."""
+"""How many tokens two methods generate to reach the same held-out accuracy (Figure 3)."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import numpy as np
 from benchmarks.study.outcomes import Outcomes
 from benchmarks.study.statistics import by_seed, seed_weights
 
-# Draws without a ratio are left out of its interval; with more than this share there is none.
-MOST_UNDEFINED = 0.05
+# Draws without a ratio are left out of the interval; if more than this share, there is no interval.
+MAX_UNDEFINED = 0.05
 
 
 @dataclass(frozen=True)
 class Ratio:
     """Tokens of the second method over those of the first, at the same accuracy.
 
-    `value` is inf where the second never rises above the model before training, 0 where the first
-    never does, nan where neither does.
+    `value` is inf if the second never rises above the model before training, 0 if the first never
+    does, nan if neither does.
     """
 
     value: float
     interval: tuple[float, float] | None
-    level: float  # the accuracy: the highest that both reach
-    best: tuple[float, float]  # the highest of each
+    level: float  # the highest accuracy that both reach
+    best: tuple[float, float]  # the highest accuracy of each
     draws: np.ndarray
 
 
 def token_ratio(first: Outcomes, second: Outcomes) -> Ratio:
-    """At the highest accuracy that both reach: the lower of the two highest means over seeds.
+    """The ratio at the highest accuracy that both reach, the lower of the two highest means.
 
-    A method has reached an accuracy once the running maximum of its mean curve has; between two
-    evaluations by linear interpolation.
+    Means are over seeds. A method reaches an accuracy when the running maximum of its mean curve
+    does, interpolated linearly between evaluations.
     """
     curves = [_curve(outcomes) for outcomes in (first, second)]
     value = _ratios(*[(tokens[:1], means[:1]) for tokens, means in curves]).item()
@@ -44,7 +44,7 @@ def token_ratio(first: Outcomes, second: Outcomes) -> Ratio:
 
 
 def geometric_mean(ratios: Sequence[Ratio]) -> tuple[float, tuple[float, float] | None]:
-    """Over tasks, with its interval."""
+    """The geometric mean of the tasks' ratios, with its interval."""
     logs = [[ratio.value, *ratio.draws] for ratio in ratios]
     with np.errstate(divide="ignore", invalid="ignore"):
         means = np.exp(np.log(logs).mean(0))
@@ -52,24 +52,24 @@ def geometric_mean(ratios: Sequence[Ratio]) -> tuple[float, tuple[float, float] 
 
 
 def reach(tokens: np.ndarray, means: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Tokens (rows,) at which each row's running maximum is at `level` (rows,); inf for never.
+    """(rows,) tokens at which each row's running maximum reaches `level` (rows,); inf for never.
 
-    tokens, means: (rows, evaluations), tokens ascending.
+    `tokens` and `means` are (rows, evaluations); tokens ascend.
     """
     best = np.maximum.accumulate(means, 1)
-    there = best >= level[:, None]
-    index = there.argmax(1)
+    reached = best >= level[:, None]
+    index = reached.argmax(1)
     rows = np.arange(len(best))
     before = np.maximum(index - 1, 0)
     low, high = best[rows, before], best[rows, index]
     with np.errstate(invalid="ignore", divide="ignore"):
         part = np.where(index > 0, (level - low) / (high - low), 0)
     start, end = tokens[rows, before], tokens[rows, index]
-    return np.where(there.any(1), start + part * (end - start), math.inf)
+    return np.where(reached.any(1), start + part * (end - start), math.inf)
 
 
 def _curve(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mean accuracy, (1 + REPLICATES, evaluations) each: the value, then the draws."""
+    """(1 + REPLICATES, evaluations) tokens and mean accuracy: the value, then the draws."""
     weights = seed_weights(outcomes.ids)
     means = np.einsum("bs,bsc->bc", weights, by_seed(outcomes.task, outcomes.values))
     value = outcomes.values.mean((0, 2))
@@ -95,8 +95,8 @@ def _ratios(
 
 def _interval(draws: np.ndarray) -> tuple[float, float] | None:
     defined = draws[~np.isnan(draws)]
-    if len(defined) < (1 - MOST_UNDEFINED) * len(draws):
+    if len(defined) < (1 - MAX_UNDEFINED) * len(draws):
         return None
-    # Of the draws themselves: between a number and infinity there is nothing to interpolate.
+    # Quantiles are draws themselves: interpolation with infinity has no meaning.
     low, high = np.quantile(defined, (0.025, 0.975), method="inverted_cdf").tolist()
     return low, high

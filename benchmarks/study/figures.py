@@ -1,4 +1,4 @@
-"""The study's pictures, drawn with matplotlib as those of report.html are."""
+"""The plots of the study's page, drawn by matplotlib in the style of report.html."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ OWN = "opsd"  # the arm that every experiment compares with
 COLORS = ("#c2570c", "#15803d", "#7e22ce", "#be123c", "#0e7490", "#a16207")
 INK = "#0f172a"
 AVERAGE = "average"
-# Letters as text, not as outlines: a quarter of the size.
+# Letters as text, not as outlines, for a quarter of the file size.
 LOOK = STYLE | {"svg.fonttype": "none"}
 
 
 def experiment_figures(results: Results, comparison: Comparison) -> list[Picture]:
-    """The pictures of one experiment that there are numbers for."""
+    """The plots of one experiment, those with numbers."""
     if comparison.experiment["kind"] == "memory":
         return _drawn([memory(results["memory"]) if results.get("memory") else None])
     if comparison.experiment["kind"] == "tokens":
@@ -86,7 +86,7 @@ def differences(comparison: Comparison) -> Picture | None:
                 shown = contrast.total if name == AVERAGE else contrast.tasks.get(name)
                 _interval(axes, row, shown, _side_color(shown))
             axes.xaxis.set_major_formatter(lambda x, _: points(x).removesuffix(".0"))
-        for axes in panels:  # one scale for all, so that they compare
+        for axes in panels:  # the same scale for all panels
             axes.set_xlim(*_common_limits(panels))
             axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         note = (
@@ -167,7 +167,7 @@ def memory(measured: dict[str, Any]) -> Picture:
                 if not shown:
                     continue
                 last = [p for p in points if not p["predicted"]][-1:] if predicted else []
-                line = [*last, *shown]  # the dashed line goes on where the solid one ends
+                line = [*last, *shown]  # the dashed line starts where the solid one ends
                 x, y = [p["tokens"] for p in line], [p["mib"] / 1024 for p in line]
                 axes.plot(x, y, color=color, ls=style)
                 x, y = [p["tokens"] for p in shown], [p["mib"] / 1024 for p in shown]
@@ -234,7 +234,7 @@ def _panels(names: Sequence[str], height: float = PANEL_HEIGHT) -> tuple[Figure,
 def _forest(
     names: Sequence[str], labels: Sequence[str], row_height: float = 0.27
 ) -> tuple[Figure, list[Axes]]:
-    """Panels with a row per label, the first one on top; only the first panel names them."""
+    """Panels with a row per label, the first on top; only the first panel shows the labels."""
     figure, panels = _panels(names, 0.75 + row_height * len(labels))
     for index, axes in enumerate(panels):
         axes.set_ylim(len(labels) - 0.4, -0.6)

@@ -1,4 +1,4 @@
-"""results.json as arrays: which arm's run had which held-out problem right, and when."""
+"""results.json as arrays: which held-out problems each run solves at each evaluation."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What the finished runs, or samplings, of an arm did on the held-out problems of a task."""
+    """Results of an arm's finished runs, or samplings, on the held-out problems of a task."""
 
     task: str
-    ids: tuple[str, ...]  # one a seed
-    columns: tuple[int, ...]  # steps of the evaluations; of samplings the k of pass@k
-    values: np.ndarray  # (seeds, columns, problems): right or not; of samplings pass@k
-    tokens: np.ndarray  # (seeds, columns): generated in training so far
+    ids: tuple[str, ...]  # of the runs, one per seed
+    columns: tuple[int, ...]  # the evaluations' steps; for samplings the k of pass@k
+    values: np.ndarray  # (seeds, columns, problems): 1 if correct, else 0; for samplings pass@k
+    tokens: np.ndarray  # (seeds, columns): generated in training up to then
 
     def after_training(self) -> Outcomes | None:
-        """Without the evaluation before the first step; None where there is no other."""
+        """Without the evaluation before the first step; None if there is no other."""
         chosen = [i for i, step in enumerate(self.columns) if step > 0]
         if not chosen:
             return None
@@ -38,20 +38,20 @@ class Outcomes:
         return Outcomes(self.task, self.ids, steps, values, tokens)
 
     def best(self) -> Outcomes:
-        """One column: each run's best evaluation, chosen on the problems it is measured on."""
+        """One column: each run's best evaluation, chosen on the held-out problems themselves."""
         index = self.values.mean(2).argmax(1)[:, None]
         values = np.take_along_axis(self.values, index[:, :, None], 1)
         tokens = np.take_along_axis(self.tokens, index, 1)
         return Outcomes(self.task, self.ids, self.columns[-1:], values, tokens)
 
     def mean(self) -> Outcomes:
-        """One column: the mean over evaluations."""
+        """One column: the mean over the evaluations."""
         values, tokens = self.values.mean(1, keepdims=True), self.tokens[:, -1:]
         return Outcomes(self.task, self.ids, self.columns[-1:], values, tokens)
 
 
 def load_results(folder: Path) -> Results:
-    """results.json of a study's folder."""
+    """Read results.json of a study's folder. Raises UserError if it is missing or not JSON."""
     path = folder / "results.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a study's folder: it has no results.json")
@@ -62,15 +62,15 @@ def load_results(folder: Path) -> Results:
 
 
 def finished(results: Results, kind: str, ids: Sequence[str]) -> list[str]:
-    """Those of `ids` that finished; kind: "runs" or "samplings"."""
+    """The `ids` that finished; `kind` is "runs" or "samplings"."""
     known = results[kind]
     return [i for i in ids if i in known and known[i]["status"] == "finished"]
 
 
 def run_outcomes(results: Results, arm: dict[str, Any], task: str) -> Outcomes | None:
-    """Every evaluation of an arm's finished runs on a task; None where there is none.
+    """All evaluations of an arm's finished runs on a task; None if there are none.
 
-    Raises UserError where two runs did not evaluate on as many problems.
+    Raises UserError if two runs were evaluated on different numbers of problems.
     """
     if not arm.get("runs"):
         return None
@@ -84,9 +84,9 @@ def run_outcomes(results: Results, arm: dict[str, Any], task: str) -> Outcomes |
 
 
 def base_outcomes(results: Results, experiment: dict[str, Any], task: str) -> Outcomes | None:
-    """The model before training: the evaluation at step 0 that most of the runs share.
+    """The model before training: the evaluation at step 0 that most runs have in common.
 
-    Not all need to: a run with other prompts starts from other answers.
+    Runs with other prompts have another one.
     """
     ids = [run for arm in experiment["arms"] for run in (arm.get("runs") or {}).get(task, [])]
     rows = [

@@ -1,4 +1,4 @@
-"""From the study's recipes to the runs it needs: each distinct run once, whoever asks for it."""
+"""Plan the runs that the study's recipes need; experiments share runs with the same settings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opsd_train.config.schema import Config
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One training run; `changes` over the base recipe make its command."""
+    """One training run: the base recipe with `changes`."""
 
     id: str
     task: str
@@ -24,33 +24,34 @@ class PlannedRun:
     recipe: str
     changes: tuple[str, ...]
     config: Config
-    start: str  # id of the run that evaluated what this one starts from
+    start: str  # id of the run that evaluates the model this one starts from
 
     @property
     def folder(self) -> Path:
+        """The run folder."""
         return Path(self.config.output_dir)
 
     @property
     def words(self) -> list[str]:
-        """What follows `python -m opsd_train`."""
+        """The command's arguments after `python -m opsd_train`."""
         return [self.recipe, *self.changes, f"output_dir={self.folder}"]
 
 
 @dataclass(frozen=True)
-class Sampled:
+class PlannedSampling:
     """Several completions of every held-out problem of a run, under its prompts."""
 
     id: str
     task: str
     seed: int
     folder: Path
-    run: str | None  # whose weights; None: the base model's
-    problems_of: str  # a run's id
+    run: str | None  # id of the run whose weights are used; None: the base model's
+    problems_of: str  # id of the run whose held-out problems are used
     problems_folder: Path
     sampling: Sampling
 
     def words(self, base: str) -> list[str]:
-        """What follows `python -m opsd_train`; `base` is the base model's name."""
+        """The command's arguments after `python -m opsd_train`; `base` is the base model's name."""
         sampling = self.sampling
         return [
             *("eval", base if self.run is None else str(self.problems_folder)),
@@ -63,8 +64,8 @@ class Sampled:
 
 
 @dataclass
-class Planned:
-    """An experiment with what it needs: arm -> task -> ids, by seed."""
+class PlannedExperiment:
+    """An experiment with the runs and samplings it needs: arm -> task -> ids, one per seed."""
 
     name: str
     experiment: Experiment
@@ -74,30 +75,30 @@ class Planned:
 
     @property
     def ids(self) -> set[str]:
-        """Of all runs and samplings that it needs."""
+        """Ids of all runs and samplings it needs."""
         both = [*self.runs.values(), *self.samplings.values()]
         return {name for tasks in both for names in tasks.values() for name in names}
 
 
 @dataclass
 class Plan:
-    """Everything that is to be run, in order."""
+    """Everything to run, in order."""
 
     folder: Path
     size: Size
     labels: dict[str, str]  # of the tasks
     runs: dict[str, PlannedRun] = field(default_factory=dict)
-    samplings: dict[str, Sampled] = field(default_factory=dict)
-    experiments: list[Planned] = field(default_factory=list)
+    samplings: dict[str, PlannedSampling] = field(default_factory=dict)
+    experiments: list[PlannedExperiment] = field(default_factory=list)
 
-    def needed(self, experiments: Iterable[Planned]) -> set[str]:
-        """Their runs and samplings, and the runs that evaluate what those start from."""
+    def needed(self, experiments: Iterable[PlannedExperiment]) -> set[str]:
+        """Ids of their runs and samplings, and of the runs that evaluate the initial models."""
         ids = {name for planned in experiments for name in planned.ids}
         return ids | {self.runs[name].start for name in ids & self.runs.keys()}
 
 
 def fingerprint(config: Config) -> str:
-    """What makes two runs the same: everything but where they write and what they also measure."""
+    """Equal for runs that train alike: the recipe without output_dir and extra evaluations."""
     evaluation = replace(config.evaluation, at_start=False, teacher=False)
     return to_yaml(replace(config, output_dir="", evaluation=evaluation))
 
@@ -105,7 +106,7 @@ def fingerprint(config: Config) -> str:
 def make_plan(
     shared: Shared, experiments: dict[str, Experiment], folder: Path, *, quick: bool
 ) -> Plan:
-    """Raises UserError where an experiment names a task, or an arm, that there is not."""
+    """Plan the whole study. Raises UserError if an experiment names an unknown task or arm."""
     labels = {name: task.label for name, task in shared.tasks.items()}
     plan = Plan(folder, shared.quick if quick else shared.full, labels)
     known: dict[str, str] = {}  # fingerprint -> id
@@ -115,7 +116,7 @@ def make_plan(
         seeds = (reduced and reduced.seeds) or plan.size.seeds
         arms = [arm for arm in experiment.arms if _kept(arm, reduced and reduced.arms)]
         _check(name, experiment, tasks, shared)
-        planned = Planned(name, replace(experiment, arms=arms), tasks)
+        planned = PlannedExperiment(name, replace(experiment, arms=arms), tasks)
         for task in tasks:
             for seed in seeds:
                 for arm in arms:
@@ -136,7 +137,7 @@ def _kept(arm: Arm, names: list[str] | None) -> bool:
 def _run(
     plan: Plan, shared: Shared, task: str, arm: Arm, seed: int, known: dict[str, str]
 ) -> PlannedRun:
-    """The arm's run, or the one of an earlier experiment with the same settings."""
+    """The arm's run, or an earlier experiment's run with the same settings."""
     sizes = [*plan.size.changes, *shared.tasks[task].changes]
     changes = (*sizes, *arm.changes, f"seed={seed}")
     name = f"{task}-{arm.name}-s{seed}"
@@ -153,22 +154,24 @@ def _run(
     return plan.runs[known[key]]
 
 
-def _sample(plan: Plan, planned: Planned, task: str, seed: int, sampling: Sampling) -> None:
-    """Each arm's model of this seed; the base model answers the problems of the first of them."""
+def _sample(
+    plan: Plan, planned: PlannedExperiment, task: str, seed: int, sampling: Sampling
+) -> None:
+    """Plan a sampling of each arm's model of this seed, and of the base model."""
     trained = {arm: ids[task][0] for arm, ids in planned.runs.items()}
     for arm in planned.experiment.arms:
         run = trained.get(arm.name)
         asked = run or next(iter(trained.values()))
         name = f"{planned.name}-{run or f'{task}-{arm.name}'}"
         folders = plan.folder / "samplings" / name, plan.runs[asked].folder
-        plan.samplings[name] = Sampled(
+        plan.samplings[name] = PlannedSampling(
             name, task, seed, folders[0], run, asked, folders[1], sampling
         )
         planned.samplings.setdefault(arm.name, {}).setdefault(task, []).append(name)
 
 
 def _share_starts(plan: Plan) -> None:
-    """What several runs start from, and its teacher, is evaluated by one of them, OPSD's if any."""
+    """Let one run, OPSD's if there is one, evaluate the initial model for all runs from it."""
     starts: dict[str, PlannedRun] = {}
     for run in sorted(plan.runs.values(), key=lambda run: run.config.method != "opsd"):
         starts.setdefault(_start(run.config), run)
@@ -183,7 +186,7 @@ def _share_starts(plan: Plan) -> None:
 
 
 def _start(config: Config) -> str:
-    """What the evaluation before training depends on; all adapters begin as nothing."""
+    """What the evaluation before training depends on; new adapters change nothing."""
     parts = config.model, config.data, config.prompts, config.evaluation
     return json.dumps([asdict(part) for part in parts])
 

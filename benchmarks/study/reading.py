@@ -1,4 +1,4 @@
-"""Numbers as text, and what an interval allows one to say beside what the paper says."""
+"""Numbers as text, and what an interval lets one conclude, compared with the paper."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ Verdict = Literal["agrees", "disagrees", "cannot tell", "ahead", "behind", "inco
 
 
 def percent(share: float) -> str:
+    """ "42.1" for 0.421."""
     return f"{100 * share:.1f}"
 
 
 def points(difference: float) -> str:
-    """With its sign: "+3.1"; what rounds to nothing has none."""
+    """In points with a sign: "+3.1"; "0.0" has none."""
     text = f"{100 * difference:+.1f}"
     return "0.0" if text[1:] == "0.0" else text.replace("-", MINUS)
 
@@ -39,6 +40,7 @@ def difference_text(estimate: Estimate | None) -> str:
 
 
 def times(ratio: float) -> str:
+    """A ratio as text, also "not reached" for inf and "undefined" for nan."""
     if math.isnan(ratio):
         return "undefined"
     if math.isinf(ratio):
@@ -47,12 +49,13 @@ def times(ratio: float) -> str:
 
 
 def pair_text(contrast: Contrast) -> str:
+    """The two arms of a contrast, and its measure unless that is the accuracy."""
     measure = "" if contrast.measure == ACCURACY else f", {contrast.measure}"
     return f"{contrast.first.label} {MINUS} {contrast.second.label}{measure}"
 
 
 def decisive(comparison: Comparison, contrast: Contrast) -> tuple[Estimate | None, str]:
-    """The difference that is read, and over what: the average, or the one task measured."""
+    """The difference to judge, and what it covers: the mean of the tasks, or the only task run."""
     if contrast.total is not None:
         count = len(comparison.tasks)
         return contrast.total, f"mean of {count} tasks" if count > 1 else comparison.tasks[0]
@@ -63,7 +66,7 @@ def decisive(comparison: Comparison, contrast: Contrast) -> tuple[Estimate | Non
 
 
 def verdict(estimate: Estimate | None, paper: str | None) -> Verdict:
-    """What the interval says; an end at 0 includes 0. `paper`: who it has ahead, see Contrast."""
+    """What the interval says; one that ends at 0 includes 0. `paper`: see Contrast."""
     if estimate is None:
         return "incomplete"
     if estimate.low <= 0 <= estimate.high:
@@ -99,7 +102,7 @@ def reading(comparison: Comparison, contrast: Contrast) -> str:
 
 
 def ratio_readings(contrast: Contrast) -> list[str]:
-    """The token ratios in words, a task each, and their geometric mean."""
+    """The token ratio of each task in words, and their geometric mean."""
     lines = [f"{task}: {_ratio_text(contrast, ratio)}" for task, ratio in contrast.ratios.items()]
     if len(contrast.ratios) > 1:
         mean, interval = geometric_mean(list(contrast.ratios.values()))

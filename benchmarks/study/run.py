@@ -1,4 +1,4 @@
-"""The study from its recipes to its page: what is finished is kept, what is not goes on."""
+"""Run the study, from its recipes to its page; finished runs are kept, others are resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.study.base import copy_words, unpacked
 from benchmarks.study.collect import collect, summary_of
 from benchmarks.study.page import write_page
-from benchmarks.study.plan import Plan, Planned, fingerprint, make_plan
+from benchmarks.study.plan import Plan, PlannedExperiment, fingerprint, make_plan
 from benchmarks.study.settings import load_experiments, load_shared
 from benchmarks.study.step_memory import measure
 from benchmarks.study.subprocesses import BUSY, Subprocess, run_subprocesses
@@ -30,10 +30,11 @@ def study(
     jobs: int | None = None,
     output_dir: str | None = None,
 ) -> int:
-    """Run what is missing of the study, write its results and page; returns the exit code.
+    """Run what the study still needs, write its results and page; returns the exit code.
 
-    Runs are commands of their own, `jobs` at a time (default: 2 on a CPU, 4 on a GPU). A run that
-    fails does not stop the others; the next call tries it again.
+    Runs are separate processes, `jobs` at a time (default: 2 on a CPU, 4 on a GPU). A run that
+    fails does not stop the others; the next call tries it again. Raises UserError for an unknown
+    experiment, or a folder with runs of other settings.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -48,7 +49,7 @@ def study(
     _keep_plan(plan)
     wanted = [planned for planned in plan.experiments if not only or planned.name in only]
     if any(planned.experiment.kind == "memory" for planned in wanted):
-        measure(plan.size.memory_tokens, folder)  # before the rest: it wants the machine alone
+        measure(plan.size.memory_tokens, folder)  # before the runs: nothing else may run meanwhile
     count = jobs or (4 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
     failures = _run(plan, wanted, count)
     results = collect(plan, "quick" if quick else "full")
@@ -59,8 +60,8 @@ def study(
     return 1 if failures else 0
 
 
-def _run(plan: Plan, wanted: Sequence[Planned], count: int) -> dict[str, Path]:
-    """Run what these experiments need and is not finished; returns the logs of what failed."""
+def _run(plan: Plan, wanted: Sequence[PlannedExperiment], count: int) -> dict[str, Path]:
+    """Run what these experiments need and is not finished; returns the failed runs' logs by id."""
     needed = plan.needed(wanted)
     jobs, failures = _jobs(plan, needed), {}
     if jobs:
@@ -73,13 +74,13 @@ def _run(plan: Plan, wanted: Sequence[Planned], count: int) -> dict[str, Path]:
         print(f"{number}/{len(jobs)}  {name} {how}, {duration(ended.seconds)}", flush=True)
         if ended.code:
             failures[name] = ended.job.log
-        elif name in plan.runs:  # what was trained is kept beside them
+        elif name in plan.runs:  # the trained weights are saved besides
             shutil.rmtree(plan.runs[name].folder / "checkpoints", ignore_errors=True)
     return failures
 
 
 def _jobs(plan: Plan, needed: set[str]) -> list[Subprocess]:
-    """Of what is needed, the unfinished runs in the plan's order, then the samplings."""
+    """The needed runs that are not finished, in the plan's order, then the samplings."""
     logs = plan.folder / "logs"
     jobs = []
     for run in plan.runs.values():
@@ -97,14 +98,14 @@ def _jobs(plan: Plan, needed: set[str]) -> list[Subprocess]:
 
 
 def _keep_plan(plan: Plan) -> None:
-    """Each run's settings beside the runs, and an error where they are no longer the same."""
+    """Save each run's settings; raise UserError if they differ from those saved earlier."""
     folder = plan.folder / "plan"
     folder.mkdir(parents=True, exist_ok=True)
     for run in plan.runs.values():
         path, text = folder / f"{run.id}.yaml", fingerprint(run.config)
         if path.exists() and path.read_text(encoding="utf-8") != text:
             raise UserError(
-                f"{path} is of other settings than {run.id} has now; go on with another folder: "
+                f"{path} has other settings than {run.id} has now; continue in another folder: "
                 "--out ..."
             )
         replace_file(path, text)

@@ -1,4 +1,4 @@
-"""The study's recipes: what its experiments share, and each experiment."""
+"""Sections of the study's recipes: recipes/shared.yaml and one file per experiment."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,50 +15,60 @@ Kind = Literal["accuracy", "tokens", "passk", "memory"]
 
 @section
 class Task:
+    """A task of the study."""
+
     label: str
-    """What the page calls it."""
+    """Name on the page."""
     changes: Changes
-    """What makes the base recipe one for this task."""
+    """Changes to the base recipe for this task."""
 
 
 @section
 class Size:
+    """The size of the full or of the quick study."""
+
     seeds: Annotated[list[int], Field(min_length=1)]
-    """Every arm runs once with each."""
+    """Seeds; every arm runs once with each."""
     changes: Changes
-    """Steps, problems and lengths of every run, over the base recipe."""
+    """Changes to the base recipe for every run: steps, problems and lengths."""
     memory_tokens: Annotated[list[Positive], Field(min_length=2)]
     """Completion tokens at which the peak memory of a step is measured."""
 
 
 @section
 class Shared:
+    """What the experiments share: recipes/shared.yaml."""
+
     output_dir: str
-    """The study's folder; the quick one's ends in -quick."""
+    """The study's folder; the quick study's has -quick appended."""
     recipe: str
     """The training recipe that every run starts from."""
     tasks: dict[str, Task]
-    """By short name."""
+    """Tasks by short name."""
     experiments: Annotated[list[str], Field(min_length=1)]
-    """Their recipes, in the order they are run."""
+    """Names of the experiments' recipes, in the order to run them."""
     full: Size
     quick: Size
 
 
 @section
 class Arm:
+    """One of the settings that an experiment compares."""
+
     name: str
     """Short name, one word; the same in two experiments only for the same settings."""
     label: str
-    """What tables and figures call it."""
+    """Name in tables and figures."""
     changes: Changes = Field(default_factory=list)
-    """Over base recipe, task and size."""
+    """Changes to the base recipe, after those of size and task."""
     base_model: bool = False
-    """The model before training: not a run, but what the first run of a task evaluates first."""
+    """The model before training. It needs no run: a task's first run evaluates it."""
 
 
 @section
 class Sampling:
+    """How pass@k is sampled."""
+
     samples: Positive
     """Completions of each held-out problem."""
     max_new_tokens: Positive
@@ -69,51 +79,55 @@ class Sampling:
 
 @section
 class Quick:
+    """How the quick study reduces an experiment."""
+
     tasks: list[str] | None = None
-    """Tasks of the quick study; null: the same."""
+    """Tasks of the quick study; null: the same tasks."""
     seeds: list[int] | None = None
-    """Seeds of the quick study; null: those of all its experiments."""
+    """Seeds of the quick study; null: those of its Size."""
     arms: list[str] | None = None
     """Arms of the quick study; null: all."""
 
 
 @section
 class Experiment:
+    """One experiment: recipes/NAME.yaml."""
+
     title: str
     """Heading on the page."""
     paper: str
-    """Where the paper shows it."""
+    """Where in the paper it is."""
     paper_says: str
     """What the paper found, in a sentence or two."""
     question: str
-    """What is asked here."""
+    """The question this experiment answers."""
     kind: Kind = "accuracy"
     """accuracy: after training; tokens: against tokens generated; passk: by sampling; memory."""
     tasks: list[str] = Field(default_factory=list)
-    """Short names; none: all."""
+    """Short names of the tasks; empty: all tasks."""
     arms: list[Arm] = Field(default_factory=list)
-    """What is compared."""
+    """The arms to compare."""
     contrasts: list[tuple[str, str]] = Field(default_factory=list)
     """Pairs of arms whose paired difference is reported, first minus second."""
     paper_ahead: list[tuple[str, str]] = Field(default_factory=list)
-    """Pairs of arms of which the paper has the first ahead of the second."""
+    """Pairs of arms where the first is ahead of the second in the paper."""
     sampling: Sampling | None = None
     """passk: how every trained model of the first seed, and the base model, is sampled."""
     quick: Quick = Field(default_factory=Quick)
-    """What the quick study leaves out."""
+    """How the quick study reduces it."""
 
 
 def load_shared() -> Shared:
-    """recipes/shared.yaml."""
+    """Read recipes/shared.yaml."""
     return config_from(load_recipe(str(RECIPES / "shared.yaml")), cls=Shared)
 
 
 def load_experiments(shared: Shared) -> dict[str, Experiment]:
-    """The experiments by name, in their order."""
+    """Read the experiments' recipes; by name, in the order to run them."""
     return {name: _load(name) for name in shared.experiments}
 
 
 def _load(name: str) -> Experiment:
     recipe = load_recipe(str(RECIPES / f"{name}.yaml"))
-    del recipe["output_dir"]  # a run's; the study has one folder
+    del recipe["output_dir"]  # the setting of a training run; the study has one folder
     return config_from(recipe, cls=Experiment)

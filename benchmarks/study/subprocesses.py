@@ -1,4 +1,4 @@
-"""Commands side by side, each in a process of its own."""
+"""Run several commands of opsd_train in parallel, each in its own process."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BUSY = 75
-"""Exit code of a job that an earlier process is still at."""
+"""Exit code of a job that an earlier process is still running."""
 
-_PAUSE = 0.2  # seconds between two looks at what runs
+_PAUSE = 0.2  # seconds between two polls of the running processes
 
 
 @dataclass(frozen=True)
 class Subprocess:
-    """A command of `python -m opsd_train`; it waits for the jobs it `needs`."""
+    """Arguments of `python -m opsd_train`; it starts when the jobs it `needs` have ended."""
 
     id: str
     argv: list[str]
@@ -38,10 +38,10 @@ class Ended:
 
 
 def run_subprocesses(jobs: Sequence[Subprocess], count: int) -> Iterator[Ended]:
-    """Runs `count` jobs at a time, in their order as far as needs allow, and yields each end.
+    """Run `count` jobs at a time, in order as far as their needs allow, and yield each as it ends.
 
-    A job whose need failed is not run: it yields with the need's code. On Ctrl-C or SIGTERM, or if
-    the caller stops early, what runs gets a SIGTERM, keeps what it can and is waited for.
+    A job is not run if one it needs failed: it ends with that job's code. On Ctrl-C or SIGTERM, or
+    if the caller stops early, running jobs get a SIGTERM, save a checkpoint and are waited for.
     """
     threads = str(max(1, (os.cpu_count() or 1) // count))
     environment = {"OMP_NUM_THREADS": threads} | os.environ
@@ -75,13 +75,13 @@ def run_subprocesses(jobs: Sequence[Subprocess], count: int) -> Iterator[Ended]:
 
 
 def _start(job: Subprocess, environment: dict[str, str]) -> subprocess.Popen:
-    """The command with its output in the log, which it keeps locked as long as it lives."""
+    """Start the command with its output in the log, which stays locked while it runs."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "opsd_train", *job.argv]
     with open(job.log, "a", encoding="utf-8") as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # a study that was killed has left this run running
+        except BlockingIOError:  # started by a study that was killed, and still running
             command = [sys.executable, "-c", f"raise SystemExit({BUSY})"]
             return subprocess.Popen(command)
         log.truncate(0)

@@ -5,16 +5,16 @@
     python -m benchmarks.train_step --gradient-checkpointing   # as TRL does by default
     python -m benchmarks.train_step --model FOLDER             # another model
 
-A step is rollout, both forward passes, loss, backward, optimizer. Everybody gets the same base
+A step is rollout, both forward passes, loss, backward, optimizer. All contenders have the same base
 model (bf16, frozen), LoRA of the same shape (fp32), the demo's prompts token for token, the same
-samples in each micro-batch, JSD at weight 0.5 (TRL's distillation_alpha is our beta), completions
-of exactly --tokens tokens: nothing ends them before. Gradient checkpointing, by default on in TRL,
-is off for all, or on for all. Mixed precision, by default on in TRL, makes its logits fp32 and
-costs time on a CPU: full logits are measured with it and without. TRL gets the same weights in a
-model without the mark of the GGUF file they came from.
+samples in each micro-batch, JSD at weight 0.5 (TRL's distillation_alpha is our beta), and
+completions of exactly --tokens tokens, without end tokens. Gradient checkpointing, on by default in
+TRL, is off for all or on for all. Mixed precision, on by default in TRL, makes its logits fp32 and
+costs time on a CPU: TRL's full logits are measured with it and without. TRL gets the same weights
+in a model that is not marked as loaded from a GGUF file.
 
-Each contender is a fresh process; they take turns, one step each per round, and the first round is
-a warm-up. Phases are the same functions for all: see FOOTNOTE in table.py for what compares.
+Each contender is a fresh process. They take turns, one step each per round; the first round is a
+warm-up. Phases are the same functions for all; FOOTNOTE in table.py says what can be compared.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run(settings: Settings) -> dict[str, Any]:
-    """Everything the JSON file holds."""
-    work = build(settings, scratch="unused")  # bad settings show before processes start
+    """Measure all contenders; returns the content of the JSON file."""
+    work = build(settings, scratch="unused")  # raises for bad settings before processes start
     return {
         "kind": "train_step",
         "environment": environment(),
@@ -53,7 +53,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Bad input gives one line on stderr and 2."""
+    """Returns 0; for bad input, after one line on stderr, 2."""
     try:
         settings, out = _options(argv)
         result = run(settings)

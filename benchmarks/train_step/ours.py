@@ -1,4 +1,4 @@
-"""opsd_train's own Trainer, step by step."""
+"""opsd_train's Trainer as a contender."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.methods import common
 from opsd_train.model import policy as model
 from opsd_train.reporting.run_folder import RunFolder
-from opsd_train.reporting.timers import Clock
+from opsd_train.reporting.timers import PhaseTimer
 from opsd_train.trainer import Trainer
 
 
 class OpsdTrain:
-    """Setup, then `run`: one `Trainer.step` after another on the same problems."""
+    """`run` calls `Trainer.step` again and again on the same problems."""
 
     def __init__(self, work: Workload, phases: Phases) -> None:
         config = work.config
         context = DistributedContext(resolve_device(config.model.device))
         folder = RunFolder(Path(config.output_dir), context)
-        self.trainer = Trainer(config, context, folder, Clock(), "full")
+        self.trainer = Trainer(config, context, folder, PhaseTimer(), "full")
         problems = [sample.problem for sample in work.samples]
         self.trainer.order.draw = lambda step: problems
         self.trainer.trajectories.engine.stop = frozenset()  # every completion has its full length
@@ -33,6 +33,7 @@ class OpsdTrain:
         phases.wrap(common, "fused_linear_jsd", "loss")
 
     def facts(self) -> dict[str, Any]:
+        """Adapters' dtypes, mixed precision and optimizer."""
         return {
             "adapters": trainable_dtypes(self.trainer.policy.model),
             "mixed_precision": str(self.trainer.policy.dtype).removeprefix("torch."),
@@ -40,6 +41,7 @@ class OpsdTrain:
         }
 
     def run(self, hooks: StepHooks) -> None:
+        """Take all steps, the warm-up included."""
         for number in range(1, self.steps + 1):
             hooks.begin()
             row, _ = self.trainer.step(number)

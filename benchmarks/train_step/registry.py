@@ -1,8 +1,8 @@
-"""Who takes part."""
+"""The contenders."""
 
 OURS = "opsd_train"
 
-# Name in the table: TRL's distillation_mode and whether its mixed precision is on; None for ours.
+# Name in the table -> TRL's distillation_mode and whether mixed precision is on; None for ours.
 CONTENDERS: dict[str, tuple[str, bool] | None] = {
     OURS: None,
     "TRL SDFTTrainer, full logits": ("full_logits", True),

@@ -1,4 +1,4 @@
-"""The measuring: one process per contender, one step of each per round."""
+"""The measurement: one process per contender, one step of each per round."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from opsd_train.config.errors import UserError
 
 
 class WorkerProcess:
-    """The other end of worker.py; a context manager."""
+    """Starts worker.py for one contender and talks to it; a context manager."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -38,12 +38,13 @@ class WorkerProcess:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:  # it may be in the middle of a long step that nobody waits for
+        if kind is not None:  # it may be in the middle of a long step
             self._process.kill()
         self._process.communicate()  # closes its stdin, which ends it
         self._errors.close()
 
     def send(self, do: str, **values: Any) -> None:
+        """Send a command. Raises UserError if the process has died."""
         try:
             self._process.stdin.write(json.dumps({"do": do, **values}) + "\n")
             self._process.stdin.flush()
@@ -51,6 +52,7 @@ class WorkerProcess:
             raise UserError(self._death()) from None
 
     def receive(self) -> dict[str, Any]:
+        """Wait for an answer. Raises UserError if the process has died."""
         line = self._process.stdout.readline()
         if not line:
             raise UserError(self._death())
@@ -65,7 +67,7 @@ class WorkerProcess:
 
 
 def measure(settings: Settings, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """{contender: what the JSON file has of it}."""
+    """Measure all contenders; returns the JSON file's entry of each, by name."""
     with ExitStack() as stack:
         workers = [stack.enter_context(WorkerProcess(name)) for name in CONTENDERS]
         for worker in workers:
@@ -92,7 +94,7 @@ def measure(settings: Settings, say: Callable[[str], None] = lambda line: None) 
 
 
 def _gathered(result: dict[str, Any]) -> dict[str, Any]:
-    """Lists over the steps; the peaks are the largest."""
+    """Values of all steps as lists; of the peaks the largest."""
     if "why_not" in result:
         return result
     steps = result["steps"]
@@ -113,7 +115,7 @@ def _largest(steps: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _only(values: list[int]) -> int:
-    """Every step has the same number of loss tokens, or a completion ended early."""
+    """The number of loss tokens of every step; if they differ, a completion ended early."""
     if len(set(values)) != 1:
         raise RuntimeError(f"loss tokens differ between steps: {values}")
     return values[0]

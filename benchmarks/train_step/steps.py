@@ -1,4 +1,4 @@
-"""What a contender and the process around it say to each other."""
+"""The interface between a contender and its worker process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass
 class Step:
-    """What one optimizer step worked on, so that a reader sees it was the same work."""
+    """Loss and loss tokens of one optimizer step, which show that contenders do the same work."""
 
     loss: float = 0.0
     loss_tokens: int = 0
@@ -19,22 +19,24 @@ class Step:
 
 @dataclass(frozen=True)
 class StepHooks:
-    """Called around every step, by a loop of ours or by a peer's own."""
+    """Called before and after every step, by our loop or by a peer's trainer."""
 
     begin: Callable[[], None]
     end: Callable[[Step], None]
 
 
 class Contender(Protocol):
+    """A trainer that takes part."""
+
     def facts(self) -> dict[str, Any]:
-        """Settings that a reader should know and that are not the same for all."""
+        """Settings worth reporting that differ between contenders."""
 
     def run(self, hooks: StepHooks) -> None:
-        """All steps, warm-up included."""
+        """Take all steps, the warm-up included."""
 
 
 def trainable_dtypes(model: nn.Module) -> list[str]:
-    """Types of the trained parameters: the adapters'."""
+    """Dtypes of the trained parameters."""
     return sorted(
         {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
     )

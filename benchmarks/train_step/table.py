@@ -1,8 +1,9 @@
-"""The figures as a table for the terminal, from the JSON only."""
+"""The terminal's table, from the JSON of a measurement."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -11,15 +12,15 @@ from benchmarks.train_step.registry import OURS
 _NONE = "-"
 
 FOOTNOTE = """\
-Seconds are medians over the measured steps, each row its own. TRL's forward passes go on to the
-logits, ours stop at the hidden states: the products with the head are in our loss, and so is the
-gradient to the hidden states, which TRL makes in backward. What compares is the total, or forward +
-loss + backward. Rollouts are sampled, so losses differ by their completions too; top-k's loss is
-over 100 renormalised entries. Peak extra memory: growth during a warm step."""
+Seconds are medians over the measured steps, of each row separately. TRL's forward passes include
+the logits; ours end at the hidden states. Our loss includes the products with the head and the
+gradient to the hidden states, which TRL computes in backward. Compare totals, or forward + loss +
+backward. Rollouts are sampled, so losses also differ by their completions; the top-k loss is over
+100 renormalised entries. Peak extra memory is the growth during a warm step."""
 
 
 def table(result: dict[str, Any]) -> str:
-    """Phases down, contenders across; those that could not run are named below."""
+    """A row per phase, a column per contender; contenders that could not run are listed below."""
     ran = {n: c for n, c in result["contenders"].items() if "why_not" not in c}
     rows = [["", *ran], *_rows(ran)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -34,10 +35,7 @@ def _rows(ran: dict[str, dict[str, Any]]) -> list[list[str]]:
         return [title, *map(cell, ran.values())]
 
     ours = ran[OURS]
-    phases = [
-        [f"{name}, s", *(f"{median(c['phases'][name]):.2f}" for c in ran.values())]
-        for name in ours["phases"]
-    ]
+    phases = [row(f"{name}, s", partial(_phase, name)) for name in ours["phases"]]
     return [
         *phases,
         row("without rollout, s", lambda c: f"{_training(c):.2f}"),
@@ -50,6 +48,10 @@ def _rows(ran: dict[str, dict[str, Any]]) -> list[list[str]]:
         row("loss tokens", lambda c: f"{c['loss_tokens']}"),
         row("loss, first measured step", lambda c: f"{c['loss'][0]:.4f}"),
     ]
+
+
+def _phase(name: str, contender: dict[str, Any]) -> str:
+    return f"{median(contender['phases'][name]):.2f}"
 
 
 def _training(contender: dict[str, Any]) -> float:

@@ -1,4 +1,4 @@
-"""TRL's nearest trainer, driven by its own training loop."""
+"""TRL's closest trainer as a contender, in its own training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from opsd_train.model.policy import load_model
 
 
 class TrlSdft:
-    """SDFTTrainer on our base model, our adapter's shape, our prompts."""
+    """SDFTTrainer with our base model, adapter shape and prompts."""
 
     def __init__(self, work: Workload, phases: Phases, mode: str, mixed: bool) -> None:
         self.device = resolve_device(work.config.model.device)
@@ -40,6 +40,7 @@ class TrlSdft:
         phases.wrap(self.trainer, "_compute_self_distillation_loss", "loss")
 
     def facts(self) -> dict[str, Any]:
+        """Adapters' dtypes, mixed precision and optimizer."""
         return {
             "adapters": trainable_dtypes(self.trainer.model),
             "mixed_precision": self.trainer.accelerator.mixed_precision,
@@ -47,12 +48,13 @@ class TrlSdft:
         }
 
     def run(self, hooks: StepHooks) -> None:
+        """Take all steps, the warm-up included."""
         self.trainer.add_callback(_Around(self.step, hooks))
         self.trainer.train()
 
 
 class _Timed(SDFTTrainer):
-    """Keeps the loss and its tokens; nothing else is changed."""
+    """SDFTTrainer that also records each step's loss and loss tokens."""
 
     step_taken: Step
 
@@ -81,7 +83,7 @@ def _base_model(work: Workload) -> PreTrainedModel:
 
 
 def _unmarked(model: PreTrainedModel) -> PreTrainedModel:
-    """The same dense weights without the mark of a GGUF file: transformers' Trainer trains none."""
+    """A copy not marked as quantized: transformers' Trainer refuses a model from a GGUF file."""
     if not getattr(model, "is_quantized", False):
         return model
     config = copy.deepcopy(model.config)
@@ -92,12 +94,12 @@ def _unmarked(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _arguments(work: Workload, device: torch.device, mode: str, mixed: bool) -> SDFTConfig:
-    """Ours where both have the setting, TRL's default where only TRL has it."""
+    """Our settings where both have them, TRL's defaults for the others."""
     config, length = work.config, work.config.rollout.max_new_tokens
     return SDFTConfig(
         output_dir=config.output_dir,
         distillation_mode=mode,
-        distillation_alpha=config.loss.beta,  # both assign_weights KL(teacher||mixture)
+        distillation_alpha=config.loss.beta,  # in both the weight of KL(teacher || mixture)
         teacher_model_kind="base",
         per_device_train_batch_size=work.micro_batch,
         gradient_accumulation_steps=len(work.samples) // work.micro_batch,
@@ -135,7 +137,7 @@ def _adapter(config: Config) -> LoraConfig:
 
 
 def _rows(work: Workload) -> Dataset:
-    """The step's problems once for every step, in the order of our micro-batches."""
+    """The step's problems, repeated for every step, in the order of our micro-batches."""
     rows = [
         {"prompt": [{"role": "user", "content": asked}], "privileged_context": shown}
         for asked, shown in work.messages()
@@ -144,7 +146,7 @@ def _rows(work: Workload) -> Dataset:
 
 
 def _check_prompts(trainer: SDFTTrainer, work: Workload) -> None:
-    """Token for token, or the comparison is of different work."""
+    """Raise RuntimeError unless TRL's prompts have our token ids."""
     rows = trainer.train_dataset[: len(work.samples)]
     student, context = rows["prompt"], rows["privileged_context"]
     teacher = trainer.teacher_context_builder.select_generation_prompts(student, context)

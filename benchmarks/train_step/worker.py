@@ -1,9 +1,9 @@
-"""One contender in a process of its own: JSON lines in on stdin, out on stdout.
+"""One contender in its own process: commands as JSON lines on stdin, answers on stdout.
 
     {"do": "setup", ...Settings}   ->  {"ready": {facts}} or {"why_not": "..."} or {"error": "..."}
     {"do": "step"}                 ->  {"seconds", "phases", "loss", "loss_tokens", "peak_..."}
 
-It ends when its stdin does.
+The process ends when its stdin is closed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from opsd_train.distributed.context import resolve_device
 
 
 class Worker:
-    """Steps wait for their command, so that contenders take turns."""
+    """Runs a contender; each step waits for its command, so that contenders take turns."""
 
     def __init__(self, commands: TextIO, answers: TextIO) -> None:
         self.commands, self.answers = commands, answers
         self.phases = Phases()
 
     def serve(self, name: str) -> None:
+        """Set the contender up and take its steps."""
         settings = Settings(**self._command("setup"))
         self.phases.wrap_torch()
         with tempfile.TemporaryDirectory() as scratch:
@@ -72,7 +73,7 @@ class Worker:
 
 
 def make(name: str, work: Workload, phases: Phases) -> Contender:
-    """TRL is imported only where it takes part."""
+    """Set up a contender. TRL is imported only for its own contenders."""
     options = CONTENDERS[name]
     if options is None:
         from benchmarks.train_step.ours import OpsdTrain
@@ -84,12 +85,13 @@ def make(name: str, work: Workload, phases: Phases) -> Contender:
 
 
 def _missing(error: ImportError) -> str:
-    if error.name in ("trl", "datasets"):  # trl brings datasets
+    if error.name in ("trl", "datasets"):  # trl requires datasets
         return "trl is not installed: pip install -e .[bench]"
     return f"does not import here: {error}"
 
 
 def main() -> None:
+    """Serve commands on stdin."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to stderr
     transformers_logging.set_verbosity_error()

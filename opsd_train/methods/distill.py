@@ -9,14 +9,18 @@ from torch import Tensor
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
-from opsd_train.methods.base import Method, Stats
+from opsd_train.methods.base import Method, Source, Stats
 from opsd_train.methods.common import distillation, teacher_hidden
 from opsd_train.model.families import lm_head
 from opsd_train.model.policy import Policy
 
 
 class Distill(Method):
-    """The teacher reads the student's prompt; sizes may differ, the tokenizer may not."""
+    """Divergence from a frozen teacher that reads the student's prompt.
+
+    The teacher may have another hidden size and another padding of the vocabulary, but must have
+    the student's tokenizer.
+    """
 
     divergence = True
 
@@ -25,30 +29,39 @@ class Distill(Method):
         self.teacher = teacher
         self.temperature = config.loss.temperature
         models = {"student": policy, "teacher": teacher}
-        self._rows = {name: lm_head(p.core).weight.shape[0] for name, p in models.items()}
+        self._vocab_sizes = {n: lm_head(p.core).weight.shape[0] for n, p in models.items()}
 
     @classmethod
-    def source(cls, config: Config) -> str:
+    def source(cls, config: Config) -> Source:
+        """The student's samples if `distill.on_policy`, else the reference solutions."""
+        assert config.distill is not None
         return "student" if config.distill.on_policy else "solution"
 
     def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Tensor]:
+        """The teacher's hidden states (N, D_t) for each micro-batch, without gradient.
+
+        Raises UserError if a completion has a token that one of the models does not have.
+        """
         for sample in (sample for group in groups for sample in group):
             self._check_tokens(sample)
-        return [teacher_hidden(self.teacher, group, own_prompt=False) for group in groups]
+        return [teacher_hidden(self.teacher, group, prompt="student") for group in groups]
 
     def loss(
         self, samples: Sequence[Sample], precomputed: Tensor, num_tokens: int
     ) -> tuple[Tensor, Stats]:
+        """Divergence or sampled-token loss of one micro-batch; see `distillation`."""
         head = lm_head(self.teacher.core)  # whole on every rank: only the layers are sharded
         return distillation(self.policy, samples, precomputed, head, self.config.loss, num_tokens)
 
     def _check_tokens(self, sample: Sample) -> None:
-        """A student may sample from the padding of its vocabulary, which the teacher's lacks."""
+        """A student can sample an id from the padding of its vocabulary that the teacher lacks."""
         largest = max(sample.completion)
-        if largest >= min(self._rows.values()):
+        if largest >= min(self._vocab_sizes.values()):
+            assert self.config.distill is not None
             raise UserError(
                 f"distill.teacher={self.config.distill.teacher}: the completion of problem "
                 f"{sample.problem.id} has token {largest}, but the student's vocabulary has "
-                f"{self._rows['student']} entries and the teacher's {self._rows['teacher']}; "
-                "no text gives this token: lower rollout.top_p so that it is not sampled"
+                f"{self._vocab_sizes['student']} entries and the teacher's "
+                f"{self._vocab_sizes['teacher']}; no text has this token: lower rollout.top_p so "
+                "that it is not sampled"
             )

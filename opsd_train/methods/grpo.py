@@ -1,10 +1,16 @@
-"""GRPO (Eq. 4-5), as the field settled on it (see README): clipped surrogate over group-normalised
-rewards, token-level mean, asymmetric clip, groups without variance dropped."""
+"""GRPO (Eq. 4-5): a clipped surrogate over rewards normalised within each problem's group.
+
+As later work uses it, the loss is a mean over tokens, not over samples; the clip is asymmetric; and
+groups in which all samples got the same reward are dropped. Advantages (Eq. 4) are
+A = (r - mean r) / std r over a group's rewards r, 1 for a correct answer and 0 for a wrong one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +26,19 @@ from opsd_train.model.policy import Policy
 
 
 @dataclass(frozen=True)
-class Constants:
-    """(N,) log-probabilities that do not change while a rollout is trained on; None: not needed."""
+class FixedLogprobs:
+    """(N,) log-probabilities that stay fixed while a rollout is trained on; None: not needed."""
 
-    old: Tensor | None  # of the policy that the rollout began with
+    old: Tensor | None  # of the policy before the rollout's first update
     ref: Tensor | None  # of the initial policy
 
 
 class Grpo(Method):
-    """Per token -w min(r A, clip(r) A) + kl_weight k3, with r the policy's ratio to its old self,
-    w the truncated importance weight of the old policy against the sampler."""
+    """Per token -w min(r A, clip(r) A) + kl_weight k3.
+
+    r is the policy's probability ratio to the old policy, w the truncated importance weight of the
+    old policy to the sampler, and k3 the estimate of KL(policy || initial policy).
+    """
 
     needs_rewards = True
 
@@ -41,49 +50,56 @@ class Grpo(Method):
         self.ref_policy = RefPolicy(policy, "initial") if self.settings.kl_weight else None
 
     def assign_weights(self, samples: list[Sample]) -> list[Sample]:
-        size = self.config.rollout.samples_per_prompt
-        groups = [samples[first : first + size] for first in range(0, len(samples), size)]
-        return [sample for group in groups for sample in self._weigh_group(group)]
+        """Advantages (Eq. 4), and weight 0 for dropped groups and truncated samples."""
+        return [
+            sample for group in self._groups(samples) for sample in self._assign_in_group(group)
+        ]
 
-    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Constants]:
-        nothing = [None] * len(groups)
+    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[FixedLogprobs]:
+        """Log-probabilities of the old and of the initial policy, where the loss needs them."""
+        # With one update the old policy is the current one: the ratio is 1.
+        needs_old = self.updates > 1
         with torch.no_grad():
-            # With one update the old policy is the present one, and the ratio starts at 1.
-            old = (
-                [student_run(self.policy, group, self._logprob) for group in groups]
-                if self.updates > 1
-                else None
-            )
-            ref = None
-            if self.ref_policy is not None:
-                with self.ref_policy.active():
-                    ref = [student_run(self.policy, group, self._logprob) for group in groups]
-        return [Constants(*pair) for pair in zip(old or nothing, ref or nothing, strict=True)]
+            old = [self._logprobs(group) if needs_old else None for group in groups]
+            if self.ref_policy is None:
+                return [FixedLogprobs(logprob, None) for logprob in old]
+            with self.ref_policy.active():
+                ref = [self._logprobs(group) for group in groups]
+        return [FixedLogprobs(*pair) for pair in zip(old, ref, strict=True)]
 
     def loss(
-        self, samples: Sequence[Sample], precomputed: Constants, num_tokens: int
+        self, samples: Sequence[Sample], precomputed: FixedLogprobs, num_tokens: int
     ) -> tuple[Tensor, Stats]:
+        """The surrogate (Eq. 5) of one micro-batch; statistics `logprob`, of the old policy,
+        `entropy` and those of `surrogate`."""
+
         def loss_fn(hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
             logprob, stats = self._logprob(hidden, head, target, return_stats=True)
             loss, columns = surrogate(logprob, samples, precomputed, self.settings, num_tokens)
-            # What the rollout began with: a mismatch with the sampler is not our own updates.
-            began = logprob.detach() if precomputed.old is None else precomputed.old
-            return loss, {"logprob": began, "entropy": stats["entropy"], **columns}
+            # The old policy's, so that our own updates do not count as a mismatch with the sampler.
+            old = logprob.detach() if precomputed.old is None else precomputed.old
+            return loss, {"logprob": old, "entropy": stats["entropy"], **columns}
 
         return student_run(self.policy, samples, loss_fn)
 
     def extra_metrics(self, samples: Sequence[Sample]) -> dict[str, float]:
-        size = self.config.rollout.samples_per_prompt
-        groups = [samples[first : first + size] for first in range(0, len(samples), size)]
+        """`groups_dropped`: share of the problems whose samples all got the same reward."""
+        groups = self._groups(samples)
         same = sum(len({sample.correct for sample in group}) == 1 for group in groups)
         return {"groups_dropped": same / len(groups)}
 
     def state(self) -> dict[str, Tensor]:
+        """The initial policy's weights, where they are a copy."""
         return self.ref_policy.state() if self.ref_policy else {}
 
-    def _weigh_group(self, group: list[Sample]) -> list[Sample]:
-        rewards = torch.tensor([float(sample.correct) for sample in group])
-        if (rewards == rewards[0]).all():  # no sample is better than another: nothing to learn
+    def _groups(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+        """The samples of each problem."""
+        size = self.config.rollout.samples_per_prompt
+        return [samples[first : first + size] for first in range(0, len(samples), size)]
+
+    def _assign_in_group(self, group: Sequence[Sample]) -> list[Sample]:
+        rewards = torch.tensor([1.0 if sample.correct else 0.0 for sample in group])
+        if (rewards == rewards[0]).all():  # all advantages are 0
             return [replace(sample, weight=0.0) for sample in group]
         advantages = rewards - rewards.mean()
         if self.settings.normalise_std:
@@ -94,12 +110,15 @@ class Grpo(Method):
             for s, a in zip(group, advantages.tolist(), strict=True)
         ]
 
-    def _logprob(self, hidden: Tensor, head: LmHead, target: Tensor, **options) -> object:
+    def _logprobs(self, samples: Sequence[Sample]) -> Tensor:
+        return student_run(self.policy, samples, self._logprob)
+
+    def _logprob(self, hidden: Tensor, head: LmHead, target: Tensor, **options: Any) -> Any:
         return fused_linear_logprob(
             hidden,
             head.weight,
             target,
-            temperature=self.config.rollout.temperature,  # the distribution that was sampled from
+            temperature=self.config.rollout.temperature,  # of the distribution sampled from
             **head_options(head),
             **options,
         )
@@ -108,11 +127,16 @@ class Grpo(Method):
 def surrogate(
     logprob: Tensor,
     samples: Sequence[Sample],
-    constants: Constants,
+    fixed: FixedLogprobs,
     settings: GrpoConfig,
     num_tokens: int,
 ) -> tuple[Tensor, Stats]:
-    """The loss of (N,) log-probabilities, divided by `num_tokens`, and its statistics."""
+    """The GRPO loss (Eq. 5) of (N,) log-probabilities: a sum over tokens divided by `num_tokens`.
+
+    Returns the scalar and (N,) statistics: `ratio`; `clipped`, 1 where the clip sets the value;
+    `importance`, with `importance_cap`; and `kl`, with a reference policy, the estimator k3
+    (Schulman, "Approximating KL divergence", 2020).
+    """
     lengths = torch.tensor([len(sample.completion) for sample in samples])
 
     def per_token(values: list[float]) -> Tensor:
@@ -120,7 +144,7 @@ def surrogate(
 
     advantage = per_token([sample.advantage for sample in samples])
     weight = per_token([sample.weight for sample in samples])
-    old = logprob.detach() if constants.old is None else constants.old
+    old = logprob.detach() if fixed.old is None else fixed.old
     ratio = (logprob - old).exp()
     clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
     value = -torch.minimum(ratio * advantage, clipped * advantage)
@@ -129,12 +153,17 @@ def surrogate(
         "clipped": (clipped * advantage < ratio * advantage).float(),
     }
     if settings.importance_cap is not None:
-        sampler = torch.tensor([p for sample in samples for p in sample.logprobs]).to(logprob)
+        sampler = torch.tensor([*chain.from_iterable(map(_sampler_logprobs, samples))]).to(logprob)
         stats["importance"] = (old - sampler).exp().clamp(max=settings.importance_cap)
         value = value * stats["importance"]
-    if constants.ref is not None:
-        difference = constants.ref - logprob
+    if fixed.ref is not None:
+        difference = fixed.ref - logprob
         k3 = difference.exp() - difference - 1
         stats["kl"] = k3.detach()
         value = value + settings.kl_weight * k3
     return (value * weight).sum() / num_tokens, stats
+
+
+def _sampler_logprobs(sample: Sample) -> list[float]:
+    assert sample.logprobs is not None, "importance weights need the sampler's log-probabilities"
+    return sample.logprobs

@@ -1,7 +1,10 @@
-"""On-policy self-distillation: the same model, shown the solution, teaches over its own rollouts.
+"""On-policy self-distillation: the model with the solution in its prompt is its own teacher.
 
-Full vocabulary (Eq. 6-8): the mean over completion tokens of a divergence between student and
-teacher. Sampled token (Eq. 9): -A log s(y) with A = log t(y) - log s(y) held constant.
+The student samples the completions; student and teacher both read them.
+Full vocabulary (Eq. 6-8): the mean over completion tokens of a divergence between the student's and
+the teacher's next-token distributions. Sampled token (Eq. 9): the mean of -A log s(y), where
+A = log t(y) - log s(y) is held constant; s and t are the student's and the teacher's probability of
+the sampled token y.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from opsd_train.methods.ref_policy import RefPolicy
 from opsd_train.model.families import LmHead
 from opsd_train.model.policy import Policy
 
-Precomputed = tuple[
-    Tensor, LmHead | None
-]  # the teacher's hidden states (N, D); its head if another
+Precomputed = tuple[Tensor, LmHead | None]
+"""The teacher's hidden states (N, D), and its LM head; None if the student's head serves both."""
 
 
 class Opsd(Method):
-    """See the module's text."""
+    """Divergence from the teacher, or the sampled token's advantage; the recipe's `loss.objective`
+    picks which."""
 
     teacher_prompt = True
     divergence = True
@@ -38,12 +41,14 @@ class Opsd(Method):
         self.teacher = RefPolicy(policy, self.settings.teacher, self.settings.ema_decay)
 
     def assign_weights(self, samples: list[Sample]) -> list[Sample]:
+        """The weights of `opsd.verify_weight`; without it every sample has weight 1."""
         verify = self.settings.verify_weight
         if verify is None:
             return samples
         return [replace(s, weight=verify.correct if s.correct else verify.wrong) for s in samples]
 
     def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Precomputed]:
+        """The teacher's forward pass over each micro-batch, without gradient."""
         with self.teacher.active():
             head = self.teacher.head()
             return [(teacher_hidden(self.policy, group), head) for group in groups]
@@ -51,10 +56,13 @@ class Opsd(Method):
     def loss(
         self, samples: Sequence[Sample], precomputed: Precomputed, num_tokens: int
     ) -> tuple[Tensor, Stats]:
+        """Eq. 6-8 or Eq. 9 over one micro-batch; see `distillation` for the statistics."""
         return distillation(self.policy, samples, *precomputed, self.config.loss, num_tokens)
 
     def after_step(self) -> None:
+        """Update the teacher's moving average."""
         self.teacher.after_step()
 
     def state(self) -> dict[str, Tensor]:
+        """The teacher's weights, where they are a copy."""
         return self.teacher.state()

@@ -1,4 +1,4 @@
-"""The same model with other weights: OPSD's teacher, GRPO's reference policy."""
+"""The trained model with other weights: OPSD's teacher, GRPO's reference policy."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ from opsd_train.model.policy import Policy
 
 
 class RefPolicy:
-    """`weights`: "initial" (adapters off, or a frozen copy where all weights are trained), "ema"
-    (their moving average) or "current" (the policy's own)."""
+    """A policy's model with `weights` that are one of:
+
+    "initial"  as before training: adapters switched off, or a copy if all weights are trained
+    "ema"      an exponential moving average of the trained weights with `ema_decay`
+    "current"  the policy's own
+    """
 
     def __init__(self, policy: Policy, weights: str, ema_decay: float = 0.0) -> None:
         self._policy, self._weights, self._decay = policy, weights, ema_decay
@@ -23,32 +27,37 @@ class RefPolicy:
         self._snapshot = Snapshot(policy.core, policy.parameters) if copied else None
         self._head: LmHead | None = None
 
-    def active(self) -> AbstractContextManager:
-        """The model with these weights; what was trained comes back bit for bit."""
+    def active(self) -> AbstractContextManager[None]:
+        """Within this context the policy's model has these weights.
+
+        On exit the trained weights are restored bit for bit.
+        """
         if self._snapshot is not None:
             return self._snapshot.applied()
         return self._policy.without_adapters() if self._weights == "initial" else nullcontext()
 
     def head(self) -> LmHead | None:
-        """Within `active`: a copy of a head that differs from the policy's; None: it is the same.
+        """A copy of the LM head, or None where the policy's own head is the same.
 
-        Every rank must call it.
+        Call it within `active`, on every rank.
         """
         if self._snapshot is not None and (self._head is None or self._weights == "ema"):
             with torch.no_grad():
-                self._head = self._policy.run([[0]], [[0]], self._copy)
+                self._head = self._policy.run([[0]], [[0]], self._copy_head)
         return self._head
 
     def after_step(self) -> None:
-        if self._weights == "ema":
+        """Move the average towards the trained weights: decay * average + (1 - decay) * trained."""
+        if self._weights == "ema" and self._snapshot is not None:
             self._snapshot.blend(self._decay)
 
     def state(self) -> dict[str, Tensor]:
+        """The copied weights for a checkpoint; nothing where there is no copy."""
         values = self._snapshot.state() if self._snapshot else []
         return {f"ref_policy.{index}": value for index, value in enumerate(values)}
 
-    def _copy(self, _hidden: Tensor, head: LmHead, _targets: Tensor) -> LmHead | None:
-        if not head.weight.requires_grad:  # adapters leave the head alone
+    def _copy_head(self, _hidden: Tensor, head: LmHead, _targets: Tensor) -> LmHead | None:
+        if not head.weight.requires_grad:  # a frozen head is the policy's own
             return None
         dtype = self._policy.dtype
         bias = None if head.bias is None else head.bias.to(dtype, copy=True)

@@ -80,11 +80,12 @@ def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def write_adapter(adapted: PeftModel, weights: dict[str, Tensor], folder: Path) -> None:
+def write_adapter(adapted: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     """Write the adapter to `folder` in PEFT's format.
 
-    `weights`: full tensors by the names of `trained_weights`.
+    `adapted`: what `add_adapters` gave; `weights`: full tensors by the names of `trained_weights`.
     """
+    assert isinstance(adapted, PeftModel)
     # Without embeddings, because peft would ask the hub whether they were resized.
     adapted.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
 

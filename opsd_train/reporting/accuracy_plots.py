@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from opsd_train.reporting.intervals import wilson
@@ -31,7 +32,7 @@ INK = "#0f172a"
 def accuracy_figures(
     rows: Rows, evaluations: Rows, summary: dict[str, Any], problems_per_step: int
 ) -> list[Picture]:
-    """Those there is data for; `evaluations` are the rows of evaluations.jsonl."""
+    """The accuracy plots with data; `evaluations` are the rows of evaluations.jsonl."""
     with matplotlib.rc_context(STYLE):
         found = [
             _against_steps(rows, evaluations, summary, problems_per_step),
@@ -46,7 +47,7 @@ def _against_steps(
     steps, values = series_of(rows, "accuracy")
     if not steps and not evaluations:
         return None
-    _, axes = new_axes("wide")
+    figure, axes = new_axes("wide")
     if steps:
         window = window_for(len(steps))
         smooth = smoothed(values, window)
@@ -54,27 +55,28 @@ def _against_steps(
             wilson(mean * size * batch, size * batch)
             for mean, size in zip(smooth, window_sizes(len(values), window), strict=True)
         ]
-        axes.fill_between(steps, *zip(*bounds, strict=True), color=STUDENT, alpha=0.15, lw=0)
+        low, high = zip(*bounds, strict=True)
+        axes.fill_between(steps, low, high, color=STUDENT, alpha=0.15, lw=0)
         mean_of = f"mean of {window} steps, " if window > 1 else ""
         label = f"rollouts on training problems, {mean_of}95% band"
         axes.plot(steps, smooth, color=STUDENT, label=label, marker=marker_for(steps))
     _heldout(axes, [row["step"] for row in evaluations], evaluations, summary)
-    note = "Held-out: greedy. Rollouts: sampled. Bars and band are 95%, by the number of problems."
-    return _finish("Accuracy", note, axes, summary)
+    note = "Held-out: greedy. Rollouts: sampled. Bars and band: 95%, from the number of problems."
+    return _finish("Accuracy", note, figure, axes, summary)
 
 
 def _against_tokens(evaluations: Rows, summary: dict[str, Any]) -> Picture | None:
     tokens = [row.get("tokens") for row in evaluations]
     if None in tokens or len(set(tokens)) < 2:  # nothing was generated for training
         return None
-    _, axes = new_axes("wide", "tokens generated for training")
+    figure, axes = new_axes("wide", "tokens generated for training")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     _heldout(axes, tokens, evaluations, summary)
-    note = "The held-out accuracies above, by what was generated for training up to then."
-    return _finish("Accuracy against generated tokens", note, axes, summary)
+    note = "The held-out accuracies above, against the tokens generated for training by then."
+    return _finish("Accuracy against generated tokens", note, figure, axes, summary)
 
 
-def _heldout(axes: Axes, places: list[int], evaluations: Rows, summary: dict[str, Any]) -> None:
+def _heldout(axes: Axes, x: list[Any], evaluations: Rows, summary: dict[str, Any]) -> None:
     means = [row["accuracy"] for row in evaluations]
     bounds = [row["interval"] for row in evaluations]
     reach = [
@@ -83,7 +85,7 @@ def _heldout(axes: Axes, places: list[int], evaluations: Rows, summary: dict[str
     ]
     if evaluations:
         axes.errorbar(
-            places,
+            x,
             means,
             reach,
             fmt="D-",
@@ -96,13 +98,13 @@ def _heldout(axes: Axes, places: list[int], evaluations: Rows, summary: dict[str
             clip_on=False,
         )
     best = (summary.get("best") or {}).get("step")
-    for place, row in zip(places, evaluations, strict=True):
+    for place, row in zip(x, evaluations, strict=True):
         if row["step"] == best:
             label = "best, chosen on these problems"
             axes.plot(place, row["accuracy"], "o", ms=13, mfc="none", color=INK, label=label)
 
 
-def _finish(title: str, note: str, axes: Axes, summary: dict[str, Any]) -> Picture:
+def _finish(title: str, note: str, figure: Figure, axes: Axes, summary: dict[str, Any]) -> Picture:
     lines = (("teacher", TEACHER, "--", "teacher"), ("majority", NEUTRAL, ":", "majority answer"))
     for name, color, style, label in lines:
         if summary.get(name):
@@ -111,4 +113,4 @@ def _finish(title: str, note: str, axes: Axes, summary: dict[str, Any]) -> Pictu
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, fontsize=8)
-    return to_picture(title, note, axes.figure, "wide")
+    return to_picture(title, note, figure, "wide")

@@ -1,4 +1,4 @@
-"""Early warning of collapse: metrics that leave the band of their first steps."""
+"""Warn of collapse early: when a metric leaves the band of its first steps."""
 
 import copy
 import math
@@ -7,73 +7,76 @@ from typing import Any
 
 from opsd_train.config.schema import CollapseConfig
 
-RECENT = 5
-# A start that happens to be flat must not make noise a warning.
-LEAST_RELATIVE_STD = 0.05
-LEAST_STD = 1e-3
+RECENT = 5  # steps that the running mean covers
+# Lower bounds on the standard deviation: after flat first steps noise must not cause a warning.
+MIN_RELATIVE_STD = 0.05
+MIN_STD = 1e-3
 
-_SHRINK = "look at the samples; if they got worse, lower optim.lr or go back to a checkpoint"
-_GROW = "look at the samples for repetition; lower optim.lr or rollout.max_new_tokens"
-_SURE = "the student commits to few answers: lower optim.lr, or stop at an earlier checkpoint"
-_UNSURE = "the student is losing its language: lower optim.lr, or go back to a checkpoint"
-_APART = "the student moves away from its teacher: lower optim.lr, or set loss.token_clip"
+_SHORTER = "look at the samples; if they got worse, lower optim.lr or go back to a checkpoint"
+_LONGER = "look at the samples for repetition; lower optim.lr or rollout.max_new_tokens"
+_ENTROPY_LOW = (
+    "the student settles on a few answers: lower optim.lr, or stop at an earlier checkpoint"
+)
+_ENTROPY_HIGH = "the student's text is becoming random: lower optim.lr, or go back to a checkpoint"
+_DIVERGING = "the student moves away from its teacher: lower optim.lr, or set loss.token_clip"
 _CLIPPED = "more and more of the loss is clipped away: lower optim.lr, or raise loss.token_clip"
-_ELSEWHERE = "the sampler drifts away from the trainer: is its adapter the newest one?"
+_SAMPLER_DRIFT = "the sampler drifts away from the trainer: check that it has the newest adapter"
 
-# Advice by side. A divergence that falls is what training is for: no warning below.
+# The advice for each side of the band. A falling divergence is the aim of training: no warning.
 MONITORED = {
-    "completion_length": {"below": _SHRINK, "above": _GROW},
-    "student_entropy": {"below": _SURE, "above": _UNSURE},
-    "entropy": {"below": _SURE, "above": _UNSURE},
-    "divergence": {"above": _APART},
+    "completion_length": {"below": _SHORTER, "above": _LONGER},
+    "student_entropy": {"below": _ENTROPY_LOW, "above": _ENTROPY_HIGH},
+    "entropy": {"below": _ENTROPY_LOW, "above": _ENTROPY_HIGH},
+    "divergence": {"above": _DIVERGING},
     "clipped_mass": {"above": _CLIPPED},
-    "sampler_mismatch": {"above": _ELSEWHERE},
-    "importance": {"below": _ELSEWHERE, "above": _ELSEWHERE},
+    "sampler_mismatch": {"above": _SAMPLER_DRIFT},
+    "importance": {"below": _SAMPLER_DRIFT, "above": _SAMPLER_DRIFT},
 }
 
 
 class CollapseMonitor:
-    """Compares a running mean of each watched metric with mean ± width x std of its first steps."""
+    """Warns when a metric's running mean leaves mean ± width * std of its first steps."""
 
     def __init__(self, config: CollapseConfig) -> None:
         self.config = config
         self._metrics: dict[str, dict[str, Any]] = {}
 
     def observe(self, step: int, row: dict[str, Any]) -> list[str]:
-        """Warnings after this step, one line each; one for each time a metric leaves its band."""
-        warnings = [self._judge(step, name, row[name]) for name in MONITORED if _usable(row, name)]
+        """The warnings after this step, one line each: one each time a metric leaves its band."""
+        warnings = [self._check(step, name, row[name]) for name in MONITORED if _usable(row, name)]
         return [warning for warning in warnings if warning]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as JSON takes it."""
+        """The metrics seen so far, for a checkpoint; JSON."""
         return copy.deepcopy(self._metrics)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
         self._metrics = copy.deepcopy(state)
 
-    def _judge(self, step: int, name: str, value: float) -> str | None:
-        known = self._metrics.setdefault(name, {"first": [], "recent": [], "outside": None})
-        known["recent"] = [*known["recent"], value][-RECENT:]
-        if len(known["first"]) < self.config.first_steps:
-            known["first"].append(value)
+    def _check(self, step: int, name: str, value: float) -> str | None:
+        seen = self._metrics.setdefault(name, {"first": [], "recent": [], "outside": None})
+        seen["recent"] = [*seen["recent"], value][-RECENT:]
+        if len(seen["first"]) < self.config.first_steps:
+            seen["first"].append(value)
             return None
-        middle = statistics.fmean(known["first"])
-        spread = max(statistics.pstdev(known["first"]), LEAST_RELATIVE_STD * abs(middle), LEAST_STD)
-        now = statistics.fmean(known["recent"])
-        away = (now - middle) / spread
-        side = "above" if away > 0 else "below"
-        if abs(away) < self.config.width / 2:
-            known["outside"] = None  # only well inside, so that the edge does not warn twice
+        center = statistics.fmean(seen["first"])
+        spread = max(statistics.pstdev(seen["first"]), MIN_RELATIVE_STD * abs(center), MIN_STD)
+        now = statistics.fmean(seen["recent"])
+        deviation = (now - center) / spread
+        side = "above" if deviation > 0 else "below"
+        if abs(deviation) < self.config.width / 2:
+            seen["outside"] = None  # only well inside: wavering at the edge warns once
         if (
-            abs(away) <= self.config.width
-            or side == known["outside"]
+            abs(deviation) <= self.config.width
+            or side == seen["outside"]
             or side not in MONITORED[name]
         ):
             return None
-        known["outside"] = side
-        low, high = middle - self.config.width * spread, middle + self.config.width * spread
+        seen["outside"] = side
+        low, high = center - self.config.width * spread, center + self.config.width * spread
         return (
-            f"step {step}: {name} is {now:.4g} (mean of {len(known['recent'])} steps), {side} the "
+            f"step {step}: {name} is {now:.4g} (mean of {len(seen['recent'])} steps), {side} the "
             f"band {max(low, 0.0):.4g} to {high:.4g} of its first {self.config.first_steps} "
             f"steps; {MONITORED[name][side]}"
         )

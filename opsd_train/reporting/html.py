@@ -1,5 +1,6 @@
 """report.html: one self-contained page about a run, finished or not."""
 
+import functools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -12,7 +13,7 @@ from opsd_train.config.load import load_recipe
 from opsd_train.reporting.accuracy_plots import accuracy_figures
 from opsd_train.reporting.metrics_log import duration, read_rows, replace_file
 from opsd_train.reporting.plots import figures, machine_figures
-from opsd_train.reporting.sample_table import BROKEN, Rows, largest
+from opsd_train.reporting.sample_table import REPLACEMENT, Rows, largest
 
 RESULTS = (
     ("before", "Student before"),
@@ -20,15 +21,20 @@ RESULTS = (
     ("teacher", "Teacher's prompt (shows the solution), before"),
 )
 PHASES = ("rollout", "grading", "teacher", "student", "optimizer")
-MOST_TOKENS = 10
-# What keeps the page of a long run small; samples.jsonl has everything.
-MOST_SAMPLE_STEPS = 12
-FIRST_PIECES, LAST_PIECES = 1200, 400
-SHADES = 8
+MAX_TOKENS = 10
+# Limits that keep the page of a long run small; samples.jsonl has everything.
+MAX_SAMPLE_STEPS = 12
+FIRST_PIECES, LAST_PIECES = 1200, 400  # of a completion's tokens
+SHADES = 8  # of a token's background, by its value
+
+Card = tuple[str, str, str]  # label, value, remark
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes report.html into a run folder from the files there, and returns its path."""
+    """Write a run folder's report.html from the files there; returns its path.
+
+    Raises UserError if the folder is not a run folder.
+    """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise UserError(f"there is no run folder {run_dir}")
@@ -51,14 +57,14 @@ def write_report(run_dir: str | Path) -> Path:
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    environment.filters["shaded"] = lambda pieces: _shaded(pieces, scale)
+    environment.filters["shaded"] = functools.partial(_shaded, scale=scale or 1.0)
     page = environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
         headline=_headline(config),
         config_text=config_text,
         summary=summary,
         results=[(label, summary[key]) for key, label in RESULTS if summary.get(key)],
-        facts=_facts(rows, summary, config),
+        cards=_cards(rows, summary, config),
         warnings=[warning for row in rows for warning in row.get("warnings") or []],
         figures=accuracy_figures(rows, evaluations, summary, config["problems_per_step"])
         + figures(rows),
@@ -76,10 +82,10 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _headline(config: dict[str, Any]) -> str:
-    """The run in one line: method with what shapes it, model, data."""
+    """The run in one line: method with its main settings, model, data."""
     method = config.get("method", "opsd")
     section = config.get(method) or {}
-    details = []
+    details: list[str] = []
     if method in ("opsd", "distill"):
         details.append((config.get("loss") or {}).get("objective", "full_vocabulary"))
     if "teacher" in section:
@@ -89,58 +95,53 @@ def _headline(config: dict[str, Any]) -> str:
         details.append(f"{samples} samples per problem")
     data = config["data"]
     source = data.get("task") if data["source"] == "reasoning_gym" else data.get("path")
-    shaped = f"{method} ({', '.join(details)})" if details else method
+    described = f"{method} ({', '.join(details)})" if details else method
     trained = "LoRA" if config.get("lora") else "all weights"
-    return f"{shaped}, {config['model']['name_or_path']} ({trained}), {source}"
+    return f"{described}, {config['model']['name_or_path']} ({trained}), {source}"
 
 
-def _facts(rows: Rows, summary: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The cards under the result: (label, value, remark)."""
-    facts = []
-    paired = summary.get("paired")
-    if paired:
-        low, high = (100 * bound for bound in paired["interval"])
-        facts.append(
-            (
-                "Accuracy, gain",
-                f"{100 * paired['difference']:+.1f} points",
-                f"95% {low:+.1f} to {high:+.1f}; {paired['gained']} gained, {paired['lost']} lost",
-            )
-        )
-    if summary.get("best"):
-        best, mean = summary["best"], summary["mean"]
-        low, high = (100 * bound for bound in best["interval"])
-        facts.append(
-            (
-                "Best checkpoint",
-                f"{best['accuracy']:.1%}",
-                f"step {best['step']}, 95% {low:.1f} to {high:.1f}; chosen on these problems, so "
-                "biased upwards",
-            )
-        )
-        over = f"over {mean['checkpoints']} checkpoints"
-        facts.append(("Mean of checkpoints", f"{mean['accuracy']:.1%}", over))
+def _cards(rows: Rows, summary: dict[str, Any], config: dict[str, Any]) -> list[Card]:
+    """The cards below the results."""
+    cards = _accuracy_cards(summary)
     before, after = summary.get("divergence_before"), summary.get("divergence_after")
     if before is not None and after is not None:
-        facts.append(("Divergence", f"{before:.4f} → {after:.4f}", "per token, before → after"))
+        cards.append(("Divergence", f"{before:.4f} → {after:.4f}", "per token, before → after"))
     if rows:
-        facts.append(("Steps", f"{rows[-1]['step']} of {config['steps']}", ""))
+        cards.append(("Steps", f"{rows[-1]['step']} of {config['steps']}", ""))
         tokens = rows[-1].get("tokens")
         if tokens:
-            facts.append(("Tokens generated", f"{tokens:,}", "in training"))
+            cards.append(("Tokens generated", f"{tokens:,}", "in training"))
     if summary.get("peak_memory_mib") is not None:
-        facts.append(("Peak memory", f"{summary['peak_memory_mib']:,.0f} MiB", ""))
+        cards.append(("Peak memory", f"{summary['peak_memory_mib']:,.0f} MiB", ""))
     total = (summary.get("seconds") or {}).get("total")
     if total is not None:
-        facts.append(("Time", duration(total), "with loading and evaluation"))
-    return facts
+        cards.append(("Time", duration(total), "with loading and evaluation"))
+    return cards
+
+
+def _accuracy_cards(summary: dict[str, Any]) -> list[Card]:
+    cards = []
+    if paired := summary.get("paired"):
+        low, high = (100 * bound for bound in paired["interval"])
+        counts = f"{paired['gained']} gained, {paired['lost']} lost"
+        gain = f"{100 * paired['difference']:+.1f} points"
+        cards.append(("Accuracy, gain", gain, f"95% {low:+.1f} to {high:+.1f}; {counts}"))
+    if best := summary.get("best"):
+        mean = summary["mean"]
+        low, high = (100 * bound for bound in best["interval"])
+        chosen = "chosen on these problems, so biased upwards"
+        remark = f"step {best['step']}, 95% {low:.1f} to {high:.1f}; {chosen}"
+        cards.append(("Best checkpoint", f"{best['accuracy']:.1%}", remark))
+        over = f"over {mean['checkpoints']} checkpoints"
+        cards.append(("Mean of checkpoints", f"{mean['accuracy']:.1%}", over))
+    return cards
 
 
 def _phases(rows: Rows, summary: dict[str, Any]) -> list[tuple[str, float, str]]:
-    """Where the time went: (phase, seconds, text)."""
+    """Time by phase: (phase, seconds, text)."""
     seconds = dict(summary.get("seconds") or {})
     for phase in PHASES:
-        # The larger of the two: a run that was cut off has no summary, and no row has the loading.
+        # The larger of summary and rows: an interrupted run may have no summary.
         spent = sum(row.get(f"seconds_{phase}") or 0 for row in rows)
         seconds[phase] = max(seconds.get(phase, 0), spent)
     total = seconds.pop("total", 0)
@@ -156,21 +157,23 @@ def _phases(rows: Rows, summary: dict[str, Any]) -> list[tuple[str, float, str]]
 
 
 def _top_tokens(rows: Rows) -> list[tuple[str, float, int]]:
-    """Tokens with the largest values over the run: (shown text, mean, count)."""
-    sums, counts = defaultdict(float), defaultdict(int)
+    """Tokens with the largest mean value over the run: (shown text, mean, count)."""
+    sums: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
     for row in rows:
         for text, mean, count in row.get("top_tokens") or []:
             if mean is not None:
                 sums[text] += mean * count
                 counts[text] += count
-    often = [text for text in counts if counts[text] >= 3] or list(counts)
-    ranked = sorted(often, key=lambda text: sums[text] / counts[text], reverse=True)
+    frequent = [text for text in counts if counts[text] >= 3] or list(counts)
+    ranked = sorted(frequent, key=lambda text: sums[text] / counts[text], reverse=True)
     return [
-        (visible(text), sums[text] / counts[text], counts[text]) for text in ranked[:MOST_TOKENS]
+        (visible(text), sums[text] / counts[text], counts[text]) for text in ranked[:MAX_TOKENS]
     ]
 
 
 def visible(token: str) -> str:
+    """A token's text with visible symbols for spaces, line ends and tabs."""
     return token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(empty)"
 
 
@@ -179,33 +182,33 @@ def _value_name(rows: Rows) -> str:
 
 
 def _sample_steps(rows: Rows) -> list[tuple[int, Rows]]:
-    """Samples by step, latest first; of many steps the first, the last and some between."""
+    """Samples by step, latest first; of many steps the first, the last and some in between."""
     steps = defaultdict(list)
     for row in rows:
         steps[row["step"]].append(row)
     latest = sorted(steps, reverse=True)
-    if len(latest) > MOST_SAMPLE_STEPS:
-        stride = (len(latest) - 1) / (MOST_SAMPLE_STEPS - 1)
-        latest = [latest[round(stride * i)] for i in range(MOST_SAMPLE_STEPS)]
+    if len(latest) > MAX_SAMPLE_STEPS:
+        stride = (len(latest) - 1) / (MAX_SAMPLE_STEPS - 1)
+        latest = [latest[round(stride * i)] for i in range(MAX_SAMPLE_STEPS)]
     return [(step, steps[step]) for step in latest]
 
 
 def _shade_scale(samples: list[tuple[int, Rows]]) -> float | None:
-    """The value of the darkest shade: 98% of the page's tokens are below it. None: no tokens."""
+    """The value of the darkest shade, the 98th percentile of the page's tokens; None: no tokens."""
     tokens = [piece for _, rows in samples for row in rows for piece in row.get("tokens") or []]
     values = sorted(value for _, value in tokens if value is not None)
     return max(values[int(0.98 * (len(values) - 1))], 1e-4) if values else None
 
 
 def _shaded(pieces: list[list[Any]], scale: float) -> list[tuple[str, int, bool, str]]:
-    """The pieces of a completion: (text, shade, whether it is among the largest, number)."""
+    """The pieces of a completion: (text, shade, whether among the largest, value as text)."""
     marked, shown = largest(pieces), []
     for index, (text, value) in enumerate(pieces):
         known = value is not None
         shade = min(max(round(SHADES * value / scale), 0), SHADES) if known else 0
-        # A line end has no width to be seen by.
+        # A line end has no width: show a symbol.
         text = text.replace("\n", "⏎\n") if index in marked and not text.strip() else text
-        text = "".join(c if c.isprintable() or c in "\n\t" else BROKEN for c in text)
+        text = "".join(c if c.isprintable() or c in "\n\t" else REPLACEMENT for c in text)
         shown.append((text, shade, index in marked, f"{value:.4f}" if known else ""))
     left_out = len(shown) - FIRST_PIECES - LAST_PIECES
     if left_out > 0:

@@ -1,4 +1,4 @@
-"""What a run writes and shows while it goes: metrics, samples, TensorBoard, the progress bar."""
+"""Log a run as it goes: metrics, samples, TensorBoard, the progress bar, the summary."""
 
 import json
 import math
@@ -17,25 +17,24 @@ from opsd_train.config.errors import UserError
 from opsd_train.reporting.sample_table import Rows, sample_table
 from opsd_train.reporting.trackers import Tracker, numbers
 
-# Shown after each step where the row has them; short, so that the bar fits in 80 columns.
+# The metrics shown after each step, if the row has them; short, to fit into 80 columns.
 SHOWN = {
     "loss": "loss {:.4f}",
     "divergence": "div {:.4f}",
     "accuracy": "acc {:.0%}",
     "tokens_per_second": "{:.0f} tok/s",
 }
-# What trackers and TensorBoard get of an evaluation.
-HELDOUT = ("accuracy", "length", "divergence")
+# The values of an evaluation that go to trackers and TensorBoard.
+EVALUATION_SCALARS = ("accuracy", "length", "divergence")
 
 
 class RunLogger:
-    """Writes a run folder's metrics.jsonl, evaluations.jsonl, samples.jsonl, summary.json and
-    TensorBoard events.
+    """Context manager that writes a run folder's metrics.jsonl, evaluations.jsonl, samples.jsonl,
+    summary.json and TensorBoard events, and logs to the trackers.
 
-    On a terminal it draws a progress bar above which print() still works; elsewhere it prints one
-    line per step. A run that starts in a used folder replaces these files; one that resumes after
-    `resume_step` keeps their rows up to that step and drops the rest, which will come again;
-    evaluations.jsonl begins with `evaluations`.
+    On a terminal it draws a progress bar; elsewhere it prints one line per step. In a folder with
+    files of an older run it replaces them. A run resumed after `resume_step` keeps the rows up to
+    that step and drops later ones; its evaluations.jsonl starts with `evaluations`.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class RunLogger:
         self.total_steps = total_steps
         self.console = console or Console()
         self._resume_step = resume_step
-        self._known_evaluations = evaluations
+        self._past_evaluations = evaluations
         self._trackers = trackers
         self._recent_seconds: deque[float] = deque(maxlen=10)
         self._progress = Progress(
@@ -63,19 +62,19 @@ class RunLogger:
         )
 
     def __enter__(self) -> "RunLogger":
-        # Imported here because it brings torch with it.
+        # Imported here because it imports torch.
         from torch.utils.tensorboard import SummaryWriter
 
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for name in ("summary.json", "report.html"):  # else an old run's end would look like ours
+        for name in ("summary.json", "report.html"):  # else they would pass for this run's
             (self.run_dir / name).unlink(missing_ok=True)
         events, resumed = self.run_dir / "tensorboard", self._resume_step
         if resumed is None:
             shutil.rmtree(events, ignore_errors=True)
         self._metrics = _open_rows(self.run_dir / "metrics.jsonl", resumed)
-        # As the checkpoint knows them: of its own step there may be one that it does not know.
+        # The checkpoint's, not the file's: the file may already have a later one, of the same step.
         evaluations = self.run_dir / "evaluations.jsonl"
-        replace_file(evaluations, "".join(_json_line(row) for row in self._known_evaluations))
+        replace_file(evaluations, "".join(_json_line(row) for row in self._past_evaluations))
         self._evaluations = open(evaluations, "a", encoding="utf-8")
         self._samples = _open_rows(self.run_dir / "samples.jsonl", resumed)
         purge_step = None if resumed is None else resumed + 1
@@ -103,7 +102,7 @@ class RunLogger:
             tracker.finish()
 
     def log(self, step: int, row: dict[str, Any]) -> None:
-        """Records one optimizer step and shows it."""
+        """Record and show one step's metrics."""
         _append(self._metrics, {"step": step} | row)
         for name, value in numbers(row).items():
             self._tensorboard.add_scalar(f"train/{name}", value, step)
@@ -111,23 +110,12 @@ class RunLogger:
         for tracker in self._trackers:
             tracker.log(step, row)
 
-        shown = [
-            form.format(row[name]) for name, form in SHOWN.items() if row.get(name) is not None
-        ]
-        if "seconds" in row:
-            self._recent_seconds.append(row["seconds"])
-            pace = sum(self._recent_seconds) / len(self._recent_seconds)
-            shown.append(f"{duration(pace * (self.total_steps - step))} left")
-        if self.console.is_terminal:
-            self._progress.update(self._task, completed=step, shown="  ".join(shown))
-        else:
-            print(f"step {step}/{self.total_steps}  " + "  ".join(shown), file=self.console.file)
-            self.console.file.flush()
+        self._show_step(step, row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """Records one evaluation on held-out problems."""
+        """Record one evaluation on held-out problems."""
         _append(self._evaluations, row)
-        step, found = row["step"], {name: row[name] for name in HELDOUT if name in row}
+        step, found = row["step"], {name: row[name] for name in EVALUATION_SCALARS if name in row}
         for name, value in found.items():
             self._tensorboard.add_scalar(f"eval/{name}", value, step)
         self._tensorboard.flush()
@@ -135,14 +123,14 @@ class RunLogger:
             tracker.log(step, {f"eval/{name}": value for name, value in found.items()})
 
     def samples(self, step: int, rows: Rows) -> None:
-        """Records sample completions; on a terminal also shows them as a table."""
+        """Record sample completions; on a terminal also show them as a table."""
         for row in rows:
             _append(self._samples, {"step": step} | row)
         if self.console.is_terminal and rows:
             self.console.print(sample_table(step, rows))
 
     def summary(self, summary: dict[str, Any]) -> None:
-        """Writes summary.json, whole or not at all, and prints the result."""
+        """Write summary.json atomically and print the summary."""
         text = json.dumps(_finite(summary), indent=2) + "\n"
         replace_file(self.run_dir / "summary.json", text)
         lines = summary_lines(summary)
@@ -150,48 +138,25 @@ class RunLogger:
         for label, value in lines:
             self.console.print(f"{label:{width}}  {value}", markup=False, soft_wrap=True)
 
+    def _show_step(self, step: int, row: dict[str, Any]) -> None:
+        shown = [
+            form.format(row[name]) for name, form in SHOWN.items() if row.get(name) is not None
+        ]
+        if "seconds" in row:
+            self._recent_seconds.append(row["seconds"])
+            mean = sum(self._recent_seconds) / len(self._recent_seconds)
+            shown.append(f"{duration(mean * (self.total_steps - step))} left")
+        if self.console.is_terminal:
+            self._progress.update(self._task, completed=step, shown="  ".join(shown))
+        else:
+            print(f"step {step}/{self.total_steps}  " + "  ".join(shown), file=self.console.file)
+            self.console.file.flush()
+
 
 def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """A summary as (label, value) lines; what the run did not reach is left out."""
+    """A summary as (label, text) lines; values that the summary does not have are left out."""
     lines = [("status", f"{summary['status']} after {summary['steps']} steps")]
-    for name in ("before", "after", "teacher"):
-        result = summary.get(name)
-        if result:
-            low, high = result["interval"]
-            lines.append(
-                (
-                    f"accuracy, {name}",
-                    f"{result['accuracy']:.1%} (95% {low:.1%} to {high:.1%}; "
-                    f"{result['correct']} of {result['problems']})",
-                )
-            )
-    best, mean = summary.get("best"), summary.get("mean")
-    if best:
-        low, high = best["interval"]
-        lines.append(
-            (
-                "accuracy, best",
-                f"{best['accuracy']:.1%} (95% {low:.1%} to {high:.1%}; step {best['step']}, chosen "
-                "on these very problems: biased upwards)",
-            )
-        )
-        lines.append(
-            ("accuracy, mean", f"{mean['accuracy']:.1%} (over {mean['checkpoints']} checkpoints)")
-        )
-    majority = summary.get("majority")
-    if majority:
-        line = f"{majority['accuracy']:.1%} (always {majority['answer']!r})"
-        lines.append(("accuracy, majority", line))
-    paired = summary.get("paired")
-    if paired:
-        low, high = paired["interval"]
-        lines.append(
-            (
-                "after - before",
-                f"{100 * paired['difference']:+.1f} points (95% {100 * low:+.1f} to "
-                f"{100 * high:+.1f}; {paired['gained']} gained, {paired['lost']} lost)",
-            )
-        )
+    lines += _accuracy_lines(summary)
     before, after = summary.get("divergence_before"), summary.get("divergence_after")
     if before is not None and after is not None:
         lines.append(("divergence", f"{before:.4f} before, {after:.4f} after"))
@@ -207,8 +172,37 @@ def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def _accuracy_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines about held-out accuracy."""
+    lines = []
+    for name in ("before", "after", "teacher"):
+        if result := summary.get(name):
+            count = f"{result['correct']} of {result['problems']}"
+            lines.append((f"accuracy, {name}", _accuracy(result, count)))
+    if best := summary.get("best"):
+        chosen = f"step {best['step']}, chosen on these very problems: biased upwards"
+        lines.append(("accuracy, best", _accuracy(best, chosen)))
+        mean = summary["mean"]
+        over = f"over {mean['checkpoints']} checkpoints"
+        lines.append(("accuracy, mean", f"{mean['accuracy']:.1%} ({over})"))
+    if majority := summary.get("majority"):
+        answer = f"always {majority['answer']!r}"
+        lines.append(("accuracy, majority", f"{majority['accuracy']:.1%} ({answer})"))
+    if paired := summary.get("paired"):
+        points, (low, high) = 100 * paired["difference"], paired["interval"]
+        interval = f"95% {100 * low:+.1f} to {100 * high:+.1f}"
+        counts = f"{paired['gained']} gained, {paired['lost']} lost"
+        lines.append(("after - before", f"{points:+.1f} points ({interval}; {counts})"))
+    return lines
+
+
+def _accuracy(result: dict[str, Any], remark: str) -> str:
+    low, high = result["interval"]
+    return f"{result['accuracy']:.1%} (95% {low:.1%} to {high:.1%}; {remark})"
+
+
 def duration(seconds: float) -> str:
-    """Seconds for people: "48 s", "12 min 05 s", "3 h 20 min"."""
+    """Seconds as text: "48 s", "12 min 05 s", "3 h 20 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -218,7 +212,10 @@ def duration(seconds: float) -> str:
 
 
 def read_rows(path: Path) -> Rows:
-    """The rows of a .jsonl file; a last line that a killed run left half written is dropped."""
+    """The rows of a .jsonl file, none if there is no file; an incomplete last line is dropped.
+
+    Raises UserError if another line is not valid JSON.
+    """
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
@@ -231,7 +228,7 @@ def read_rows(path: Path) -> Rows:
 
 
 def _open_rows(path: Path, resume_step: int | None) -> TextIO:
-    """A file to append rows to: new, or with the rows of a resumed run up to its step."""
+    """Open a file to append rows to: empty, or with the rows up to `resume_step`."""
     if resume_step is None:
         return open(path, "w", encoding="utf-8")
     kept = [row for row in read_rows(path) if row["step"] <= resume_step]
@@ -240,17 +237,16 @@ def _open_rows(path: Path, resume_step: int | None) -> TextIO:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Write a file atomically: it has either its old text or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def _append(file: TextIO, row: dict[str, Any]) -> None:
-    # Flushed line by line: whatever ends the run, the steps so far can be read.
     file.write(_json_line(row))
     file.flush()
-    os.fsync(file.fileno())  # else a checkpoint could outlive the rows before it
+    os.fsync(file.fileno())  # no checkpoint may reach the disk before the rows up to it
 
 
 def _json_line(row: dict[str, Any]) -> str:
@@ -258,7 +254,7 @@ def _json_line(row: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity; both become null."""
+    """The value with NaN and infinity replaced by None, which JSON has no numbers for."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The plots of report.html, drawn with matplotlib from the rows of metrics.jsonl."""
+"""The plots of report.html, drawn by matplotlib from the rows of metrics.jsonl."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 STUDENT, TEACHER, NEUTRAL = "#2563eb", "#c2570c", "#64748b"
-STYLE = {
+STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -31,7 +31,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot as the page shows it; `source` is a data URL."""
+    """A plot on the page; `source` is a data URL."""
 
     title: str
     note: str
@@ -82,12 +82,10 @@ LEARNING = (
         _one("groups_dropped"),
         True,
     ),
-    Curves(
-        "Clip fraction", "Share of tokens whose ratio the clip holds.", _one("clip_fraction"), True
-    ),
+    Curves("Clip fraction", "Share of tokens whose ratio is clipped.", _one("clip_fraction"), True),
     Curves(
         "Probability ratio",
-        "Policy to the one that sampled; importance weight: trainer to sampler, capped.",
+        "Policy to the policy before the updates; importance weight: trainer to sampler, capped.",
         (("ratio", "ratio", STUDENT), ("importance", "importance weight", TEACHER)),
         from_zero=False,
     ),
@@ -111,7 +109,7 @@ MACHINE = (
 
 
 def figures(rows: Rows) -> list[Picture]:
-    """The plots about learning that there is data for."""
+    """The plots about learning, those with data."""
     with matplotlib.rc_context(STYLE):
         found = [_lines(curves, rows) for curves in LEARNING]
         found += [_by_position(rows, name) for name in ("divergence", "nll")]
@@ -119,7 +117,7 @@ def figures(rows: Rows) -> list[Picture]:
 
 
 def machine_figures(rows: Rows) -> list[Picture]:
-    """The small plots about the optimizer and the machine."""
+    """The small plots about the optimizer and the machine, those with data."""
     with matplotlib.rc_context(STYLE):
         found = [_lines(curves, rows) for curves in MACHINE]
     return [picture for picture in found if picture]
@@ -178,7 +176,7 @@ def _by_position(rows: Rows, value: str) -> Picture | None:
 
 
 def position_means(rows: Rows, name: str) -> tuple[list[float], list[float]]:
-    """Means over rows whose entries may stand for 1, 2, 4, ... positions: the widest for all."""
+    """Positions and mean values over rows, in entries as wide as the widest of the rows."""
     widest = max(row.get("position_width", 1) for row in rows)
     columns = defaultdict(list)
     for row in rows:
@@ -195,6 +193,7 @@ SIZES = {"": (5.0, 2.7), "wide": (10.4, 3.6), "small": (3.3, 2.2)}
 
 
 def new_axes(size: str = "", xlabel: str = "step") -> tuple[Figure, Axes]:
+    """A figure of one of SIZES with whole numbers on its x axis."""
     figure = Figure(figsize=SIZES[size], layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(xlabel)
@@ -203,35 +202,38 @@ def new_axes(size: str = "", xlabel: str = "step") -> tuple[Figure, Axes]:
 
 
 def to_picture(title: str, note: str, figure: Figure, size: str = "") -> Picture:
+    """The figure as an SVG image in a data URL."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    # As an image, not inline: the ids of two SVGs in one page may clash.
+    # An image, not inline: the ids of two inline SVGs in a page can clash.
     data = base64.b64encode(buffer.getvalue()).decode()
     return Picture(title, note, f"data:image/svg+xml;base64,{data}", size)
 
 
 def series_of(rows: Rows, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a metric, of the rows that have it."""
     points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def window_for(count: int) -> int:
-    """Steps to smooth over: an odd number, about an eighth of the run; 1 for a short one."""
+    """Steps to smooth over: an odd number, about an eighth of the run; 1 for a short run."""
     return count // 16 * 2 + 1
 
 
 def window_sizes(count: int, window: int) -> list[int]:
+    """How many values `smoothed` averages at each place."""
     half = window // 2
     return [min(count, i + half + 1) - max(0, i - half) for i in range(count)]
 
 
 def smoothed(values: list[float], window: int) -> list[float]:
-    """Centred running mean; near the ends over the values that are there."""
+    """Centered running mean; near the ends over fewer values."""
     half = window // 2
     parts = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(part) / len(part) for part in parts]
 
 
 def marker_for(points: list[Any]) -> str | None:
-    # A line through one or two points shows nothing without them.
+    """The marker of a curve: few points need one to be seen."""
     return "o" if len(points) < 8 else None

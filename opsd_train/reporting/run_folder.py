@@ -1,4 +1,4 @@
-"""The run folder: which one, and what is kept there when a step fails."""
+"""The run folder: claim one that holds no run, and save the batch of a failed step in it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from opsd_train.distributed.context import DistributedContext
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder, as one of its processes sees it."""
+    """A run's folder, with the paths that depend on the process."""
 
     path: Path
     context: DistributedContext
 
     @property
     def scratch(self) -> Path:
-        """A folder of this process for files that need not outlive it."""
+        """A folder for this process's temporary files."""
         return self.path / "scratch" / f"rank_{self.context.rank}"
 
     def keep_batch(self, step: int, samples: Sequence[Sample]) -> Path:
-        """Save the samples of a step whose loss or gradient is not finite."""
+        """Save a rank's samples of a step with a non-finite loss or gradient; returns the file."""
         rank = f"_rank_{self.context.rank}" if self.context.size > 1 else ""
         path = self.path / f"nonfinite_step_{step}{rank}.pt"
         rows = [
@@ -45,9 +45,9 @@ class RunFolder:
 
 
 def claim(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, ... that holds no run, now taken.
+    """Claim `wanted` or, if it holds a run, the first of wanted-2, wanted-3, ... that does not.
 
-    Creating config.yaml takes it: of two runs that start together only one can.
+    The claim is the creation of config.yaml: of two runs that start together, only one succeeds.
     """
     folder, count = wanted, 1
     while True:
@@ -61,7 +61,7 @@ def claim(wanted: Path) -> Path:
 
 
 def release(folder: Path) -> None:
-    """Give back a folder whose run failed before its first step; what else is in it stays."""
+    """Undo `claim` for a run that failed to start. Other files in the folder stay."""
     (folder / "config.yaml").unlink(missing_ok=True)
     with suppress(OSError):  # not empty
         folder.rmdir()

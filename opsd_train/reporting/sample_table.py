@@ -1,4 +1,4 @@
-"""Sample completions for people: the text of each token, and a table for the terminal."""
+"""Sample completions: the text and value of each token, and a table for the terminal."""
 
 import heapq
 from collections.abc import Sequence
@@ -7,44 +7,44 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-LONGEST_CELL = 200
-MOST_MARKED = 10
-BROKEN = "\ufffd"
+MAX_CELL = 200  # characters
+MAX_MARKED = 10  # tokens of a completion
+REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character
 
 Rows = list[dict[str, Any]]
-Pieces = list[list[Any]]
+Pieces = list[list[Any]]  # [text, value] each
 
 
 def token_pieces(tokenizer: Any, tokens: Sequence[int], values: Sequence[float]) -> Pieces:
-    """[text, value] per token, special tokens included; the texts joined are the whole text.
+    """[text, value] per token, special tokens included; the texts joined give the whole text.
 
-    Tokens that only together make a character are one piece, with the largest of their values.
+    Tokens that make a character only together are one piece, with the largest of their values.
     """
     pieces: Pieces = []
     context = start = 0
     for end in range(1, len(tokens) + 1):
-        # With the piece before it, because some tokenizers drop the space a text starts with.
-        known = tokenizer.decode(tokens[context:start], clean_up_tokenization_spaces=False)
+        # Decoded with the piece before: some tokenizers drop the space at the start of a text.
+        before = tokenizer.decode(tokens[context:start], clean_up_tokenization_spaces=False)
         text = tokenizer.decode(tokens[context:end], clean_up_tokenization_spaces=False)
-        text = text[len(known) :]
-        half = not text or text.endswith(BROKEN)
-        # UTF-8 has at most 4 bytes a character: what 4 tokens do not complete is no character.
-        if half and end - start < 4 and end < len(tokens):
+        text = text[len(before) :]
+        incomplete = not text or text.endswith(REPLACEMENT)
+        # UTF-8 has at most 4 bytes per character: what 4 tokens do not complete is none.
+        if incomplete and end - start < 4 and end < len(tokens):
             continue
         pieces.append([text, round(max(values[start:end]), 4)])
-        context, start = (end if half else start), end
+        context, start = (end if incomplete else start), end
     return pieces
 
 
 def largest(pieces: Pieces) -> set[int]:
-    """Indices of the pieces to mark: a twentieth of them, those with the largest values above 0."""
-    count = min(MOST_MARKED, -(-len(pieces) // 20))
-    known = [i for i, (_, value) in enumerate(pieces) if value is not None and value > 0]
-    return set(heapq.nlargest(count, known, key=lambda index: pieces[index][1]))
+    """Indices of the pieces to mark: the twentieth with the largest values, if above 0."""
+    count = min(MAX_MARKED, -(-len(pieces) // 20))
+    positive = [i for i, (_, value) in enumerate(pieces) if value is not None and value > 0]
+    return set(heapq.nlargest(count, positive, key=lambda index: pieces[index][1]))
 
 
 def sample_table(step: int, rows: Rows) -> Table:
-    """Completions with their largest tokens marked."""
+    """A table of completions; the tokens with the largest values are marked."""
     name = "divergence" if any("divergence" in row for row in rows) else "nll"
     table = Table(title=f"step {step}", show_lines=True, title_justify="left")
     for column in ("question", "completion", "answer"):
@@ -70,11 +70,11 @@ def _verdict(correct: bool | None) -> Text:
 
 
 def _cell(pieces: Pieces) -> Text:
-    """A model's text for the terminal: cut, never read as markup, no control characters."""
+    """Model text for the terminal: truncated, without markup or control characters."""
     marked, cell = largest(pieces), Text()
     for index, (text, _) in enumerate(pieces):
-        clean = "".join(c if c.isprintable() or c == "\n" else BROKEN for c in text)
+        clean = "".join(c if c.isprintable() or c == "\n" else REPLACEMENT for c in text)
         cell.append(clean, "bold underline magenta" if index in marked else None)
-    if len(cell) > LONGEST_CELL:
-        cell = cell[: LONGEST_CELL - 1].append("…")
+    if len(cell) > MAX_CELL:
+        cell = cell[: MAX_CELL - 1].append("…")
     return cell

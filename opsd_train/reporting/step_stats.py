@@ -1,4 +1,4 @@
-"""Statistics of one optimizer step, gathered token by token over its micro-batches and ranks."""
+"""Per-token statistics of one optimizer step, over its micro-batches and ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from opsd_train.data.batches import Sample
 from opsd_train.reporting.sample_table import token_pieces
 
-# Columns of the methods whose means are logged, and the names they are logged under.
+# The methods' statistics whose means are logged, and the metrics' names.
 MEANS = {
     "divergence": "divergence",
     "student_entropy": "student_entropy",
@@ -27,14 +27,13 @@ MEANS = {
     "importance": "importance",
 }
 TOP_TOKENS = 10
-MOST_POSITIONS = 256
+MAX_POSITIONS = 256  # entries of a mean by position
 
 
 class StepStats:
-    """Collects (N,) statistics per micro-batch; completions' tokens come in sample order.
+    """Collects the (N,) statistics of each micro-batch, its tokens in the order of its samples.
 
-    The value of a token is its divergence where the method has one, else its negative
-    log-likelihood, -log p.
+    A token's value is its divergence, or for methods without one its negative log-likelihood (nll).
     """
 
     def __init__(self) -> None:
@@ -44,27 +43,31 @@ class StepStats:
         self._unscored: list[Sample] = []
 
     def add(self, samples: Sequence[Sample], loss: Tensor, stats: dict[str, Tensor]) -> None:
-        """One micro-batch; its loss is already divided by the step's tokens."""
+        """Add a micro-batch; its loss is already divided by the step's number of tokens."""
         self.loss += loss.item()
         for name, column in stats.items():
             self._columns[name].append(column.detach().double().cpu())
         self._samples += samples
 
     def add_unscored(self, samples: Sequence[Sample]) -> None:
-        """Samples that went through no forward pass; they are only shown."""
+        """Add samples that are not trained on; they appear in the sample table only."""
         self._unscored += samples
 
-    def judge(self, samples: Sequence[Sample]) -> None:
-        """Takes over the verdicts of these samples, which came after they were added."""
+    def set_verdicts(self, samples: Sequence[Sample]) -> None:
+        """Copy the verdicts of these samples to the same samples added earlier without them."""
         known = {_identity(sample): sample for sample in samples}
         for added in (self._samples, self._unscored):
             for index, sample in enumerate(added):
-                judged = known[_identity(sample)]
-                verdict = {n: getattr(judged, n) for n in ("correct", "answer", "check_failed")}
-                added[index] = replace(sample, **verdict)
+                graded = known[_identity(sample)]
+                added[index] = replace(
+                    sample,
+                    correct=graded.correct,
+                    answer=graded.answer,
+                    check_failed=graded.check_failed,
+                )
 
     def merge(self, others: Sequence[StepStats]) -> None:
-        """Take in the statistics of other ranks; means are over all tokens of all ranks."""
+        """Add the statistics of other ranks; means are then over all tokens of all ranks."""
         for other in others:
             self.loss += other.loss
             for name, columns in other._columns.items():
@@ -73,7 +76,7 @@ class StepStats:
             self._unscored += other._unscored
 
     def row(self, tokenizer: Any) -> dict[str, Any]:
-        """What a metrics row says about the step's tokens; what the method lacks is left out."""
+        """The metrics of the step's tokens; those that the method does not give are left out."""
         row: dict[str, Any] = {metric: self.mean(column) for column, metric in MEANS.items()}
         name = self.value_name
         if name:
@@ -85,41 +88,41 @@ class StepStats:
         return {key: value for key, value in row.items() if value is not None}
 
     def mean(self, name: str) -> float | None:
-        """Mean of a column over the step's tokens; None where the method does not give it."""
+        """Mean of a statistic over the step's tokens; None if the method does not give it."""
         column = self._column(name)
         return None if column is None else column.mean().item()
 
     @property
     def value_name(self) -> str | None:
-        """What a token's value is: "divergence", "nll", or None before any statistics."""
+        """What a token's value is: "divergence" or "nll"; None before anything was added."""
         if self._columns.get("divergence"):
             return "divergence"
         return "nll" if self._logprobs() is not None else None
 
     def by_position(self) -> tuple[int, list[float]]:
-        """Mean value along the completion: positions per entry (a power of 2), and the entries."""
+        """Mean value by position in the completion: positions per entry (a power of 2), entries."""
         lengths = [len(sample.completion) for sample in self._samples]
         width = 1
-        while max(lengths) > width * MOST_POSITIONS:
+        while max(lengths) > width * MAX_POSITIONS:
             width *= 2
         entries = torch.cat([torch.arange(length) for length in lengths]) // width
         sums = torch.bincount(entries, self._values())
         return width, (sums / torch.bincount(entries)).tolist()
 
     def top_tokens(self, tokenizer: Any) -> list[tuple[str, float, int]]:
-        """(text, mean value, count) of the tokens whose mean is largest."""
+        """(text, mean value, count) of the tokens with the largest mean value."""
         tokens = torch.tensor([token for sample in self._samples for token in sample.completion])
-        kinds, places, counts = tokens.unique(return_inverse=True, return_counts=True)
-        means = torch.bincount(places, self._values()) / counts
+        ids, indices, counts = tokens.unique(return_inverse=True, return_counts=True)
+        means = torch.bincount(indices, self._values()) / counts
         top = means.sort(descending=True, stable=True).indices[:TOP_TOKENS].tolist()
-        return [
-            (tokenizer.decode([kinds[i].item()]), means[i].item(), counts[i].item()) for i in top
-        ]
+        return [(tokenizer.decode([ids[i].item()]), means[i].item(), counts[i].item()) for i in top]
 
     def mismatch(self) -> dict[str, float]:
-        """How far the sampler's log-probs are from the trainer's, where samples carry them.
+        """Difference between the sampler's and the trainer's log-probabilities of the tokens.
 
-        `sampler_kl` estimates KL(sampler || trainer) by k3: r - 1 - log r, r = trainer / sampler.
+        `sampler_mismatch` is the mean absolute difference; `sampler_kl` estimates
+        KL(sampler || trainer) by k3, the mean of r - 1 - log r with r = trainer / sampler.
+        Empty if no sample has the sampler's log-probabilities.
         """
         trainer = self._logprobs()
         if trainer is None:
@@ -138,18 +141,18 @@ class StepStats:
         }
 
     def sample_rows(self, tokenizer: Any, count: int) -> list[dict[str, Any]]:
-        """Rows of the sample table: `count` completions, of different problems where it can be."""
+        """Rows of the sample table: `count` completions, of different problems if possible."""
         scored = [(sample, values.tolist()) for sample, values in self._values_by_sample()]
         unscored = [(sample, None) for sample in sorted(self._unscored, key=_identity)]
-        # By identity: a sample is there again for each update on one rollout.
+        # By identity: with several updates per rollout a sample was added once for each.
         distinct = {_identity(sample): (sample, values) for sample, values in unscored + scored}
         seen: Counter[str] = Counter()
-        turns = []
+        ranked = []  # the first sample of each problem, then the second ones, ...
         for sample, values in distinct.values():
-            turns.append((seen[sample.problem.id], sample, values))
+            ranked.append((seen[sample.problem.id], sample, values))
             seen[sample.problem.id] += 1
-        turns.sort(key=lambda turn: turn[0])
-        return [self._sample_row(tokenizer, sample, values) for _, sample, values in turns[:count]]
+        ranked.sort(key=lambda entry: entry[0])
+        return [self._sample_row(tokenizer, sample, values) for _, sample, values in ranked[:count]]
 
     def _sample_row(
         self, tokenizer: Any, sample: Sample, values: list[float] | None
@@ -178,8 +181,13 @@ class StepStats:
         return self._column("student_logprob") if own is None else own
 
     def _values(self) -> Tensor:
+        """(N,) values of all tokens; `value_name` says which."""
         divergence = self._column("divergence")
-        return -self._logprobs() if divergence is None else divergence
+        if divergence is not None:
+            return divergence
+        logprobs = self._logprobs()
+        assert logprobs is not None
+        return -logprobs
 
     def _split(self, column: Tensor) -> tuple[Tensor, ...]:
         return column.split([len(sample.completion) for sample in self._samples])

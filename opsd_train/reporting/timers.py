@@ -1,4 +1,4 @@
-"""Where a run's time and memory go."""
+"""Wall-clock time by phase, and peak memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 
 
-class Clock:
-    """Wall-clock seconds by phase."""
+class PhaseTimer:
+    """Adds up wall-clock seconds by phase: `with timer.phase("rollout"): ...`."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -21,6 +21,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent within the context to the phase `name`."""
         start = time.perf_counter()
         try:
             yield
@@ -28,19 +29,20 @@ class Clock:
             self.seconds[name] += time.perf_counter() - start
 
     def add(self, seconds: dict[str, float]) -> None:
-        """Count what an earlier process of the same run took; its "total" goes into ours."""
+        """Add the seconds of an earlier process of the same run: by phase, and their "total"."""
         earlier = dict(seconds)
         self._start -= earlier.pop("total")
         for name, spent in earlier.items():
             self.seconds[name] += spent
 
     def total(self) -> float:
+        """Seconds that the processes of this run have lasted, inside and outside of phases."""
         return time.perf_counter() - self._start
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak of CUDA's allocator, or of the process's resident set on a CPU."""
+    """Peak in MiB of CUDA's allocator or, on a CPU, of the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 1024)
+    return peak / (2**20 if sys.platform == "darwin" else 1024)  # bytes on macOS, else KiB

@@ -1,4 +1,4 @@
-"""Experiment trackers a run may also log to; their packages are not among our requirements."""
+"""Experiment trackers that a run can also log to; their packages are optional."""
 
 import importlib
 from collections.abc import Sequence
@@ -12,40 +12,47 @@ PROJECT = "opsd_train"
 
 
 class Tracker:
-    """One run at W&B or trackio, whose functions are called alike, named after the run folder."""
+    """One run in W&B or trackio, which have the same functions; it is named after the run folder.
+
+    Raises UserError if W&B does not start.
+    """
 
     def __init__(self, module: ModuleType, run_dir: Path, config: dict[str, Any]) -> None:
         self._module = module
-        told = {"project": PROJECT, "name": run_dir.name, "config": config}
+        options = {"project": PROJECT, "name": run_dir.name, "config": config}
         if module.__name__ == "trackio":
-            module.init(**told)
+            module.init(**options)
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            module.init(**told, dir=str(run_dir))
+            module.init(**options, dir=str(run_dir))
         except module.Error as error:  # not logged in, no network
             raise UserError(
                 f"report.trackers: wandb does not start: {error} (or set WANDB_MODE=offline)"
             ) from None
 
     def log(self, step: int, row: dict[str, Any]) -> None:
-        """The numbers of a row; lists and texts stay in metrics.jsonl."""
+        """Log the numbers of a row; lists and texts are in metrics.jsonl only."""
         self._module.log(numbers(row), step=step)
 
     def finish(self) -> None:
+        """End the tracker's run."""
         self._module.finish()
 
 
 def open_trackers(
     names: Sequence[str], run_dir: str | Path, config: dict[str, Any]
 ) -> list[Tracker]:
-    """The trackers of report.trackers; each start of a run, resumed or not, is a run there."""
+    """Start the trackers of report.trackers; a resumed run is a new run there.
+
+    Raises UserError if one is not installed or does not start.
+    """
     modules = [_import(name) for name in names]
     return [Tracker(module, Path(run_dir), config) for module in modules]
 
 
 def numbers(row: dict[str, Any]) -> dict[str, int | float]:
-    """The scalar metrics of a row."""
+    """The numbers among a row's metrics."""
     return {name: value for name, value in row.items() if isinstance(value, int | float)}
 
 
@@ -56,5 +63,5 @@ def _import(name: str) -> ModuleType:
         if error.name != name:
             raise
         raise UserError(
-            f"report.trackers: {name} is not installed; pip install {name}, or take it out"
+            f"report.trackers: {name} is not installed; pip install {name}, or leave it out"
         ) from None

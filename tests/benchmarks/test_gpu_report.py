@@ -15,7 +15,7 @@ from benchmarks.environment import ROOT
 from benchmarks.gpu_report import __main__ as command
 from benchmarks.gpu_report import counters, sanitizer, smoke, step, suite, sweeps
 from benchmarks.gpu_report.conductor import Stage, run_stage
-from benchmarks.gpu_report.job import Job
+from benchmarks.gpu_report.job import GpuJob
 from benchmarks.gpu_report.winners import tiles
 from benchmarks.losses import contenders
 from benchmarks.losses.truth import BETA
@@ -105,7 +105,7 @@ def check_second(report: dict, winners: dict) -> None:
 
 def test_both_steps_of_the_optimizer_are_the_same(tmp_path) -> None:
     """Ours and plain logits: loss and every trained gradient, whatever the micro-batch."""
-    run = step.Run(step._SMALL, Job("second", str(tmp_path), True))
+    run = step.StepRun(step._SMALL, GpuJob("second", str(tmp_path), True))
     run.optimizer.param_groups[0]["lr"] = 0.0
     ours, plain = step.contenders()
     found = []
@@ -135,17 +135,17 @@ def test_winners_that_are_none_are_refused(tmp_path, capsys, content: str | None
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch) -> Job:
+def as_on_a_gpu(monkeypatch) -> GpuJob:
     """A job whose ids are those of a machine with a GPU and Nsight's tools."""
     cuda = torch.device("cuda")
-    monkeypatch.setattr(Job, "device", cuda)
+    monkeypatch.setattr(GpuJob, "device", cuda)
     for module in (counters, sanitizer):
         monkeypatch.setattr(module.shutil, "which", lambda name: name)
     monkeypatch.setattr(contenders, "backend_name", lambda *_: "triton")
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **how: empty(*a, **how | {"device": "cpu"}))
     monkeypatch.setattr(suite, "shards", lambda job: [["tests/kernels/test_x.py::test_x"]])
-    return Job("first", "", False, {})
+    return GpuJob("first", "", False, {})
 
 
 @pytest.mark.parametrize("name", command.STAGES)
@@ -199,7 +199,7 @@ def test_a_stage_out_of_time_and_one_never_started_are_failures(
 
 def test_a_machine_taken_away_leaves_what_was_done_and_names_the_rest(tmp_path) -> None:
     """The report as it is between two stages."""
-    job = Job("first", str(tmp_path), True)
+    job = GpuJob("first", str(tmp_path), True)
     job.at("ceilings").append({"id": "copy", "found": {"ms": 1.0}})
     (tmp_path / "first.jsonl").open("a").write('{"stage": "ceilings", "id": "half a li')
     failed = command.write_report({"command": "first"}, job, (Stage("smoke", 1),))
@@ -219,7 +219,7 @@ def stage(tmp_path, monkeypatch):
         (tmp_path / "other_stage.py").write_text(code + textwrap.indent(work, 8 * " "))
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-        job = Job("first", str(tmp_path), True)
+        job = GpuJob("first", str(tmp_path), True)
         run_stage(Stage("other", limit, module="other_stage"), job, limit)
         rows = job.at("other").rows()
         assert len(rows) == len({row["id"] for row in rows})
@@ -260,7 +260,7 @@ def test_a_process_that_hangs_is_stopped_with_what_it_started(stage, tmp_path) -
 
 
 def test_ids_that_cannot_be_listed_are_a_failure(tmp_path) -> None:
-    job = Job("first", str(tmp_path), True)
+    job = GpuJob("first", str(tmp_path), True)
     summary = run_stage(Stage("missing", 1, module="benchmarks.no_such_stage"), job, 1)
     assert summary["failed"] == 1 and "no_such_stage" in job.rows()[0]["failed"]
 
@@ -268,7 +268,7 @@ def test_ids_that_cannot_be_listed_are_a_failure(tmp_path) -> None:
 def test_wheels_that_do_not_install_are_a_failure(tmp_path, monkeypatch) -> None:
     (tmp_path / "broken-1.0-py3-none-any.whl").write_text("not a wheel")
     monkeypatch.setattr(command, "WHEELS", tmp_path)
-    job = Job("first", str(tmp_path), True)
+    job = GpuJob("first", str(tmp_path), True)
     assert command.install_wheels(tmp_path / "site", job) == []
     assert "CalledProcessError" in job.at("wheels").rows()[0]["failed"]
 
@@ -302,7 +302,7 @@ def tests_of_the_tree(monkeypatch):
 
 def test_the_suite_reports_each_test(tmp_path, tests_of_the_tree, monkeypatch) -> None:
     tests_of_the_tree.write_text(TESTS)
-    job = Job("second", str(tmp_path), True)
+    job = GpuJob("second", str(tmp_path), True)
     slow, others = shards = suite.shards(job)
     monkeypatch.setattr(suite, "shards", lambda _: shards)  # listing them once is slow enough
     assert [i.rpartition("::")[2] for i in slow] == ["test_slow"] and len(others) == 4
@@ -319,7 +319,7 @@ def test_a_file_of_tests_that_does_not_import_is_a_failure(tmp_path, tests_of_th
     other.write_text("import no_such_module\n")
     tests_of_the_tree.write_text("def test_right(): pass\n")
     suite._SMALL.append(str(other))
-    job = Job("second", str(tmp_path), True)
+    job = GpuJob("second", str(tmp_path), True)
     summary = run_stage(Stage("suite", 60), job, 60)
     assert (summary["found"], summary["failed"]) == (1, 1)
     failed = next(row for row in job.rows() if "failed" in row)
@@ -332,7 +332,7 @@ def test_a_file_of_tests_that_does_not_import_is_a_failure(tmp_path, tests_of_th
 )
 def test_no_tests_at_all_are_a_failure(tmp_path, monkeypatch, selection: list, says: str) -> None:
     monkeypatch.setattr(suite, "_SMALL", selection)
-    job = Job("second", str(tmp_path), True)
+    job = GpuJob("second", str(tmp_path), True)
     assert run_stage(Stage("suite", 60), job, 60)["failed"] == 1
     assert says in job.rows()[0]["failed"]
 

@@ -1,15 +1,16 @@
-"""What two runs must have in common to be the same run."""
+"""Compare two runs bit for bit."""
 
 import json
 from pathlib import Path
 
 
 def rows(run: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """The rows of a .jsonl file in a run folder."""
     return [json.loads(line) for line in (run / name).read_text().splitlines()]
 
 
 def assert_same_course(run: Path, other: Path) -> None:
-    """Every number of every step, the samples shown and the trained weights, to the last bit."""
+    """Two runs have the same metrics, sample tables and trained weights, bit for bit."""
     one, two = ([timeless(row) for row in rows(folder)] for folder in (run, other))
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for row, wanted in zip(one, two, strict=True):
@@ -21,5 +22,5 @@ def assert_same_course(run: Path, other: Path) -> None:
 
 
 def timeless(row: dict) -> dict:
-    """Without what depends on the machine: seconds, tokens per second, memory."""
+    """The row without machine-dependent metrics: seconds, tokens per second, memory."""
     return {k: value for k, value in row.items() if "second" not in k and "peak_mib" not in k}

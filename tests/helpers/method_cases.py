@@ -1,4 +1,4 @@
-"""Every training method on the tiny model, and its formula over full logits, sample by sample."""
+"""Every training method on the tiny model, and the same loss computed from full logits."""
 
 import copy
 import functools
@@ -50,7 +50,7 @@ def make_policy(
     vocab_size: int = VOCAB,
     tied: bool = True,
 ) -> Policy:
-    """The tiny model as load_policy makes it; `trained` gives fresh adapters weights that count."""
+    """The tiny model as load_policy makes it; `trained`: adapters have weights other than zero."""
     model = make_model(vocab_size, dtype if lora else torch.float32, tied=tied)
     if lora:
         model = add_adapters(model, LORA)
@@ -74,7 +74,7 @@ def make_method(config: Config, policy: Policy, teacher: Policy | None = None) -
 
 
 def change(policy: Policy, seed: int, std: float = 0.02, only: str = "") -> None:
-    """Another set of trained weights, as after an optimizer step."""
+    """Change the trained weights at random, as an optimizer step would."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad and only in name:
@@ -110,7 +110,7 @@ def make_samples(
 
 
 def counted(samples: Sequence[Sample]) -> int:
-    """The divisor: tokens of the samples that count."""
+    """The number of loss tokens: tokens of the samples with a weight above 0."""
     return sum(len(sample.completion) for sample in samples if sample.weight > 0)
 
 
@@ -124,7 +124,7 @@ class Outcome:
 def run(
     method: Method, samples: Sequence[Sample], budget: int = 10**6, num_tokens: int | None = None
 ) -> Outcome:
-    """Prepare, loss and backward over as many micro-batches as the budget makes; no update."""
+    """Precompute, loss and backward over the micro-batches of a token budget; no update."""
     groups = list(micro_batches(samples, budget))
     return finish(method, groups, method.precompute(groups), num_tokens or counted(samples))
 
@@ -133,8 +133,8 @@ def finish(method: Method, groups: list, precomputed: list, num_tokens: int) -> 
     """Loss and backward over precomputed micro-batches."""
     method.policy.model.zero_grad()
     total, columns = 0.0, []
-    for group, ready in zip(groups, precomputed, strict=True):
-        loss, stats = method.loss(group, ready, num_tokens)
+    for group, constants in zip(groups, precomputed, strict=True):
+        loss, stats = method.loss(group, constants, num_tokens)
         loss.backward()
         total += loss.item()
         assert all(
@@ -147,7 +147,7 @@ def finish(method: Method, groups: list, precomputed: list, num_tokens: int) -> 
 
 
 def grads_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every trained parameter's gradient; one that has none is left out."""
+    """The gradients of the trained parameters, those that have one."""
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -155,12 +155,12 @@ def grads_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def double(policy: Policy) -> nn.Module:
-    """A copy of the whole model as it is now, in fp64."""
+    """A copy of the model as it is now, in fp64."""
     return copy.deepcopy(policy.model).double()
 
 
 def logits_alone(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
-    """(T, V) logits that predict the completion, of one sample run by itself."""
+    """(T, V) logits that predict the completion, of one sample in a batch of its own."""
     ids = torch.tensor([[*prompt, *completion]])
     return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
 
@@ -245,7 +245,7 @@ def plain_loss(
 
 
 def truth(config: Config, model: nn.Module, samples: Sequence[Sample], **models) -> Outcome:
-    """The formula's loss and gradients."""
+    """Loss and gradients from full logits."""
     model.zero_grad()
     loss = plain_loss(config, model, samples, **models)
     loss.backward()
@@ -253,7 +253,7 @@ def truth(config: Config, model: nn.Module, samples: Sequence[Sample], **models)
 
 
 def assert_same(found: Outcome, wanted: Outcome, rel: float = 1e-4) -> None:
-    """Equal losses, and for every trained weight a gradient that is there and equal."""
+    """Equal losses, and equal gradients, not zero, for every trained weight."""
     assert abs(found.loss - wanted.loss) <= rel * abs(wanted.loss), (found.loss, wanted.loss)
     assert found.grads.keys() == wanted.grads.keys() and len(found.grads) >= 12
     for name, grad in found.grads.items():

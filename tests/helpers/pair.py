@@ -1,4 +1,4 @@
-"""Two processes joined by gloo, started once, that run one scenario after another."""
+"""Two processes connected by gloo, started once, that run one test function after another."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 from opsd_train.distributed.context import DistributedContext, init_distributed
 
 SIZE = 2
-PATIENCE = 120  # seconds; a rank that waits for another one waits for ever ...
-GRACE = 3  # ... also for one that has failed
-START = 300  # on a busy machine
+PATIENCE = 120  # seconds until a rank that gives no result counts as hung
+GRACE = 3  # seconds for the other rank once one has failed: it may wait for it for ever
+START = 300  # seconds for both to start, on a busy machine
 
 
 class Pair:
-    """`run` gives a function to both ranks; they stay for the next one until something fails."""
+    """`run` calls a function on both ranks. The processes are kept until a call fails."""
 
     def __init__(self) -> None:
         self._ranks: list[tuple[Any, Connection]] = []
@@ -40,6 +40,7 @@ class Pair:
         return [result for _, result in results]
 
     def stop(self) -> None:
+        """End both processes."""
         for process, _ in self._ranks:
             process.kill()
             process.join()
@@ -53,7 +54,7 @@ class Pair:
             process = context.Process(target=_serve, args=(rank, port, other), daemon=True)
             process.start()
             self._ranks.append((process, pipe))
-            other.close()  # so that a rank's death is noticed
+            other.close()  # so that a rank that dies closes the pipe
         self._receive(START)
 
     def _receive(self, patience: float) -> list[tuple[bool, Any]]:
@@ -77,7 +78,7 @@ def _result(pipe: Connection) -> tuple[bool, Any]:
 
 
 def alone() -> DistributedContext:
-    """The one process that the two are compared with."""
+    """The context of the single process that the two are compared with."""
     return DistributedContext(torch.device("cpu"))
 
 

@@ -20,7 +20,7 @@ from opsd_train.config.schema import Config
 from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.dry_run.plan import expected
 from opsd_train.reporting.run_folder import RunFolder
-from opsd_train.reporting.timers import Clock
+from opsd_train.reporting.timers import PhaseTimer
 from opsd_train.trainer import Trainer
 from tests.helpers import tiny
 from tests.helpers.verdicts import made_up
@@ -28,7 +28,7 @@ from tests.helpers.verdicts import made_up
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-class PeakClock(Clock):
+class PeakTimer(PhaseTimer):
     """Also keeps the peak of each phase's last run."""
 
     def __init__(self) -> None:
@@ -48,16 +48,16 @@ class PeakClock(Clock):
 def measure(config: Config, steps: int) -> dict[str, int]:
     gc.collect()
     before = resident.resident()
-    clock = PeakClock()
+    timer = PeakTimer()
     context = DistributedContext(resolve_device(config.model.device))
     folder = RunFolder(Path(config.output_dir), context)
     # Grades that arrive in a phase, from processes of their own, are no part of the prediction.
-    with clock.phase("load"), made_up():
-        trainer = Trainer(config, context, folder, clock, "full")
+    with timer.phase("load"), made_up():
+        trainer = Trainer(config, context, folder, timer, "full")
     for step in range(steps):
         trainer.step(step + 1)
     trainer.close()
-    return {name: peak - before for name, peak in clock.peaks.items()}
+    return {name: peak - before for name, peak in timer.peaks.items()}
 
 
 def main(cases: str, model: str, scratch: str) -> None:

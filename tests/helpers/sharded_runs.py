@@ -1,4 +1,4 @@
-"""What both ranks can tell about a sharded model, each a function for `Pair.run`."""
+"""Observations of a sharded model; each function runs on both ranks by `Pair.run`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation.grading import Answer
 from opsd_train.model.families import LmHead, lm_head
+from opsd_train.reporting.step_stats import StepStats
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.trainer import Trainer
 from tests.helpers.steps import Course, make_trainer
@@ -26,7 +27,7 @@ OVERRIDES = ("rollout.batch_tokens=100",)  # one sequence of LONG at a time
 
 
 def heads(context: DistributedContext, course: Course) -> dict[str, Any]:
-    """What a loss gets for a head, and what the head is outside of the model's forward."""
+    """The head as a loss gets it, and as it is outside of the model's forward."""
     policy = make_trainer(context, course).policy
 
     def describe(hidden: Tensor, head: LmHead, target: Tensor) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def heads(context: DistributedContext, course: Course) -> dict[str, Any]:
 
 
 def structure(context: DistributedContext, course: Course) -> dict[str, Any]:
-    """Which modules are units, and what the parameters are."""
+    """Which modules are FSDP modules, and the kinds of parameters."""
     policy = make_trainer(context, course).policy
     core, named = policy.core, dict(policy.model.named_parameters())
     units = {name: m for name, m in core.named_modules() if isinstance(m, FSDPModule)}
@@ -97,7 +98,7 @@ def generated_by_one_rank(context: DistributedContext, course: Course) -> list[C
 
 
 def generated_at_different_lengths(context: DistributedContext, course: Course) -> list[Completion]:
-    """Rank 0 makes one token; the last rank many, over several batches."""
+    """Rank 0 generates one token; the last rank many, over several batches."""
     trainer = make_trainer(context, course)
     last = context.rank == context.size - 1
     with trainer.policy.generating():
@@ -130,14 +131,14 @@ def failing_generation(context: DistributedContext, course: Course) -> dict[str,
 
 
 def reductions(context: DistributedContext, course: Course) -> tuple[int, int]:
-    """How often gradients are added up in a step, and over how many micro-batches."""
+    """The number of all-reduces in a step, and of its micro-batches."""
     trainer, calls, groups = make_trainer(context, course), [], []
     accumulate, all_reduce = trainer._accumulate, distributed.all_reduce
 
-    def counting(made: list, *rest: Any) -> None:
+    def counting(made: list, *rest: Any) -> StepStats:
         groups.extend(made)
         with mock.patch("torch.distributed.all_reduce", noting):
-            accumulate(made, *rest)
+            return accumulate(made, *rest)
 
     def noting(*args: Any, **options: Any) -> Any:
         calls.append(args)
@@ -149,7 +150,7 @@ def reductions(context: DistributedContext, course: Course) -> tuple[int, int]:
 
 
 def refusal(context: DistributedContext, course: Course) -> str:
-    """What a recipe that cannot be run is told."""
+    """The error message of a recipe that cannot be run."""
     try:
         make_trainer(context, course)
     except UserError as error:

@@ -15,7 +15,7 @@ from opsd_train.distributed.context import DistributedContext
 from opsd_train.distributed.fsdp import full_tensor
 from opsd_train.evaluation.grading import Answer
 from opsd_train.reporting.run_folder import RunFolder
-from opsd_train.reporting.timers import Clock
+from opsd_train.reporting.timers import PhaseTimer
 from opsd_train.trainer import Trainer
 from tests.helpers.tiny import config
 from tests.helpers.verdicts import made_up
@@ -25,9 +25,9 @@ BASE = ["steps=2", "micro_batch_tokens=1000", "evaluation.problems=0", "optim.gr
 
 @dataclass(frozen=True)
 class Course:
-    """A recipe on a model of `models`, with an answer check that does not look at the answers.
+    """A recipe on a model of `models`, and which samples of a step count as correct.
 
-    `right`: of a step's samples in order, "even" ones, the "first" alone, or "none".
+    `right`: the "even" ones by their index in the step, the "first" one, or "none".
     """
 
     models: Path
@@ -35,13 +35,13 @@ class Course:
     overrides: tuple[str, ...] = ()
     shard: str = "full"
     right: str = "even"
-    most_weighted: int | None = None  # samples of a step that keep their weight
+    most_weighted: int | None = None  # so many samples of a step keep their weight; None: all
     steps: int = 2
 
 
 @dataclass
 class Outcome:
-    """What a course came to; tensors are whole."""
+    """The results of a course; tensors are gathered."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)  # on rank 0
     samples: list[list[tuple[str, list[int]]]] = field(default_factory=list)  # of this rank
@@ -57,11 +57,11 @@ def make_trainer(context: DistributedContext, course: Course) -> Trainer:
     folder = Path(tempfile.mkdtemp())
     made = config(course.models / course.model, folder, *BASE, *course.overrides)
     with made_up():
-        return Trainer(made, context, RunFolder(folder, context), Clock(), course.shard)
+        return Trainer(made, context, RunFolder(folder, context), PhaseTimer(), course.shard)
 
 
 def follow(context: DistributedContext, course: Course) -> Outcome:
-    """Take the steps."""
+    """Take the course's steps and record their results."""
     trainer, outcome = make_trainer(context, course), Outcome()
     named = {
         name: parameter

@@ -1,4 +1,4 @@
-"""Grading in tests: no processes where verdicts are made up, and the same ones for every run."""
+"""Grading in tests: made-up verdicts without processes, or one grader shared by all runs."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,7 @@ from opsd_train.evaluation.grading import Answer, Grade, Grader
 
 
 class Verdicts:
-    """In a Grader's place: right is what `right` says of the answer, at once."""
+    """Replaces a Grader: `right` decides at once whether an answer is correct."""
 
     def __init__(self, right: Callable[[Answer], bool]) -> None:
         self.right = right
@@ -22,17 +22,17 @@ class Verdicts:
         return SimpleNamespace(result=lambda: grades)
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """No processes to end."""
 
 
 def made_up(right: Callable[[Answer], bool] = lambda _: False) -> Any:
-    """While entered, trainers are made with such verdicts."""
+    """Within this context trainers grade with `right` instead of a Grader."""
     return mock.patch("opsd_train.trainer.Grader", lambda **_: Verdicts(right))
 
 
 @contextmanager
 def one_grader() -> Iterator[None]:
-    """All trainers share a real grader: starting its process takes longer than most test runs."""
+    """Within this context all trainers share one real grader: its process takes long to start."""
     shared = Grader(workers=1)
     with (
         mock.patch.object(shared, "close"),
@@ -43,7 +43,7 @@ def one_grader() -> Iterator[None]:
 
 
 def children(process: int) -> set[int]:
-    """The processes that this one, with any of its threads, has started and not waited for."""
+    """Ids of the child processes of `process`."""
     found: set[int] = set()
     for thread in Path(f"/proc/{process}/task").iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
@@ -63,4 +63,4 @@ def _alive(process: int) -> bool:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return state != "Z"  # in a container nobody may wait for orphans
+    return state != "Z"  # a zombie has ended: in a container there may be no process to reap it

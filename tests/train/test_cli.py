@@ -1,4 +1,4 @@
-"""What the command line prints, to where, and with which exit code."""
+"""What the command line prints to stdout and stderr, and its exit codes."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The demo on its real model, shortened: marked slow, since it needs minutes on a CPU."""
+"""The demo on its real model, shortened; slow, as it takes minutes on a CPU."""
 
 import importlib.util
 import json

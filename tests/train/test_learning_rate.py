@@ -1,4 +1,4 @@
-"""Every step has a rate, and it is the one the docs name."""
+"""The learning rate of every step is the documented one."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny random model: what they leave behind, also when they are cut short."""
+"""Whole runs on a tiny random model: their files, errors and exit codes, also when interrupted."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.methods.opsd import Opsd
 from opsd_train.model.policy import check_vocabulary
 from opsd_train.reporting.run_folder import RunFolder, claim, release
-from opsd_train.reporting.timers import Clock
+from opsd_train.reporting.timers import PhaseTimer
 from opsd_train.run import train
 from opsd_train.trainer import Trainer
 from tests.helpers.tiny import config, make_model, make_tokenizer, recipe
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 def make_trainer(*arguments) -> Trainer:
     made, context = config(*arguments), DistributedContext(torch.device("cpu"))
-    return Trainer(made, context, RunFolder(Path(made.output_dir), context), Clock(), "full")
+    return Trainer(made, context, RunFolder(Path(made.output_dir), context), PhaseTimer(), "full")
 
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
@@ -95,7 +95,7 @@ def test_two_runs_are_bit_identical(tiny_folder: Path, tmp_path: Path) -> None:
 
 
 def test_four_frames_lead_to_a_step(tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    """From the command line: who looks for the step finds it at once."""
+    """From the command line to the step: short enough to follow by reading."""
 
     def step(self: Trainer, number: int):
         names = [frame.name for frame in traceback.extract_stack()]

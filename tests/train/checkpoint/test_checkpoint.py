@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, and what happens when something is damaged, full or changed."""
+"""Checkpoints: resumed bit for bit; damaged files, full disks and changed recipes."""
 
 import errno
 import json
@@ -34,7 +34,7 @@ TENSORS = {"model": {"w": torch.arange(3000.0)}, "groups": [{"lr": 0.1}]}
 
 
 class Training:
-    """A tiny policy with its optimizer; steps of made-up gradients stand for training."""
+    """A tiny policy with its optimizer; a training step has random gradients."""
 
     def __init__(self, full: bool = False) -> None:
         model = make_model()
@@ -83,27 +83,27 @@ def test_goes_on_bit_for_bit(tmp_path: Path, full: bool, stop: int) -> None:
         first.step(number)
     generator = torch.Generator().manual_seed(7)
     torch.rand(3, generator=generator)
-    facts = {"sampler": [3, 1, 2], "loss": 0.1 + 0.2, "schedule": first.schedule.state_dict()}
+    state = {"sampler": [3, 1, 2], "loss": 0.1 + 0.2, "schedule": first.schedule.state_dict()}
     path = Checkpoints(tmp_path, 2, ALONE).save(
-        stop, first.tensors(), facts, {"rng": generator.get_state(), "python": (3, (1, 2))}, RECIPE
+        stop, first.tensors(), state, {"rng": generator.get_state(), "python": (3, (1, 2))}, RECIPE
     )
     assert path == tmp_path / "checkpoints" / f"step_{stop:06d}"
-    first.step(stop + 1)  # saving changed nothing for the run that goes on
+    first.step(stop + 1)  # saving changes nothing for the run that continues
     for number in range(stop + 2, 5):
         first.step(number)
     assert same(first.numbers(), straight.numbers())
 
     second = Training(full)
     loaded = Checkpoints(tmp_path, 2, ALONE).newest(RECIPE)
-    assert loaded.step == stop and loaded.facts == json.loads(json.dumps(facts))
-    assert loaded.rank_facts["python"] == (3, (1, 2))
+    assert loaded.step == stop and loaded.trainer_state == json.loads(json.dumps(state))
+    assert loaded.rank_state["python"] == (3, (1, 2))
     generator_two = torch.Generator()
-    generator_two.set_state(loaded.rank_facts["rng"])
+    generator_two.set_state(loaded.rank_state["rng"])
     assert torch.equal(torch.rand(5, generator=generator), torch.rand(5, generator=generator_two))
     tensors = second.tensors()
-    loaded.fill(tensors)
+    loaded.load_tensors(tensors)
     restore_training(second.policy, second.optimizer, tensors)
-    second.schedule.load_state_dict(loaded.facts["schedule"])
+    second.schedule.load_state_dict(loaded.trainer_state["schedule"])
     for number in range(stop + 1, 5):
         second.step(number)
     assert same(second.numbers(), straight.numbers())
@@ -115,12 +115,12 @@ def save(run: Path, step: int, keep: int = 2, recipe: str = RECIPE) -> Path:
 
 
 def loaded_step(run: Path, recipe: str = RECIPE) -> int:
-    """The step of the newest checkpoint, its tensors and facts checked to be of that step."""
+    """The step of the newest checkpoint, its tensors and state checked to be of that step."""
     loaded = Checkpoints(run, 2, ALONE).newest(recipe)
     tensors = {"model": {"w": torch.zeros(3000)}, "groups": [{"lr": 0.0}]}
-    loaded.fill(tensors)
+    loaded.load_tensors(tensors)
     assert torch.equal(tensors["model"]["w"], TENSORS["model"]["w"] + loaded.step)
-    assert tensors["groups"][0]["lr"] == 0.1 and loaded.facts == {"step": loaded.step}
+    assert tensors["groups"][0]["lr"] == 0.1 and loaded.trainer_state == {"step": loaded.step}
     return loaded.step
 
 
@@ -155,7 +155,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys, damage) -> 
     save(tmp_path, 1)
     whole = save(tmp_path, 2)
     files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
-    assert {"complete.json", "facts.json", "rank_0.pt", "recipe.yaml"} < {f.name for f in files}
+    assert {"complete.json", "trainer_state.json", "rank_0.pt", "recipe.yaml"} < {
+        f.name for f in files
+    }
     kept = shutil.copytree(whole, tmp_path / "kept")
     for name in files:
         shutil.rmtree(whole)
@@ -168,17 +170,30 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys, damage) -> 
         assert name.as_posix() in said or name.name == "complete.json"
     # The same step, taken again, replaces it; a later one that is damaged does not stay.
     assert save(tmp_path, 2) == whole and loaded_step(tmp_path) == 2
-    damage(whole / "facts.json")
+    damage(whole / "trainer_state.json")
     save(tmp_path, 1, keep=1)
     assert names(tmp_path) == ["step_000001"]
 
 
 def test_all_damaged(tmp_path: Path, capsys) -> None:
     for step in (1, 2):
-        flip(save(tmp_path, step) / "facts.json")
+        flip(save(tmp_path, step) / "trainer_state.json")
     with pytest.raises(UserError, match=r"every checkpoint in .*checkpoints is damaged"):
         Checkpoints(tmp_path, 2, ALONE).newest(RECIPE)
-    assert capsys.readouterr().err.count("is damaged (facts.json is not what was written)") == 2
+    assert (
+        capsys.readouterr().err.count("is damaged (trainer_state.json is not what was written)")
+        == 2
+    )
+
+
+def test_a_checkpoint_of_version_0_1_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "trainer_state.json").rename(path / "facts.json")
+    sums = (path / "complete.json").read_text()
+    (path / "complete.json").write_text(sums.replace("trainer_state.json", "facts.json"))
+    message = r"step_000001 has no trainer_state.json: it is of version 0.1, .* another output_dir"
+    with pytest.raises(UserError, match=message):
+        Checkpoints(tmp_path, 2, ALONE).newest(RECIPE)
 
 
 def full_disk(*_: object, **__: object) -> None:

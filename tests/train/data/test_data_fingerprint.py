@@ -95,7 +95,7 @@ def test_resume_with_other_data_is_refused(
     data.write_text(data.read_text().replace("}\n", ', "more": 1}\n'))  # the same problems
     assert len(load_set(str(tmp_path / "run"), settings(), None)) == 6
     assert cli.main(again) == 0
-    (tmp_path / "run" / "checkpoints" / "step_000004" / "facts.json").write_text("{")
+    (tmp_path / "run" / "checkpoints" / "step_000004" / "trainer_state.json").write_text("{")
     assert len(load_set(str(tmp_path / "run"), settings(), None)) == 6
     assert_same_course(tmp_path / "run", tmp_path / "straight")
 

@@ -14,7 +14,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.distributed.fsdp import full_tensor
 from opsd_train.reporting.run_folder import RunFolder
-from opsd_train.reporting.timers import Clock
+from opsd_train.reporting.timers import PhaseTimer
 from opsd_train.run import TrainingRun
 from opsd_train.trainer import Trainer
 from tests.helpers.course import timeless
@@ -34,7 +34,7 @@ def make_run(
 ) -> TrainingRun:
     made = config(model, folder, "evaluation.problems=0", "steps=9", *overrides)
     with made_up():
-        return TrainingRun(Trainer(made, context, RunFolder(folder, context), Clock(), shard))
+        return TrainingRun(Trainer(made, context, RunFolder(folder, context), PhaseTimer(), shard))
 
 
 def state(run: TrainingRun) -> Tensors:
@@ -48,8 +48,8 @@ def state(run: TrainingRun) -> Tensors:
 
 
 def step(run: TrainingRun) -> dict:
-    row, _ = run.trainer.step(run.trainer.done + 1)
-    run.trainer.done += 1
+    row, _ = run.trainer.step(run.trainer.steps_done + 1)
+    run.trainer.steps_done += 1
     return timeless(row)
 
 
@@ -64,7 +64,7 @@ def train(context: DistributedContext, *made_of) -> tuple[Tensors, dict, Tensors
 def resume(context: DistributedContext, *made_of) -> tuple[Tensors, dict, Tensors]:
     run = make_run(context, *made_of)
     run.resume()
-    assert run.trainer.done == 1
+    assert run.trainer.steps_done == 1
     return state(run), step(run), state(run)
 
 
@@ -112,7 +112,7 @@ def save(context: DistributedContext, folder: Path, number: int, failing: str | 
 
 def load(context: DistributedContext, folder: Path) -> tuple[int, int]:
     loaded = Checkpoints(folder, 2, context).newest("steps: 1")
-    return loaded.step, loaded.rank_facts["rank"]
+    return loaded.step, loaded.rank_state["rank"]
 
 
 def test_a_full_disk_on_one_rank_and_a_damaged_file(pair: Pair, tmp_path: Path) -> None:

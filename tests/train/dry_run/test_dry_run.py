@@ -1,4 +1,4 @@
-"""What --dry-run says, and its peaks beside those of a run."""
+"""What --dry-run prints, and its expected peaks compared with measured ones."""
 
 import json
 import os
@@ -104,7 +104,7 @@ ALL = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj", 
 
 
 def kept(model: torch.nn.Module, dtype: torch.dtype) -> int:
-    """Bytes that a forward keeps for backward: storages that are not the model's own."""
+    """Bytes that a forward saves for backward, in storages other than the weights'."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen = {}
 
@@ -166,13 +166,13 @@ def test_no_memory_is_predicted_for_layers_it_does_not_know(tmp_path: Path, fami
     model.save_pretrained(folder)
     short = ["prompts.student=Go", "prompts.teacher=Go", "lora.target_modules=all-linear"]
     text = dry_run(config(folder, *short))
-    assert "memory: not predicted, which takes layers like Llama's, not " in text
+    assert "memory: not predicted; only layers like Llama's are, not " in text
     assert "MiB\n" not in text and "loss plan: " in text
 
 
 def test_vllm_has_its_own_share(tiny_folder: Path) -> None:
     vllm = config(tiny_folder, "rollout.engine=vllm")
-    assert "vLLM takes 30% of the device beside" in dry_run(vllm)
+    assert "vLLM takes another 30% of the device" in dry_run(vllm)
     assert expected(vllm).keys() == {"load", "teacher", "student", "optimizer"}
 
 

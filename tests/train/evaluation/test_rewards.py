@@ -21,7 +21,7 @@ from opsd_train.evaluation.settings import GradingConfig
 from opsd_train.evaluation.store import GenerationFile, Store
 from opsd_train.methods import METHODS
 from opsd_train.reporting.run_folder import RunFolder
-from opsd_train.reporting.timers import Clock
+from opsd_train.reporting.timers import PhaseTimer
 from opsd_train.trainer import Trainer
 from tests.helpers.course import rows
 from tests.helpers.method_cases import GRPO
@@ -289,7 +289,7 @@ def test_grading_goes_on_beside_the_step(name, tiny_folder, tmp_path, monkeypatc
     made = config(tiny_folder, tmp_path, *overrides)
     context = DistributedContext(torch.device("cpu"))
     monkeypatch.setattr(training, "Grader", lambda **_: Noting(events))
-    trainer = Trainer(made, context, RunFolder(tmp_path, context), Clock(), "full")
+    trainer = Trainer(made, context, RunFolder(tmp_path, context), PhaseTimer(), "full")
     assign_weights = trainer.method.assign_weights
     monkeypatch.setattr(
         trainer.method,

@@ -39,7 +39,7 @@ def test_loss_and_gradient_equal_full_logits(overrides: tuple[str, ...], lora: b
     teacher = make_teacher()
     method, its = make_method(config, policy, teacher), double(teacher)
     change(policy, 11)
-    method.after_step()  # the teacher stays
+    method.after_step()  # which changes nothing: the teacher is frozen
     assert_same(run(method, samples), truth(config, double(policy), samples, teacher=its))
     assert all(
         p.grad is None and torch.equal(p.double(), q)
@@ -58,7 +58,7 @@ def test_bfloat16_teacher_beside_a_float32_student() -> None:
     config, policy, samples = settings(*ON_POLICY), make_policy(), make_samples()
     teacher = make_teacher(torch.bfloat16)
     found = run(make_method(config, policy, teacher), samples)
-    # The student's side is exact; what the teacher says carries bfloat16's 8 bits.
+    # The student is in float32; the teacher's states have bfloat16's 8 bits.
     assert_same(found, truth(config, double(policy), samples, teacher=double(teacher)), rel=0.05)
 
 

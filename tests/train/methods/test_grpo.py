@@ -9,7 +9,7 @@ import torch
 
 from opsd_train.config.schema import GrpoConfig
 from opsd_train.data.batches import Sample
-from opsd_train.methods.grpo import Constants, surrogate
+from opsd_train.methods.grpo import FixedLogprobs, surrogate
 from tests.helpers.method_cases import (
     GRPO,
     assert_same,
@@ -85,7 +85,7 @@ def test_cut_off_samples_count_in_their_group_but_not_in_the_loss() -> None:
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "all weights"])
 @pytest.mark.parametrize("with_kl", [False, True], ids=["no KL", "KL"])
 def test_loss_and_gradient_equal_full_logits(with_kl: bool, lora: bool) -> None:
-    """In the second of two updates, so that ratio and reference are not the policy's own."""
+    """In the second of two updates: the old and the initial policy differ from the current one."""
     overrides = ["grpo.updates=2", "grpo.kl_weight=0.3" if with_kl else "grpo.kl_weight=0.0"]
     config, policy = settings(*GRPO, *overrides), make_policy(lora)
     method, initial = make_method(config, policy), double(policy)
@@ -111,7 +111,7 @@ def test_the_first_update_needs_no_old_policy() -> None:
     config, policy = settings(*ALL, "grpo.updates=1"), make_policy()
     method = make_method(config, policy)
     samples = method.assign_weights(make_samples())
-    assert method.precompute([samples]) == [Constants(None, None)]
+    assert method.precompute([samples]) == [FixedLogprobs(None, None)]
     found = run(method, samples)
     assert_same(found, truth(config, double(policy), samples))
     assert (found.stats["ratio"] == 1).all() and (found.stats["clipped"] == 0).all()
@@ -162,7 +162,7 @@ def surrogate_of(
     leaf = torch.tensor(logprob, dtype=torch.float64, requires_grad=True)
     past = torch.tensor(old, dtype=torch.float64)
     initial = None if reference is None else torch.tensor(reference, dtype=torch.float64)
-    given = Constants(past, initial)
+    given = FixedLogprobs(past, initial)
     loss, stats = surrogate(leaf, samples, given, GrpoConfig(**grpo), 4)
     loss.backward()
     return loss.item(), leaf.grad.tolist(), stats
@@ -186,7 +186,7 @@ def test_the_clip_on_both_sides() -> None:
 
 
 def test_the_importance_weight_is_capped_and_constant() -> None:
-    """Of the old policy against the sampler; the ratio's own drift is none of its business."""
+    """The weight compares the old policy with the sampler; the current policy does not enter."""
     sample = tokens(4, advantage=1.0, logprobs=[-1.0, -2.0, -3.0, -1.0])
     old = [-1.0, -1.0, -1.0, -3.0]  # weights 1, e, e^2 and e^-2
     logprob = [value + 0.1 for value in old]

@@ -1,4 +1,4 @@
-"""What must hold for every method alike: cuts, idle ranks, memory, rounding."""
+"""Checks that hold for every method: micro-batches, idle ranks, memory, rounding."""
 
 import copy
 import importlib
@@ -55,8 +55,8 @@ def test_one_micro_batch_or_many(name: str) -> None:
 
 
 @EVERY
-def test_prepare_leaves_no_trace(name: str) -> None:
-    """Weights and gradients are what they were, bit for bit."""
+def test_precompute_leaves_no_trace(name: str) -> None:
+    """Weights and gradients stay the same, bit for bit."""
     policy = make_policy(lora=False)
     method = make_method(settings(*CASES[name]), policy)
     change(policy, 3)
@@ -80,7 +80,7 @@ class OtherHasOne(DistributedContext):
 @LORA
 @EVERY
 def test_idle_micro_batch(name: str, lora: bool) -> None:
-    """What a rank without loss tokens runs beside the others: a backward, and no gradient."""
+    """A rank without loss tokens runs a backward pass too; it gives no gradient."""
     policy = make_policy(lora)
     method = make_method(settings(*CASES[name]), policy)
     change(policy, 3)
@@ -99,7 +99,7 @@ VOCAB, WORKSPACE = 8192, 2 << 20
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that a tensor made by any operator holds."""
+    """Records the size of the largest tensor that any operator makes."""
 
     elements = 0
 
@@ -113,7 +113,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.fixture
 def largest(monkeypatch) -> Iterator[Largest]:
-    """Sees inside the registered operators too, which dispatch modes do not enter."""
+    """Also inside the registered operators, which dispatch modes do not enter."""
     seen = Largest()
     for module in (blocked_torch, cpp_backend):
         for name in ("divergence", "logprob"):

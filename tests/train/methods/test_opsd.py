@@ -28,7 +28,7 @@ POLICIES = pytest.mark.parametrize(
     ids=["lora", "all weights", "all weights, head of its own"],
 )
 DECAY = 0.8
-# Of the weights at the start and after two updates, in the teacher.
+# The shares of the weights at the start and after each of two updates in the teacher's.
 SHARES = {
     "initial": (1.0, 0.0, 0.0),
     "ema": (DECAY**2, DECAY * (1 - DECAY), 1 - DECAY),
@@ -61,7 +61,7 @@ def test_teachers_after_two_updates(teacher: str, policy: dict) -> None:
     policy, samples = make_policy(**policy), make_samples()
     method = make_method(config, policy)
     history = [double(policy)]
-    method.precompute([samples])  # what it keeps of the first teacher must not be the later one's
+    method.precompute([samples])  # nothing cached of this teacher may serve for the later one
     for seed in (11, 12):
         change(policy, seed)
         method.after_step()
@@ -140,7 +140,7 @@ def test_verify_weight(name: str, weights: tuple[float, float]) -> None:
     assert counted(weighed) == (counted(samples) if wrong else correct)
     wanted = truth(config, double(policy), weighed)
     assert_same(run(method, weighed), wanted)
-    if wrong == 0:  # the loop leaves them out; nothing else may change
+    if wrong == 0:  # the trainer leaves these samples out; nothing else may change
         kept = [sample for sample in weighed if sample.weight > 0]
         assert_same(finish(method, [kept], method.precompute([kept]), counted(weighed)), wanted)
 

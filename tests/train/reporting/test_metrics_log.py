@@ -90,7 +90,7 @@ def test_a_new_run_replaces_the_old_one(tmp_path):
 
 
 class Recorder:
-    """A tracker that remembers."""
+    """A tracker that records its calls."""
 
     def __init__(self):
         self.calls = []

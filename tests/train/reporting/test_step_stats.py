@@ -1,4 +1,4 @@
-"""Statistics of a step against plain Python over the same numbers, whole and split over ranks."""
+"""Statistics of a step against plain Python over the same numbers, on one rank and on several."""
 
 import math
 import pickle
@@ -10,7 +10,7 @@ import torch
 from opsd_train.data.batches import Sample
 from opsd_train.data.problems import Problem
 from opsd_train.reporting.sample_table import largest, token_pieces
-from opsd_train.reporting.step_stats import MOST_POSITIONS, StepStats
+from opsd_train.reporting.step_stats import MAX_POSITIONS, StepStats
 from tests.helpers.tiny import make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -37,7 +37,7 @@ def stats_of(samples, **columns) -> StepStats:
 
 
 def halves() -> StepStats:
-    """The same, from two ranks, one of which sends its part through pickle; a third is idle."""
+    """The same from two ranks, one of them sent through pickle; a third rank is idle."""
     first = stats_of(SAMPLES[1:], divergence=DIVERGENCE[2:], student_logprob=LOGPROB[2:])
     second = stats_of(SAMPLES[:1], divergence=DIVERGENCE[:2], student_logprob=LOGPROB[:2])
     second.loss = 0.0
@@ -95,7 +95,7 @@ def test_sampler_kl_estimates_kl_from_sampler_to_trainer():
     ] == pytest.approx(truth, rel=0.05)
 
 
-def test_without_a_divergence_the_value_is_surprise():
+def test_without_a_divergence_the_value_is_nll():
     clipped = [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
     stats = stats_of(SAMPLES, logprob=LOGPROB, clipped=clipped, kl=[0.1] * 7)
     row = stats.row(TOKENIZER)
@@ -117,11 +117,11 @@ def test_a_step_without_statistics():
 
 
 def test_long_completions_share_entries():
-    long = sample("p", "x" * (2 * MOST_POSITIONS + 2))
+    long = sample("p", "x" * (2 * MAX_POSITIONS + 2))
     values = torch.arange(len(long.completion)).tolist()
     width, means = stats_of([long], divergence=values).by_position()
-    assert width == 4 and len(means) == MOST_POSITIONS // 2 + 1
-    assert means[0] == 1.5 and means[-1] == 2 * MOST_POSITIONS + 0.5  # the last one is cut off
+    assert width == 4 and len(means) == MAX_POSITIONS // 2 + 1
+    assert means[0] == 1.5 and means[-1] == 2 * MAX_POSITIONS + 0.5  # the last one is cut off
 
 
 @pytest.mark.parametrize("made", [whole, halves])
@@ -151,7 +151,7 @@ def test_verdicts_that_come_after_the_passes():
     stats = stats_of([SAMPLES[2]], divergence=[4.0])
     stats.add_unscored([SAMPLES[0]])
     verdicts = [(SAMPLES[2], False, "b"), (SAMPLES[1], True, "7"), (SAMPLES[0], True, "a")]
-    stats.judge([replace(s, correct=right, answer=answer) for s, right, answer in verdicts])
+    stats.set_verdicts([replace(s, correct=right, answer=answer) for s, right, answer in verdicts])
     rows = {row["completion"]: row for row in stats.sample_rows(TOKENIZER, 2)}
     assert {name: (r["correct"], r["extracted"]) for name, r in rows.items()} == {
         "ab": (True, "a"),
