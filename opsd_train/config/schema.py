@@ -151,8 +151,7 @@ class DataConfig:
     columns: ColumnsConfig = Field(default_factory=ColumnsConfig)
     """Names of the columns."""
     incomplete: Literal["error", "skip"] = "error"
-    """Rows with an empty cell (or NaN) or a chat with other turns: an error, or skipped, with a
-    count."""
+    """Rows with an empty cell or NaN, or another kind of chat: an error, or skipped and counted."""
     train_size: Positive | None
     """Distinct training problems, drawn at random (data.seed); null: all of them (file, hub)."""
     heldout_size: Count

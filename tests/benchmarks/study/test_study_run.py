@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from benchmarks.study.jobs import Ended
 
 from benchmarks.study import run as study_run
 from benchmarks.study.settings import Experiment, Shared
