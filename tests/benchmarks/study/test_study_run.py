@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from benchmarks.study import run as study_run
-from benchmarks.study.jobs import Ended, Job
 from benchmarks.study.settings import Experiment, Shared
+from benchmarks.study.subprocesses import Ended, Subprocess
 from opsd_train import cli
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from
@@ -94,8 +94,8 @@ def test_from_recipes_to_page_and_on(study: Path) -> None:
     assert results(study)["runs"]["sums-sft-s0"]["status"] == "finished"
 
 
-def in_this_process(jobs: Sequence[Job], count: int) -> Iterator[Ended]:
-    """As run_jobs, one after the other, without a process that imports everything for each."""
+def in_this_process(jobs: Sequence[Subprocess], count: int) -> Iterator[Ended]:
+    """As run_subprocesses, one after the other, without a process that imports all for each."""
     for job in jobs:
         yield Ended(job, cli.main(job.argv), 0.0)
 
@@ -103,7 +103,7 @@ def in_this_process(jobs: Sequence[Job], count: int) -> Iterator[Ended]:
 def test_a_failed_run_is_told_and_does_not_stop_the_others(
     study: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_run, "run_jobs", in_this_process)
+    monkeypatch.setattr(study_run, "run_subprocesses", in_this_process)
     (study / "runs" / "sums-sft-s0").mkdir(parents=True)
     (study / "runs" / "sums-sft-s0" / "config.yaml").mkdir()  # cannot be written
     assert study_run.study(quick=True, only=["methods"], jobs=1) == 1
