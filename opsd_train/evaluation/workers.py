@@ -1,6 +1,8 @@
 """Applies a function to many items in processes that may hang or die: only the item at fault fails.
 
 concurrent.futures cannot end one stuck process, and a process that dies breaks its whole pool.
+pebble 5.2 can, but from a fork server its processes run the main module again, and one that is
+killed while idle breaks the pool (BrokenProcessPool: "All workers expired").
 """
 
 from __future__ import annotations
