@@ -114,4 +114,4 @@ def pytest_configure(config: pytest.Config) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TRITON_INTERPRET", "1")
             importlib.import_module("opsd_kernels.backends.triton_backend")
-        importlib.import_module("tests.helpers.interpreter").patch_once()
+        importlib.import_module("tests.helpers.interpreter").prepare()

@@ -17,7 +17,7 @@ SCHEDULES = ("streaming", "blocked")
 
 def rank_main(rank: int, sizes: tuple[int, ...], folder: str) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("tests.helpers.interpreter").patch_once()
+    importlib.import_module("tests.helpers.interpreter").prepare()
     torch.set_num_threads(1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=len(sizes))
