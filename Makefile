@@ -33,7 +33,7 @@ FAST := not slow and not exhaustive and not gpu and not vllm
 # A worker that has finished takes tests of the other one.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "$(FAST)"
 
-.PHONY: train check lint types quick test test-slow test-sanitized bench compile-triton36 docs vllm test-vllm clean
+.PHONY: train check lint types quick test tests test-slow test-sanitized bench compile-triton36 docs vllm test-vllm clean
 
 train: $(READY)
 	$(BIN)/python -m opsd_train
@@ -51,7 +51,10 @@ types: $(READY)
 quick: $(READY)
 	$(PYTEST) $(QUICK)
 
-test: lint types
+test: lint
+	$(MAKE) --jobs=2 types tests
+
+tests: $(READY)
 	$(PYTEST) --durations=25
 
 test-slow: $(READY)

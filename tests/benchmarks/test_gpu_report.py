@@ -313,6 +313,7 @@ def test_the_suite_reports_each_test(tmp_path, tests_of_the_tree, monkeypatch) -
     assert "needs two devices" in rows["test_absent"]["absent"]
 
 
+@pytest.mark.slow
 def test_a_file_of_tests_that_does_not_import_is_a_failure(tmp_path, tests_of_the_tree) -> None:
     """And costs no other file's tests."""
     other = tests_of_the_tree.with_name("test_other.py")
@@ -326,6 +327,7 @@ def test_a_file_of_tests_that_does_not_import_is_a_failure(tmp_path, tests_of_th
     assert failed["id"].endswith("test_other.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("selection", "says"),
     [(["--no-such-option"], "could not collect"), (["no_such_folder"], "nothing to do")],

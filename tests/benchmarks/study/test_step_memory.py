@@ -106,6 +106,7 @@ def test_growth_is_the_peak_not_what_stays():
     assert idle / MIB == pytest.approx(0, abs=4)
 
 
+@pytest.mark.slow
 def test_plain_logits_take_what_is_counted(wide: list[str], tmp_path: Path):
     tokens = 768
     config = step_memory._config(tmp_path, wide, tokens)
