@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from opsd_train.checkpoint.export import load_weights
@@ -90,7 +91,8 @@ def load_source(
         model = PeftModel.from_pretrained(model, str(source.adapter))
     elif source.weights is not None and not source.is_model_folder:
         load_weights(model, source.weights)
-    return model.to(device).eval().requires_grad_(False)
+    cast(nn.Module, model).to(device)  # in place; transformers' own `to` is annotated without self
+    return model.eval().requires_grad_(False)
 
 
 def _of_run(folder: Path, model: ModelConfig, weights: Path) -> Source:
@@ -171,6 +173,6 @@ def _weights_for_vllm(source: Source, tokenizer: Any, scratch: Path) -> str:
     if source.is_model_folder:
         return str(source.weights.resolve())
     folder = scratch / "weights"
-    load_source(source, tokenizer, torch.device("cpu")).save_pretrained(folder)
+    load_source(source, tokenizer, torch.device("cpu")).save_pretrained(str(folder))
     tokenizer.save_pretrained(folder)
     return str(folder)
