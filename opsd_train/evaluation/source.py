@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -91,7 +91,7 @@ def load_source(
         model = PeftModel.from_pretrained(model, str(source.adapter))
     elif source.weights is not None and not source.is_model_folder:
         load_weights(model, source.weights)
-    nn.Module.to(model, device)  # the hints of transformers' own are those of a static method
+    cast(nn.Module, model).to(device)  # in place; transformers' own `to` is annotated without self
     return model.eval().requires_grad_(False)
 
 
