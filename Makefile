@@ -76,8 +76,8 @@ bench: $(READY)
 	test -f benchmarks/.cache/real_pair.pt || $(BIN)/python -m benchmarks.real_pair
 	$(BIN)/python -m pytest benchmarks --benchmark
 
-# The Triton of torch 2.10 and 2.11, beside the environment's own: `make test` compiles with it for sm_90,
-# this for every GPU, and its interpreter, which stops at numpy 2.4, gives the same values.
+# The Triton of torch 2.10 and 2.11, beside the environment's own: `make test-slow` compiles with it for
+# sm_90, this for every GPU, and its interpreter, which stops at numpy 2.4, gives the same values.
 compile-triton36: $(READY)
 	PYTHONPATH=$(abspath $(TRITON36)) $(BIN)/python -m benchmarks.compile \
 		--check --hot --file benchmarks/results/compile_triton36.json

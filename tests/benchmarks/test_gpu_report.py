@@ -300,6 +300,7 @@ def tests_of_the_tree(monkeypatch):
         yield file
 
 
+@pytest.mark.slow
 def test_the_suite_reports_each_test(tmp_path, tests_of_the_tree, monkeypatch) -> None:
     tests_of_the_tree.write_text(TESTS)
     job = GpuJob("second", str(tmp_path), True)

@@ -83,6 +83,7 @@ def test_the_table_names_who_is_missing(result: dict) -> None:
     assert f"{FULL_LOGITS}: gone" in text
 
 
+@pytest.mark.slow
 def test_a_worker_without_trl_says_how_to_get_it(
     tiny_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,7 +135,8 @@ def test_reads_the_head_once_a_block(wrt: tuple[str, ...], products: int) -> Non
     [
         {"ATEN_CPU_CAPABILITY": "default"},
         pytest.param({"ATEN_CPU_CAPABILITY": "avx2"}, marks=pytest.mark.exhaustive),
-        {"ONEDNN_MAX_CPU_ISA": "AVX2"},  # no bfloat16 products
+        # Without bfloat16 products.
+        pytest.param({"ONEDNN_MAX_CPU_ISA": "AVX2"}, marks=pytest.mark.exhaustive),
     ],
     ids=["plain", "avx2", "widened"],
 )

@@ -39,6 +39,7 @@ def test_the_same_for_other_gpus(target: str) -> None:
     check("--hot", "--target", target)
 
 
+@pytest.mark.slow
 def test_the_same_with_triton_36() -> None:
     if not (TRITON36 / "triton").exists():
         pytest.skip(f"no Triton 3.6 in {TRITON36}; the Makefile puts it there")

@@ -135,7 +135,9 @@ def live(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[LiveBy
     yield seen
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["distinct", "shared"])
+@pytest.mark.parametrize(
+    "shared", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["distinct", "shared"]
+)
 @pytest.mark.parametrize("schedule", ["blocked", "tiled", "streaming"])
 def test_what_labels_gather_is_in_the_plan(
     schedule: str, shared: bool, live: LiveBytes, triton_device: str, narrow: None

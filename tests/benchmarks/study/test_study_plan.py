@@ -47,7 +47,7 @@ def test_table_2_has_its_methods_tasks_and_seeds(quick: bool) -> None:
     assert {r.config.evaluation.problems for r in plan.runs.values()} == {48 if quick else 198}
 
 
-@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_same_settings_are_run_once(quick: bool) -> None:
     plan = planned(quick)
     prints = [fingerprint(run.config) for run in plan.runs.values()]
