@@ -65,6 +65,19 @@ def test_run_folder(tiny_folder: Path, tmp_path: Path, objective: str) -> None:
     assert yaml.safe_load((run / "config.yaml").read_text())["steps"] == 3
 
 
+@pytest.mark.parametrize("budget", [200, 10_000])
+def test_the_loss_is_the_mean_over_the_steps_tokens(
+    tiny_folder: Path, tmp_path: Path, budget: int
+) -> None:
+    """However the step is cut: the statistics of its tokens are averaged by other code."""
+    run = tmp_path / "run"
+    changes = ["loss.beta=0.5", f"micro_batch_tokens={budget}", "evaluation.problems=0"]
+    train(config(tiny_folder, run, *changes))
+    for row in rows(run):
+        assert row["loss_tokens"] > 8
+        assert row["loss"] == pytest.approx(row["divergence"], rel=1e-4)
+
+
 def test_training_moves_the_adapter_and_not_the_base(tiny_folder: Path, tmp_path: Path) -> None:
     run = make_trainer(tiny_folder, tmp_path / "run")
     model = run.policy.model
