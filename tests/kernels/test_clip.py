@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
 
+# Clips from one that catches nothing to one that catches nearly all; close pairs have tiny entries.
 @pytest.mark.parametrize("kind", ["random", "close"])
 @pytest.mark.parametrize("clip", [0.5, 0.05, 1e-3, 1e-6])
 @pytest.mark.parametrize("beta", BETAS)

@@ -20,6 +20,7 @@ from tests.helpers.compiled import (
 from tests.helpers.kernel_cases import STUDENT, run
 
 
+# Each set of gradients traces another operator.
 @pytest.mark.parametrize("wrt", [(), FROZEN, STUDENT], ids=["forward", "frozen", "trained"])
 @pytest.mark.parametrize("fn", FUNCTIONS)
 def test_compiled_equals_eager(fn: Callable, wrt: tuple[str, ...]) -> None:

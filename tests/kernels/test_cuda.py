@@ -81,6 +81,7 @@ def test_wide_vocabulary(name: str, trained: bool, dtype: torch.dtype) -> None:
     compare(name, make_pair(300, 96, 50257, masked=31, seed=1), trained, "none", dtype)
 
 
+# Sizes below one tile, just over one, and over several.
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 3, 5), (33, 7, 257), (130, 64, 1003)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_odd_shapes(name: str, shape: tuple[int, int, int]) -> None:
@@ -145,6 +146,7 @@ def test_autocast_equals_casting_by_hand(trained: bool) -> None:
 # ----------------------------------------------------------------------------- inputs that break it
 
 
+# Each end of beta has its own kernel; who bans decides which terms are infinite.
 @IN_TWO_DTYPES
 @pytest.mark.parametrize("banned", ["both", "student", "teacher"])
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 1.0])
@@ -177,6 +179,7 @@ def test_banned_vocabulary_in_one_distribution(name: str, dtype: torch.dtype) ->
     check(loss.fn, loss.truth, inputs, wrt, **rules, **options)
 
 
+# Offsets that overflow exp in either direction without the row's maximum.
 @IN_TWO_DTYPES
 @pytest.mark.parametrize("offset", [1e3, -1e3])
 @pytest.mark.parametrize("name", LOSSES)
@@ -241,6 +244,7 @@ def test_two_runs_give_the_same_bits(
     same_bits(first, run(loss.fn, inputs, wrt, **options))
 
 
+# One row for each promise of the plan, in a dtype stored as fp32 and one stored in 16 bits.
 @pytest.mark.parametrize(
     ("names", "reduction", "expected"),
     [((), "mean", 2), (STUDENT[:1], "none", 3), (STUDENT[:2], "mean", 4), (STUDENT[:2], "none", 6)],

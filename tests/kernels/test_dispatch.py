@@ -96,6 +96,7 @@ def test_weights_are_refused_by_name(capturing: None) -> None:
     refused("token_weight", lambda: fused_linear_jsd(**pair))
 
 
+# Each combination calls another operator.
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_without_labels_nothing_is_refused(

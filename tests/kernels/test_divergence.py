@@ -17,6 +17,7 @@ BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 DTYPES = [torch.float32, torch.float64]
 
 
+# Both ends of beta, near them and between; temperatures on either side of 1.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
 @pytest.mark.parametrize("beta", BETAS)
@@ -26,6 +27,7 @@ def test_beta_and_temperature(beta: float, temperature: float, dtype: torch.dtyp
     check(fused_linear_jsd, reference.linear_jsd, pair, STUDENT, dtype=dtype, **options)
 
 
+# A gradient asked for alone takes other branches than with the others; beta picks the formula.
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("wrt", ALONE_AND_TOGETHER, ids="+".join)
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
@@ -34,6 +36,7 @@ def test_gradients_alone_and_together(beta: float, wrt: tuple[str, ...], reducti
     check(fused_linear_jsd, reference.linear_jsd, pair, wrt, beta=beta, reduction=reduction)
 
 
+# One row, one column, less than a vector, primes, more than a block.
 @pytest.mark.parametrize("shape", [(1, 1, 2), (2, 3, 5), (5, 8, 1), (33, 7, 257), (130, 64, 1003)])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_odd_shapes(beta: float, shape: tuple[int, int, int]) -> None:
@@ -52,6 +55,7 @@ def test_odd_shapes(beta: float, shape: tuple[int, int, int]) -> None:
         )
 
 
+# Heads with a cap each, and one of them without.
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("caps", [(4.0, 6.0), (4.0, None), (None, 6.0)])
 def test_softcap(caps: tuple[float | None, float | None], beta: float) -> None:
@@ -87,6 +91,7 @@ def test_named_kls(fn: object, beta: float) -> None:
     check(fn, functools.partial(reference.linear_jsd, beta=beta), pair, STUDENT, **options)
 
 
+# Frozen and trained heads treat the upstream gradient in different places.
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("wrt", [STUDENT[:1], STUDENT])
 def test_rows_of_zero_upstream_get_zero_gradient(wrt: tuple[str, ...], beta: float) -> None:

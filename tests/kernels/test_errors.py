@@ -127,6 +127,7 @@ def test_beta(beta: float) -> None:
         FusedLinearJSD(jsd_beta=beta)(**pair())
 
 
+# Every tensor that can have a wrong dtype.
 @pytest.mark.parametrize("who", ["student", "teacher"])
 @pytest.mark.parametrize("part", ["input", "weight"])
 def test_dtypes_of_input_and_weight(who: str, part: str) -> None:
@@ -157,6 +158,7 @@ SINGLE_CASES = [
 ]
 
 
+# Both functions of one head check the same arguments.
 @pytest.mark.parametrize("fn", [fused_linear_logprob, fused_linear_cross_entropy])
 @pytest.mark.parametrize("case", SINGLE_CASES, ids=name_of)
 def test_one_distribution(case: tuple, fn: Callable) -> None:

@@ -32,6 +32,7 @@ def check_both_dtypes(
         check(fn, truth, case, wrt, dtype=dtype, **options)
 
 
+# Who bans decides which terms are infinite; a clip makes them finite again.
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("banned", ["both", "student", "teacher"])
@@ -70,6 +71,7 @@ def test_infinite_however_faint_the_other_probability(
         assert grad.isfinite().all() and grad.abs().max() < 1e3, name
 
 
+# A softcap bounds every logit, so a ban must come after it.
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize(("fn", "truth", "options"), LOGPROB_FAMILY)
 def test_banned_vocabulary_in_one_distribution(
@@ -89,6 +91,7 @@ def test_banned_label_has_log_probability_minus_infinity() -> None:
     assert logprob[1].isneginf() and logprob[[0, 2]].isfinite().all()
 
 
+# Offsets that overflow exp in either direction without the row's maximum.
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("offset", [1e3, -1e3])
 @pytest.mark.parametrize("beta", BETAS)
@@ -98,6 +101,7 @@ def test_offset_logits(beta: float, offset: float, clip: float | None) -> None:
     check_both_dtypes(fused_linear_jsd, reference.linear_jsd, pair, STUDENT, **options)
 
 
+# As above, for one head.
 @pytest.mark.parametrize("offset", [1e3, -1e3])
 @pytest.mark.parametrize(("fn", "truth", "options"), LOGPROB_FAMILY)
 def test_offset_logits_in_one_distribution(
@@ -119,6 +123,7 @@ def test_a_block_of_the_vocabulary_far_from_the_rest(beta: float, spike: float) 
         check_both_dtypes(fused_linear_jsd, reference.linear_jsd, pair, STUDENT, **options)
 
 
+# All the mass on one entry, or on all but one.
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("height", [30.0, -30.0])
 def test_one_hot_rows(height: float, beta: float) -> None:
@@ -132,6 +137,7 @@ def test_one_hot_rows(height: float, beta: float) -> None:
         check_both_dtypes(fn, truth, case, SINGLE, **extra)
 
 
+# Three ways to have no token, for each set of gradients that would divide by their number.
 @pytest.mark.parametrize("names", [(), ("student_input",), STUDENT])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("why", ["labels", "weights", "no rows"])

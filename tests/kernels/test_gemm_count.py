@@ -28,6 +28,7 @@ def test_the_counter_counts() -> None:
     assert gemms(lambda: (leaf @ w.T).sum().backward()) == 2
 
 
+# One row for each promise of the plan; 40 rows make several blocks, the last one short.
 @pytest.mark.parametrize("rows", [None, 40])
 @pytest.mark.parametrize(
     ("wrt", "reduction", "expected"),

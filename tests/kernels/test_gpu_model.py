@@ -108,6 +108,7 @@ def test_tiles_in_cache_cost_no_memory(monkeypatch: pytest.MonkeyPatch, every_ke
     assert found["statistics"] > 0 and "sums" not in found
 
 
+# Every schedule; two generations of GPUs, with and without TMA.
 @pytest.mark.parametrize("gpu", ["H100", "A100"])
 @pytest.mark.parametrize("schedule", ["blocked", "tiled", "streaming"])
 def test_nothing_is_faster_than_the_bare_products(schedule: str, gpu: str) -> None:

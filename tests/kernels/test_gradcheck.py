@@ -18,6 +18,7 @@ def leaves(seed: int) -> tuple[dict[str, Tensor], list[Tensor]]:
     return pair, [pair[f"student_{x}"].requires_grad_() for x in ("input", "weight", "bias")]
 
 
+# Each option bends the gradient in its own way; beta picks the formula.
 @pytest.mark.parametrize("reduction", ["none", "mean"])
 @pytest.mark.parametrize(
     "extra",

@@ -39,6 +39,7 @@ def compare(name: str, case: tuple, device: str = "cpu", **only_ours: object) ->
     check(loss.fn, loss.truth, inputs, wrt, **how, **options, **options_of(name, case))
 
 
+# Every loss folds the scale into its own softcap and temperature.
 @pytest.mark.usefixtures("cpu_backend")
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 @pytest.mark.parametrize("name", LOSSES)

@@ -22,6 +22,7 @@ def inputs(
     return single(make_pair(tokens, hidden, vocab, masked=tokens // 8, seed=seed))
 
 
+# The entropy adds a second gradient; fp64 takes another backend.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("wrt", WRT, ids="+".join)
 @pytest.mark.parametrize("return_entropy", [False, True])
@@ -50,6 +51,7 @@ def reference_lse(**arguments: object) -> tuple[torch.Tensor, ...]:
     return *values, torch.where(arguments["target"] != -100, z.logsumexp(-1), 0.0)
 
 
+# Outputs used alone and together: an unused one has no upstream gradient.
 @pytest.mark.parametrize("wrt", [SINGLE[:1], SINGLE], ids=["frozen", "trained"])
 @pytest.mark.parametrize("used", [(0, 1, 2), (2,), (0, 2), (0,)], ids=str)
 def test_lse_is_differentiable(used: tuple[int, ...], wrt: tuple[str, ...]) -> None:
@@ -96,6 +98,7 @@ def test_odd_shapes(shape: tuple[int, int, int]) -> None:
         check(fn, truth, case, SINGLE, dtype=dtype, **options)
 
 
+# Smoothing adds a term; gradients alone and together take other branches.
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("wrt", WRT, ids="+".join)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

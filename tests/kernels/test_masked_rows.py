@@ -138,6 +138,7 @@ def test_masked_tokens_reach_nothing(
     compare(name, seed, by_weight, trained, how, poison)
 
 
+# One loss for each way in which a kernel skips rows.
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("name", ["jsd", "reverse kl", "cross-entropy", "policy gradient"])
 def test_on_every_schedule(name: str, trained: bool, triton_device: str) -> None:

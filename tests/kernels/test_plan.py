@@ -21,6 +21,7 @@ def test_is_pure_frozen_and_hashable() -> None:
         first.gemms = 1
 
 
+# Budgets below and above what one block needs; token counts below, off and on block sizes.
 @pytest.mark.parametrize("loss", ["divergence", "logprob"])
 @pytest.mark.parametrize("tokens", [1, 255, 1024, 8192])
 @pytest.mark.parametrize("workspace_mib", [None, 4, 64, 1024])
@@ -212,6 +213,7 @@ def test_gathered_hidden_states_are_counted(schedule: str) -> None:
     assert large.rows_per_block < small.rows_per_block
 
 
+# From less than one slice of the vocabulary to more than all of it.
 @pytest.mark.parametrize("mib", [1, 16, 64, 512])
 @pytest.mark.parametrize("trained", [False, True])
 def test_streaming_fits_any_workspace(trained: bool, mib: int) -> None:
@@ -240,6 +242,7 @@ def test_products_of_streaming(options: dict[str, object], gemms: int) -> None:
     assert on_gpu(schedule="streaming", **options).gemms == gemms
 
 
+# Two reasons why a schedule cannot run.
 @pytest.mark.parametrize("schedule", ["tiled", "streaming"])
 @pytest.mark.parametrize("where", [{"device": "cpu"}, {"dtype": torch.float64}], ids=str)
 def test_some_schedules_need_a_gpu(where: dict[str, object], schedule: str) -> None:

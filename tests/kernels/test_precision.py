@@ -66,6 +66,7 @@ def test_tf32_only_where_allowed(index: int, allowed: bool, precisions: list[str
     assert precisions[index] == ("tf32" if allowed else "ieee")
 
 
+# The two messages that PyTorch gives; a trained head adds products.
 @pytest.mark.parametrize(
     ("refusal", "named"),
     [

@@ -26,6 +26,7 @@ def token_weight(dtype: torch.dtype = torch.float32) -> Tensor:
     return weight
 
 
+# Weights enter the mean's divisor, the sum and each value differently; beta picks the formula.
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_token_weight(beta: float, reduction: str) -> None:
@@ -75,6 +76,7 @@ def test_num_tokens_divides(divisor: float | Tensor) -> None:
     assert_close(policy_gradient_loss(*values, num_tokens=divisor), total / 100)
 
 
+# A trained head and a frozen one divide by num_tokens in different places.
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("name", REDUCED)
 def test_num_tokens_of_any_shape_in_every_loss(name: str, trained: bool) -> None:
@@ -129,6 +131,7 @@ def test_two_halves_sum_to_the_whole(fn: object) -> None:
         assert_close(joined, whole_grads[name], name=name)
 
 
+# Statistics come from another pass for each beta, and must not depend on the gradients asked for.
 @pytest.mark.parametrize("wrt", [(), STUDENT[:1], STUDENT])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("clip", [None, 0.05])

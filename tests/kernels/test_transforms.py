@@ -54,6 +54,7 @@ TRANSFORMS = {
 }
 
 
+# Every transform of torch.func on every loss.
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_refused(name: str, transform: str) -> None:

@@ -29,6 +29,7 @@ def test_accuracy(
     compare(name, pair, trained, reduction, dtype, triton_device, schedule=schedule)
 
 
+# Less than one tile, and one row and column over a tile.
 @SCHEDULES
 @pytest.mark.parametrize("shape", [(1, 1, 2), (17, 33, 129)])
 @pytest.mark.parametrize("name", KINDS)

@@ -160,6 +160,7 @@ def test_one_hot_rows(beta: float, triton_device: str) -> None:
 # ------------------------------------------------------------------------- the whole way of a call
 
 
+# A shared head forms its difference once; each beta and a trained head use it differently.
 @pytest.mark.parametrize("shared", [False, True], ids=["distinct", "shared"])
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])

@@ -15,6 +15,7 @@ from tests.helpers.kernel_cases import SINGLE, STUDENT, check, move
 from tests.helpers.triton_cases import KINDS, SCHEDULES, TRAINED, compare
 
 
+# The clip adds a statistic; each beta and a trained head compile other branches.
 @SCHEDULES
 @TRAINED
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

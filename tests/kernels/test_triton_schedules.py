@@ -37,6 +37,7 @@ def ours(name: str, schedule: str, trained: bool, pair: dict[str, Tensor]) -> tu
     return loss.fn, inputs, wrt, {**options, "schedule": schedule}
 
 
+# Every tile shape through pointers and descriptors; losses with one head and two, one pass and two.
 @pytest.mark.skipif(not INTERPRETED, reason="sizes of the interpreter")
 @pytest.mark.parametrize("use_tma", [False, True], ids=["pointers", "descriptors"])
 @pytest.mark.parametrize("tile", TILES, ids=str)

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("cpu_backend")
 BETAS = [0.0, 0.5, 1.0]
 
 
+# A shared head saves products and memory for each set of gradients in another way.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wrt", [(), STUDENT[:1], STUDENT], ids=["forward", "frozen", "trained"])
@@ -50,6 +51,7 @@ def test_shared_head_in_bfloat16() -> None:
         assert_close(ours, exact, theirs)
 
 
+# Columns beyond the shared vocabulary must get zero gradient, whichever gradient is asked for.
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("wrt", [STUDENT[:1], STUDENT[1:2], STUDENT], ids="+".join)
 @pytest.mark.parametrize("beta", BETAS)
