@@ -163,6 +163,7 @@ def labels_in_vocabulary(name: str, labels: Tensor, keep: Tensor | None, vocab_s
 
 
 def floating_dtype(name: str, value: Tensor) -> None:
+    """Raises TypeError unless the dtype is one that the losses compute in."""
     if value.dtype not in _DTYPES:
         raise TypeError(f"{name}: expected a floating-point dtype, got {value.dtype}")
 
@@ -192,10 +193,12 @@ def tensor(name: str, value: object) -> None:
 
 
 def positive(name: str, value: float) -> None:
+    """Raises ValueError unless the number is positive and finite."""
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
 
 
 def same_device(name: str, value: Tensor, like_name: str, device: torch.device) -> None:
+    """Raises ValueError unless the tensor is on the device of `like_name`."""
     if value.device != device:
         raise ValueError(f"{name}: expected on {device} as {like_name}, got {value.device}")

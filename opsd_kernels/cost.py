@@ -34,6 +34,7 @@ class Products:
 
     @property
     def total(self) -> int:
+        """All products, in units of 2 N D V operations."""
         return self.logits + self.dh + self.dw
 
 

@@ -62,10 +62,12 @@ class Work:
 
     @property
     def trained(self) -> bool:
+        """Whether the head has a gradient."""
         return self.grad_weight or self.grad_bias
 
     @property
     def differentiated(self) -> bool:
+        """Whether anything has a gradient."""
         return self.grad_hidden or self.trained
 
     @property
@@ -75,10 +77,12 @@ class Work:
 
     @property
     def takes_differences(self) -> bool:
+        """Whether the logits of both heads may be kept as 16-bit differences."""
         return self.heads == 2 and self.itemsizes == (2, 2) and not self.clipped
 
     @property
     def budget(self) -> int:
+        """Bytes that the workspace may take."""
         return self.default_bytes if self.workspace_bytes is None else self.workspace_bytes
 
     def products(self, schedule: str) -> Products:
@@ -102,6 +106,7 @@ class Work:
         return max([1, *even_blocks(self.shape[0], limit)])
 
     def too_small(self, needed: int) -> ValueError:
+        """The error for a budget below the `needed` bytes of one row."""
         return ValueError(
             f"workspace_bytes: {self.budget} is too small for a vocabulary of {self.shape[2]}; "
             f"one row needs {needed}"

@@ -89,6 +89,7 @@ class GradsNeeded:
 
     @property
     def any(self) -> bool:
+        """Whether any gradient is needed."""
         return self.hidden or self.weight or self.bias
 
 

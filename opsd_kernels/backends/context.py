@@ -80,6 +80,7 @@ class LossContext:
             self.grad_bias += dz[0].sum(0, dtype=self.dtype)
 
     def result(self, stats: Tensor) -> Result:
+        """What the operator returns: value and `stats` per token, and the gradients made so far."""
         for grad in (self.grad_hidden, self.grad_entropy):
             if self.group is not None and grad is not None:
                 dist.all_reduce(grad, group=self.group)  # each shard has its part of the sum

@@ -43,28 +43,34 @@ class Layout:
 
     @property
     def names(self) -> list[str]:
+        """Statistics of one head, in the order in which they are stored."""
         names = ["row_max", "sum_exp"] + ["sum_exp_logit"] * self.entropy
         names += ["sum_logit", "sum_weight"] * self.smoothed + ["label_logit"] * self.label
         return names + ["argmax"] * self.predicted
 
     @property
     def count(self) -> int:
+        """Rows of the statistics of all heads, with `cross` and `infinite` of a KL."""
         return self.heads * len(self.names) + 2 * (self.heads == 2 and self.kind != JSD)
 
     def head(self, merged: Tensor, index: int) -> dict[str, Tensor]:
+        """One head's statistics by name, each (rows,), from `merged` (count, rows)."""
         rows = merged[index * len(self.names) : (index + 1) * len(self.names)]
         return dict(zip(self.names, rows, strict=True))
 
 
 def lse_of(x: dict[str, Tensor]) -> Tensor:
+    """Log-sum-exp of each row, (rows,)."""
     return x["row_max"] + x["sum_exp"].log()
 
 
 def entropy_of(x: dict[str, Tensor]) -> Tensor:
+    """Entropy of each row in nats, (rows,)."""
     return x["sum_exp"].log() - x["sum_exp_logit"] / x["sum_exp"]
 
 
 def logprob_of(x: dict[str, Tensor]) -> Tensor:
+    """Log-probability of the label of each row, (rows,)."""
     return restore_infinity((x["label_logit"] - x["row_max"]) - x["sum_exp"].log())
 
 
@@ -99,6 +105,7 @@ class BlockedPass(LossContext, ABC, Generic[AnyTiles]):
         return values[block] if self.kept is None else values[self.kept[block]]
 
     def optional_part(self, values: Tensor | None, block: slice) -> Tensor | None:
+        """`part` of these values; None where there are none."""
         return None if values is None else self.part(values, block)
 
     def statistics(self, count: int) -> Tensor:

@@ -56,6 +56,7 @@ class Device:
 
 @functools.cache
 def device_of(index: int | None) -> Device:
+    """What the block sizes depend on: capability and multiprocessors; None: the interpreter."""
     if index is None:
         return Device(None, 1)
     found = torch.cuda.get_device_properties(index)

@@ -64,6 +64,7 @@ class FusedTiles:
         self.arguments = [a for s in sources for a in s.arguments(self.blocks, self.use_tma)]
 
     def options(self) -> dict[str, object]:
+        """Constants of the kernels for these blocks and tensors."""
         b = self.blocks
         fp32 = any(s.x.dtype == torch.float32 for s in self.sources)
         exact = fp32 and not tf32_allowed()

@@ -76,11 +76,13 @@ def lane_sum(b_x):
 
 @triton.jit
 def lane_max(b_x):
+    """Maximum of each lane over rows and elements."""
     return tl.max(tl.max(b_x, 2), 0)
 
 
 @triton.jit
 def lane_min(b_x):
+    """Minimum of each lane over rows and elements."""
     return tl.min(tl.min(b_x, 2), 0)
 
 

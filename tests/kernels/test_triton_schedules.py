@@ -1,7 +1,8 @@
 """How the Triton backend works: block sizes, bits, memory, products, compilations."""
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -116,14 +117,14 @@ def inside(monkeypatch) -> Iterator[Allocations]:
     from opsd_kernels.backends import triton_backend
 
     seen = Allocations()
+
+    def watched(whole: Callable, *args: object) -> object:
+        with seen:
+            return whole(*args)
+
     for name in ("divergence", "logprob"):
         whole = getattr(triton_backend, name)
-
-        def watched(*args: object, whole=whole) -> object:
-            with seen:
-                return whole(*args)
-
-        monkeypatch.setattr(triton_backend, name, watched)
+        monkeypatch.setattr(triton_backend, name, functools.partial(watched, whole))
     yield seen
 
 

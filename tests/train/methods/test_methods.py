@@ -1,8 +1,9 @@
 """Checks that hold for every method: micro-batches, idle ranks, memory, rounding."""
 
 import copy
+import functools
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -115,15 +116,14 @@ class Largest(TorchDispatchMode):
 def largest(monkeypatch) -> Iterator[Largest]:
     """Also inside the registered operators, which dispatch modes do not enter."""
     seen = Largest()
+
+    def watched(whole: Callable, *args: object) -> object:
+        with seen:
+            return whole(*args)
+
     for module in (blocked_torch, cpp_backend):
         for name in ("divergence", "logprob"):
-            whole = getattr(module, name)
-
-            def watched(*args: object, whole=whole) -> object:
-                with seen:
-                    return whole(*args)
-
-            monkeypatch.setattr(module, name, watched)
+            monkeypatch.setattr(module, name, functools.partial(watched, getattr(module, name)))
     monkeypatch.setattr(planning, "default_workspace", lambda device: WORKSPACE)
     monkeypatch.setattr(losses, "workspace_bytes", lambda device, trained: None)
     return seen

@@ -1,5 +1,6 @@
 """Policy: batches, packing, adapters switched off and on, weights swapped and restored."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -230,11 +231,15 @@ def test_gradient_checkpointing_changes_no_gradient(tiny_folder) -> None:
         policy.model.train()
         seen: list[bool] = []
         layer = policy.core.model.layers[0].mlp
-        layer.register_forward_pre_hook(lambda *_, seen=seen: seen.append(True))
+        layer.register_forward_pre_hook(functools.partial(_note, seen))
         found.append(run(make_method(config, policy), samples))
         calls.append(len(seen))
     assert calls == [2, 3]  # teacher, student and, for the gradient, the student again
     assert_same(found[1], found[0], rel=1e-6)
+
+
+def _note(seen: list[bool], *_: object) -> None:
+    seen.append(True)
 
 
 def test_generation_has_all_weights_in_the_compute_dtype_and_gives_them_back() -> None:
