@@ -19,7 +19,7 @@ pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[3]
 FAILING = """
 import os, sys
-from opsd_train.__main__ import run
+from opsd_train.cli import main
 from opsd_train.config.errors import UserError
 from opsd_train.trainer import Trainer
 
@@ -31,7 +31,7 @@ def failing(self, number):
     return step(self, number)
 
 Trainer.step = failing
-sys.exit(run())
+sys.exit(main())
 """
 
 
