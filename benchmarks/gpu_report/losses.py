@@ -26,9 +26,7 @@ def shards(job: GpuJob) -> list[list[str]]:
 
 def ids(job: GpuJob) -> list[str]:
     """The cases, in order."""
-    if (
-        job.small
-    ):  # one case of each loss, in the dtype that Triton's interpreter computes correctly
+    if job.small:  # one case of each loss, in a dtype that Triton's interpreter gets right
         cases = [case for case in check_cases() if case.dtype == "float32"][::3]
     else:
         cases = default_cases(job.device)

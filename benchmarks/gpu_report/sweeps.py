@@ -28,9 +28,8 @@ from benchmarks.losses.contenders import ways
 from benchmarks.losses.inputs import Inputs
 from opsd_kernels import Plan, fused_linear_jsd, plan
 
-plans = importlib.import_module(
-    "opsd_kernels.plan"
-)  # the package's attribute `plan` is the function
+# The module: the package's attribute of that name is the function.
+plans = importlib.import_module("opsd_kernels.plan")
 _MIB = 2**20
 OWN = "own"  # the launcher's choice
 # Columns of a row kernel's tile, warps.
@@ -215,9 +214,7 @@ def _call(x: Inputs, schedule: str, precision: str, workspace: int | None) -> No
         how = {"schedule": schedule, "precision": precision, "workspace_bytes": workspace}
         fused_linear_jsd(*heads, **how).backward()
     except Exception as error:
-        if (
-            type(error).__name__ == "OutOfResources"
-        ):  # Triton's error: the tile is too large for the GPU
+        if type(error).__name__ == "OutOfResources":  # Triton's: the tile is too large for the GPU
             raise Absent(str(error)) from None
         raise
 
