@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     job = GpuJob(options.command, str(options.out.resolve()), options.small, winners)
     for suffix in ("jsonl", "json", "log"):
         job.file(suffix).unlink(missing_ok=True)
-    stages, deadline = STAGES[job.command], started + SECONDS[job.command]
+    stages, deadline = options.stages or STAGES[job.command], started + SECONDS[job.command]
     with tempfile.TemporaryDirectory() as site:
         wheels = install_wheels(Path(site), job)
         where = environment()  # with the versions of what was just installed
@@ -96,8 +97,20 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--commit", help="the tree's commit, if it has no git history or an older one"
         )
+        command.add_argument(
+            "--stages", type=functools.partial(_chosen, name), help="only these, as in smoke,suite"
+        )
     command.add_argument("--winners", type=Path, required=True, help="winners.json of `first`")
     return parser.parse_args(arguments)
+
+
+def _chosen(command: str, names: str) -> tuple[Stage, ...]:
+    """The named stages in their order."""
+    found = tuple(stage for stage in STAGES[command] if stage.name in names.split(","))
+    if len(found) != len(names.split(",")):
+        known = ", ".join(stage.name for stage in STAGES[command])
+        raise argparse.ArgumentTypeError(f"expected some of {known}, got {names}")
+    return found
 
 
 def _refuse(why: str) -> int:
