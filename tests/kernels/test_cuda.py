@@ -261,9 +261,9 @@ COMPILED = [fn for fn in compiled.FUNCTIONS if fn is not compiled.jsd_options]
 @pytest.mark.parametrize("fn", COMPILED)
 def test_compiled_equals_eager(fn: Callable, trained: bool) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    traced = torch.compile(fn, fullgraph=True, backend="aot_eager")
     pair = move(compiled.case(), DEVICE)
-    compiled.equal_bits(fn, compiled, pair, STUDENT if trained else STUDENT[:1])
+    compiled.equal_bits(fn, traced, pair, STUDENT if trained else STUDENT[:1])
 
 
 @pytest.mark.slow
