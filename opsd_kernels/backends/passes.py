@@ -191,10 +191,14 @@ class ResidentTiles(Protocol):
         label: Tensor | None,
         offset: int,
         out: Tensor,
+        sums: Tensor,
         beta: float,
         scale: Tensor | None,
-    ) -> Tensor | None:
-        """Statistics into `out`, dz over the student's logits; returns a JSD's sums (2, rows)."""
+    ) -> None:
+        """dz over the student's logits; a JSD's value and sum of shares into `sums` (2, rows).
+
+        Statistics into `out` (K, rows) for a KL, and where the layout has entropies or labels.
+        """
 
 
 class HeadTiles(_StatisticsTiles, Protocol):

@@ -40,7 +40,7 @@ from opsd_kernels.backends.triton_rows import (
 EMPTY = 0x7FA5A5A5
 _EMPTY = tl.constexpr(EMPTY)
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-SLOTS = 5  # numbers that a part publishes
+SLOTS = 6  # numbers that a part publishes
 _SLOTS = tl.constexpr(SLOTS)
 
 
@@ -186,7 +186,10 @@ def _part_statistics(
     raw_s, raw_t, epilogue_s, epilogue_t, label, out, slots,
     BLOCK_V: tl.constexpr, MAX_PARTS: tl.constexpr, ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Store and publish the statistics of this part; returns whether its KL is infinite (1 or 0)."""
+    """Publish the statistics of this part, and store all of them in `out` unless it is None.
+
+    Returns whether the part's KL is infinite, 1 or 0.
+    """
     end, y = begin + BLOCK_V, begin
     if label is not None:
         y = (tl.load(label + i_n) - vocab_start).to(tl.int32)
@@ -215,13 +218,14 @@ def _part_statistics(
             b_cross = b_exp_s * (tl.clamp(b_gap, LOG_ZERO, -LOG_ZERO) - (max_s - max_t))
         cross = tl.sum(b_cross, 0)
         infinite = tl.where(tl.max(b_gap, 0) > -0.5 * LOG_ZERO, 1.0, 0.0)
-    stat_stride = rows.to(tl.int64) * splits
-    p_out = out + i_part.to(tl.int64) * rows + i_n
-    part_s, part_t = (max_s, sum_exp_s, sum_exp_logit_s), (max_t, sum_exp_t, sum_exp_logit_t)
-    p_out = store_head(p_out, stat_stride, part_s, label_logit_s, label, ENTROPY)
-    p_out = store_head(p_out, stat_stride, part_t, label_logit_t, label, ENTROPY)
-    if KIND != JSD:
-        store_statistics(p_out, stat_stride, (cross, infinite))
+    if out is not None:
+        stat_stride = rows.to(tl.int64) * splits
+        p_out = out + i_part.to(tl.int64) * rows + i_n
+        part_s, part_t = (max_s, sum_exp_s, sum_exp_logit_s), (max_t, sum_exp_t, sum_exp_logit_t)
+        p_out = store_head(p_out, stat_stride, part_s, label_logit_s, label, ENTROPY)
+        p_out = store_head(p_out, stat_stride, part_t, label_logit_t, label, ENTROPY)
+        if KIND != JSD:
+            store_statistics(p_out, stat_stride, (cross, infinite))
     # The others may overwrite these logits once they know: every thread must have read them.
     tl.debug_barrier()
     p_own = slots + i_part
@@ -242,12 +246,12 @@ def resident_divergence(
     raw_s, raw_t,  # (rows, padded) fp32 logits, rows `stride` apart
     epilogue_s, epilogue_t,
     label,  # (rows,) int64, or None
-    out,  # (statistics, splits, rows) fp32: each part's, as of `row_statistics_pair`
-    sums,  # (2, splits, rows) fp32: each part's, as of `row_divergence_sums`; None but for a JSD
+    out,  # (statistics, splits, rows) fp32: each part's, as of `row_statistics_pair`; or None
+    sums,  # (2, sums_stride) fp32: each row's value and sum of shares; None but for a JSD
     exchange,  # (rows, SLOTS, MAX_PARTS) int32, all EMPTY
     scale,  # (rows,) fp32: gradient of the loss by each value, or None for 1
     dz,  # (rows, padded), rows dz_stride apart: the memory of raw_s
-    rows, cols, padded, stride, dz_stride,
+    rows, cols, padded, stride, dz_stride, sums_stride,
     vocab_start,  # of this rank's shard
     beta, one_minus_beta,
     splits,  # parts of a row: programs of a team
@@ -291,8 +295,7 @@ def resident_divergence(
             b_entry, b_term = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
             value, part_share = _block_sum2(b_entry, b_term)
             _publish(p_own, part_share)
-            p_sums = sums + i_part.to(tl.int64) * rows + i_n
-            store_statistics(p_sums, rows.to(tl.int64) * splits, (value, part_share))
+            _publish(p_own + MAX_PARTS, value)
         elif KIND == REVERSE_KL:
             b_entry, _ = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
             b_term = b_d
@@ -316,6 +319,9 @@ def resident_divergence(
             total = _wait_for_sum(slots + 4 * MAX_PARTS, splits, MAX_PARTS)
             if KIND == JSD:
                 b_dz = one_minus_beta * (b_s * total - b_term)
+                if i_part == 0:
+                    value = _wait_for_sum(slots + 5 * MAX_PARTS, splits, MAX_PARTS)
+                    store_statistics(sums + i_n, sums_stride, (value, total))
             else:
                 # An infinite reverse KL has no gradient (inf - inf): 0 here, the value reports it.
                 factor = tl.where(total == float("inf"), 0.0, factor)

@@ -30,9 +30,11 @@ from opsd_kernels.backends.triton_merge import head_statistics, store_statistics
 
 # Numbers that change from call to call: compiling a kernel again for each would cost seconds.
 ROW_JIT_OPTIONS = {
-    "do_not_specialize": ["cols", "vocab_start", "rows", "merged_stride", "span", "splits"],
+    "do_not_specialize": [
+        "cols", "vocab_start", "rows", "merged_stride", "sums_stride", "span", "splits",
+    ],
     "do_not_specialize_on_alignment": [
-        "label", "scale", "out", "merged", "totals", "entropy", "center",
+        "label", "scale", "out", "sums", "merged", "totals", "entropy", "center",
     ],
 }  # fmt: skip
 

@@ -141,18 +141,20 @@ class StoredTiles:
         label: Tensor | None,
         offset: int,
         out: Tensor,
+        sums: Tensor,
         beta: float,
         scale: Tensor | None,
-    ) -> Tensor | None:
-        """Statistics into `out`, gradient over the student's logits, in one kernel.
+    ) -> None:
+        """Gradient over the student's logits, a JSD's value and sum of shares into `sums`.
 
-        Returns a JSD's value and sum of shares, (2, rows), and None for a KL.
+        Statistics into `out` if the value or the caller's statistics are made of them.
         """
         blocks = resident_blocks(self.padded, self.device)
         count = -(-self.padded // blocks.columns)
         max_parts = max(_MIN_MAX_PARTS, 1 << (count - 1).bit_length())
-        parts = self.logits.new_empty(layout.count, count, self.rows)
-        sums = self.logits.new_empty(2, count, self.rows) if layout.kind == JSD else None
+        is_jsd = layout.kind == JSD
+        stored = not is_jsd or layout.entropy or layout.label
+        parts = self.logits.new_empty(layout.count, count, self.rows) if stored else None
         shape = self.rows, triton_resident.SLOTS, max_parts
         exchange = torch.full(
             shape, triton_resident.EMPTY, dtype=torch.int32, device=self.logits.device
@@ -160,14 +162,14 @@ class StoredTiles:
         dz = self.dz(self.hidden.dtype)
         teams = min(self.rows, blocks.programs * self.device.processors // count)
         triton_resident.resident_divergence[(teams * count,)](
-            *self.sources, label if layout.label else None, parts, sums, exchange, scale, dz,
-            self.rows, self.cols, self.padded, self.logits.stride(1), dz.stride(0), offset, beta,
-            1.0 - beta, count, BLOCK_V=blocks.columns, MAX_PARTS=max_parts, ENTROPY=layout.entropy,
-            KIND=layout.kind, num_warps=blocks.warps, num_stages=1, enable_fp_fusion=True,
-            **blocks.options,
+            *self.sources, label if layout.label else None, parts, sums if is_jsd else None,
+            exchange, scale, dz, self.rows, self.cols, self.padded, self.logits.stride(1),
+            dz.stride(0), sums.stride(0), offset, beta, 1.0 - beta, count, BLOCK_V=blocks.columns,
+            MAX_PARTS=max_parts, ENTROPY=layout.entropy, KIND=layout.kind, num_warps=blocks.warps,
+            num_stages=1, enable_fp_fusion=True, **blocks.options,
         )  # fmt: skip
-        merge(parts, out, layout, None)
-        return None if sums is None else sums.sum(1)
+        if parts is not None:
+            merge(parts, out, layout, None)
 
     def logprob_gradient(
         self,

@@ -127,9 +127,7 @@ def _divergence_block(
     scale = run.optional_part(run.row_scale, block)
     if passes.resident:
         resident_tiles: ResidentTiles = run.tiles(heads, block, same_head(*heads), again)
-        found = resident_tiles.resident(layout, labels, run.offset, merged, p.beta, scale)
-        if found is not None:
-            sums[:, block] = found
+        resident_tiles.resident(layout, labels, run.offset, merged, sums[:, block], p.beta, scale)
         run.gradients(block, resident_tiles, _already_there)
         return
     tiles: PairTiles = run.tiles(heads, block, same_head(*heads), again)
