@@ -197,6 +197,19 @@ def test_a_stage_out_of_time_and_one_never_started_are_failures(
     assert "FAILED losses, jsd-frozen-float32-tiny-48-random" in capsys.readouterr().out
 
 
+@ON_CPU
+def test_only_the_stages_asked_for_run(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setitem(command.SECONDS, "first", 0.2)
+    call = ["first", "--out", str(tmp_path), "--small", "--stages"]
+    command.main([*call, "smoke"])
+    report = read(tmp_path / "first.json")
+    assert [stage["name"] for stage in report["stages"]] == ["smoke"]
+    assert {row["stage"] for row in report["rows"]} == {"smoke"}
+    with pytest.raises(SystemExit, match="2"):
+        command.main([*call, "smoke,step"])
+    assert "expected some of ceilings, smoke, suite" in capsys.readouterr().err
+
+
 def test_a_machine_taken_away_leaves_what_was_done_and_names_the_rest(tmp_path) -> None:
     """The report as it is between two stages."""
     job = GpuJob("first", str(tmp_path), True)
