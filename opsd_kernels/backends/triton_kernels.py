@@ -21,6 +21,7 @@ from opsd_kernels.backends.triton_math import (
     log_ratio,
     probability,
     rescale_sum,
+    sum_columns,
 )
 from opsd_kernels.backends.triton_merge import head_statistics, store_statistics
 from opsd_kernels.backends.triton_tiles import (
@@ -133,10 +134,11 @@ def statistics(
             b_u = b_z - row_max[:, None]
             b_exp = exp(b_u)
             if ENTROPY:
-                sum_exp_logit = rescale_sum(sum_exp_logit, shift, sum_exp) + tl.sum(b_exp * b_u, 1)
+                sum_exp_logit = rescale_sum(sum_exp_logit, shift, sum_exp)
+                sum_exp_logit += sum_columns(b_exp * b_u)
             if SMOOTHED:
                 b_weight = load_class_weights(class_weight, part_v + tl.arange(0, PART_V), cols)
-                sum_logit += shift * sum_weight + tl.sum(b_weight[None, :] * b_u, 1)
+                sum_logit += shift * sum_weight + sum_columns(b_weight[None, :] * b_u)
                 sum_weight += tl.sum(b_weight, 0)
             sum_exp = sum_exp * exp(shift) + tl.sum(b_exp, 1)
             if label is not None:
@@ -209,14 +211,14 @@ def statistics_pair(
             b_exp_s = exp(b_u_s)
             b_exp_t = exp(b_u_t)
             if KIND == FORWARD_KL:
-                cross += tl.sum(b_exp_t * (b_u_t - b_u_s), 1)
+                cross += sum_columns(b_exp_t * (b_u_t - b_u_s))
             elif KIND != JSD:
-                cross += tl.sum(b_exp_s * (b_u_s - b_u_t), 1)
+                cross += sum_columns(b_exp_s * (b_u_s - b_u_t))
             if ENTROPY:
                 sum_exp_logit_s = rescale_sum(sum_exp_logit_s, shift_s, sum_exp_s)
-                sum_exp_logit_s += tl.sum(b_exp_s * b_u_s, 1)
+                sum_exp_logit_s += sum_columns(b_exp_s * b_u_s)
                 sum_exp_logit_t = rescale_sum(sum_exp_logit_t, shift_t, sum_exp_t)
-                sum_exp_logit_t += tl.sum(b_exp_t * b_u_t, 1)
+                sum_exp_logit_t += sum_columns(b_exp_t * b_u_t)
             sum_exp_s = sum_exp_s * exp(shift_s) + tl.sum(b_exp_s, 1)
             sum_exp_t = sum_exp_t * exp(shift_t) + tl.sum(b_exp_t, 1)
     stats = head_statistics(
@@ -292,11 +294,11 @@ def divergence_sums(
             b_d = log_ratio(b_z_s, b_z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
             b_entry, b_share = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
             if clip is not None:
-                unclipped += tl.sum(b_entry, 1)
+                unclipped += sum_columns(b_entry)
                 b_share = tl.where(b_entry > clip, 0.0, b_share)
                 b_entry = tl.where(b_entry > clip, clip, b_entry)
-            value += tl.sum(b_entry, 1)
-            sum_share += tl.sum(b_share, 1)
+            value += sum_columns(b_entry)
+            sum_share += sum_columns(b_share)
     sums = (value, sum_share)
     if clip is not None:
         sums += (unclipped,)

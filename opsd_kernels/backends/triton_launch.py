@@ -202,9 +202,11 @@ def summed(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def _merge(parts: Tensor, out: Tensor, layout: Layout) -> None:
     rows = out.shape[1]
+    # Without fusion all threads that have a row's sum have the same bits: a product fused with the
+    # first addition across threads is rounded differently in each.
     triton_merge.merge[(triton.cdiv(rows, _MERGE_BLOCK_N),)](
         parts, out, rows, out.stride(0), parts.shape[1], parts.shape[2],
         BLOCK_N=_MERGE_BLOCK_N, BLOCK_SPANS=_MERGE_BLOCK_SPANS, HEADS=layout.heads,
         ENTROPY=layout.entropy, SMOOTHED=layout.smoothed, LABEL=layout.label,
-        PREDICTED=layout.predicted, KIND=layout.kind,
+        PREDICTED=layout.predicted, KIND=layout.kind, enable_fp_fusion=False,
     )  # fmt: skip

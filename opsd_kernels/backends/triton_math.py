@@ -61,6 +61,19 @@ def log2(x):
 
 
 @triton.jit
+def sum_columns(b_x):
+    """(BLOCK_N,) row sums of (BLOCK_N, columns): the same bits in all threads that have the row.
+
+    Where a thread has one column of a row (fused tiles of 64 rows), the compiler would fuse the
+    multiplication that made it with the first addition across threads: fma(a, b, c d) in one thread
+    and fma(c, d, a b) in the other differ in the last bit. add_rn is never fused.
+    """
+    if not _INTERPRETED and b_x.shape[0] < 128:
+        b_x = libdevice.add_rn(b_x, 0.0)
+    return tl.sum(b_x, 1)
+
+
+@triton.jit
 def stored_grad_scale(dz, inv_temp):
     """Factor from a gradient of z to what is stored at `dz`, the gradient of the raw logits.
 
