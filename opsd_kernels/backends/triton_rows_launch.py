@@ -119,8 +119,8 @@ class StoredTiles:
     ) -> PreparedLaunch:
         """Value of the JSD and sum of the centered shares s (log(m/s) - center) into `out`.
 
-        `out` is (2, rows). The shares overwrite the student's logits and s the teacher's, both multiplied by the
-        softcap's slope.
+        `out` is (2, rows). The shares overwrite the student's logits and s the teacher's, both
+        multiplied by the softcap's slope.
         """
         dz = [self.dz(self.hidden.dtype, head) for head in range(2)]
         return PreparedLaunch(
