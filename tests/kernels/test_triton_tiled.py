@@ -24,6 +24,7 @@ TILED = {"schedule": "tiled"}
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of 128 columns: several in a small vocabulary, and the last one narrower."""
     monkeypatch.setattr(layouts, "_SLICES", (128,))
+    monkeypatch.setattr(layouts, "_WAVES", ())
 
 
 @TRAINED
