@@ -19,9 +19,16 @@ _INSTRUCTION = 1 / (PROCESSORS * 4 * 32 * 1.755e9)
 FUSED = 0.6
 # Assumed: each of a slice's two kernels starts 2 us after the one before. Measured on an H100 in a
 # virtual machine: the host took 200 to 420 us to launch them, so no slice is faster than that.
-_STARTS, _HOST = 4e-6, 200e-6
+_STARTS, HOST = 4e-6, 200e-6
+# The same for launches prepared by an earlier block. Predicted, not measured.
+PREPARED = 110e-6
 _TILES = ((128, 256), (256, 128), (192, 192))  # of cuBLAS' products
 CACHE = 36 * 2**20  # bytes of L2 that a buffer may take
+# Measured on an H100: a slice's logits of both heads, 37.1 MiB where they fill a wave, were there.
+_FOUND = 38 * 2**20
+# Rate at which a slice's products read a head, relative to a copy, if they wait for it: measured on
+# an H100 for blocks of 192 rows.
+HEAD_RATE = 0.7
 
 
 @dataclass(frozen=True)
@@ -56,16 +63,20 @@ def seconds(
     efficiency: float = 1.0,
     slices: int = 1,
     stored_bytes: float = 0.0,
+    head_rate: float = 1.0,
+    host: float = HOST,
 ) -> float:
     """Predicted seconds of `blocks` equal blocks of rows.
 
     efficiency is the rate of a product of logits relative to the best; stored_bytes is what it
-    writes to memory per logit; slices is the number of vocabulary slices that a block visits.
+    writes to memory per logit; slices is the number of vocabulary slices that a block visits;
+    head_rate is the rate of reading the head relative to a copy; host is what the host takes for a
+    slice.
     """
     tokens, depth, vocab = shape
     rows = tokens / blocks
     flops = 2 * rows * depth * vocab / _FLOPS[itemsize]
-    head = vocab * depth * itemsize / _BANDWIDTH
+    head = vocab * depth * itemsize / (_BANDWIDTH * head_rate)
     logits = max(flops / efficiency, head + rows * vocab * stored_bytes / _BANDWIDTH)
     dh = max(flops, head)
     # Every block reads and writes the head's gradient in fp32; a quarter of that is hidden.
@@ -73,7 +84,7 @@ def seconds(
     over = sum(max(p.bytes / _BANDWIDTH, p.instructions * _INSTRUCTION) for p in passes)
     found = products.logits * logits + products.dh * dh + products.dw * dw
     found += over * rows * vocab + slices * _STARTS
-    return blocks * max(found, slices * _HOST)
+    return blocks * max(found, slices * host)
 
 
 def waves(rows: int, columns: int, processors: int) -> float:
@@ -88,4 +99,4 @@ def _filled(rows: int, columns: int, height: int, width: int, processors: int) -
 
 def in_cache(nbytes: int) -> bool:
     """Whether a buffer of that size is still in L2 when the next kernel reads it."""
-    return nbytes <= CACHE
+    return nbytes <= _FOUND

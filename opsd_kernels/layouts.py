@@ -14,6 +14,7 @@ from opsd_kernels.cost import Pass, Products
 
 MIB = 2**20
 ONE_BLOCK = "all rows fit in one block"
+WHOLE_WAVES = "rows and columns whose products fill whole waves of tiles"
 
 # Blocks have whole tiles of a product's rows: for wide heads cuBLAS on an H100 uses tiles of
 # 192x192, and a product of 1,024 rows ran 12 % below the rate of one of 768.
@@ -26,12 +27,16 @@ _STRIDE = 64
 # Every block adds to the fp32 accumulator of dW, which takes about 1 ms for a head of
 # 4,096 x 151,936 on an H100; blocks of 1,536 rows were no faster there.
 TRAINED_ROWS = 1152
-# Columns of a slice that `tiled` may have; the one with the least predicted time is taken.
+# Columns of a slice that `tiled` may have, beside those whose tiles fill so many whole waves; the
+# one with the least predicted time is taken.
 _SLICES = tuple(range(1024, 8193, 512))
+_WAVES = 1, 2
 # Columns of a tile of differences, which are relative to one reference.
 DIFFERENCE_TILE = 512
 # A row kernel makes one set of statistics for this many columns, of at most this many bytes.
-_STATISTICS_COLUMNS, _STATISTICS_BYTES = 2048, 2 * 10 * 4
+_STATISTICS_COLUMNS, _STATISTICS_BYTES = 2048, 10 * 4
+# Merged statistics, label and scales of a block's rows: `tiled` copies them.
+_TILED_ROW_BYTES = 128
 _DIFFERENCE_STATISTICS = 10 * 4  # bytes per tile
 _STREAMING_ROWS = 4096
 _STREAMING_COLUMNS, _LEAST_COLUMNS = 8192, 1024
@@ -226,10 +231,14 @@ def _fitted(
     efficiency: float = 1.0,
     slices: int = 1,
     stored_bytes: float = 0.0,
+    head_rate: float = 1.0,
+    host: float = cost.HOST,
+    reason: str | None = None,
 ) -> BlockLayout:
     """The layout with blocks of at most `limit` rows of `used` bytes, and its predicted time."""
     rows = x.rows(limit)
-    reason = f"as many rows as {size_in_words(x.budget if budget is None else budget)} holds"
+    held = size_in_words(x.budget if budget is None else budget)
+    reason = reason or f"as many rows as {held} holds"
     if x.shape[0] <= rows:
         reason = ONE_BLOCK
     products = x.products(schedule)
@@ -237,6 +246,7 @@ def _fitted(
     predicted = cost.seconds(
         x.shape, x.itemsizes[0], blocks, products,
         passes=passes, efficiency=efficiency, slices=slices, stored_bytes=stored_bytes,
+        head_rate=head_rate, host=host,
     )  # fmt: skip
     return BlockLayout(
         schedule, rows, rows, columns, rows * used, products, reason, precision, predicted
@@ -302,22 +312,40 @@ def _tiled(x: Work) -> Iterator[BlockLayout]:
     """fp32 logits of a slice of the vocabulary, multiplied again in every pass."""
     vocab = x.shape[2]
     dh = 2 if x.joined else x.gradients
-    for columns in _SLICES:
-        columns = min(columns, padded_columns(vocab))
-        spans = -(-vocab // min(columns, _STATISTICS_COLUMNS))
-        used = _bytes_of_a_row(x, columns, dh) + spans * _STATISTICS_BYTES
-        limit = _limit(x, used, x.budget)
-        if not limit:
+    for least, most, width in _slices(x):
+        columns = min(width, padded_columns(vocab))
+        slices = -(-vocab // columns)
+        spans = slices * -(-columns // _STATISTICS_COLUMNS)
+        used = _bytes_of_a_row(x, columns, dh) + spans * _STATISTICS_BYTES + _TILED_ROW_BYTES
+        room = _limit(x, used, x.budget)
+        limit = min(room, most)
+        if limit < least:
             continue
         moved = 0 if cost.in_cache(x.heads * 4 * limit * columns) else 4
         passes = _passes(x, moved, moved * x.heads, _STATISTICS)
         if x.joined:
             passes = [passes[0], Pass(moved * x.heads, _JOINED)]
+        visits, sums = len(passes) * slices, _dh_bytes(x, dh)
+        if not cost.in_cache(limit * sums):  # every slice reads and writes them
+            passes.append(Pass(2 * sums / columns, 0))
         yield _fitted(
             x, "tiled", limit, min(columns, vocab), used, passes=passes,
-            slices=len(passes) * -(-vocab // columns),
-            efficiency=cost.waves(x.heads * x.rows(limit), columns, x.processors),
+            slices=visits, head_rate=cost.HEAD_RATE, host=cost.PREPARED,
+            reason=WHOLE_WAVES if most < room else None,
+            # Of one head's product: whole waves of it are whole waves of both heads'.
+            efficiency=cost.waves(x.rows(limit), columns, x.processors),
         )  # fmt: skip
+
+
+def _slices(x: Work) -> Iterator[tuple[int, int, int]]:
+    """(least rows, most rows, columns) of the blocks of `tiled`."""
+    tokens = x.shape[0]
+    yield from ((1, max(1, tokens), columns) for columns in _SLICES)
+    for waves in _WAVES:
+        for tiles in range(1, waves * x.processors + 1):
+            columns = _ROW_TILE * (waves * x.processors // tiles)
+            if columns >= _SLICES[0] and tiles * _ROW_TILE <= tokens:
+                yield tiles * _ROW_TILE, tiles * _ROW_TILE, columns
 
 
 def _streaming(x: Work) -> Iterator[BlockLayout]:

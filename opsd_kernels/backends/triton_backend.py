@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from opsd_kernels.backends.triton_differences_launch import DifferenceTiles
 from opsd_kernels.backends.triton_launch import FusedTiles, Source
 from opsd_kernels.backends.triton_math import FP16_BOOST
 from opsd_kernels.backends.triton_rows_launch import StoredTiles
+from opsd_kernels.backends.triton_slices import LogitSlice, multiply
 from opsd_kernels.layouts import padded_columns
 from opsd_kernels.problem import DivergenceProblem, Head, Result
 
@@ -36,7 +36,7 @@ class _Pass(BlockedPass[_Tiles]):
 
     def __init__(self, *how: Any) -> None:
         super().__init__(*how)
-        self.parts: dict[tuple[int, int], list[Head]] = {}  # of the heads, by columns
+        self.slices: dict[tuple[int, int], LogitSlice] = {}  # by first column and rows
 
     def tiles(self, heads: list[Head], block: slice, shared: bool, again: bool) -> _Tiles:
         vocab, streaming = heads[0].weight.shape[0], self.plan.schedule == "streaming"
@@ -47,14 +47,18 @@ class _Pass(BlockedPass[_Tiles]):
                 for h, head in zip(hidden, heads, strict=True)
             ]
             return FusedTiles(sources, shared)
-        multiplied = functools.partial(self.logits, heads, hidden, shared)
-        width = self.plan.slice_columns
+        width, size = self.plan.slice_columns, len(hidden[0])
         slices = [slice(i, min(i + width, vocab)) for i in range(0, vocab, width)]
+        # One product reads a shared head once for both models.
+        operands = hidden
+        if shared:
+            operands = [self.buffer("hidden", 2 * size, hidden[0].shape[1], hidden[0].dtype)]
         if self.plan.schedule == "tiled":
-            return ColumnTiles(multiplied, slices, hidden[0])
+            parts = [self.cut(heads, size, shared, columns) for columns in slices]
+            return ColumnTiles(parts, operands, hidden[0], self.buffer)
+        multiplied = functools.partial(self.logits, heads, operands, hidden[0], shared)
         if self.plan.precision == "fp32":
             return multiplied(slices[0])
-        size = len(hidden[0])
         codes = self.buffer("differences", 2 * size, padded_columns(vocab), torch.float16)
         return DifferenceTiles(
             multiplied, slices, codes.unflatten(0, (2, size)), hidden[0], heads[0],
@@ -63,27 +67,24 @@ class _Pass(BlockedPass[_Tiles]):
     def logits(
         self,
         heads: list[Head],
-        hidden: list[Tensor],
+        operands: list[Tensor],
+        hidden: Tensor,
         shared: bool,
         columns: slice,
     ) -> StoredTiles:
         """Multiply a slice of the vocabulary's logits into the buffer that all slices share."""
-        size, count = len(hidden[0]), columns.stop - columns.start
-        # Kept: every block and pass visits the same slices, and cutting the heads takes host time.
-        key = columns.start, columns.stop
-        if key not in self.parts:
-            self.parts[key] = [_part(head, columns) for head in heads]
-        parts = self.parts[key]
-        width, padded = padded_columns(self.plan.slice_columns), padded_columns(count)
-        z = self.buffer("logits", len(heads) * size, width)[:, :padded]
-        if shared:  # one GEMM reads the head once for both models
-            both = self.buffer("hidden", 2 * size, hidden[0].shape[1], hidden[0].dtype)
-            multiply(z[:, :count], both, parts[0].weight.t())
-        else:
-            for out, h, head in zip(z.split(size), hidden, parts, strict=True):
-                multiply(out[:, :count], h, head.weight.t())
-        z[:, count:] = -torch.inf
-        return StoredTiles(z.unflatten(0, (len(heads), size)), parts, hidden[0])
+        part = self.cut(heads, len(hidden), shared, columns)
+        part.multiply(operands)
+        return StoredTiles(part.logits, part.heads, hidden)
+
+    def cut(self, heads: list[Head], size: int, shared: bool, columns: slice) -> LogitSlice:
+        """The slice of a block of `size` rows, made once."""
+        key = columns.start, size
+        if key not in self.slices:
+            width = padded_columns(self.plan.slice_columns)
+            buffer = self.buffer("logits", len(heads) * size, width)
+            self.slices[key] = LogitSlice(heads, columns, buffer, shared)
+        return self.slices[key]
 
     def operands(self, heads: list[Head], block: slice, stacked: bool = False) -> list[Tensor]:
         """Each head's hidden states of the block; with `stacked`, adjacent in one buffer."""
@@ -139,8 +140,8 @@ class _Pass(BlockedPass[_Tiles]):
         size, depth = tiles.hidden.shape[0], self.head.weight.shape[1]
         dh = self.buffer("dh 0", 2 * size, depth)
 
-        def add(columns: slice, stacked: Tensor) -> None:
-            multiply(dh, stacked, self.head.weight[columns], add=columns.start > 0)
+        def add(part: LogitSlice) -> None:
+            multiply(dh, part.stacked, part.heads[0].weight, add=part.columns.start > 0)
 
         sums = tiles.shares(layout, merged, center, p.beta, add)
         if self.group is not None:
@@ -205,26 +206,6 @@ class _Pass(BlockedPass[_Tiles]):
         else:
             dz = [self.buffer("logits", size, width).view(dtype)[:, :width]]
         return [*dz, self.buffer("dz 1", size, width, dtype)] if self.needed.entropy else dz
-
-
-def _part(head: Head, columns: slice) -> Head:
-    """The rows of a head's weight, bias and class weights in a slice of the vocabulary."""
-    vectors = head.bias, head.class_weight
-    bias, class_weight = (None if x is None else x[columns] for x in vectors)
-    return replace(head, weight=head.weight[columns], bias=bias, class_weight=class_weight)
-
-
-def multiply(out: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """out (+)= a @ b with fp32 sums, out fp32."""
-    how: dict[str, Any] = {}
-    if a.dtype == torch.float32 or not a.is_cuda:
-        a, b = a.float(), b.float()  # on the CPU under the interpreter
-    else:
-        how["out_dtype"] = torch.float32
-    if add:
-        torch.addmm(out, a, b, out=out, **how)
-    else:
-        torch.mm(a, b, out=out, **how)
 
 
 divergence = functools.partial(two_pass.divergence, _Pass)

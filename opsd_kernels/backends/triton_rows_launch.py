@@ -9,7 +9,7 @@ from torch import Tensor
 from opsd_kernels.backends import triton_resident, triton_row_gradients, triton_rows
 from opsd_kernels.backends.passes import JSD, Layout
 from opsd_kernels.backends.triton_config import device_of, resident_blocks, row_blocks, spans
-from opsd_kernels.backends.triton_launch import merge, summed
+from opsd_kernels.backends.triton_launch import PreparedLaunch, merge, summed
 from opsd_kernels.backends.triton_math import Epilogue
 from opsd_kernels.problem import Head
 
@@ -28,6 +28,9 @@ class StoredTiles:
         self.device = device_of(logits.device.index if logits.is_cuda else None)
         # From the row stride, so that the last, narrower slice runs the same kernel as the others.
         self.blocks = row_blocks(logits.stride(1), self.device)
+        # BLOCK_V columns each; a program walks `span` of them.
+        self.tiles = -(-self.padded // self.blocks.columns)
+        self.span, self.splits = spans(self.rows, self.padded, 1, self.blocks.columns, self.device)
         epilogues = [Epilogue(head.bias, head.softcap, 1.0 / head.temperature) for head in heads]
         self.sources = [*logits, *epilogues]
         self.flags = {
@@ -44,11 +47,6 @@ class StoredTiles:
         dtype = self.hidden.dtype
         return self.logits.flatten(0, 1).view(dtype)[:, : self.padded]
 
-    def _spans(self, count: int) -> tuple[int, int, tuple[int], Tensor]:
-        span, splits = spans(self.rows, self.padded, 1, self.blocks.columns, self.device)
-        parts = self.logits.new_empty(count, splits, self.rows)
-        return span, splits, (self.rows * splits,), parts
-
     def statistics(
         self,
         layout: Layout,
@@ -58,26 +56,29 @@ class StoredTiles:
         group: dist.ProcessGroup | None,
     ) -> None:
         """Fill `out` (K, rows), a view of any row stride, with the statistics of this block."""
-        merge(self.statistics_of_spans(layout, label, offset), out, layout, group)
+        parts = self._parts(layout.count)
+        self.statistics_launch(layout, label, offset, parts)()
+        merge(parts, out, layout, group)
 
-    def statistics_of_spans(self, layout: Layout, label: Tensor | None, offset: int) -> Tensor:
-        """(K, spans, rows), for `merge`."""
-        span, splits, grid, parts = self._spans(layout.count)
+    def statistics_launch(
+        self, layout: Layout, label: Tensor | None, offset: int, parts: Tensor, first: int = 0
+    ) -> PreparedLaunch:
+        """Statistics of these logits' spans into `parts` (K, spans, rows) from span `first` on."""
         arguments = (
-            label if layout.label else None, parts, self.rows, self.cols, self.padded,
-            self.logits.stride(1), offset, span, splits,
+            label if layout.label else None, parts[:, first:], self.rows, self.cols, self.padded,
+            self.logits.stride(1), offset, self.span, parts.shape[1],
         )  # fmt: skip
         flags = {**self.flags, "LANES": self.blocks.lanes, "ENTROPY": layout.entropy}
         if layout.heads == 2:
-            triton_rows.row_statistics_pair[grid](
-                *self.sources, *arguments, **flags, KIND=layout.kind
-            )
-        else:
-            triton_rows.row_statistics[grid](
-                *self.sources, self.class_weight, *arguments, **flags, SMOOTHED=layout.smoothed,
-                PREDICTED=layout.predicted,
+            return PreparedLaunch(
+                triton_rows.row_statistics_pair, self.rows * self.splits,
+                *self.sources, *arguments, **flags, KIND=layout.kind,
             )  # fmt: skip
-        return parts
+        return PreparedLaunch(
+            triton_rows.row_statistics, self.rows * self.splits,
+            *self.sources, self.class_weight, *arguments, **flags, SMOOTHED=layout.smoothed,
+            PREDICTED=layout.predicted,
+        )  # fmt: skip
 
     def sums(
         self,
@@ -88,35 +89,46 @@ class StoredTiles:
         group: dist.ProcessGroup | None,
     ) -> Tensor:
         """(2 or 3, rows): value, sum of shares and, with a clip, the value without it."""
-        return summed(self.sums_of_spans(layout, merged, beta, clip), group)
+        parts = self._parts(2 if clip is None else 3)
+        self.sums_launch(layout, merged, beta, clip, parts)()
+        return summed(parts, group)
 
-    def sums_of_spans(
-        self, layout: Layout, merged: Tensor, beta: float, clip: float | None
-    ) -> Tensor:
-        """(2 or 3, spans, rows)."""
-        span, splits, grid, parts = self._spans(2 if clip is None else 3)
-        triton_rows.row_divergence_sums[grid](
-            *self.sources, merged, parts, self.rows, self.cols, self.padded,
-            self.logits.stride(1), merged.stride(0), beta, 1.0 - beta, clip, span,
-            splits, **self.flags, LANES=self.blocks.lanes, HEAD_STATISTICS=len(layout.names),
-            KIND=layout.kind,
+    def sums_launch(
+        self,
+        layout: Layout,
+        merged: Tensor,
+        beta: float,
+        clip: float | None,
+        parts: Tensor,
+        first: int = 0,
+    ) -> PreparedLaunch:
+        """`sums` of these logits' spans into `parts` (2 or 3, spans, rows) from `first` on."""
+        return PreparedLaunch(
+            triton_rows.row_divergence_sums, self.rows * self.splits,
+            *self.sources, merged, parts[:, first:], self.rows, self.cols, self.padded,
+            self.logits.stride(1), merged.stride(0), beta, 1.0 - beta, clip, self.span,
+            parts.shape[1], **self.flags, LANES=self.blocks.lanes,
+            HEAD_STATISTICS=len(layout.names), KIND=layout.kind,
         )  # fmt: skip
-        return parts
 
-    def shares(self, layout: Layout, merged: Tensor, center: Tensor, beta: float) -> Tensor:
-        """(2, rows) value of the JSD and sum of the centered shares s (log(m/s) - center).
+    def _parts(self, count: int) -> Tensor:
+        return self.logits.new_empty(count, self.splits, self.rows)
 
-        The shares overwrite the student's logits and s the teacher's, both multiplied by the
-        softcap's slope.
+    def shares_launch(
+        self, layout: Layout, merged: Tensor, center: Tensor, beta: float, out: Tensor
+    ) -> PreparedLaunch:
+        """Value of the JSD and sum of the centered shares s (log(m/s) - center) into `out`.
+
+        `out` is (2, rows). The shares overwrite the student's logits and s the teacher's, both
+        multiplied by the softcap's slope.
         """
-        sums = self.logits.new_empty(2, self.rows)
-        outs = [self.dz(self.hidden.dtype, head) for head in range(2)]
-        triton_row_gradients.row_jsd_shares[(self.rows,)](
-            *self.sources, merged, center, sums, *outs, self.rows, self.cols, self.padded,
-            self.logits.stride(1), outs[0].stride(0), merged.stride(0), beta,
+        dz = [self.dz(self.hidden.dtype, head) for head in range(2)]
+        return PreparedLaunch(
+            triton_row_gradients.row_jsd_shares, self.rows,
+            *self.sources, merged, center, out, *dz, self.rows, self.cols, self.padded,
+            self.logits.stride(1), dz[0].stride(0), merged.stride(0), beta,
             1.0 - beta, **self.flags, LANES=self.blocks.lanes, HEAD_STATISTICS=len(layout.names),
         )  # fmt: skip
-        return sums
 
     def divergence_gradient(
         self,
@@ -129,7 +141,20 @@ class StoredTiles:
         columns: slice,
         out: Tensor,  # (rows, padded), `dz` of these logits
     ) -> None:
-        triton_row_gradients.row_divergence_gradient[(self.rows,)](
+        self.divergence_gradient_launch(layout, merged, totals, scale, beta, clip, out)()
+
+    def divergence_gradient_launch(
+        self,
+        layout: Layout,
+        merged: Tensor,
+        totals: Tensor,
+        scale: Tensor | None,
+        beta: float,
+        clip: float | None,
+        out: Tensor,
+    ) -> PreparedLaunch:
+        return PreparedLaunch(
+            triton_row_gradients.row_divergence_gradient, self.rows,
             *self.sources, merged, totals, scale, out, self.cols, self.padded,
             self.logits.stride(1), out.stride(0), merged.stride(0), beta, 1.0 - beta,
             clip, **self.flags, HEAD_STATISTICS=len(layout.names), KIND=layout.kind,
@@ -183,8 +208,22 @@ class StoredTiles:
         columns: slice,
         outs: list[Tensor],  # (rows, padded): `dz`, and another for the entropy's own gradient
     ) -> None:
+        self.logprob_gradient_launch(label, merged, entropy, scales, rates, uniform, offset, outs)()
+
+    def logprob_gradient_launch(
+        self,
+        label: Tensor,
+        merged: Tensor,
+        entropy: Tensor | None,
+        scales: tuple[Tensor | None, Tensor | None],
+        rates: Tensor | None,
+        uniform: float,
+        offset: int,
+        outs: list[Tensor],
+    ) -> PreparedLaunch:
         own = outs[1] if len(outs) == 2 else None
-        triton_row_gradients.row_logprob_gradient[(self.rows,)](
+        return PreparedLaunch(
+            triton_row_gradients.row_logprob_gradient, self.rows,
             *self.sources, self.class_weight, label, merged, rates, entropy, *scales, outs[0], own,
             self.rows, self.cols, self.padded, self.logits.stride(1), outs[0].stride(0),
             outs[0].stride(0) if own is None else own.stride(0), merged.stride(0), offset,

@@ -98,6 +98,7 @@ def test_of_triton(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(layouts, "_SLICES", (128,))  # several slices of a small vocabulary
+    monkeypatch.setattr(layouts, "_WAVES", ())
     case = inputs(vocab=150)
     how = {"label_smoothing": smoothing, "class_weight": CLASSES[:150].float(), "z_loss": 0.01}
     how["reduction"] = "mean" if wrt == SINGLE else "none"

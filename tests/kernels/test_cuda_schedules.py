@@ -8,6 +8,7 @@ import torch
 
 from opsd_kernels import plan, reference
 from opsd_kernels.fused_jsd import fused_linear_jsd
+from opsd_kernels.layouts import even_blocks
 from opsd_kernels.testing import assert_close, cast, make_pair
 from tests.helpers.kernel_cases import LOSSES, STUDENT, check, move, prepare, run, same_bits
 from tests.helpers.triton_cases import TRAINED, policy_gradient
@@ -65,6 +66,21 @@ def test_two_runs_give_the_same_bits(trained: bool, how: dict) -> None:
     wrt = STUDENT if trained else STUDENT[:1]
     first = run(fused_linear_jsd, pair, wrt, **how)
     same_bits(first, run(fused_linear_jsd, pair, wrt, **how))
+
+
+@pytest.mark.parametrize("masked", [0, 31])
+@pytest.mark.parametrize("name", ["jsd", "jsd 0", "cross-entropy"])
+def test_launches_of_tiled_repeated_by_later_blocks(name: str, masked: int) -> None:
+    """Several blocks of more than one size: right, and the same bits twice."""
+    pair = make_pair(1000, 256, 20011, masked=masked)
+    how = {"schedule": "tiled", "workspace_bytes": 16 * MIB}
+    promised = plan(1000, 256, 20011, device="cuda", dtype=torch.bfloat16, **how)
+    assert len(set(even_blocks(1000 - masked, promised.rows_per_block))) > 1
+    loss, inputs, wrt, options = prepare(name, pair, False, None)
+    check(loss.fn, loss.truth, inputs, wrt, only_ours=how, **LOW, **options)
+    there = move(cast(inputs, torch.bfloat16), DEVICE)
+    first = run(loss.fn, there, wrt, **how, **options)
+    same_bits(first, run(loss.fn, there, wrt, **how, **options))
 
 
 @pytest.mark.slow

@@ -158,3 +158,23 @@ def test_a_gradient_in_place_waits_for_the_rows_readers() -> None:
     assert kernels == {"row_divergence_gradient", "row_logprob_gradient", "row_jsd_shares"}
     for name, steps in found.items():
         assert steps[-1] != "ld.global" and "ld.global" in steps, (name, steps)
+
+
+@pytest.mark.parametrize("path", [None, TRITON36], ids=["own", "3.6"])
+def test_a_prepared_launch_repeats_the_first(path: Path | None) -> None:
+    """By the compiled kernel, with the arguments that Triton's own launcher gave it."""
+    if path is not None and not (path / "triton").exists():
+        pytest.skip(f"no Triton 3.6 in {path}; the Makefile puts it there")
+    done = python("-m", "tests.helpers.prepared_launches", path=path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    first, *again = found["launches"]
+    assert len(again) == 2 and found["by_triton"] == 1
+    assert [x["stream"] for x in found["launches"]] == [7, 7, 8]
+    for launch in again:
+        assert {**launch, "stream": 7} == first
+    # One block of 5 rows and 3 of 4: each size's 2 passes over 2 slices by Triton once.
+    assert found["sizes"] == [5, 4, 4, 4]
+    assert (
+        found["merges"] == 4 and found["all"] == 4 * 4 + 4 and found["all_by_triton"] == 2 * 4 + 4
+    )

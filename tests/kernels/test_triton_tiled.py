@@ -24,6 +24,7 @@ TILED = {"schedule": "tiled"}
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices of 128 columns: several in a small vocabulary, and the last one narrower."""
     monkeypatch.setattr(layouts, "_SLICES", (128,))
+    monkeypatch.setattr(layouts, "_WAVES", ())
 
 
 @TRAINED
@@ -34,6 +35,40 @@ def test_accuracy(
 ) -> None:
     pair = make_pair(11, 16, 301, masked=2, seed=1)
     compare(name, pair, trained, None, dtype, triton_device, **TILED, workspace_bytes=40_000)
+
+
+@TRAINED
+@pytest.mark.parametrize("masked", [0, 3])
+@pytest.mark.parametrize("name", KINDS)
+def test_blocks_of_two_sizes(
+    name: str,
+    masked: int,
+    trained: bool,
+    triton_device: str,
+    narrow: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Later blocks repeat an earlier one's launches, unless they have fewer rows.
+
+    301 columns are padded to 320, so one slice of three ends in columns of -inf.
+    """
+    from opsd_kernels.backends import triton_backend
+
+    made, whole = [], triton_backend.LogitSlice
+
+    def watched(heads: list, columns: slice, *rest: object) -> object:
+        part = whole(heads, columns, *rest)
+        made.append((columns.start, part.logits.shape[1]))
+        return part
+
+    monkeypatch.setattr(triton_backend, "LogitSlice", watched)
+    pair = make_pair(19 + masked, 16, 301, masked=masked, seed=5)
+    how = {**TILED, "workspace_bytes": 8_000}
+    compare(name, pair, trained, None, torch.float32, triton_device, **how)
+    ours = [x for x in made if x[0] == 0]
+    sizes = {rows for _, rows in ours}
+    assert len(sizes) == 2, sizes
+    assert set(made) == {(first, rows) for first in (0, 128, 256) for rows in sizes}
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["distinct", "shared"])
