@@ -100,14 +100,16 @@ def row_blocks(columns: int, device: Device) -> RowBlocks:
     return RowBlocks(block, block // 256, block // 8)
 
 
-def resident_blocks(columns: int, device: Device) -> ResidentBlocks:
+def resident_blocks(columns: int, device: Device, softcap: bool) -> ResidentBlocks:
     """The part of a row that a program holds in registers: 16 columns per thread, head and row."""
     if device.capability is None:  # programs run one after the other: none may wait
         return ResidentBlocks(_power_of_two(columns, 128), 1, 16, {})
     block = min(2048, _power_of_two(columns, 512))
-    # 512 threads with 128 registers fill a processor; all programs must run at once.
-    how: dict[str, object] = {"maxnreg": 128, "launch_cooperative_grid": True}
-    return ResidentBlocks(block, block // 512, 4 * 2048 // block, how)
+    # As many threads as a processor has registers for: all programs must run at once. The slopes of
+    # a softcap take more.
+    registers, programs = (168, 3) if softcap else (128, 4)
+    how: dict[str, object] = {"maxnreg": registers, "launch_cooperative_grid": True}
+    return ResidentBlocks(block, block // 512, programs * 2048 // block, how)
 
 
 def spans(

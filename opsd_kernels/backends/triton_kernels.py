@@ -291,7 +291,7 @@ def divergence_sums(
             b_z_t, _ = apply_bias_cap_temperature(b_part_t, part_v, cols, epilogue_t, PART_V)
             b_s = probability(b_z_s, row_max_s, log2_sum_s)
             b_t = probability(b_z_t, row_max_t, log2_sum_t)
-            b_d = log_ratio(b_z_s, b_z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
+            b_d = log_ratio(b_z_t - b_z_s, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
             b_entry, b_share = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
             if clip is not None:
                 unclipped += sum_columns(b_entry)

@@ -152,9 +152,9 @@ def rescale_sum(total, shift, sum_exp, other_shift=0.0):
 
 
 @triton.jit
-def log_ratio(z_s, z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t):
-    """d = log(t / s), from z_t - z_s: the logits of a close pair cancel before they are rounded."""
-    return ((z_t - z_s) - (row_max_t - row_max_s)) - (log2_sum_t - log2_sum_s) * LN_2
+def log_ratio(gap, row_max_s, log2_sum_s, row_max_t, log2_sum_t):
+    """d = log(t / s) from gap = z_t - z_s: the logits of a close pair cancel before rounding."""
+    return (gap - (row_max_t - row_max_s)) - (log2_sum_t - log2_sum_s) * LN_2
 
 
 @triton.jit

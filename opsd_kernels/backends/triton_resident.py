@@ -188,7 +188,7 @@ def _part_statistics(
 ):  # fmt: skip
     """Publish the statistics of this part, and store all of them in `out` unless it is None.
 
-    Returns whether the part's KL is infinite, 1 or 0.
+    Returns exp(z - max) and max of the part for both heads, and 1 if its KL is infinite, else 0.
     """
     end, y = begin + BLOCK_V, begin
     if label is not None:
@@ -233,7 +233,7 @@ def _part_statistics(
     _publish(p_own + MAX_PARTS, sum_exp_s)
     _publish(p_own + 2 * MAX_PARTS, max_t)
     _publish(p_own + 3 * MAX_PARTS, sum_exp_t)
-    return infinite
+    return b_exp_s, max_s, b_exp_t, max_t, infinite
 
 
 @triton.jit
@@ -265,14 +265,15 @@ def resident_divergence(
     b_z_s, slope, b_z_t = _load_pair(
         raw_s, raw_t, first, stride, o_v, cols, padded, epilogue_s, epilogue_t
     )
-    infinite = _part_statistics(
+    b_exp_s, max_s, b_exp_t, max_t, infinite = _part_statistics(
         b_z_s, b_z_t, first, i_part, rows, cols, splits, stride, begin, vocab_start,
         raw_s, raw_t, epilogue_s, epilogue_t, label, out, _row_slots(exchange, first, MAX_PARTS),
         BLOCK_V, MAX_PARTS, ENTROPY, KIND,
     )  # fmt: skip
+    b_gap = b_z_t - b_z_s
     for i_row in range(first, rows, teams):
         i_n = tl.cast(i_row, tl.int32)
-        # After the last row it is loaded once more, and what it gives is not used.
+        # After the last row it is loaded once more.
         i_next = tl.minimum(i_n + teams, rows - 1)
         o_later = tl.minimum(i_n + 2 * teams, rows - 1).to(tl.int64) * stride
         _prefetch(raw_s + o_later, begin, padded, BLOCK_V)
@@ -287,9 +288,9 @@ def resident_divergence(
         row_max_s, log2_sum_s, row_max_t, log2_sum_t = _wait_for_row_constants(
             slots, splits, MAX_PARTS
         )
-        b_s = probability(b_z_s, row_max_s, log2_sum_s)
-        b_t = probability(b_z_t, row_max_t, log2_sum_t)
-        b_d = log_ratio(b_z_s, b_z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
+        b_s = b_exp_s * probability(max_s, row_max_s, log2_sum_s)
+        b_t = b_exp_t * probability(max_t, row_max_t, log2_sum_t)
+        b_d = log_ratio(b_gap, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
         b_term = b_t  # the gradient is made of s and of this
         if KIND == JSD:
             b_entry, b_term = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
@@ -301,9 +302,11 @@ def resident_divergence(
             b_term = b_d
             _publish(p_own, tl.where(infinite > 0, float("inf"), tl.sum(b_entry, 0)))
 
-        next_infinite = infinite
+        # After the last row nothing is published, and these values are not used.
+        b_next_gap = b_next_t - b_next_s
+        b_exp_s, b_exp_t, next_infinite = b_next_s, b_next_t, infinite
         if i_n + teams < rows:
-            next_infinite = _part_statistics(
+            b_exp_s, max_s, b_exp_t, max_t, next_infinite = _part_statistics(
                 b_next_s, b_next_t, i_next, i_part, rows, cols, splits, stride, begin, vocab_start,
                 raw_s, raw_t, epilogue_s, epilogue_t, label, out,
                 _row_slots(exchange, i_next, MAX_PARTS), BLOCK_V, MAX_PARTS, ENTROPY, KIND,
@@ -329,4 +332,4 @@ def resident_divergence(
                 b_dz = divergence_grad(b_s, b_t, b_term, total, None, beta, one_minus_beta, KIND)
         b_dz = (b_dz * slope * factor).to(dz.dtype.element_ty)
         tl.store(dz + i_n.to(tl.int64) * dz_stride + o_v, b_dz, mask=o_v < padded)
-        b_z_s, slope, b_z_t, infinite = b_next_s, next_slope, b_next_t, next_infinite
+        b_gap, slope, infinite = b_next_gap, next_slope, next_infinite

@@ -68,7 +68,7 @@ def row_divergence_gradient(
         b_z_t, _ = row_logits(raw_t, o_v, cols, padded, epilogue_t)
         b_s = probability(b_z_s, row_max_s, log2_sum_s)
         b_t = probability(b_z_t, row_max_t, log2_sum_t)
-        b_d = log_ratio(b_z_s, b_z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
+        b_d = log_ratio(b_z_t - b_z_s, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
         b_dz = divergence_grad(b_s, b_t, b_d, sum_share, clip, beta, one_minus_beta, KIND)
         b_dz = b_dz * slope * factor
         tl.debug_barrier()
@@ -110,7 +110,7 @@ def row_jsd_shares(
         b_z_t, _ = row_logits(raw_t, o_v, cols, padded, epilogue_t)
         b_s = probability(b_z_s, row_max_s, log2_sum_s)
         b_t = probability(b_z_t, row_max_t, log2_sum_t)
-        b_d = log_ratio(b_z_s, b_z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
+        b_d = log_ratio(b_z_t - b_z_s, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
         b_d, b_q = jsd_terms(b_d, beta, one_minus_beta)
         b_share = b_s * (b_q - row_center)
         b_entry = beta * b_t * (b_d - b_q) - one_minus_beta * (b_s * b_q)

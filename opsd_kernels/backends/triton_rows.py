@@ -304,7 +304,7 @@ def row_divergence_sums(
         b_z_t, _ = row_logits(raw_t, o_v, cols, padded, epilogue_t)
         b_s = probability(b_z_s, row_max_s, log2_sum_s)
         b_t = probability(b_z_t, row_max_t, log2_sum_t)
-        b_d = log_ratio(b_z_s, b_z_t, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
+        b_d = log_ratio(b_z_t - b_z_s, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
         b_entry, b_share = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
         if clip is not None:
             unclipped += lane_sum(by_lane(b_entry, LANES))
