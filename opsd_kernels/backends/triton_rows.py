@@ -119,7 +119,7 @@ def row_statistics(
     rows, cols, padded, stride,
     vocab_start,  # of this rank's shard
     span,  # tiles of BLOCK_V columns per program
-    splits,  # programs per row
+    splits,  # programs per row, of all slices in `out`
     BLOCK_V: tl.constexpr, LANES: tl.constexpr,
     ENTROPY: tl.constexpr, SMOOTHED: tl.constexpr, PREDICTED: tl.constexpr,
 ):  # fmt: skip
