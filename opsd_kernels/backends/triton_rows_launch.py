@@ -14,7 +14,7 @@ from opsd_kernels.backends.triton_math import Epilogue
 from opsd_kernels.problem import Head
 
 # Least MAX_PARTS of the resident kernel: one compilation serves most vocabularies.
-_MIN_MAX_PARTS = 64
+_MIN_MAX_PARTS = 128
 
 
 class StoredTiles:
