@@ -14,7 +14,7 @@ from benchmarks.losses.inputs import MissingInputs
 from benchmarks.losses.memory import CudaMemory, NoMemory
 from benchmarks.losses.runner import measure
 
-_ROUNDS, _LATER_ROUNDS = 3, 1  # of several calls each
+_ROUNDS, _LATER_ROUNDS = 2, 1  # of several calls each
 _WIDE = 4  # the first cases, with all our schedules and _ROUNDS
 _PATIENCE = 0.15  # seconds; a slower peer is timed once
 
