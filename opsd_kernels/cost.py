@@ -17,11 +17,9 @@ PROCESSORS = 132
 _INSTRUCTION = 1 / (PROCESSORS * 4 * 32 * 1.755e9)
 # Efficiency of a product inside a Triton kernel: its tiles are smaller than cuBLAS'.
 FUSED = 0.6
-# Assumed: each of a slice's two kernels starts 2 us after the one before. Measured on an H100 in a
-# virtual machine: the host took 200 to 420 us to launch them, so no slice is faster than that.
-_STARTS, HOST = 4e-6, 200e-6
-# The same for launches prepared by an earlier block. Predicted, not measured.
-PREPARED = 110e-6
+# Assumed: each of a slice's two kernels starts 2 us after the one before, and no slice is faster
+# than the host, which took 200 us and more for one on an H100 in a virtual machine.
+_STARTS, _HOST = 4e-6, 200e-6
 _TILES = ((128, 256), (256, 128), (192, 192))  # of cuBLAS' products
 CACHE = 36 * 2**20  # bytes of L2 that a buffer may take
 # Measured on an H100: a slice's logits of both heads, 37.1 MiB where they fill a wave, were there.
@@ -64,14 +62,12 @@ def seconds(
     slices: int = 1,
     stored_bytes: float = 0.0,
     head_rate: float = 1.0,
-    host: float = HOST,
 ) -> float:
     """Predicted seconds of `blocks` equal blocks of rows.
 
     efficiency is the rate of a product of logits relative to the best; stored_bytes is what it
     writes to memory per logit; slices is the number of vocabulary slices that a block visits;
-    head_rate is the rate of reading the head relative to a copy; host is what the host takes for a
-    slice.
+    head_rate is the rate of reading the head relative to a copy.
     """
     tokens, depth, vocab = shape
     rows = tokens / blocks
@@ -84,7 +80,7 @@ def seconds(
     over = sum(max(p.bytes / _BANDWIDTH, p.instructions * _INSTRUCTION) for p in passes)
     found = products.logits * logits + products.dh * dh + products.dw * dw
     found += over * rows * vocab + slices * _STARTS
-    return blocks * max(found, slices * host)
+    return blocks * max(found, slices * _HOST)
 
 
 def waves(rows: int, columns: int, processors: int) -> float:

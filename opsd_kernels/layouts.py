@@ -232,7 +232,6 @@ def _fitted(
     slices: int = 1,
     stored_bytes: float = 0.0,
     head_rate: float = 1.0,
-    host: float = cost.HOST,
     reason: str | None = None,
 ) -> BlockLayout:
     """The layout with blocks of at most `limit` rows of `used` bytes, and its predicted time."""
@@ -246,7 +245,7 @@ def _fitted(
     predicted = cost.seconds(
         x.shape, x.itemsizes[0], blocks, products,
         passes=passes, efficiency=efficiency, slices=slices, stored_bytes=stored_bytes,
-        head_rate=head_rate, host=host,
+        head_rate=head_rate,
     )  # fmt: skip
     return BlockLayout(
         schedule, rows, rows, columns, rows * used, products, reason, precision, predicted
@@ -330,7 +329,7 @@ def _tiled(x: Work) -> Iterator[BlockLayout]:
             passes.append(Pass(2 * sums / columns, 0))
         yield _fitted(
             x, "tiled", limit, min(columns, vocab), used, passes=passes,
-            slices=visits, head_rate=cost.HEAD_RATE, host=cost.PREPARED,
+            slices=visits, head_rate=cost.HEAD_RATE,
             reason=WHOLE_WAVES if most < room else None,
             # Of one head's product: whole waves of it are whole waves of both heads'.
             efficiency=cost.waves(x.rows(limit), columns, x.processors),
