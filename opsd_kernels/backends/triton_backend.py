@@ -113,7 +113,7 @@ class _Pass(BlockedPass[_Tiles]):
         device = device_of(hidden.device.index if hidden.is_cuda else None)
         columns = padded_columns(self.head.weight.shape[0])
         # The programs of a row wait for each other, so all of them must run at once.
-        blocks = resident_blocks(columns, device, softcap=True)  # the fewest programs
+        blocks = resident_blocks(columns, device)
         return columns <= device.processors * blocks.programs * blocks.columns
 
     @property

@@ -100,16 +100,14 @@ def row_blocks(columns: int, device: Device) -> RowBlocks:
     return RowBlocks(block, block // 256, block // 8)
 
 
-def resident_blocks(columns: int, device: Device, softcap: bool) -> ResidentBlocks:
-    """The part of a row that a program holds in registers: 16 columns per thread, head and row."""
+def resident_blocks(columns: int, device: Device) -> ResidentBlocks:
+    """The part of a row that a program holds in registers: 32 columns of each head per thread."""
     if device.capability is None:  # programs run one after the other: none may wait
         return ResidentBlocks(_power_of_two(columns, 128), 1, 16, {})
-    block = min(2048, _power_of_two(columns, 512))
-    # As many threads as a processor has registers for: all programs must run at once. The slopes of
-    # a softcap take more.
-    registers, programs = (168, 3) if softcap else (128, 4)
-    how: dict[str, object] = {"maxnreg": registers, "launch_cooperative_grid": True}
-    return ResidentBlocks(block, block // 512, programs * 2048 // block, how)
+    block = min(4096, _power_of_two(columns, 1024))
+    # 384 threads with 168 registers fill a processor; all programs must run at once.
+    how: dict[str, object] = {"maxnreg": 168, "launch_cooperative_grid": True}
+    return ResidentBlocks(block, block // 1024, 3 * 4096 // block, how)
 
 
 def spans(

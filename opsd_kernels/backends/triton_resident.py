@@ -4,10 +4,7 @@ The programs of a row each hold one part of it in registers. They exchange the p
 then the parts' sums, through an exchange buffer in global memory, and write the gradient over the
 logits. A part's statistics are published after its logits are read, so the others may overwrite
 them. A team of programs takes one row after another; all programs run at once (a cooperative
-launch).
-
-A program works on two rows at a time, so that it has something to do while its numbers reach the
-others: it makes the statistics of the next row between a row's sums and its gradient.
+launch), and each prefetches its part of the team's next row.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ from opsd_kernels.backends.triton_math import (
     FORWARD_KL,
     JSD,
     LOG_ZERO,
-    REVERSE_KL,
     divergence_grad,
     divergence_terms,
     exp,
@@ -171,76 +167,6 @@ def _wait_for_sum(slots, parts, MAX_PARTS: tl.constexpr):
 # --------------------------------------------------------------------------------------- the kernel
 
 
-@triton.jit
-def _load_pair(raw_s, raw_t, i_n, stride, o_v, cols, padded, epilogue_s, epilogue_t):
-    """(z_s, its slope, z_t) of this part of a row."""
-    o_row = i_n.to(tl.int64) * stride
-    b_z_s, slope = row_logits(raw_s + o_row, o_v, cols, padded, epilogue_s)
-    b_z_t, _ = row_logits(raw_t + o_row, o_v, cols, padded, epilogue_t)
-    return b_z_s, slope, b_z_t
-
-
-@triton.jit
-def _part_statistics(
-    b_z_s, b_z_t, i_n, i_part, rows, cols, splits, stride, begin, vocab_start,
-    raw_s, raw_t, epilogue_s, epilogue_t, label, out, slots,
-    BLOCK_V: tl.constexpr, MAX_PARTS: tl.constexpr, ENTROPY: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """Publish the statistics of this part, and store all of them in `out` unless it is None.
-
-    Returns exp(z - max) and max of the part for both heads, and 1 if its KL is infinite, else 0.
-    """
-    end, y = begin + BLOCK_V, begin
-    if label is not None:
-        y = (tl.load(label + i_n) - vocab_start).to(tl.int32)
-    o_row = i_n.to(tl.int64) * stride
-    label_logit_s = load_label_logit(raw_s + o_row, y, begin, end, cols, epilogue_s)
-    label_logit_t = load_label_logit(raw_t + o_row, y, begin, end, cols, epilogue_t)
-    max_s, max_t = _block_max2(b_z_s, b_z_t)
-    max_s, max_t = tl.maximum(max_s, LOG_ZERO), tl.maximum(max_t, LOG_ZERO)
-    b_u_s, b_u_t = b_z_s - max_s, b_z_t - max_t
-    b_exp_s, b_exp_t = exp(b_u_s), exp(b_u_t)
-    sum_exp_logit_s, sum_exp_logit_t = 0.0, 0.0
-    if ENTROPY:
-        sum_exp_s, sum_exp_t, sum_exp_logit_s, sum_exp_logit_t = _block_sum4(
-            b_exp_s, b_exp_t,
-            b_exp_s * tl.maximum(b_u_s, LOG_ZERO), b_exp_t * tl.maximum(b_u_t, LOG_ZERO),
-        )  # fmt: skip
-    else:
-        sum_exp_s, sum_exp_t = _block_sum2(b_exp_s, b_exp_t)
-    infinite, cross = 0.0, 0.0
-    if KIND != JSD:
-        if KIND == FORWARD_KL:
-            b_gap = b_z_t - b_z_s
-            b_cross = b_exp_t * (tl.clamp(b_gap, LOG_ZERO, -LOG_ZERO) - (max_t - max_s))
-        else:
-            b_gap = b_z_s - b_z_t
-            b_cross = b_exp_s * (tl.clamp(b_gap, LOG_ZERO, -LOG_ZERO) - (max_s - max_t))
-        cross = tl.sum(b_cross, 0)
-        infinite = tl.where(tl.max(b_gap, 0) > -0.5 * LOG_ZERO, 1.0, 0.0)
-    if out is not None:
-        stat_stride = rows.to(tl.int64) * splits
-        p_out = out + i_part.to(tl.int64) * rows + i_n
-        part_s, part_t = (max_s, sum_exp_s, sum_exp_logit_s), (max_t, sum_exp_t, sum_exp_logit_t)
-        p_out = store_head(p_out, stat_stride, part_s, label_logit_s, label, ENTROPY)
-        p_out = store_head(p_out, stat_stride, part_t, label_logit_t, label, ENTROPY)
-        if KIND != JSD:
-            store_statistics(p_out, stat_stride, (cross, infinite))
-    # The others may overwrite these logits once they know: every thread must have read them.
-    tl.debug_barrier()
-    p_own = slots + i_part
-    _publish(p_own, max_s)
-    _publish(p_own + MAX_PARTS, sum_exp_s)
-    _publish(p_own + 2 * MAX_PARTS, max_t)
-    _publish(p_own + 3 * MAX_PARTS, sum_exp_t)
-    return b_exp_s, max_s, b_exp_t, max_t, infinite
-
-
-@triton.jit
-def _row_slots(exchange, i_n, MAX_PARTS: tl.constexpr):
-    return exchange + i_n.to(tl.int64) * (_SLOTS * MAX_PARTS)
-
-
 @triton.jit(**ROW_JIT_OPTIONS)
 def resident_divergence(
     raw_s, raw_t,  # (rows, padded) fp32 logits, rows `stride` apart
@@ -258,78 +184,95 @@ def resident_divergence(
     BLOCK_V: tl.constexpr, MAX_PARTS: tl.constexpr, ENTROPY: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """d value / d raw logits of the student, times the row's scale, over raw_s."""
+    stat_stride = rows.to(tl.int64) * splits
     i_part, teams = tl.program_id(0) % splits, tl.num_programs(0) // splits
-    first = tl.program_id(0) // splits
     begin = i_part * BLOCK_V
-    o_v = begin + tl.arange(0, BLOCK_V)
-    b_z_s, slope, b_z_t = _load_pair(
-        raw_s, raw_t, first, stride, o_v, cols, padded, epilogue_s, epilogue_t
-    )
-    b_exp_s, max_s, b_exp_t, max_t, infinite = _part_statistics(
-        b_z_s, b_z_t, first, i_part, rows, cols, splits, stride, begin, vocab_start,
-        raw_s, raw_t, epilogue_s, epilogue_t, label, out, _row_slots(exchange, first, MAX_PARTS),
-        BLOCK_V, MAX_PARTS, ENTROPY, KIND,
-    )  # fmt: skip
-    b_gap = b_z_t - b_z_s
-    for i_row in range(first, rows, teams):
+    for i_row in range(tl.program_id(0) // splits, rows, teams):
         i_n = tl.cast(i_row, tl.int32)
-        # After the last row it is loaded once more.
-        i_next = tl.minimum(i_n + teams, rows - 1)
-        o_later = tl.minimum(i_n + 2 * teams, rows - 1).to(tl.int64) * stride
-        _prefetch(raw_s + o_later, begin, padded, BLOCK_V)
-        _prefetch(raw_t + o_later, begin, padded, BLOCK_V)
-        b_next_s, next_slope, b_next_t = _load_pair(
-            raw_s, raw_t, i_next, stride, o_v, cols, padded, epilogue_s, epilogue_t
-        )
+        o_row = i_n.to(tl.int64) * stride
+        o_next = tl.minimum(i_n + teams, rows - 1).to(tl.int64) * stride
+        _prefetch(raw_s + o_next, begin, padded, BLOCK_V)
+        _prefetch(raw_t + o_next, begin, padded, BLOCK_V)
+        o_v = begin + tl.arange(0, BLOCK_V)
+        b_z_s, slope = row_logits(raw_s + o_row, o_v, cols, padded, epilogue_s)
+        b_z_t, _ = row_logits(raw_t + o_row, o_v, cols, padded, epilogue_t)
+        end, y = begin + BLOCK_V, begin
+        if label is not None:
+            y = (tl.load(label + i_n) - vocab_start).to(tl.int32)
+        label_logit_s = load_label_logit(raw_s + o_row, y, begin, end, cols, epilogue_s)
+        label_logit_t = load_label_logit(raw_t + o_row, y, begin, end, cols, epilogue_t)
 
-        # Sums of this part of row i_n.
-        slots = _row_slots(exchange, i_n, MAX_PARTS)
-        p_own = slots + 4 * MAX_PARTS + i_part
+        # Statistics of this part.
+        max_s, max_t = _block_max2(b_z_s, b_z_t)
+        max_s, max_t = tl.maximum(max_s, LOG_ZERO), tl.maximum(max_t, LOG_ZERO)
+        b_u_s, b_u_t = b_z_s - max_s, b_z_t - max_t
+        b_exp_s, b_exp_t = exp(b_u_s), exp(b_u_t)
+        sum_exp_logit_s, sum_exp_logit_t = 0.0, 0.0
+        if ENTROPY:
+            sum_exp_s, sum_exp_t, sum_exp_logit_s, sum_exp_logit_t = _block_sum4(
+                b_exp_s, b_exp_t,
+                b_exp_s * tl.maximum(b_u_s, LOG_ZERO), b_exp_t * tl.maximum(b_u_t, LOG_ZERO),
+            )  # fmt: skip
+        else:
+            sum_exp_s, sum_exp_t = _block_sum2(b_exp_s, b_exp_t)
+        infinite, cross = 0.0, 0.0
+        if KIND != JSD:
+            if KIND == FORWARD_KL:
+                b_gap = b_z_t - b_z_s
+                b_cross = b_exp_t * (tl.clamp(b_gap, LOG_ZERO, -LOG_ZERO) - (max_t - max_s))
+            else:
+                b_gap = b_z_s - b_z_t
+                b_cross = b_exp_s * (tl.clamp(b_gap, LOG_ZERO, -LOG_ZERO) - (max_s - max_t))
+            cross = tl.sum(b_cross, 0)
+            infinite = tl.where(tl.max(b_gap, 0) > -0.5 * LOG_ZERO, 1.0, 0.0)
+        if out is not None:
+            p_out = out + i_part.to(tl.int64) * rows + i_n
+            part_s = max_s, sum_exp_s, sum_exp_logit_s
+            part_t = max_t, sum_exp_t, sum_exp_logit_t
+            p_out = store_head(p_out, stat_stride, part_s, label_logit_s, label, ENTROPY)
+            p_out = store_head(p_out, stat_stride, part_t, label_logit_t, label, ENTROPY)
+            if KIND != JSD:
+                store_statistics(p_out, stat_stride, (cross, infinite))
+
+        # Statistics of the row. Once this part's are published the others may overwrite its logits:
+        # the barrier makes sure that every thread has read them.
+        tl.debug_barrier()
+        slots = exchange + i_n.to(tl.int64) * (_SLOTS * MAX_PARTS)
+        p_own = slots + i_part
+        _publish(p_own, max_s)
+        _publish(p_own + MAX_PARTS, sum_exp_s)
+        _publish(p_own + 2 * MAX_PARTS, max_t)
+        _publish(p_own + 3 * MAX_PARTS, sum_exp_t)
         row_max_s, log2_sum_s, row_max_t, log2_sum_t = _wait_for_row_constants(
             slots, splits, MAX_PARTS
         )
-        b_s = b_exp_s * probability(max_s, row_max_s, log2_sum_s)
-        b_t = b_exp_t * probability(max_t, row_max_t, log2_sum_t)
-        b_d = log_ratio(b_gap, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
-        b_term = b_t  # the gradient is made of s and of this
-        if KIND == JSD:
-            b_entry, b_term = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
-            value, part_share = _block_sum2(b_entry, b_term)
-            _publish(p_own, part_share)
-            _publish(p_own + MAX_PARTS, value)
-        elif KIND == REVERSE_KL:
-            b_entry, _ = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
-            b_term = b_d
-            _publish(p_own, tl.where(infinite > 0, float("inf"), tl.sum(b_entry, 0)))
+        b_s = probability(b_z_s, row_max_s, log2_sum_s)
+        b_t = probability(b_z_t, row_max_t, log2_sum_t)
+        b_d = log_ratio(b_z_t - b_z_s, row_max_s, log2_sum_s, row_max_t, log2_sum_t)
 
-        # After the last row nothing is published, and these values are not used.
-        b_next_gap = b_next_t - b_next_s
-        b_exp_s, b_exp_t, next_infinite = b_next_s, b_next_t, infinite
-        if i_n + teams < rows:
-            b_exp_s, max_s, b_exp_t, max_t, next_infinite = _part_statistics(
-                b_next_s, b_next_t, i_next, i_part, rows, cols, splits, stride, begin, vocab_start,
-                raw_s, raw_t, epilogue_s, epilogue_t, label, out,
-                _row_slots(exchange, i_next, MAX_PARTS), BLOCK_V, MAX_PARTS, ENTROPY, KIND,
-            )  # fmt: skip
-
-        # Gradient of this part of row i_n.
+        # Sums and gradient.
         factor = stored_grad_scale(dz, epilogue_s.inv_temp)
         if scale is not None:
             factor *= tl.load(scale + i_n)
         if KIND == FORWARD_KL:
-            b_dz = b_s - b_term
+            b_dz = b_s - b_t
         else:
-            total = _wait_for_sum(slots + 4 * MAX_PARTS, splits, MAX_PARTS)
+            b_entry, b_share = divergence_terms(b_s, b_t, b_d, beta, one_minus_beta, KIND)
+            value, part_share = _block_sum2(b_entry, b_share)
             if KIND == JSD:
-                b_dz = one_minus_beta * (b_s * total - b_term)
+                _publish(p_own + 4 * MAX_PARTS, part_share)
+                _publish(p_own + 5 * MAX_PARTS, value)
+                sum_share = _wait_for_sum(slots + 4 * MAX_PARTS, splits, MAX_PARTS)
+                b_dz = one_minus_beta * (b_s * sum_share - b_share)
                 if i_part == 0:
                     value = _wait_for_sum(slots + 5 * MAX_PARTS, splits, MAX_PARTS)
-                    store_statistics(sums + i_n, sums_stride, (value, total))
+                    store_statistics(sums + i_n, sums_stride, (value, sum_share))
             else:
+                _publish(p_own + 4 * MAX_PARTS, tl.where(infinite > 0, float("inf"), value))
+                total = _wait_for_sum(slots + 4 * MAX_PARTS, splits, MAX_PARTS)
                 # An infinite reverse KL has no gradient (inf - inf): 0 here, the value reports it.
                 factor = tl.where(total == float("inf"), 0.0, factor)
                 total = tl.where(total == float("inf"), 0.0, total)
-                b_dz = divergence_grad(b_s, b_t, b_term, total, None, beta, one_minus_beta, KIND)
+                b_dz = divergence_grad(b_s, b_t, b_d, total, None, beta, one_minus_beta, KIND)
         b_dz = (b_dz * slope * factor).to(dz.dtype.element_ty)
         tl.store(dz + i_n.to(tl.int64) * dz_stride + o_v, b_dz, mask=o_v < padded)
-        b_gap, slope, infinite = b_next_gap, next_slope, next_infinite

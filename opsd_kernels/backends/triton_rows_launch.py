@@ -14,7 +14,7 @@ from opsd_kernels.backends.triton_math import Epilogue
 from opsd_kernels.problem import Head
 
 # Least MAX_PARTS of the resident kernel: one compilation serves most vocabularies.
-_MIN_MAX_PARTS = 128
+_MIN_MAX_PARTS = 64
 
 
 class StoredTiles:
@@ -25,7 +25,6 @@ class StoredTiles:
         self.rows, self.padded = logits.shape[1:]
         self.cols = heads[0].weight.shape[0]
         self.class_weight = heads[0].class_weight
-        self.softcap = any(head.softcap is not None for head in heads)
         self.device = device_of(logits.device.index if logits.is_cuda else None)
         # From the row stride, so that the last, narrower slice runs the same kernel as the others.
         self.blocks = row_blocks(logits.stride(1), self.device)
@@ -175,7 +174,7 @@ class StoredTiles:
 
         Statistics into `out` if the value or the caller's statistics are made of them.
         """
-        blocks = resident_blocks(self.padded, self.device, self.softcap)
+        blocks = resident_blocks(self.padded, self.device)
         count = -(-self.padded // blocks.columns)
         max_parts = max(_MIN_MAX_PARTS, 1 << (count - 1).bit_length())
         is_jsd = layout.kind == JSD
