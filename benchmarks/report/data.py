@@ -141,7 +141,6 @@ class Demo:
 class GpuReport:
     """What a command of `benchmarks.gpu_report` found; rows in the order they came."""
 
-    command: str
     stages: list[Json]
     rows: list[Json]
     failed: list[Json]
@@ -157,16 +156,6 @@ class GpuReport:
         return [row for row in self.rows if outcome in row]
 
 
-@dataclass(frozen=True)
-class Streams:
-    """Milliseconds of calls in a row, by case; `method` says how they follow each other."""
-
-    shape: str
-    method: str
-    calls: list[Json]
-    source: Source
-
-
 @dataclass
 class Device:
     """All that was measured on one device; of a thing measured twice, the newest."""
@@ -177,10 +166,9 @@ class Device:
     skipped: dict[str, str] = field(default_factory=dict)
     steps: dict[str, TrainStep] = field(default_factory=dict)
     demos: dict[str, Demo] = field(default_factory=dict)
-    gpu_reports: dict[str, GpuReport] = field(default_factory=dict)  # by command
-    streams: list[Streams] = field(default_factory=list)
+    gpu_reports: list[GpuReport] = field(default_factory=list)  # the newest last
 
     def sources(self) -> list[Source]:
         found = [*self.cases.values(), *self.steps.values(), *self.demos.values()]
-        found += [*self.gpu_reports.values(), *self.streams]
+        found += self.gpu_reports
         return sorted({x.source.file: x.source for x in found}.values(), key=lambda s: s.file)

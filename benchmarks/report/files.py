@@ -18,7 +18,6 @@ from benchmarks.report.data import (
     ReportError,
     Share,
     Source,
-    Streams,
     Trainer,
     TrainStep,
 )
@@ -188,14 +187,8 @@ def _gpu_report(device: Device, content: Json, source: Source) -> None:
         ]
         if settings:  # else nobody ended a step, as the list of what failed says
             steps.append(TrainStep(settings, tuple(trainers), source))
-    command = content["command"]
-    what = content["stages"], rows, content["failed"], steps
-    device.gpu_reports[command] = GpuReport(command, *what, source)
-
-
-def _streams(device: Device, content: Json, source: Source) -> None:
-    found = Streams(content["shape"], content["method"], content["calls"], source)
-    device.streams.append(found)
+    report = GpuReport(content["stages"], rows, content["failed"], steps, source)
+    device.gpu_reports.append(report)
 
 
 _READERS = {
@@ -204,7 +197,6 @@ _READERS = {
     "demo": _demo,
     "compile": _compile,
     "gpu_report": _gpu_report,
-    "gpu_streams": _streams,
 }
 
 

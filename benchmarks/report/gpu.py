@@ -5,7 +5,6 @@ Measured figures only. What the time model predicts stands on a page of its own.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 
 from benchmarks.report.data import Device, GpuReport, Json, TrainStep
@@ -13,6 +12,7 @@ from benchmarks.report.tables import (
     NONE,
     TIMES,
     Table,
+    commit_text,
     environment_text,
     files_text,
     mib_text,
@@ -44,23 +44,35 @@ _COUNTERS = (
 Blocks = Iterator[str | Table]
 
 
-def checks(report: GpuReport) -> Blocks:
-    """Stages with their counts, and the names of what failed."""
-    header = ("stage", "done", "absent here", "failed or not run", "time")
-    rows = [
-        (s["name"], *(f"{s[k]:,}" for k in ("found", "absent", "failed")), time_text(s["seconds"]))
-        for s in report.stages
-    ]
-    yield f"`{report.command}`: {_where(report)}"
-    yield Table(header, tuple(rows))
-    for what, key, rows in (
-        ("Failed or not run", "failed", report.failed),
-        ("Absent", "absent", report.rows_that("absent")),
-    ):
-        found = _by_reason(rows, key)
-        if found:
-            more = f" and {len(found) - _FAILED_SHOWN} more" * (len(found) > _FAILED_SHOWN)
-            yield f"{what}: {'; '.join(found[:_FAILED_SHOWN])}{more}."
+def checks(reports: list[GpuReport]) -> Blocks:
+    """Each stage with its counts as it was last run, and the names of what failed or is absent."""
+    newest: dict[str, GpuReport] = {}  # of each stage, also of one that never started
+    for report in reports:
+        ran = {stage["name"] for stage in report.stages}
+        newest |= {row["stage"]: report for row in report.failed if row["stage"] not in newest}
+        newest |= dict.fromkeys(ran, report)
+    if not newest:
+        return
+    used = [report for report in reports if any(report is other for other in newest.values())]
+    files = files_text([report.source for report in used])
+    # All on one device; the commits stand in the table.
+    yield f"{environment_text(used[-1].source.environment)}. Figures: {files}."
+    rows: list[tuple[str, ...]] = []
+    outcomes: dict[str, list[Json]] = {"failed": [], "absent": []}
+    for name, report in newest.items():
+        commit = commit_text(report.source.environment).removeprefix("commit ")
+        for stage in (stage for stage in report.stages if stage["name"] == name):
+            counts = (f"{stage[k]:,}" for k in ("found", "absent", "failed"))
+            rows.append((name, commit, *counts, time_text(stage["seconds"])))
+        outcomes["failed"] += [r for r in report.failed if r["stage"] == name]
+        outcomes["absent"] += [r for r in report.rows_that("absent") if r["stage"] == name]
+    header = ("stage", "commit", "done", "absent here", "failed or not run", "time")
+    yield Table(header, tuple(rows), names=2)
+    for what, key in (("Failed or not run", "failed"), ("Absent", "absent")):
+        named = _by_reason(outcomes[key], key)
+        if named:
+            more = f" and {len(named) - _FAILED_SHOWN} more" * (len(named) > _FAILED_SHOWN)
+            yield f"{what}: {'; '.join(named[:_FAILED_SHOWN])}{more}."
 
 
 def _by_reason(rows: list[Json], key: str) -> list[str]:
@@ -159,50 +171,24 @@ def _ms(milliseconds: float) -> str:
 
 
 STAGES: dict[str, Callable[[GpuReport], Blocks]] = {
-    "gpu_checks": checks,
     "gpu_products": products,
     "gpu_kernels": kernels,
     "gpu_sweeps": sweeps,
     "gpu_counters": counters,
     "gpu_step": steps,
 }
-
-
-def streams(devices: list[Device]) -> Blocks:
-    """Medians of calls in a row, and what they are in those of the bare products."""
-    for found in (found for device in devices for found in device.streams):
-        where = f"{environment_text(found.source.environment)}. Figures: "
-        where += f"{files_text([found.source])}."
-        yield f"{found.shape[0].upper()}{found.shape[1:]}; {found.method}. {where}"
-        rows = []
-        for call in found.calls:
-            floor = statistics.median(call["contenders"][0]["ms"])
-            other = call["commit"] != found.source.environment["commit"]
-            case = call["case"] + (f"; commit {call['commit'][:9]}, changed" if other else "")
-            for contender in call["contenders"]:
-                ms = statistics.median(contender["ms"])
-                size = (
-                    mib_text(contender["workspace_mib"]),
-                    f"{contender['rows_per_block'] or NONE}",
-                )
-                spread = f"{min(contender['ms']):.1f} to {max(contender['ms']):.1f} ms"
-                times = (_ms(ms), spread, f"{ms / floor:.2f}")
-                rows.append((case, contender["name"], *size, *times))
-        header = ("case", "contender", "workspace", "rows per block", "median", "all")
-        header += (f"{TIMES} GEMMs",)
-        yield Table(header, tuple(rows), names=2)
+PARTS = ("gpu_checks", *STAGES)
 
 
 def part(name: str, devices: list[Device]) -> list[str | Table]:
-    """The blocks of a part of the page, from every device's reports, oldest first."""
-    if name == "gpu_streams":
-        return list(streams(devices)) or [NOTHING]
+    """The blocks of a part of the page; of a thing measured twice, the newest."""
     blocks: list[str | Table] = []
     for device in devices:
-        found = [list(STAGES[name](report)) for report in device.gpu_reports.values()]
-        found = [block for block in found if block]
-        # Of a thing measured by both commands, the newest.
-        blocks += [b for block in (found if name == "gpu_checks" else found[-1:]) for b in block]
+        if name == "gpu_checks":
+            blocks += checks(device.gpu_reports)
+            continue
+        found = [list(STAGES[name](report)) for report in device.gpu_reports]
+        blocks += [block for report in [x for x in found if x][-1:] for block in report]
     return blocks or [NOTHING]
 
 

@@ -121,7 +121,7 @@ PARTS: dict[str, Callable[[list[Device]], str]] = {
     "train_step": train_step,
     "demo": demo,
     "gpu_losses": gpu_losses,
-    **{name: partial(gpu_part, name) for name in (*gpu.STAGES, "gpu_streams")},
+    **{name: partial(gpu_part, name) for name in gpu.PARTS},
     "results": results,
     "memory": memory,
 }

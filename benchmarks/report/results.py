@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ Row = tuple[str, str, str, str]
 
 
 def results_table(devices: list[Device], study: Path = STUDY) -> Table:
-    """At most five rows: the JSD on a GPU and on a CPU, a training step, the demo, the study."""
-    rows = [row for device in reversed(devices) for row in _loss_rows(device)]
+    """The JSD and a training step on a GPU and on a CPU, the demo, the study."""
+    rows = []
+    for device in reversed(devices):
+        rows += [*_loss_rows(device), *_gpu_step_rows(device)]
     rows += [_step_row(step) for device in devices for step in device.steps.values()]
     rows += [_demo_row(demo) for device in devices for demo in device.demos.values()]
     rows.append(_study_row(study))
@@ -49,18 +50,29 @@ def memory_text(study: Path = STUDY) -> str:
 
 
 def _loss_rows(device: Device) -> Iterator[Row]:
+    """The headline case, and on a GPU the same with a trained head."""
     case = headline(device)
-    if case is None or case.ours is None:
+    if case is None:
         return
+    trained = (
+        device.cases.get(case.id.replace("-frozen-", "-trained-"))
+        if device.kind == "cuda"
+        else None
+    )
+    for found in (case, trained):
+        if found is not None and found.ours is not None and found.fastest_peer is not None:
+            yield _loss_row(found, device)
+
+
+def _loss_row(case: Case, device: Device) -> Row:
     peer = case.fastest_peer
     where = _place(device.name, case.source.environment)
-    what = f"{case.title}, forward and backward, {dtype_text(case)}; {case.shape}'s head, "
-    again = [f"{ratio_text(ratio)} in another run" for ratio in _measured_again(device, case)]
-    suffix = f" ({', '.join(again)})" if again else ""
+    head = "" if case.head == "frozen" else f", {case.head}"
+    what = f"{case.title}, forward and backward, {dtype_text(case)}; {case.shape}'s head{head}, "
     on_gpu = "python -m benchmarks.gpu_report second --out FOLDER"
-    yield (
+    return (
         f"{what}{case.tokens:,} tokens; {where}",
-        f"{ratio_text(case.floors(case.ours))}{TIMES} the bare GEMMs{suffix}, "
+        f"{ratio_text(case.floors(case.ours))}{TIMES} the bare GEMMs, "
         f"{mib_text(case.peak(case.ours))}",
         f"{peer.name}: {_cost(case, peer)}",
         f"`{on_gpu if device.kind == 'cuda' else 'make bench'}`",
@@ -71,29 +83,35 @@ def _cost(case: Case, who: Contender) -> str:
     return f"{ratio_text(case.floors(who))}{TIMES}, {mib_text(case.peak(who))}"
 
 
-def _measured_again(device: Device, case: Case) -> Iterator[float]:
-    """Time over the bare products where calls in a row were timed apart, same workspace."""
-    name = f"JSD, {case.head}, {dtype_text(case)}, {case.tokens:,} tokens"
-    for call in (call for found in device.streams for call in found.calls):
-        if call["case"] == name:
-            floor, ours = (statistics.median(c["ms"]) for c in call["contenders"][:2])
-            yield ours / floor
+def _gpu_step_rows(device: Device) -> Iterator[Row]:
+    """A whole step, all sequences at once, as it was last measured."""
+    measured = [report.steps[0] for report in device.gpu_reports if report.steps]
+    for step in measured[-1:]:
+        n, tokens = (step.settings[name] for name in ("sequences", "completion"))
+        what = f"OPSD step, Qwen3-1.7B's shape with LoRA, {n} sequences, {tokens:,} tokens each"
+        command = "python -m benchmarks.gpu_report second --out FOLDER"
+        yield _row_of_step(step, what, command)
 
 
 def _step_row(step: TrainStep) -> Row:
-    ours, *others = (trainer for trainer in step.trainers if trainer.seconds)
-    best = min(others, key=lambda trainer: trainer.seconds)
     model, prompts, tokens = (step.settings[name] for name in ("model", "prompts", "tokens"))
     what = f"OPSD step, {model}, {prompts} prompts, {tokens} tokens each"
+    return _row_of_step(step, what, "python -m benchmarks.train_step")
+
+
+def _row_of_step(step: TrainStep, what: str, command: str) -> Row:
+    ours, *others = (trainer for trainer in step.trainers if trainer.seconds)
+    best = min(others, key=lambda trainer: trainer.seconds)
+    environment = step.source.environment
 
     def cost(trainer: Any) -> str:
         return f"{time_text(trainer.seconds)}, {mib_text(trainer.peak_extra_mib)}"
 
     return (
-        f"{what}; {_place(step.source.environment['device'], step.source.environment)}",
+        f"{what}; {_place(environment['device'], environment)}",
         cost(ours),
         f"{best.name}: {cost(best)}",
-        "`python -m benchmarks.train_step`",
+        f"`{command}`",
     )
 
 

@@ -9,9 +9,12 @@ from benchmarks.report.files import load
 from benchmarks.report.pages import rewrite
 from tests.helpers.report_json import case, environment, run, write, write_results
 
-PARTS = ("gpu_losses", *gpu.STAGES)
+PARTS = ("gpu_losses", *gpu.PARTS)
 PAGE = "\n".join(f"<!-- benchmark: {part} -->\n<!-- /benchmark: {part} -->" for part in PARTS)
 WHERE = "Test GPU, 2 cores (1 threads), 7.5 GiB, Python 3.11.7, torch 2.13.0, commit 012345678"
+
+
+OUTCOMES = ("found", "absent", "failed")
 
 
 def row(stage: str, identifier: str, **outcome: object) -> dict:
@@ -20,7 +23,12 @@ def row(stage: str, identifier: str, **outcome: object) -> dict:
 
 def report(command: str, *rows: dict, **changes: object) -> dict:
     place = environment("Test GPU", "cuda")
-    counts = {"found": len(rows) - 1, "absent": 0, "failed": 1}
+    names = dict.fromkeys(r["stage"] for r in rows)
+    stages = [
+        {"name": name, "limit": 75, "seconds": 70.5}
+        | {k: sum(k in r for r in rows if r["stage"] == name) for k in OUTCOMES}
+        for name in names
+    ]
     failed = [{k: r[k] for k in ("stage", "id", "failed")} for r in rows if "failed" in r]
     return {
         "kind": "gpu_report",
@@ -30,7 +38,7 @@ def report(command: str, *rows: dict, **changes: object) -> dict:
         "memory_method": "growth of the peak",
         "winners": {},
         "peer_wheels": [],
-        "stages": [{"name": "smoke", "limit": 75, "seconds": 70.5} | counts],
+        "stages": stages,
         "failed": failed,
         "rows": list(rows),
     } | changes
@@ -123,9 +131,27 @@ def test_the_page_holds_the_figures(folder) -> None:
     assert "| peak extra memory | 500 MiB | 2,000 MiB |" in found["gpu_step"]
     assert "plain logits: out of memory with 8 sequences at once" in found["gpu_step"]
     checks = " ".join(found["gpu_checks"].split())
-    assert "| smoke | 6 | 0 | 1 | 70.5 s |" in checks
+    assert "| smoke | 012345678 | 0 | 0 | 1 | 70.5 s |" in checks
     assert "jsd tiled shared bfloat16 50257: AssertionError: loss is off by 1." in checks
     assert "sanitizer, all of it: compute-sanitizer is not on the PATH." in checks
+
+
+def test_of_a_stage_that_ran_twice_the_newest_is_shown(folder) -> None:
+    """Beside stages of other reports, each with its commit; one that never started is named."""
+    (folder / "json" / "gpu.json").unlink()
+    waiting = {"stage": "sanitizer", "id": "the stage", "failed": "not started"}
+    first = FIRST | {"failed": [*FIRST["failed"], waiting]}
+    write(folder, "gpu_first", first)
+    again = report("first", row("smoke", "jsd tiled", found={}), row("smoke", "kl", found={}))
+    again["environment"] |= {"commit": "fedcba9876543210", "date": "2026-01-03 03:04"}
+    write(folder, "gpu_first_2", again)
+    text = " ".join(sections(folder)["gpu_checks"].split())
+    assert "| smoke | fedcba987 | 2 | 0 | 0 | 70.5 s |" in text and "loss is off" not in text
+    assert "| ceilings | 012345678 | 2 | 0 | 0 | 70.5 s |" in text
+    assert "sanitizer, the stage: not started." in text
+    write(folder, "gpu_second", SECOND)
+    checks = " ".join(sections(folder)["gpu_checks"].split())
+    assert "not started" not in checks and "compute-sanitizer is not on the PATH" in checks
 
 
 def test_predicted_figures_are_in_no_table_of_measured_ones(folder) -> None:
@@ -156,23 +182,3 @@ def test_what_shares_a_reason_is_counted(folder) -> None:
     assert (
         "suite, 3 of them: not done: the stage was stopped; suite, test_red: assert 1 == 2." in text
     )
-
-
-def test_calls_in_a_row_stand_beside_the_bare_products(folder) -> None:
-    def took(name: str, ms: list[float], workspace: int | None, rows: int | None) -> dict:
-        return {"name": name, "ms": ms, "workspace_mib": workspace, "rows_per_block": rows}
-
-    contenders = [took("bare GEMMs", [4.0, 3.0, 8.0], None, None), took("ours", [5.0], 457, 384)]
-    place = environment("Test GPU", "cuda") | {"commit": "0123456789abcdef"}
-    content = {"kind": "gpu_streams", "environment": place, "shape": "heads of 4", "method": "so"}
-    write(
-        folder,
-        "streams",
-        content | {"calls": [{"case": "JSD", "commit": place["commit"], "contenders": contenders}]},
-    )
-    page = folder / "README.md"
-    page.write_text("<!-- benchmark: gpu_streams -->\n<!-- /benchmark: gpu_streams -->")
-    assert run(folder) == 0
-    text = page.read_text()
-    assert "| JSD | ours | 457 MiB | 384 | 5.00 ms | 5.0 to 5.0 ms | 1.25 |" in text
-    assert "3.0 to 8.0 ms | 1.00 |" in text and WHERE in " ".join(text.split())

@@ -17,7 +17,6 @@ from tests.helpers.report_json import (
     case,
     change,
     device,
-    environment,
     losses,
     run,
     write,
@@ -176,18 +175,6 @@ def test_the_readme_has_a_row_of_each_measurement(folder):
     block = (ROOT / "docs" / "benchmarks.md").read_text()
     for figures in (study[1].removeprefix("OPSD: "), study[2].split(": ")[1].split(";")[0]):
         assert figures in block
-
-
-def test_a_second_measurement_stands_beside_the_first(folder):
-    call = {"case": "JSD, frozen, bf16, 2,048 tokens", "commit": "c", "contenders": [
-        {"name": name, "ms": ms, "workspace_mib": None, "rows_per_block": None}
-        for name, ms in (("bare GEMMs", [4.0, 2.0, 4.0]), ("ours", [5.0]))
-    ]}  # fmt: skip
-    place = environment("Test GPU", "cuda")
-    streams = {"kind": "gpu_streams", "environment": place, "shape": "s", "method": "m"}
-    write(folder, "streams", streams | {"calls": [call]})
-    (folder / "json" / "train_step.json").unlink()
-    assert "(1.25 in another run), 44 MiB" in results_table(load([folder / "json"])).rows[0][1]
 
 
 def test_the_readme_needs_the_study(folder, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,25 @@ def test_a_slow_peer_is_timed_once(monkeypatch) -> None:
     found = measured(monkeypatch, Contender("slow", "peer", our_call()), patience=0.0)
     assert len(found["slow"]["seconds"]["both"]) == 1
     assert len(found[OURS]["seconds"]["both"]) == runner.MIN_ROUNDS
+
+
+@pytest.mark.parametrize(("on_a_gpu", "sizes"), [(True, [7, 7]), (False, [3, 7])])
+def test_on_a_gpu_no_timed_call_compiles(monkeypatch, on_a_gpu: bool, sizes: list[int]) -> None:
+    """Most peers compile kernels for the shape: a call of full size goes before the timed one."""
+    called = []
+
+    def recorded(contender: Contender, x: SimpleNamespace) -> tuple[float, float, None]:
+        called.append(x.tokens)
+        return 1.0, 2.0, None
+
+    monkeypatch.setattr(runner, "call", recorded)
+    monkeypatch.setattr(runner, "Inputs", lambda case, device: SimpleNamespace(tokens=3))
+    student = SimpleNamespace(is_cuda=on_a_gpu, device=None)
+    case = SimpleNamespace(small=None)
+    x = SimpleNamespace(student=student, case=case, tokens=7, clear=lambda: None)
+    check = SimpleNamespace(answers=lambda *_: None)
+    assert runner._warm_up(Contender("peer", "peer", our_call()), x, check, {}) == (1.0, 2.0)
+    assert called == sizes
 
 
 def floating_point_operations(x: Inputs) -> int:
