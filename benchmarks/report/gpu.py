@@ -48,9 +48,8 @@ def checks(reports: list[GpuReport]) -> Blocks:
     """Each stage with its counts as it was last run, and the names of what failed or is absent."""
     newest: dict[str, GpuReport] = {}  # of each stage, also of one that never started
     for report in reports:
-        ran = {stage["name"] for stage in report.stages}
+        newest |= dict.fromkeys((stage["name"] for stage in report.stages), report)
         newest |= {row["stage"]: report for row in report.failed if row["stage"] not in newest}
-        newest |= dict.fromkeys(ran, report)
     if not newest:
         return
     used = [report for report in reports if any(report is other for other in newest.values())]
