@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 # Tiles of cuBLAS' products, from the names of the kernels that an H100 ran, and the numbers of
 # parts that it may split their inner size into.
-TILES = ((128, 256), (256, 128), (192, 192))
+TILES = ((128, 256), (256, 128), (192, 192), (128, 192), (192, 128))
 SPLITS = (1, 2, 4, 8)
 THREADS = 32  # of a warp
 SCHEDULERS = 4  # of a processor: each issues one instruction of one warp per clock

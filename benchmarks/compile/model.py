@@ -31,6 +31,8 @@ _MEETING = 0.7e-6
 # Programs of one warp, as kernels on differences have them, take so much longer than either bound,
 # and so many seconds more to start: fitted to an H100's times.
 _WAITING, _STARTING = 1.35, 5e-6
+# Programs of a row kernel over a slice start and end unevenly: fitted to an H100's times.
+_UNEVEN = 9e-6
 _DIVERGENCE = {
     "statistics": "statistics_pair", "sums": "divergence_sums", "gradient": "divergence_gradient",
 }  # fmt: skip
@@ -156,15 +158,17 @@ class _Call:
             # What centers the shares of a joined pass is the reverse KL.
             kind = "reverse kl" if joined else self.kind
             found = self._rows(kernels["statistics"], pairs, read, kind)
-            yield "statistics", times * found
+            yield "statistics", times * (found + _UNEVEN)
             if joined:
                 written = 0 if inside else 2 * _BF16
-                yield "gradient", times * self._rows("jsd_shares", pairs, read + written)
+                found = self._rows("jsd_shares", pairs, read + written)
             else:
                 if looks > 2:
-                    yield "sums", times * self._rows(kernels["sums"], pairs, read)
+                    sums = self._rows(kernels["sums"], pairs, read)
+                    yield "sums", times * (sums + _UNEVEN)
                 written = 0 if inside else _BF16
-                yield "gradient", times * self._rows(kernels["gradient"], pairs, read + written)
+                found = self._rows(kernels["gradient"], pairs, read + written)
+            yield "gradient", times * (found + _UNEVEN)
             height = 2 * rows if joined else rows
             yield from self._products(height, columns, times, first, adds=True, in_cache=inside)
 

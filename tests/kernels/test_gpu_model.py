@@ -32,11 +32,11 @@ def test_a_product_takes_whole_waves_of_tiles() -> None:
 
 
 def test_few_tiles_are_cut_along_the_inner_size() -> None:
-    """48 tiles of 8 parts each make three waves of an eighth, and the parts are added up."""
+    """66 tiles of 2 parts each make one wave of a half, and the parts are added up."""
     m, n, k = 384, 4096, 151936
-    wave = 2 * 128 * 256 * 132 * k / 790e12
-    parts = 2 * 8 * m * n * 4 / 3e12
-    assert H100.product(m, n, k, 0) == pytest.approx(3 * wave / 8 + parts)
+    wave = 2 * 128 * 192 * 132 * k / 790e12
+    parts = 2 * 2 * m * n * 4 / 3e12
+    assert H100.product(m, n, k, 0) == pytest.approx(wave / 2 + parts)
 
 
 def test_a_product_takes_its_bytes_where_they_are_longer() -> None:
