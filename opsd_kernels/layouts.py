@@ -14,7 +14,7 @@ from opsd_kernels.cost import Pass, Products
 
 MIB = 2**20
 ONE_BLOCK = "all rows fit in one block"
-WHOLE_WAVES = "rows and columns whose products fill whole waves of tiles"
+WHOLE_WAVES = "rows and columns whose products fill a wave of tiles"
 
 # Blocks have whole tiles of a product's rows: for wide heads cuBLAS on an H100 uses tiles of
 # 192x192, and a product of 1,024 rows ran 12 % below the rate of one of 768.
@@ -27,10 +27,10 @@ _STRIDE = 64
 # Every block adds to the fp32 accumulator of dW, which takes about 1 ms for a head of
 # 4,096 x 151,936 on an H100; blocks of 1,536 rows were no faster there.
 TRAINED_ROWS = 1152
-# Columns of a slice that `tiled` may have, beside those whose tiles fill so many whole waves; the
-# one with the least predicted time is taken.
+# Columns of a slice that `tiled` may have, beside those whose product fills a wave of tiles with so
+# many of them in a column; the one with the least predicted time is taken.
 _SLICES = tuple(range(1024, 8193, 512))
-_WAVES = 1, 2
+_WAVES = tuple(range(1, 9))
 # Columns of a tile of differences, which are relative to one reference.
 DIFFERENCE_TILE = 512
 # A row kernel makes one set of statistics for this many columns, of at most this many bytes.
@@ -340,11 +340,10 @@ def _slices(x: Work) -> Iterator[tuple[int, int, int]]:
     """(least rows, most rows, columns) of the blocks of `tiled`."""
     tokens = x.shape[0]
     yield from ((1, max(1, tokens), columns) for columns in _SLICES)
-    for waves in _WAVES:
-        for tiles in range(1, waves * x.processors + 1):
-            columns = _ROW_TILE * (waves * x.processors // tiles)
-            if columns >= _SLICES[0] and tiles * _ROW_TILE <= tokens:
-                yield tiles * _ROW_TILE, tiles * _ROW_TILE, columns
+    for tiles in _WAVES:
+        rows, columns = tiles * _ROW_TILE, _ROW_TILE * (x.processors // tiles)
+        if rows <= tokens and columns > 0:
+            yield rows, rows, columns
 
 
 def _streaming(x: Work) -> Iterator[BlockLayout]:
