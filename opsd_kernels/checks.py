@@ -149,17 +149,25 @@ def class_weight_of(class_weight: Tensor, vocab_size: int) -> None:
         )
 
 
-def labels_in_vocabulary(name: str, labels: Tensor, keep: Tensor | None, vocab_size: int) -> None:
-    """Raise for a kept label outside [0, vocab_size). Reads the data."""
+def labels_in_vocabulary(
+    name: str, labels: Tensor, keep: Tensor | None, vocab_size: int
+) -> Tensor | None:
+    """`keep`, or None if it keeps every token; raises for a kept label outside [0, vocab_size).
+
+    Reads the data, once: a device waits for the host meanwhile.
+    """
     outside = (labels < 0) | (labels >= vocab_size)
     if keep is not None:
         outside &= keep
-    if bool(outside.any()):
+    answers = [outside.any()] if keep is None else [outside.any(), keep.all()]
+    any_outside, *all_kept = torch.stack(answers).tolist()
+    if any_outside:
         row = int(outside.nonzero()[0])
         raise ValueError(
             f"{name}: expected values in [0, {vocab_size}) or ignore_index, got "
             f"{int(labels[row])} at token {row}"
         )
+    return None if all_kept == [True] else keep
 
 
 def floating_dtype(name: str, value: Tensor) -> None:

@@ -166,7 +166,7 @@ def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Grad
         )
         _, vocab_size, largest = whole_vocabulary(p.student, p.execution)
         if p.labels is not None:
-            checks.labels_in_vocabulary("shift_labels", p.labels, p.keep, vocab_size)
+            p.keep = checks.labels_in_vocabulary("shift_labels", p.labels, p.keep, vocab_size)
         chosen = plan_for(
             "divergence", p.student, largest, p.execution, row_scale, needed, p.teacher,
             two_passes=p.clip is not None or p.beta not in (0.0, 1.0), clipped=p.clip is not None,

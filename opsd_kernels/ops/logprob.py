@@ -186,7 +186,7 @@ def _run_logprob(
     with backend_scope(p.head.hidden):
         checks.refuse_in_capture(p.head.hidden, target=p.target)
         first, vocab_size, largest = whole_vocabulary(p.head, p.execution)
-        checks.labels_in_vocabulary("target", p.target, p.keep, vocab_size)
+        p.keep = checks.labels_in_vocabulary("target", p.target, p.keep, vocab_size)
         if p.head.class_weight is not None:
             checks.class_weight_of(p.head.class_weight, vocab_size)
             shard = p.head.class_weight[first : first + p.head.weight.shape[0]]

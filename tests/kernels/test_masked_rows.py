@@ -146,3 +146,29 @@ def test_on_every_schedule(name: str, trained: bool, triton_device: str) -> None
         pytest.skip("the tensors are the CPU's, where Triton is interpreted")
     for how, by_weight in ((REDUCTIONS[0], False), (REDUCTIONS[2], True)):
         compare(name, 3, by_weight, trained, how, float("nan"))
+
+
+@pytest.mark.parametrize("dropped", [0, 1])
+@pytest.mark.parametrize("name", ["jsd", "cross-entropy"])
+def test_rows_are_gathered_only_where_labels_drop_some(
+    name: str, dropped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gathering needs another copy of the hidden states, and another answer from the device."""
+    from opsd_kernels.backends.context import LossContext
+
+    kept, whole = [], LossContext.__init__
+
+    def watched(context: LossContext, *how: object) -> None:
+        whole(context, *how)
+        kept.append(context.kept)
+
+    monkeypatch.setattr(LossContext, "__init__", watched)
+    pair = make_pair(TOKENS, 8, 30, masked=dropped, dtype=torch.float32, seed=3)
+    if name == "jsd":
+        k.fused_linear_jsd(**pair)
+    else:
+        k.fused_linear_cross_entropy(*student(pair))
+    (rows,) = kept
+    counted = (pair["shift_labels"] != -100).nonzero().flatten().tolist()
+    assert len(counted) == TOKENS - dropped
+    assert rows is None if dropped == 0 else rows.tolist() == counted
