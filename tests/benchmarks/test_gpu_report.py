@@ -353,7 +353,7 @@ def test_no_tests_at_all_are_a_failure(tmp_path, monkeypatch, selection: list, s
     assert says in job.rows()[0]["failed"]
 
 
-# ----------------------------------------------------------------------- winners and counters
+# ----------------------------------------------------------------------- winners
 
 
 def row(identifier: str, ms: float) -> dict:
@@ -385,25 +385,3 @@ def test_winners_change_what_the_launchers_take_and_only_that() -> None:
         for other in ({"pair": False}, {"itemsize": 4}, {"aligned": False}):
             assert triton_launch.blocks(**fused | other) == own(**fused | other)
     assert (triton_launch.blocks, triton_rows_launch.row_blocks) == (own, own_row)
-
-
-NCU = """\
-==PROF== Connected to process 7
-==PROF== Profiling "gemm" - 0: 0%....100% - 9 passes
-"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","launch__registers_per_thread"
-"","","ns","byte","register/thread"
-"0","gemm<128>","1,000.5","512","168"
-"1","statistics_pair","3000","n/a","64"
-"""
-
-
-def test_the_counters_of_the_longest_kernels_are_read() -> None:
-    first, second = counters.longest(NCU)
-    assert first["name"] == "statistics_pair" and first["dram__bytes_read.sum"] is None
-    assert second == {
-        "name": "gemm<128>",
-        "gpu__time_duration.sum": 1000.5,
-        "dram__bytes_read.sum": 512,
-        "launch__registers_per_thread": 168,
-    }
-    assert counters.longest("==ERROR== no such metric\n") == []

@@ -1,10 +1,10 @@
-"""What the GPU report makes of compute-sanitizer's output."""
+"""What the GPU report makes of the output of Nsight Compute and compute-sanitizer."""
 
 import subprocess
 
 import pytest
 
-from benchmarks.gpu_report import sanitizer
+from benchmarks.gpu_report import counters, sanitizer
 from benchmarks.gpu_report.job import GpuJob
 
 IN_CUBLAS = """\
@@ -44,3 +44,25 @@ def test_a_race_in_cublas_is_named_and_one_of_ours_fails(
         return
     found = sanitizer.run(f"{tool} tiled fp32", job)
     assert found["in_cublas"] == 2 * (text == IN_CUBLAS) and "SUMMARY" in found["summary"]
+
+
+NCU = """\
+==PROF== Connected to process 7
+==PROF== Profiling "gemm" - 0: 0%....100% - 9 passes
+"ID","Kernel Name","gpu__time_duration.sum","dram__bytes_read.sum","launch__registers_per_thread"
+"","","ns","byte","register/thread"
+"0","gemm<128>","1,000.5","512","168"
+"1","statistics_pair","3000","n/a","64"
+"""
+
+
+def test_the_counters_of_the_longest_kernels_are_read() -> None:
+    first, second = counters.longest(NCU)
+    assert first["name"] == "statistics_pair" and first["dram__bytes_read.sum"] is None
+    assert second == {
+        "name": "gemm<128>",
+        "gpu__time_duration.sum": 1000.5,
+        "dram__bytes_read.sum": 512,
+        "launch__registers_per_thread": 168,
+    }
+    assert counters.longest("==ERROR== no such metric\n") == []
