@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     if default_device().type != "cuda" and not options.small:
         return _refuse("no GPU here; --small tries the same stages on the CPU")
     winners = None
-    if options.command == "second":
+    if options.command == "second" and options.winners is not None:
         try:
             winners = json.loads(options.winners.read_text())["tiles"]
         except (OSError, ValueError, KeyError) as error:
@@ -100,7 +100,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--stages", type=functools.partial(_chosen, name), help="only these, as in smoke,suite"
         )
-    command.add_argument("--winners", type=Path, required=True, help="winners.json of `first`")
+    command.add_argument(
+        "--winners", type=Path, help="winners.json of `first`; without it, the launchers' own tiles"
+    )
     return parser.parse_args(arguments)
 
 

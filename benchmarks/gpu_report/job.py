@@ -29,8 +29,8 @@ SMALL_TOKENS = 4
 class GpuJob:
     """Settings of a command; processes get them as JSON.
 
-    `winners` is the first command's winners.json; None in the first command itself. `stage` is the
-    stage whose rows `append` and `rows` are about; "" means all.
+    `winners` is the first command's winners.json, if one was given. `stage` is the stage whose rows
+    `append` and `rows` are about; "" means all.
     """
 
     command: str

@@ -210,6 +210,14 @@ def test_only_the_stages_asked_for_run(tmp_path, monkeypatch, capsys) -> None:
     assert "expected some of ceilings, smoke, suite" in capsys.readouterr().err
 
 
+@ON_CPU
+def test_the_second_command_needs_no_winners(tmp_path, monkeypatch) -> None:
+    """README and the result tables name it so."""
+    monkeypatch.setitem(command.SECONDS, "second", 0.2)
+    command.main(["second", "--out", str(tmp_path), "--small", "--stages", "step"])
+    assert read(tmp_path / "second.json")["winners"] is None
+
+
 def test_a_machine_taken_away_leaves_what_was_done_and_names_the_rest(tmp_path) -> None:
     """The report as it is between two stages."""
     job = GpuJob("first", str(tmp_path), True)
