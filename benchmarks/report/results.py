@@ -84,13 +84,17 @@ def _cost(case: Case, who: Contender) -> str:
 
 
 def _gpu_step_rows(device: Device) -> Iterator[Row]:
-    """A whole step, all sequences at once, as it was last measured."""
-    measured = [report.steps[0] for report in device.gpu_reports if report.steps]
-    for step in measured[-1:]:
+    """A whole step as last measured, with the most sequences at once that others took too."""
+    compared = [[s for s in report.steps if _compared(s)] for report in device.gpu_reports]
+    for step in [steps[0] for steps in compared if steps][-1:]:
         n, tokens = (step.settings[name] for name in ("sequences", "completion"))
         what = f"OPSD step, Qwen3-1.7B's shape with LoRA, {n} sequences, {tokens:,} tokens each"
         command = "python -m benchmarks.gpu_report second --out FOLDER"
         yield _row_of_step(step, what, command)
+
+
+def _compared(step: TrainStep) -> bool:
+    return sum(trainer.seconds is not None for trainer in step.trainers) > 1
 
 
 def _step_row(step: TrainStep) -> Row:

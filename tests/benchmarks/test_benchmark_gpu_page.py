@@ -7,6 +7,7 @@ from benchmarks.report.__main__ import main
 from benchmarks.report.data import ReportError
 from benchmarks.report.files import load
 from benchmarks.report.pages import rewrite
+from benchmarks.report.results import results_table
 from tests.helpers.report_json import case, environment, run, write, write_results
 
 PARTS = ("gpu_losses", *gpu.PARTS)
@@ -47,7 +48,8 @@ def report(command: str, *rows: dict, **changes: object) -> dict:
 def trained(seconds: float, peak: float, at_once: int) -> dict:
     phases = {"teacher forward": [0.1], "loss": [seconds / 2], "optimizer": [0.01]}
     memory = {"peak_extra_mib": peak, "peak_mib": 2 * peak}
-    more = {"loss": [0.5], "loss_tokens": 8192, "settings": {"at_once": at_once, "sequences": 8}}
+    settings = {"at_once": at_once, "sequences": 8, "completion": 1024}
+    more = {"loss": [0.5], "loss_tokens": 8192, "settings": settings}
     return {"phases": phases, "seconds": [seconds]} | memory | more
 
 
@@ -152,6 +154,15 @@ def test_of_a_stage_that_ran_twice_the_newest_is_shown(folder) -> None:
     write(folder, "gpu_second", SECOND)
     checks = " ".join(sections(folder)["gpu_checks"].split())
     assert "not started" not in checks and "compute-sanitizer is not on the PATH" in checks
+
+
+def test_the_results_have_a_step_that_another_took_too(folder) -> None:
+    """With 8 sequences at once plain logits were out of memory: the row is that of 2."""
+    write(folder, "gpu_second", SECOND)
+    (folder / "json" / "train_step.json").unlink()
+    rows = results_table(load([folder / "json"])).rows
+    (step,) = (row for row in rows if "Qwen3-1.7B's shape" in row[0])
+    assert step[1:3] == ("2.00 s, 500 MiB", "plain logits: 3.00 s, 2,000 MiB")
 
 
 def test_predicted_figures_are_in_no_table_of_measured_ones(folder) -> None:
