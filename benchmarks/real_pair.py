@@ -13,11 +13,12 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.losses.inputs import REAL_PAIR
+from opsd_kernels.integrations.heads import lm_head
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.data.batches import make_batch
 from opsd_train.data.problems import load_problems
 from opsd_train.data.prompts import PromptBuilder
-from opsd_train.model.families import completion_hidden, lm_head
+from opsd_train.model.families import completion_hidden
 from opsd_train.model.policy import Policy, load_model, load_tokenizer
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine

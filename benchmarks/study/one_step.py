@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import resident
 from opsd_kernels import reference
+from opsd_kernels.integrations.heads import LmHead
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from
 from opsd_train.config.schema import Config
@@ -32,7 +33,6 @@ from opsd_train.data.prompts import PromptBuilder
 from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.methods import make_method
 from opsd_train.methods.base import Method
-from opsd_train.model.families import LmHead
 from opsd_train.model.policy import Policy, load_policy, load_tokenizer
 
 StepMethod = Literal["ours", "plain"]

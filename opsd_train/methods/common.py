@@ -14,10 +14,10 @@ from opsd_kernels import (
     fused_linear_jsd,
     policy_gradient_loss,
 )
+from opsd_kernels.integrations.heads import LmHead
 from opsd_train.config.schema import LossConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Stats
-from opsd_train.model.families import LmHead
 from opsd_train.model.policy import LossFn, Policy
 
 

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from opsd_kernels.integrations.heads import lm_head
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Source, Stats
 from opsd_train.methods.common import distillation, teacher_hidden
-from opsd_train.model.families import lm_head
 from opsd_train.model.policy import Policy
 
 

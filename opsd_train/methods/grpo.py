@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from opsd_kernels import fused_linear_logprob
+from opsd_kernels.integrations.heads import LmHead
 from opsd_train.config.schema import Config, GrpoConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import head_options, student_run
 from opsd_train.methods.ref_policy import RefPolicy
-from opsd_train.model.families import LmHead
 from opsd_train.model.policy import Policy
 
 

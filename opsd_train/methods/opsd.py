@@ -14,12 +14,12 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from opsd_kernels.integrations.heads import LmHead
 from opsd_train.config.schema import Config, OpsdConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import distillation, teacher_hidden
 from opsd_train.methods.ref_policy import RefPolicy
-from opsd_train.model.families import LmHead
 from opsd_train.model.policy import Policy
 
 Precomputed = tuple[Tensor, LmHead | None]

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opsd_kernels.integrations.heads import LmHead
 from opsd_train.distributed.fsdp import Snapshot
-from opsd_train.model.families import LmHead
 from opsd_train.model.policy import Policy
 
 

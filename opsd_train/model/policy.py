@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available
 
+from opsd_kernels.integrations.heads import LmHead, causal_lm, lm_head
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
@@ -34,12 +35,9 @@ from opsd_train.distributed.fsdp import full_parameters, shard, shard_layers
 from opsd_train.model import swiglu
 from opsd_train.model.adapters import add_adapters, frozen_weight_warnings
 from opsd_train.model.families import (
-    LmHead,
-    causal_lm,
     check_logits,
     completion_hidden,
     decoder_layers,
-    lm_head,
     supports_packing,
 )
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from opsd_kernels.integrations.heads import LmHead, head_logits
 from opsd_train.config.errors import UserError
-from opsd_train.model.families import LmHead, head_logits
 from opsd_train.model.policy import Policy
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.token_sampling import logprobs_of

@@ -10,16 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from opsd_kernels.integrations.heads import LmHead, lm_head, probe_tokens, rounding_tolerance
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import EngineConfig
 from opsd_train.data.batches import token_batches
-from opsd_train.model.families import (
-    LmHead,
-    batching_tolerance,
-    lm_head,
-    probe_tokens,
-    rounding_tolerance,
-)
+from opsd_train.model.families import batching_tolerance
 from opsd_train.model.policy import Policy
 from opsd_train.rollout.context_checks import check_batch_tokens
 from opsd_train.rollout.kv_cache import drop_rows, preallocate

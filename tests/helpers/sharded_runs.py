@@ -12,10 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from opsd_kernels import fused_linear_cross_entropy
+from opsd_kernels.integrations.heads import LmHead, lm_head
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation.grading import Answer
-from opsd_train.model.families import LmHead, lm_head
 from opsd_train.reporting.step_stats import StepStats
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.trainer import Trainer

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from opsd_kernels import fused_linear_logprob
+from opsd_kernels.integrations import heads
+from opsd_kernels.integrations.heads import lm_head
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import LoraConfig, RolloutConfig
 from opsd_train.data.batches import make_batch
 from opsd_train.methods.common import head_options
 from opsd_train.model import families
 from opsd_train.model.adapters import add_adapters
-from opsd_train.model.families import check_logits, completion_hidden, lm_head, supports_packing
+from opsd_train.model.families import check_logits, completion_hidden, supports_packing
 from opsd_train.model.policy import Policy
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine
@@ -187,13 +189,13 @@ def fault(model: nn.Module) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "family",
-    [name for name, sizes in FAMILIES.items() if name in families.FAMILIES],
+    [name for name, sizes in FAMILIES.items() if name in heads.FAMILIES],
 )
 def test_a_family_that_the_table_forgot_is_refused(
     family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_family(family, torch.float32 if family == "xlstm" else dtype)
-    monkeypatch.delitem(families.FAMILIES, family)
+    monkeypatch.delitem(heads.FAMILIES, family)
     assert "not the scaled and capped output of its head (gap" in fault(model)
 
 

@@ -7,12 +7,12 @@ import torch
 import transformers
 import yaml
 
+from opsd_kernels.integrations import heads
 from opsd_train import cli
 from opsd_train.checkpoint.export import export
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.dry_run.plan import dry_run
-from opsd_train.model import families
 from opsd_train.model import policy as model
 from opsd_train.model.policy import attention, load_model, load_policy, load_teacher, load_tokenizer
 from opsd_train.run import train
@@ -139,7 +139,7 @@ def test_student_and_teacher_are_checked(
     made = config(tiny_folder, tmp_path / "run", *distill)
     tokenizer = load_tokenizer(made.model)
     load_teacher(made, tokenizer, ALONE, "none")
-    monkeypatch.delitem(families.FAMILIES, "granite")
+    monkeypatch.delitem(heads.FAMILIES, "granite")
     with pytest.raises(UserError, match=f"^model {folder} \\(GraniteForCausalLM\\)"):
         load_teacher(made, tokenizer, ALONE, "none")
     with pytest.raises(UserError, match=f"^model {folder} \\(GraniteForCausalLM\\)"):

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from opsd_kernels.integrations.heads import lm_head
 from opsd_train.config.errors import UserError
 from opsd_train.data.batches import balanced_micro_batches, make_batch, micro_batches
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.distributed.fsdp import Snapshot
 from opsd_train.model.adapters import add_adapters
-from opsd_train.model.families import completion_hidden, lm_head
+from opsd_train.model.families import completion_hidden
 from opsd_train.model.policy import Policy, load_policy, load_tokenizer
 from tests.helpers.method_cases import (
     LORA,
