@@ -130,7 +130,9 @@ def _fault(core: PreTrainedModel, fused: _FusedForward) -> str | None:
         if fault:
             return fault
         ids = torch.tensor([tokens], device=head.weight.device)
-        theirs, ours = (f(input_ids=ids, labels=ids, use_cache=False).loss for f in (fused.original, fused))
+        theirs, ours = (
+            f(input_ids=ids, labels=ids, use_cache=False).loss for f in (fused.original, fused)
+        )
         if not abs(ours - theirs) <= rounding_tolerance(head) * abs(theirs):
             return f"its loss is {theirs:.6g}, the loss from its head {ours:.6g}"
         return None
