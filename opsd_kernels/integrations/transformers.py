@@ -79,6 +79,7 @@ class _FusedForward:
         self.enabled = True
         self.names = list(inspect.signature(core.forward).parameters)
 
+    @torch.compiler.disable(recursive=False)  # attributes are set; what it calls is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels", dict(zip(self.names, args, strict=False)).get("labels"))
         if labels is None or not self.enabled:

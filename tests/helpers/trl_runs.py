@@ -116,6 +116,14 @@ def examples(kind: str) -> Dataset:
             }
             for w in WORDS
         ]
+    elif kind == "gold":
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": w}],
+                "completion": [{"role": "assistant", "content": w[::-1]}],
+            }
+            for w in WORDS
+        ]
     elif kind == "sft":
         rows = [{"prompt": word, "completion": word[::-1] + "!"} for word in WORDS]
     elif kind in ("sdft", "sdpo"):
@@ -151,7 +159,7 @@ def build(
     more: dict[str, Any] = {}
     if kind in ("grpo", "rloo", "sdpo"):
         more["reward_funcs"] = vowels
-    if kind in ("distillation", "gkd"):
+    if kind in ("distillation", "gkd", "gold"):
         more["teacher_model"] = make_causal_lm(family, seed=5)
     if lora:
         more["peft_config"] = peft.LoraConfig(
@@ -174,11 +182,11 @@ def build(
     return trainer, record
 
 
-def run(trainer: Any, record: Record) -> Record:
-    """Train, then evaluate; from the same seeds each time."""
+def run(trainer: Any, record: Record, checkpoint: Path | None = None) -> Record:
+    """Train, from a checkpoint or the start, then evaluate; from the same seeds each time."""
     random.seed(0)
     torch.manual_seed(0)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     random.seed(0)
     torch.manual_seed(0)
     trainer.evaluate()
