@@ -33,7 +33,7 @@ FAST := not slow and not exhaustive and not gpu and not vllm
 # A worker that has finished takes tests of the other one.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "$(FAST)"
 
-.PHONY: train check lint types quick test tests test-slow test-sanitized bench compile-triton36 docs vllm test-vllm clean
+.PHONY: train check lint types quick test tests test-slow test-sanitized bench compile-triton36 hub-kernel docs vllm test-vllm clean
 
 train: $(READY)
 	$(BIN)/python -m opsd_train
@@ -84,6 +84,10 @@ compile-triton36: $(READY)
 	$(BIN)/pip install -q --no-deps --target $(VENV)/numpy23 "numpy<2.4"
 	PYTHONPATH=$(abspath $(TRITON36)):$(abspath $(VENV)/numpy23) \
 		$(BIN)/python -m pytest -q tests/kernels/test_triton.py
+
+# The losses as a kernel of the Hugging Face hub: build/hub-kernel, which kernels.get_local_kernel loads.
+hub-kernel:
+	$(PYTHON) tools/hub_kernel.py
 
 # The site, in an environment of its own: it reads docstrings and imports nothing. A warning is an error.
 docs: $(VENV_DOCS)/.ready
