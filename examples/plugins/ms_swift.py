@@ -80,8 +80,8 @@ def divergence(self: gkd.GKDTrainer, student: nn.Module, batch: dict, *_: Any, *
             h_t = hidden_of(teacher, batch["teacher_model_inputs"])
         head_t = teacher.get_output_embeddings()
         return fused_linear_jsd(
-            h_s, head_s.weight, h_t, head_t.weight.detach(),
-            student_bias=head_s.bias, teacher_bias=None if head_t.bias is None else head_t.bias.data,
+            h_s, head_s.weight, h_t, head_t.weight,
+            student_bias=head_s.bias, teacher_bias=head_t.bias,
             beta=self.beta, temperature=self.temperature, num_tokens=max(1, h_s.shape[0]),
         )  # fmt: skip
 
