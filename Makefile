@@ -66,7 +66,7 @@ test-slow: $(READY)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 test-sanitized: $(READY)
 	rm -rf build/sanitized && mkdir -p build/sanitized
-	cp -r opsd_kernels csrc benchmarks docs setup.py pyproject.toml README.md LICENSE tests build/sanitized
+	cp -r opsd_kernels csrc benchmarks docs tools setup.py pyproject.toml README.md LICENSE tests build/sanitized
 	cd build/sanitized && rm -f opsd_kernels/*.so && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 		$(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 \
