@@ -17,15 +17,15 @@ OWN = {"opsd_kernels", "opsd_train", "benchmarks", "examples", "tests", "conftes
 
 # Who imports: the extras it is installed with. torch is always there.
 EXTRAS = {
-    "opsd_kernels": (),
+    "opsd_kernels": ("transformers", "trl"),
     "opsd_train": ("train", "demo", "hub"),
     "tests": ("train", "demo", "hub", "test"),
     "benchmarks": ("train", "demo", "hub", "bench"),
-    "examples": ("train",),
+    "examples": ("train", "trl"),
 }
 # The extras that exist for a folder.
 OWN_EXTRAS = {
-    "opsd_kernels": (),
+    "opsd_kernels": ("transformers", "trl"),
     "opsd_train": ("train", "demo", "hub"),
     "tests": ("test",),
     "benchmarks": ("bench",),
@@ -49,6 +49,7 @@ NOT_IMPORTED = {
         "tensorboard",  # torch.utils.tensorboard imports it
     },
     "tests": {
+        "liger-kernel",  # until a test of the adapter imports it
         "mypy",  # a command of `make check`
         "pytest-xdist",  # a plugin: pytest -n 2
         "ruff",  # a command of `make check`

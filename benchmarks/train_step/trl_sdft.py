@@ -27,7 +27,7 @@ class TrlSdft:
         self.device = resolve_device(work.config.model.device)
         self.step = Step()
         self.trainer = _Timed(
-            model=_unmarked(_base_model(work).to(self.device)),
+            model=unmarked(_base_model(work).to(self.device)),
             args=_arguments(work, self.device, mode, mixed),
             train_dataset=_rows(work),
             processing_class=work.tokenizer,
@@ -82,7 +82,7 @@ def _base_model(work: Workload) -> PreTrainedModel:
     return load_model(config, work.tokenizer, getattr(torch, config.dtype))
 
 
-def _unmarked(model: PreTrainedModel) -> PreTrainedModel:
+def unmarked(model: PreTrainedModel) -> PreTrainedModel:
     """A copy not marked as quantized: transformers' Trainer refuses a model from a GGUF file."""
     if not getattr(model, "is_quantized", False):
         return model

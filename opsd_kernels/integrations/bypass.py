@@ -93,7 +93,8 @@ def _forward_to_head(
     heads.append(head)
     # DistributedDataParallel looks for used parameters in the graph of the model's output.
     trained = [p for p in (head.weight, head.bias) if p is not None and p.requires_grad]
-    output.logits = _Attached.apply(inputs[-1], *trained) if trained else inputs[-1]
+    attach: Any = _Attached.apply
+    output.logits = attach(inputs[-1], *trained) if trained else inputs[-1]
     return output
 
 

@@ -71,7 +71,7 @@ def causal_lm(model: nn.Module) -> PreTrainedModel:
     """
     core = getattr(model, "_orig_mod", model)
     if hasattr(core, "get_base_model"):  # peft.PeftModel
-        core = core.get_base_model()
+        core = cast(Any, core).get_base_model()
     if not isinstance(core, PreTrainedModel):
         raise TypeError(f"model: expected a transformers causal LM, got {type(model).__name__}")
     return core
@@ -102,7 +102,7 @@ def lm_head(model: nn.Module, of_layer: bool = False) -> LmHead:
 
 def output_layer(core: PreTrainedModel) -> nn.Module:
     """The layer whose output is the logits before scale and softcap."""
-    layer = core.get_output_embeddings()
+    layer = core.get_output_embeddings()  # type: ignore[no-untyped-call]
     if layer is None:
         raise UnsupportedModel(
             f"{type(core).__name__} is not supported: it has no single output layer"
@@ -115,7 +115,7 @@ def backbone(core: PreTrainedModel) -> PreTrainedModel:
 
     Raises UnsupportedModel if `get_decoder()` returns something else.
     """
-    decoder = core.get_decoder()
+    decoder = core.get_decoder()  # type: ignore[no-untyped-call]
     if decoder is core or not isinstance(decoder, PreTrainedModel):
         raise UnsupportedModel(
             f"get_decoder() returns {type(decoder).__name__}, not the layers below the head"

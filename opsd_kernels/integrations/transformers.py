@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -41,24 +41,25 @@ def fuse_loss(model: nn.Module) -> None:
             of its head, scale and softcap.
     """
     core = causal_lm(model)
-    if not isinstance(getattr(core, _ATTRIBUTE, None), _FusedForward):
+    forward = _fused_forward(core)
+    if forward is None:
         forward = _FusedForward(core)
         fault = _fault(core, forward)
         if fault:
             raise UnsupportedModel(f"{type(core).__name__} is not supported: {fault}")
         setattr(core, _ATTRIBUTE, forward)
         core.forward = forward
-    getattr(core, _ATTRIBUTE).enabled = True
+    forward.enabled = True
 
 
 def unfuse_loss(model: nn.Module) -> None:
     """Give a model its own loss and logits back; does nothing to a model that has them."""
     core = causal_lm(model)
-    forward = getattr(core, _ATTRIBUTE, None)
+    forward = _fused_forward(core)
     if forward is None:
         return
     forward.enabled = False  # it may be inside a wrapper of accelerate's
-    if core.__dict__.get("forward") is forward:
+    if "forward" in vars(core) and core.forward is forward:
         delattr(core, _ATTRIBUTE)
         del core.forward
         if forward.replaces_instance_attribute:
@@ -66,6 +67,11 @@ def unfuse_loss(model: nn.Module) -> None:
 
 
 _ATTRIBUTE = "opsd_fused_forward"
+
+
+def _fused_forward(core: PreTrainedModel) -> _FusedForward | None:
+    forward = getattr(core, _ATTRIBUTE, None)
+    return forward if isinstance(forward, _FusedForward) else None
 
 
 class _FusedForward:
@@ -79,7 +85,8 @@ class _FusedForward:
         self.enabled = True
         self.names = list(inspect.signature(core.forward).parameters)
 
-    @torch.compiler.disable(recursive=False)  # attributes are set; what it calls is compiled
+    # Attributes are set here; what it calls is compiled.
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         labels = kwargs.get("labels", dict(zip(self.names, args, strict=False)).get("labels"))
         if labels is None or not self.enabled:
@@ -111,18 +118,19 @@ def causal_lm_loss(
     hidden, head = inputs[-1], head_of_layer(core)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    return fused_linear_cross_entropy(
+    loss = fused_linear_cross_entropy(
         hidden, head.weight, shift_labels.to(hidden.device).reshape(hidden.shape[:-1]),
         bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
         ignore_index=ignore_index, num_tokens=num_items_in_batch,
     )  # fmt: skip
+    return cast(Tensor, loss)
 
 
 @torch.no_grad()
 def _fault(core: PreTrainedModel, fused: _FusedForward) -> str | None:
     """What the fused loss gets wrong with this model; None if nothing."""
     training = core.training
-    core.eval()
+    core.train(False)
     try:
         head = lm_head(core)
         pad_id = getattr(core.config.get_text_config(), "pad_token_id", None)

@@ -32,7 +32,7 @@ def use_fused_losses() -> ExitStack:
     """
     check_version()
     stack = ExitStack()
-    if trl_utils._ChunkedLogProbFunction is not FusedLogProb:
+    if vars(trl_utils)["_ChunkedLogProbFunction"] is not FusedLogProb:
         for module, name, value in _replacements():
             stack.enter_context(replaced(module, name, value))
     return stack
@@ -84,19 +84,22 @@ class FusedLogProb:
         wants_entropy, wants_top1 = "entropy" in outputs, "is_top1" in outputs
         # With a trained head backward makes all gradients at once, and none that is not used.
         at_once = wants_entropy and weight.requires_grad
-        result = fused_linear_logprob(
+        result: Any = fused_linear_logprob(
             hidden, weight, targets, **options,
             return_entropy=at_once, return_stats=wants_entropy or wants_top1,
         )  # fmt: skip
+        entropy, is_top1 = None, None
         if isinstance(result, Tensor):
-            log_probs, entropy, is_top1 = result, None, None
+            log_probs = result
         else:
             log_probs, *between, stats = result
-            entropy = between[0] if between else stats["entropy"]
             is_top1 = stats["predicted"] == targets
-            if not at_once:
+            if at_once:
+                entropy = between[0]
+            else:
+                on_demand: Any = _EntropyOnDemand.apply
                 call = _EntropyCall(hidden, weight, targets, options)
-                entropy = _EntropyOnDemand.apply(hidden, entropy, call)
+                entropy = on_demand(hidden, stats["entropy"], call)
         mean_logits = None
         if "mean_logits" in outputs:
             mean_logits = _mean_logits(hidden, weight, options)
@@ -121,7 +124,8 @@ def _mean_logits(hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Ten
     with torch.autocast(hidden.device.type, enabled=False):
         row = weight.float().mean(0)
         mean = F.linear(hidden.float(), row[None])[:, 0] + (0 if bias is None else bias.mean())
-        return mean * options["logit_scale"] / options["temperature"]
+        scaled: Tensor = mean * options["logit_scale"] / options["temperature"]
+        return scaled
 
 
 class _EntropyCall:
@@ -140,10 +144,10 @@ class _EntropyCall:
         hidden, weight, targets = self.tensors
         hidden = hidden.requires_grad_()
         with torch.enable_grad(), torch.autocast(*self.autocast):
-            _, entropy = fused_linear_logprob(
+            result: Any = fused_linear_logprob(
                 hidden, weight, targets, **self.options, return_entropy=True
             )
-        (grad,) = torch.autograd.grad(entropy, hidden, upstream)
+        (grad,) = torch.autograd.grad(result[1], hidden, upstream)
         return grad
 
 

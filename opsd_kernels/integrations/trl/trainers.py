@@ -69,7 +69,7 @@ class _FusedSelfDistillation:
     def _forward_logits(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int
     ) -> HeadInput:
-        temperature = self.temperature  # type: ignore[has-type]
+        temperature = self.temperature  # type: ignore[attr-defined]
         core = self.accelerator.unwrap_model(model)  # type: ignore[attr-defined]
         with hidden_as_logits(core) as heads, replaced(self, "temperature", 1.0):
             hidden = super()._forward_logits(  # type: ignore[misc]

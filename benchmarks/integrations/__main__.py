@@ -1,0 +1,109 @@
+"""Step time and peak memory of TRL's trainers, as they are and as `fused` makes them.
+
+    python -m benchmarks.integrations                  # all five trainers, about 10 minutes
+    python -m benchmarks.integrations --kinds sdft sft
+
+SmolLM2-135M in float32 with LoRA of rank 16 on every linear layer; 8 sequences with 128 tokens of
+completion a step; no gradient checkpointing. Completions are random tokens instead of generated
+ones, the same for both, so a step is what follows the rollout. Each trainer is a fresh process;
+the two take turns, a step each, and the first step of each is a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import resident
+from benchmarks.environment import ROOT, environment
+from benchmarks.integrations.worker import KINDS, SEQUENCES, STEPS, TOKENS
+
+OUT = Path("runs/benchmarks/integrations.json")
+CONTENDERS = ("plain", "fused")
+
+
+def measure(kind: str) -> dict[str, Any]:
+    """Both contenders' steps, taken in turns; the content of one row."""
+    workers = {name: _start(kind, name) for name in CONTENDERS}
+    try:
+        ready = {name: _receive(worker) for name, worker in workers.items()}
+        steps: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+        for _ in range(STEPS):
+            for name, worker in workers.items():
+                worker.stdin.write("step\n")
+                worker.stdin.flush()
+                steps[name].append(_receive(worker))
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.communicate()
+    return {"trainer": ready["plain"]["ready"]} | {
+        name: {key: [step[key] for step in taken[1:]] for key in taken[0]}
+        for name, taken in steps.items()
+    }
+
+
+def _start(kind: str, name: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.integrations.worker", kind, name],
+        cwd=ROOT,
+        env=os.environ | resident.WORKER_ENV,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _receive(worker: subprocess.Popen) -> dict[str, Any]:
+    line = worker.stdout.readline()
+    if not line:
+        raise SystemExit("error: a trainer ended before its steps were taken; see above")
+    return json.loads(line)
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the terminal's table."""
+    plain, ours = row["plain"], row["fused"]
+    time, memory = (median(ours[k]) / median(plain[k]) for k in ("seconds", "peak_extra_mib"))
+    return (
+        f"{row['trainer']:22} {median(plain['seconds']):7.2f} s {median(ours['seconds']):7.2f} s "
+        f"{time:6.2f}   {median(plain['peak_extra_mib']):7.0f} MiB "
+        f"{median(ours['peak_extra_mib']):7.0f} MiB {memory:6.2f}"
+    )
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(prog="benchmarks.integrations", description=__doc__)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--out", type=Path, default=OUT, help=f"the figures as JSON ({OUT})")
+    options = parser.parse_args()
+    why_not = resident.why_not()
+    if why_not:
+        raise SystemExit(f"error: {why_not}")
+    rows = []
+    print(f"{'trainer':22} {'plain':>9} {'fused':>9} {'ratio':>6}   memory during a step")
+    for kind in options.kinds:
+        rows.append(measure(kind))
+        print(line(rows[-1]), flush=True)
+    settings = {"model": "SmolLM2-135M", "dtype": "float32", "sequences": SEQUENCES,
+                "tokens": TOKENS, "steps": STEPS - 1}  # fmt: skip
+    result = {
+        "kind": "integrations",
+        "environment": environment(),
+        "settings": settings,
+        "rows": rows,
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"\nwritten to {options.out}")
+
+
+if __name__ == "__main__":
+    main()
