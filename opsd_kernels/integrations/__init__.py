@@ -1,0 +1,1 @@
+"""The losses under the names and calls of other libraries; import the module of the library."""
