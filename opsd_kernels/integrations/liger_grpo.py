@@ -153,7 +153,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             kl = kl * level_log_w.exp() if self.use_bias_correction_kl else kl
             loss = loss + self.beta * kl
             metrics.append((kl * mask).sum().detach() / _at_least_one(mask.sum()))
-        metrics.append((clipped * mask).sum() / _at_least_one(mask.sum()))
+        metrics.append((clipped.to(p.dtype) * mask).sum() / _at_least_one(mask.sum()))
         return self._average(loss, mask, num_items_in_batch), tuple(metrics)
 
     def _check_options(self) -> None:
