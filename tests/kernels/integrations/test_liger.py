@@ -1,5 +1,7 @@
 """Liger's names for the JSD and the cross-entropy, against their formulas and Liger's own code."""
 
+import inspect
+
 import pytest
 import torch
 from torch import Tensor
@@ -292,6 +294,28 @@ def test_a_batch_of_ignored_targets_gives_0() -> None:
     values, grads = run(cross_entropy, case, SINGLE, [1.0], **how)
     assert [value.item() for value in values[:3]] == [0, 0, 0] and (values[3] == -1).all()
     assert all((grad == 0).all() for grad in grads.values())
+
+
+def test_the_order_of_arguments_is_ligers() -> None:
+    from liger_kernel import chunked_loss, transformers
+
+    pairs = [
+        (LigerFusedLinearJSDLoss, chunked_loss.LigerFusedLinearJSDLoss),
+        (LigerFusedLinearCrossEntropyLoss, transformers.LigerFusedLinearCrossEntropyLoss),
+        (LigerFusedLinearJSD, transformers.LigerFusedLinearJSD),
+    ]
+    for ours, theirs in pairs:
+        for name in ("__init__", "forward"):
+            accepted, expected = (
+                inspect.signature(getattr(cls, name)).parameters.values() for cls in (ours, theirs)
+            )
+            # FusedLinearJSD has options and tensors of its own behind Liger's, by name only.
+            accepted = [p for p in accepted if p.kind is not p.KEYWORD_ONLY]
+            assert [p.name for p in accepted] == [p.name for p in expected]
+            given = [
+                (a, e) for a, e in zip(accepted, expected, strict=True) if e.default != e.empty
+            ]
+            assert all(a.default == e.default for a, e in given)
 
 
 @pytest.mark.parametrize(
