@@ -44,7 +44,10 @@ from benchmarks.report.tables import (
 OUT = Path("runs/benchmarks/report")
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("index", "benchmarks", "demo", "gpu")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("index", "benchmarks", "demo", "gpu", "integrations")
+    ),
 ]
 
 

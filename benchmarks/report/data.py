@@ -110,6 +110,22 @@ class TrainStep:
 
 
 @dataclass(frozen=True)
+class PatchedTrainer:
+    """A trainer of TRL's as it is and fused: medians over the steps."""
+
+    name: str
+    seconds: tuple[float, float]
+    peak_extra_mib: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Integrations:
+    settings: Json
+    trainers: tuple[PatchedTrainer, ...]
+    source: Source
+
+
+@dataclass(frozen=True)
 class Share:
     """An accuracy with its interval."""
 
@@ -166,9 +182,10 @@ class Device:
     skipped: dict[str, str] = field(default_factory=dict)
     steps: dict[str, TrainStep] = field(default_factory=dict)
     demos: dict[str, Demo] = field(default_factory=dict)
+    integrations: list[Integrations] = field(default_factory=list)  # the newest last
     gpu_reports: list[GpuReport] = field(default_factory=list)  # the newest last
 
     def sources(self) -> list[Source]:
         found = [*self.cases.values(), *self.steps.values(), *self.demos.values()]
-        found += self.gpu_reports
+        found += [*self.gpu_reports, *self.integrations]
         return sorted({x.source.file: x.source for x in found}.values(), key=lambda s: s.file)

@@ -14,7 +14,9 @@ from benchmarks.report.data import (
     Demo,
     Device,
     GpuReport,
+    Integrations,
     Json,
+    PatchedTrainer,
     ReportError,
     Share,
     Source,
@@ -191,10 +193,22 @@ def _gpu_report(device: Device, content: Json, source: Source) -> None:
     device.gpu_reports.append(report)
 
 
+def _integrations(device: Device, content: Json, source: Source) -> None:
+    def medians(row: Json, key: str) -> tuple[float, float]:
+        return statistics.median(row["plain"][key]), statistics.median(row["fused"][key])
+
+    trainers = tuple(
+        PatchedTrainer(row["trainer"], medians(row, "seconds"), medians(row, "peak_extra_mib"))
+        for row in content["rows"]
+    )
+    device.integrations.append(Integrations(dict(content["settings"]), trainers, source))
+
+
 _READERS = {
     "losses": _losses,
     "train_step": _train_step,
     "demo": _demo,
+    "integrations": _integrations,
     "compile": _compile,
     "gpu_report": _gpu_report,
 }

@@ -25,6 +25,7 @@ from benchmarks.report.tables import (
     files_text,
     headline,
     headline_table,
+    integrations_table,
     overview_table,
     settings_text,
     train_step_table,
@@ -95,6 +96,21 @@ def demo(devices: list[Device]) -> str:
     return _joined(blocks, "demo")
 
 
+def integrations(devices: list[Device]) -> str:
+    blocks = []
+    for measured in (device.integrations[-1] for device in devices if device.integrations):
+        s = measured.settings
+        intro = (
+            f"{s['model']} in {s['dtype']} with LoRA, {s['sequences']} sequences with "
+            f"{s['tokens']} tokens of completion a step, {s['steps']} steps after a warm-up, the "
+            f"rollout left out; medians. Memory is what a step adds. "
+            f"{environment_text(measured.source.environment)}. "
+            f"Figures: {files_text([measured.source])}."
+        )
+        blocks += [_wrapped(intro), markdown(integrations_table(measured))]
+    return _joined(blocks, "integrations")
+
+
 def gpu_losses(devices: list[Device]) -> str:
     """As `losses`, of GPUs alone."""
     measured = [device for device in devices if device.kind == "cuda" and device.cases]
@@ -120,6 +136,7 @@ PARTS: dict[str, Callable[[list[Device]], str]] = {
     "losses": losses,
     "train_step": train_step,
     "demo": demo,
+    "integrations": integrations,
     "gpu_losses": gpu_losses,
     **{name: partial(gpu_part, name) for name in gpu.PARTS},
     "results": results,

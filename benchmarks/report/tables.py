@@ -11,6 +11,7 @@ from benchmarks.report.data import (
     Contender,
     Demo,
     Device,
+    Integrations,
     Json,
     Share,
     Source,
@@ -249,6 +250,17 @@ def train_step_table(step: TrainStep) -> Table:
     shown = (row for row in rows if any(cell != NONE for cell in row[1:]))
     bold = frozenset([len(phases)])
     return Table(("median of the steps", *(t.name for t in trainers)), tuple(shown), bold=bold)
+
+
+def integrations_table(measured: Integrations) -> Table:
+    """A trainer of TRL's per row: seconds and memory of a step, as it is and fused."""
+    rows = []
+    for t in measured.trainers:
+        time, memory = (fused / plain for plain, fused in (t.seconds, t.peak_extra_mib))
+        cells = (*map(time_text, t.seconds), ratio_text(time))
+        rows.append((t.name, *cells, *map(mib_text, t.peak_extra_mib), ratio_text(memory)))
+    header = ("trainer", "step", "fused", "fused / plain", "memory", "fused", "fused / plain")
+    return Table(header, tuple(rows))
 
 
 def _ratios(trainers: list[Trainer], reference: Trainer, name: str) -> list[str]:

@@ -126,9 +126,10 @@ def test_examples_are_short_and_open_with_their_commands(path: Path) -> None:
     assert re.search(rf"CPU.*:  +\S.*examples/{path.name}", docstring)
 
 
-def test_there_are_five_examples() -> None:
-    names = [path.stem for path in EXAMPLES]
-    assert names == ["fsdp2", "losses", "own_divergence", "training_loop", "transformers_trainer"]
+def test_there_are_six_examples() -> None:
+    names = {path.stem for path in EXAMPLES}
+    others = {"fsdp2", "losses", "own_divergence", "training_loop"}
+    assert names == others | {"transformers_trainer", "trl_sdft"}
 
 
 def test_losses_prints_equal_values_and_gradients() -> None:
@@ -282,3 +283,16 @@ def test_own_divergence_tends_to_the_reverse_kl() -> None:
     log_s, log_t = (h_s @ w_s.T).log_softmax(-1), (h_t @ w_t.T).log_softmax(-1)
     limit = reference.reverse_kl(log_s, log_t).mean()
     assert near.item() == pytest.approx(limit.item(), rel=1e-4)
+
+
+def test_trl_sdft_steps_are_those_of_trls_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--use_cpu", "true", "--disable_tqdm", "true", "--output_dir", str(tmp_path)]
+    ours = logged_steps(run("trl_sdft", *options, cwd=tmp_path))
+    module = load("trl_sdft")
+    monkeypatch.setattr(module, "fused", lambda trainer: trainer)
+    monkeypatch.setattr(sys, "argv", ["trl_sdft.py", *options])
+    module.main()
+    assert_steps(ours, logged_steps(capsys.readouterr().out))
+    assert len(ours) == 3

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 import transformers
 from datasets import Dataset
@@ -44,6 +45,8 @@ MODELS = {
     "gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8, "sliding_window": 8},
 }
 WORDS = ["red fox", "two plus two", "a", "the longest of these prompts", "why", "blue"]
+# Times differ between any two runs.
+TIMES = ("time", "runtime", "per_second", "profiling")
 # What each trainer generates with.
 SAMPLED = {"max_completion_length": 7}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -191,3 +194,25 @@ def run(trainer: Any, record: Record, checkpoint: Path | None = None) -> Record:
     torch.manual_seed(0)
     trainer.evaluate()
     return record
+
+
+def assert_same_run(ours: Record, theirs: Record) -> None:
+    """Gradients within 5e-6 of their norm; the loss and every metric within 1e-5, relative."""
+    assert len(ours.grads) == len(theirs.grads) > 0
+    for found, wanted in zip(ours.grads, theirs.grads, strict=True):
+        assert found.keys() == wanted.keys()
+        norm = flat(wanted).norm()
+        assert norm > 1e-3
+        gap = (flat(found) - flat(wanted)).norm() / norm
+        assert gap < 5e-6, f"gradients differ by {gap:.2g} of their norm"
+    assert len(ours.logs) == len(theirs.logs)
+    for found_log, wanted_log in zip(ours.logs, theirs.logs, strict=True):
+        assert found_log.keys() == wanted_log.keys()
+        for name, value in wanted_log.items():
+            if value is not None and not any(word in name for word in TIMES):
+                # A mean of advantages or of log-ratios is rounding around 0.
+                assert found_log[name] == pytest.approx(value, rel=1e-5, abs=2e-6), name
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors.values()])

@@ -6,7 +6,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import DPOTrainer, SFTTrainer
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
@@ -16,32 +15,7 @@ from trl.trainer import utils as trl_utils
 from opsd_kernels.integrations import trl
 from opsd_kernels.integrations.trl import fused, use_fused_losses, version
 from tests.helpers import trl_runs
-from tests.helpers.trl_runs import TRAINERS, Record, build, run
-
-# Times differ between any two runs.
-TIMES = ("time", "runtime", "per_second", "profiling")
-
-
-def assert_same_run(ours: Record, theirs: Record) -> None:
-    """Gradients within 5e-6 of their norm; the loss and every metric within 1e-5, relative."""
-    assert len(ours.grads) == len(theirs.grads) > 0
-    for found, wanted in zip(ours.grads, theirs.grads, strict=True):
-        assert found.keys() == wanted.keys()
-        norm = flat(wanted).norm()
-        assert norm > 1e-3
-        gap = (flat(found) - flat(wanted)).norm() / norm
-        assert gap < 5e-6, f"gradients differ by {gap:.2g} of their norm"
-    assert len(ours.logs) == len(theirs.logs)
-    for found_log, wanted_log in zip(ours.logs, theirs.logs, strict=True):
-        assert found_log.keys() == wanted_log.keys()
-        for name, value in wanted_log.items():
-            if value is not None and not any(word in name for word in TIMES):
-                # A mean of advantages or of log-ratios is rounding around 0.
-                assert found_log[name] == pytest.approx(value, rel=1e-5, abs=2e-6), name
-
-
-def flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors.values()])
+from tests.helpers.trl_runs import TRAINERS, Record, assert_same_run, build, flat, run
 
 
 def assert_fused_is_same(

@@ -1,0 +1,55 @@
+"""Two ranks train with TRL's trainers, plain and fused; each writes what it computed.
+
+torchrun --nproc-per-node 2 -m tests.helpers.trl_ranks FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from opsd_kernels.integrations.transformers import fuse_loss
+from opsd_kernels.integrations.trl import fused
+from tests.helpers.trl_runs import TRAINERS, Record, build, make_causal_lm, run
+
+KINDS = ("sft", "grpo", "distillation", "gkd", "sdft", "sdpo")
+
+
+def transformers_run(folder: Path, is_fused: bool) -> Record:
+    """transformers' own Trainer, whose divisor counts the labels of both ranks."""
+    model, record = make_causal_lm("gemma2"), Record()
+    if is_fused:
+        fuse_loss(model)
+    ids = torch.randint(3, 250, (16, 12), generator=torch.Generator().manual_seed(0))
+    labels = torch.where(torch.arange(12) < torch.arange(16)[:, None] % 7, -100, ids)
+    data = [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)]
+    args = transformers.TrainingArguments(
+        str(folder), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
+    )  # fmt: skip
+    trainer: Any = transformers.Trainer(model, args, train_dataset=data, eval_dataset=data[:4],
+                                        callbacks=[record])  # fmt: skip
+    return run(trainer, record)
+
+
+def main() -> None:
+    """Each kind, plain then fused, in one process group."""
+    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+    torch.set_num_threads(1)
+    for is_fused in (False, True):
+        for kind in (*KINDS, "transformers"):
+            name = f"{kind}-{'fused' if is_fused else 'plain'}"
+            own = folder / f"{name}-{rank}"  # ranks would write one model file together
+            if kind == "transformers":
+                record = transformers_run(own, is_fused)
+            else:
+                trainer = fused(TRAINERS[kind][0]) if is_fused else TRAINERS[kind][0]
+                record = run(*build(kind, "qwen3", own, trainer, gradient_accumulation_steps=2))
+            torch.save({"grads": record.grads, "logs": record.logs}, folder / f"{name}-{rank}.pt")
+
+
+if __name__ == "__main__":
+    main()

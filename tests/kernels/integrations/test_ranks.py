@@ -1,0 +1,43 @@
+"""Two gloo ranks under DistributedDataParallel: every trainer computes what it does unfused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.trl_ranks import KINDS
+from tests.helpers.trl_runs import Record, assert_same_run, flat
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
+        *("-m", "tests.helpers.trl_ranks", str(folder)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def read(folder: Path, kind: str, name: str, rank: int) -> Record:
+    return Record(**torch.load(folder / f"{kind}-{name}-{rank}.pt", weights_only=True))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("kind", [*KINDS, "transformers"])
+def test_two_ranks(kind: str, folder: Path) -> None:
+    ours = [read(folder, kind, "fused", rank) for rank in range(2)]
+    for rank in range(2):
+        assert_same_run(ours[rank], read(folder, kind, "plain", rank))
+    for left, right in zip(ours[0].grads, ours[1].grads, strict=True):  # averaged over the ranks
+        torch.testing.assert_close(flat(left), flat(right), rtol=0, atol=0)
