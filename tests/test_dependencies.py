@@ -39,7 +39,10 @@ NOT_DECLARED = {
         "triton",  # torch brings it
         "quack",  # a contender on H100s, left out where it is not installed
     },
-    "examples": {"swift"},  # a plugin of ms-swift runs inside it
+    "examples": {
+        "datasets",  # TRL brings it
+        "swift",  # a plugin of ms-swift runs inside it
+    },
 }
 # Declared without being imported, each with the reason.
 NOT_IMPORTED = {
@@ -49,7 +52,6 @@ NOT_IMPORTED = {
         "tensorboard",  # torch.utils.tensorboard imports it
     },
     "tests": {
-        "liger-kernel",  # until a test of the adapter imports it
         "mypy",  # a command of `make check`
         "pytest-xdist",  # a plugin: pytest -n 2
         "ruff",  # a command of `make check`

@@ -1,12 +1,12 @@
 """Step time and peak memory of TRL's trainers, as they are and as `fused` makes them.
 
-    python -m benchmarks.integrations                  # all five trainers, about 10 minutes
+    python -m benchmarks.integrations                  # all five trainers, about 15 minutes
     python -m benchmarks.integrations --kinds sdft sft
 
 SmolLM2-135M in float32 with LoRA of rank 16 on every linear layer; 8 sequences with 128 tokens of
-completion a step; no gradient checkpointing. Completions are random tokens instead of generated
-ones, the same for both, so a step is what follows the rollout. Each trainer is a fresh process;
-the two take turns, a step each, and the first step of each is a warm-up.
+completion a step; gradient checkpointing, which is TRL's default. Completions are random tokens
+instead of generated ones, the same for both, so a step is what follows the rollout. Each trainer is
+a fresh process; the two take turns, a step each, and the first step of each is a warm-up.
 """
 
 from __future__ import annotations

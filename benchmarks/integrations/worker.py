@@ -35,7 +35,7 @@ from opsd_kernels.integrations.trl import fused
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.model.policy import load_model, load_tokenizer
 
-SEQUENCES, TOKENS, STEPS = 8, 128, 6  # the first step warms up
+SEQUENCES, TOKENS, STEPS = 8, 128, 5  # the first step warms up
 _MIB = 2**20
 
 _SAMPLED = {"max_completion_length": TOKENS}
@@ -105,7 +105,7 @@ def _trainer(kind: str, is_fused: bool, folder: str, steps: _Steps) -> Any:
     tokenizer = load_tokenizer(config)
     args = config_class(
         output_dir=folder, max_steps=STEPS, per_device_train_batch_size=SEQUENCES, use_cpu=True,
-        bf16=False, gradient_checkpointing=False, report_to="none", save_strategy="no",
+        bf16=False, gradient_checkpointing=True, report_to="none", save_strategy="no",
         logging_strategy="no", disable_tqdm=True, learning_rate=1e-5, seed=0, **options,
     )  # fmt: skip
     more: dict[str, Any] = {}

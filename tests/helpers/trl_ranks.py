@@ -42,12 +42,13 @@ def main() -> None:
     for is_fused in (False, True):
         for kind in (*KINDS, "transformers"):
             name = f"{kind}-{'fused' if is_fused else 'plain'}"
-            own = folder / f"{name}-{rank}"  # ranks would write one model file together
+            own = folder / f"{name}-{rank}"
             if kind == "transformers":
                 record = transformers_run(own, is_fused)
             else:
                 trainer = fused(TRAINERS[kind][0]) if is_fused else TRAINERS[kind][0]
-                record = run(*build(kind, "qwen3", own, trainer, gradient_accumulation_steps=2))
+                options = {"source": folder / "model", "gradient_accumulation_steps": 2}
+                record = run(*build(kind, "qwen3", own, trainer, **options))
             torch.save({"grads": record.grads, "logs": record.logs}, folder / f"{name}-{rank}.pt")
 
 

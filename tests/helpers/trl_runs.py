@@ -16,8 +16,12 @@ from transformers import TrainerCallback
 from trl import (
     DistillationConfig,
     DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
     GRPOConfig,
     GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
     RLOOConfig,
     RLOOTrainer,
     SFTConfig,
@@ -37,6 +41,10 @@ TRAINERS: dict[str, tuple[type, type]] = {
     "gkd": (GKDTrainer, GKDConfig),
     "sdft": (SDFTTrainer, SDFTConfig),
     "sdpo": (SDPOTrainer, SDPOConfig),
+}
+PREFERENCES: dict[str, tuple[type, type]] = {
+    "dpo": (DPOTrainer, DPOConfig),
+    "kto": (KTOTrainer, KTOConfig),
 }
 MODELS = {
     "llama": {},
@@ -102,7 +110,20 @@ def make_causal_lm(family: str, seed: int = 0) -> nn.Module:
     return transformers.AutoModelForCausalLM.from_config(config)
 
 
-def vowels(completions: list, **_: Any) -> list[float]:
+def tiny_tokenizer() -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = "<|end|>"
+    return tokenizer
+
+
+def save(family: str, folder: Path) -> Path:
+    """Model and tokenizer in a folder: some trainers load them again, as their reference."""
+    make_causal_lm(family).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def letters(completions: list, **_: Any) -> list[float]:
     """A reward that differs between completions."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [sum(ord(character) % 7 for character in text) / 10 for text in texts]
@@ -129,6 +150,13 @@ def examples(kind: str) -> Dataset:
         ]
     elif kind == "sft":
         rows = [{"prompt": word, "completion": word[::-1] + "!"} for word in WORDS]
+    elif kind == "dpo":
+        rows = [{"prompt": w, "chosen": w[::-1], "rejected": w.upper() + "?"} for w in WORDS]
+    elif kind == "kto":
+        rows = [
+            {"prompt": w, "completion": w[::-1], "label": number % 2 == 0}
+            for number, w in enumerate(WORDS)
+        ]
     elif kind in ("sdft", "sdpo"):
         rows = [
             {"prompt": [{"role": "user", "content": w}], "privileged_context": w[::-1]}
@@ -145,32 +173,32 @@ def build(
     folder: Path,
     trainer_class: Callable[..., Any] | None = None,
     lora: bool = False,
+    source: Path | None = None,
     **options: Any,
 ) -> tuple[Any, Record]:
-    """A trainer and its record; `options` are those of the trainer's config."""
-    own_class, config_class = TRAINERS[kind]
-    tokenizer = make_tokenizer()
-    tokenizer.eos_token = tokenizer.pad_token = "<|end|>"
+    """A trainer and its record; `options` are those of the trainer's config.
+
+    `source`: a folder that `save` filled; by default one is made inside `folder`.
+    """
+    own_class, config_class = (TRAINERS | PREFERENCES)[kind]
     settings = {
         "output_dir": str(folder), "max_steps": 2, "logging_steps": 1, "report_to": "none",
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-4,
         "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True, "seed": 1,
         "lr_scheduler_type": "constant", "gradient_checkpointing": False, "max_grad_norm": 1e9,
     }  # fmt: skip
-    args = config_class(**{**settings, **OPTIONS[kind], **options})
+    args = config_class(**{**settings, **OPTIONS.get(kind, {}), **options})
     record = Record()
     more: dict[str, Any] = {}
     if kind in ("grpo", "rloo", "sdpo"):
-        more["reward_funcs"] = vowels
+        more["reward_funcs"] = letters
     if kind in ("distillation", "gkd", "gold"):
         more["teacher_model"] = make_causal_lm(family, seed=5)
     if lora:
         more["peft_config"] = peft.LoraConfig(
             r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False
         )
-    source = folder / "model"  # some trainers load it again, as their reference
-    make_causal_lm(family).save_pretrained(source)
-    tokenizer.save_pretrained(source)
+    source = source or save(family, folder / "model")
     random.seed(0)
     torch.manual_seed(0)
     trainer = (trainer_class or own_class)(
@@ -178,7 +206,7 @@ def build(
         args=args,
         train_dataset=examples(kind),
         eval_dataset=examples(kind).select(range(4)),
-        processing_class=tokenizer,
+        processing_class=tiny_tokenizer(),
         callbacks=[record],
         **more,
     )
