@@ -76,8 +76,8 @@ def head_of_layer(core: PreTrainedModel) -> LmHead:
     head = lm_head(core, of_layer=True)
     if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id"):
         raise UnsupportedModel(
-            "the weight of the output layer is sharded: leave the layer in FSDP2's root unit; "
-            "DeepSpeed ZeRO-3 is not supported"
+            "the weight of the output layer is sharded: call fuse_loss before fully_shard and "
+            "leave the layer in the root unit; DeepSpeed ZeRO-3 is not supported"
         )
     return head
 

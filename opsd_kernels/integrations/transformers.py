@@ -16,7 +16,6 @@ from opsd_kernels.integrations.bypass import bypassed_head, head_of_layer, repla
 from opsd_kernels.integrations.heads import (
     UnsupportedModel,
     causal_lm,
-    lm_head,
     logits_fault,
     probe_tokens,
     rounding_tolerance,
@@ -118,6 +117,8 @@ def causal_lm_loss(
     hidden, head = inputs[-1], head_of_layer(core)
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(hidden.device)
     loss = fused_linear_cross_entropy(
         hidden, head.weight, shift_labels.to(hidden.device).reshape(hidden.shape[:-1]),
         bias=head.bias, softcap=head.softcap, logit_scale=head.logit_scale,
@@ -132,7 +133,7 @@ def _fault(core: PreTrainedModel, fused: _FusedForward) -> str | None:
     training = core.training
     core.train(False)
     try:
-        head = lm_head(core)
+        head = head_of_layer(core)
         pad_id = getattr(core.config.get_text_config(), "pad_token_id", None)
         tokens = probe_tokens(head, pad_id if isinstance(pad_id, int) else None)
         fault, _ = logits_fault(core, tokens)

@@ -1,4 +1,4 @@
-"""Two ranks train with TRL's trainers, plain and fused; each writes what it computed.
+"""Two ranks train with TRL, transformers and FSDP2, plain and fused; each writes what it computed.
 
 torchrun --nproc-per-node 2 -m tests.helpers.trl_ranks FOLDER
 """
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.distributed.fsdp import fully_shard
 
 from opsd_kernels.integrations.transformers import fuse_loss
 from opsd_kernels.integrations.trl import fused
@@ -35,16 +36,38 @@ def transformers_run(folder: Path, is_fused: bool) -> Record:
     return run(trainer, record)
 
 
+def fsdp2_run(is_fused: bool) -> Record:
+    """A plain loop over a model sharded by layer and as a whole, each rank with its own data."""
+    model, record = make_causal_lm("granite"), Record()
+    if is_fused:
+        fuse_loss(model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
+    for _ in range(2):
+        ids = torch.randint(3, 250, (2, 12), generator=generator)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        record.logs.append({"loss": loss.item()})
+        named = model.named_parameters()
+        record.grads.append({n: p.grad.full_tensor() for n, p in named if p.grad is not None})
+        model.zero_grad()
+    return record
+
+
 def main() -> None:
     """Each kind, plain then fused, in one process group."""
     folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     torch.set_num_threads(1)
     for is_fused in (False, True):
-        for kind in (*KINDS, "transformers"):
+        for kind in (*KINDS, "transformers", "fsdp2"):
             name = f"{kind}-{'fused' if is_fused else 'plain'}"
             own = folder / f"{name}-{rank}"
             if kind == "transformers":
                 record = transformers_run(own, is_fused)
+            elif kind == "fsdp2":
+                record = fsdp2_run(is_fused)
             else:
                 trainer = fused(TRAINERS[kind][0]) if is_fused else TRAINERS[kind][0]
                 options = {"source": folder / "model", "gradient_accumulation_steps": 2}

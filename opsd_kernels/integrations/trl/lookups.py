@@ -182,6 +182,8 @@ def divergence_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Stands for TRL's _chunked_divergence_loss: (loss, sum of the student's entropies, tokens)."""
     keep = completion_mask != 0
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(student_hidden_states.device)
     loss, stats = fused_linear_jsd(
         student_hidden_states,
         _whole(student_lm_head_weight, student_hidden_states.dtype),

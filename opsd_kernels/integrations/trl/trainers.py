@@ -145,6 +145,8 @@ def _generalized_jsd(
 ) -> Any:
     """Stands for the trainers' generalized_jsd_loss."""
     student, teacher = heads
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(student_logits.device)
     return fused_linear_jsd(
         **pair_arguments(student_logits, student, teacher_logits, teacher),
         shift_labels=labels,

@@ -1,4 +1,4 @@
-"""Two gloo ranks under DistributedDataParallel: every trainer computes what it does unfused."""
+"""Two gloo ranks, under DistributedDataParallel and FSDP2: the same numbers as unfused."""
 
 import os
 import subprocess
@@ -26,7 +26,7 @@ def test_two_ranks(tmp_path: Path) -> None:
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for kind in (*KINDS, "transformers"):
+    for kind in (*KINDS, "transformers", "fsdp2"):
         ours = [read(tmp_path, kind, "fused", rank) for rank in range(2)]
         for rank in range(2):
             assert_same_run(ours[rank], read(tmp_path, kind, "plain", rank))
