@@ -208,9 +208,9 @@ _READERS = {
     "losses": _losses,
     "train_step": _train_step,
     "demo": _demo,
-    "integrations": _integrations,
     "compile": _compile,
     "gpu_report": _gpu_report,
+    "integrations": _integrations,
 }
 
 
