@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from trl.trainer import distillation_trainer
-from trl.trainer import utils as trl_utils
 
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
@@ -31,20 +29,21 @@ def use_fused_losses() -> ExitStack:
         ImportError: if the installed TRL is not one of KNOWN_VERSIONS.
     """
     check_version()
+    # Not before the check: another version may lack these modules.
+    from trl.trainer import distillation_trainer
+    from trl.trainer import utils as trl_utils
+
     stack = ExitStack()
-    if vars(trl_utils)["_ChunkedLogProbFunction"] is not FusedLogProb:
-        for module, name, value in _replacements():
-            stack.enter_context(replaced(module, name, value))
-    return stack
-
-
-def _replacements() -> list[tuple[Any, str, Any]]:
-    return [
+    if vars(trl_utils)["_ChunkedLogProbFunction"] is FusedLogProb:
+        return stack
+    for module, name, value in (
         (trl_utils, "_ChunkedLogProbFunction", FusedLogProb),
         # Elsewhere than on CUDA, TRL keeps ignored tokens so that shapes stay; ours drop them.
         (trl_utils, "_use_triton", lambda device: True),
         (distillation_trainer, "_chunked_divergence_loss", divergence_loss),
-    ]
+    ):
+        stack.enter_context(replaced(module, name, value))
+    return stack
 
 
 class FusedLogProb:

@@ -1,5 +1,7 @@
 """TRL's trainers: losses, gradients and metrics of `fused(Trainer)` are those of the trainer."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from opsd_kernels.integrations import trl
 from opsd_kernels.integrations.trl import fused, use_fused_losses, version
 from tests.helpers import trl_runs
 from tests.helpers.trl_runs import TRAINERS, Record, assert_same_run, build, flat, run
+
+ROOT = Path(__file__).parents[3]
 
 
 def assert_fused_is_same(
@@ -54,6 +58,7 @@ def test_families(kind: str, family: str, lora: bool, accumulation: int, tmp_pat
     )  # fmt: skip
 
 
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 VARIANTS: list[tuple[str, bool, dict[str, Any]]] = [
     ("sft", False, {"loss_type": "dft"}),
     ("sft", True, {"packing": True, "max_length": 32}),
@@ -64,7 +69,7 @@ VARIANTS: list[tuple[str, bool, dict[str, Any]]] = [
     ("grpo", True, {"beta": 0.2, "num_iterations": 2}),
     *[
         ("grpo", index % 2 == 0, {"loss_type": loss, "num_iterations": 2})
-        for index, loss in enumerate(("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"))
+        for index, loss in enumerate(LOSS_TYPES)
     ],
     ("grpo", False, {"importance_sampling_level": "sequence", "num_iterations": 2}),
     ("rloo", False, {"beta": 0.0, "temperature": 1.3}),
@@ -230,6 +235,18 @@ def test_another_version_of_trl(monkeypatch: pytest.MonkeyPatch) -> None:
     for call in (use_fused_losses, lambda: fused(SFTTrainer)):
         with pytest.raises(ImportError, match=r"^trl 1\.16\.0 is not known .*1\.2\.3, 1\.2\.4"):
             call()
+
+
+def test_nothing_of_trl_is_imported_before_its_version_is_checked() -> None:
+    """Another version may lack the modules: the line must come before their ImportError."""
+    code = (
+        "import sys; sys.modules['trl'] = None\n"
+        "from opsd_kernels.integrations.trl import fused, use_fused_losses, version\n"
+        "version.KNOWN_VERSIONS = ('1.2.3',)\n"
+        "use_fused_losses()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: trl 1.16.0 is not known")
 
 
 def test_refusals_name_the_way_out(tmp_path: Path) -> None:
