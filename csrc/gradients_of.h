@@ -148,29 +148,59 @@ static void kl_gradient(const PairRow& a, bool bf16) {
   a.kind == FORWARD_KL ? kl_gradient_of<FORWARD_KL>(a, bf16) : kl_gradient_of<REVERSE_KL>(a, bf16);
 }
 
+// The gradient of 16 columns of a log-probability; `sharp` is added to all of them.
+OPSD_INLINE Floats logprob_dz(const LogprobRow& a, Floats z, Floats weight, float sharp,
+                              Floats& entropy_dz) {
+  const Floats log_p = (z - splat(a.row_max)) - splat(a.log_sum);
+  const Floats p = exp(log_p);
+  Floats dz = (splat(a.uniform) * weight + splat(sharp) - splat(a.mass) * p) *
+              splat(a.scale / a.temperature);
+  const Floats slope = a.inv_cap != 0.0f ? slope_at(z, a.inv_cap) : splat(1.0f);
+  if (a.with_entropy) {
+    entropy_dz = -p * (log_p + splat(a.entropy)) * splat(1.0f / a.temperature);
+    dz += entropy_dz * splat(a.entropy_scale);
+    entropy_dz *= slope;
+  }
+  return dz * slope;
+}
+
 static void logprob_gradient(const LogprobRow& a, bool bf16, void* out_entropy) {
   float* entropy_out = static_cast<float*>(out_entropy);
-  const Floats scale = splat(a.scale / a.temperature);
-  const Floats inv_temperature = splat(1.0f / a.temperature);
+  const bool owned = a.label >= 0 && a.label < a.cols;
+  const Floats at_label = owned ? splat(a.z[a.label]) : Floats{};
+  Floats entropy_dz = {};
   for (int64_t c = 0; c < a.cols; c += LANES) {
     const int64_t left = a.cols - c;
-    const Floats z = load_part(a.z + c, left);
-    const Floats log_p = (z - splat(a.row_max)) - splat(a.log_sum);
-    const Floats p = exp(log_p);
-    Floats dz = splat(a.uniform);
-    if (a.class_weight) dz *= load_part(a.class_weight + c, left);
-    dz -= splat(a.mass) * p;
-    if (a.label >= c && a.label < c + LANES) dz[a.label - c] += a.sharp;
-    dz *= scale;
-    if (a.with_entropy) {
-      Floats entropy_dz = -p * (log_p + splat(a.entropy)) * inv_temperature;
-      dz += entropy_dz * splat(a.entropy_scale);
-      if (a.inv_cap != 0.0f) entropy_dz *= slope_at(z, a.inv_cap);
-      if (entropy_out) store_gradient(entropy_out, c, entropy_dz, left, bf16);
-    }
-    if (a.inv_cap != 0.0f) dz *= slope_at(z, a.inv_cap);
+    const Floats weight = a.class_weight ? load_part(a.class_weight + c, left) : splat(1.0f);
+    const Floats dz = logprob_dz(a, load_part(a.z + c, left), weight, 0.0f, entropy_dz);
+    if (a.with_entropy && entropy_out) store_gradient(entropy_out, c, entropy_dz, left, bf16);
     store_gradient(a.z, c, dz, left, bf16);
   }
+  if (!owned) return;
+  const Floats weight = splat(a.class_weight ? a.class_weight[a.label] : 1.0f);
+  store_gradient(a.z, a.label, logprob_dz(a, at_label, weight, a.sharp, entropy_dz), 1, bf16);
+}
+
+static void add_row(const float* x, int64_t count, const float* added, float* sum, uint16_t* out) {
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  for (int64_t c = 0; c < count; c += 2 * LANES) {
+    Floats y[2];
+    for (int i = 0; i < 2; ++i) {
+      const int64_t at = c + i * LANES, left = count - at;
+      y[i] = load_part(x + at, left);
+      if (added) y[i] += load_part(added + at, left);
+      if (sum) store_part(sum + at, y[i], left);
+    }
+    if (!out) continue;
+    auto* to = reinterpret_cast<HalfAnywhere*>(out) + c;
+    if (aligned && count - c >= 2 * LANES) {
+      stream(to, y[0], y[1]);
+    } else {
+      store_part(to, y[0], count - c);
+      store_part(to + LANES, y[1], count - c - LANES);
+    }
+  }
+  if (out && aligned) finish_streams();
 }
 
 }  // namespace OPSD_ISA
@@ -178,7 +208,8 @@ static void logprob_gradient(const LogprobRow& a, bool bf16, void* out_entropy) 
 const RowMath& OPSD_TABLE() {
   using namespace OPSD_ISA;
   static const RowMath table = {reset,         fold,        store_statistics, sums,
-                                kept_gradient, kl_gradient, logprob_gradient, pack};
+                                kept_gradient, kl_gradient, logprob_gradient, pack,
+                                transpose_halves, add_row};
   return table;
 }
 

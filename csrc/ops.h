@@ -17,6 +17,10 @@ using MaybeTensor = std::optional<Tensor>;
 // The row arithmetic for the instruction set that torch itself uses (ATEN_CPU_CAPABILITY).
 const RowMath& row_math();
 
+// An uninitialized tensor in huge pages where the system has them. A `workspace` is kept, when it is
+// freed, for the next call; the system may take its pages back.
+Tensor large_empty(at::IntArrayRef shape, at::ScalarType dtype, bool workspace);
+
 // Multiplies one or two heads' logits tile by tile, hidden (rows, D) by weight (cols, D), and folds
 // them into statistics `out` (K, rows); one weight where both heads share it. label (rows,) int64
 // is an index into the whole vocabulary, of which this shard starts at `offset`; softcap 0 is none.
@@ -39,6 +43,13 @@ Tensor divergence_sums(Tensor& logits, const Tensor& merged, int64_t per_head, d
                        double temperature, double beta, std::optional<double> clip, int64_t kind,
                        bool keep);
 
+// Both at once, where no other rank's sums are needed: each row's gradient is made while its logits
+// are in cache. Returns the sums.
+Tensor divergence_sums_and_gradient(Tensor& logits, const Tensor& merged, int64_t per_head,
+                                    const MaybeTensor& scale, double softcap, double temperature,
+                                    double beta, std::optional<double> clip, int64_t kind,
+                                    bool bf16);
+
 // Writes d loss / d raw logits of the student over logits[0], as bfloat16 (`bf16`) or float32.
 // `kept`: divergence_sums ran with `keep`. sum_share (rows,): the sum of shares, or the value of a KL
 // without a clip.
@@ -54,5 +65,10 @@ void logprob_gradient(Tensor& logits, const Tensor& merged, const Tensor& label,
                       const MaybeTensor& entropy_scale, const Tensor& rates, double uniform,
                       const MaybeTensor& class_weight, double softcap, double temperature,
                       bool bf16, std::optional<Tensor> out_entropy);
+
+// dz (rows, cols) transposed times hidden (rows, depth), both bfloat16: to `out` (cols, depth)
+// bfloat16, or where there is none to `sum` (cols, depth) float32. With `add` it is added to `sum`.
+void weight_gradient(const Tensor& dz, const Tensor& hidden, const MaybeTensor& sum, bool add,
+                     const MaybeTensor& out);
 
 }  // namespace opsd

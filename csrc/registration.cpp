@@ -3,8 +3,11 @@
 #include <torch/library.h>
 
 #include "ops.h"
+#include "products.h"
 
 TORCH_LIBRARY(opsd_cpu, m) {
+  // A factory: its arguments hold no tensor by which to find the backend.
+  m.def("large_empty(int[] shape, ScalarType dtype, bool workspace) -> Tensor", opsd::large_empty);
   m.def(
       "statistics(Tensor[] hidden, Tensor[] weight, Tensor?[] bias, float[] softcap, "
       "float[] temperature, Tensor? label, int offset, bool entropy, bool smoothed, "
@@ -16,6 +19,9 @@ TORCH_LIBRARY(opsd_cpu, m) {
       "divergence_sums(Tensor(a!) logits, Tensor merged, int per_head, float softcap, "
       "float temperature, float beta, float? clip, int kind, bool keep) -> Tensor");
   m.def(
+      "divergence_sums_and_gradient(Tensor(a!) logits, Tensor merged, int per_head, Tensor? scale, "
+      "float softcap, float temperature, float beta, float? clip, int kind, bool bf16) -> Tensor");
+  m.def(
       "divergence_gradient(Tensor(a!) logits, Tensor merged, int per_head, Tensor sum_share, "
       "Tensor? scale, float softcap, float temperature, float beta, int kind, bool kept, "
       "bool bf16) -> ()");
@@ -24,6 +30,9 @@ TORCH_LIBRARY(opsd_cpu, m) {
       "Tensor? entropy, Tensor? scale, Tensor? entropy_scale, Tensor rates, float uniform, "
       "Tensor? class_weight, float softcap, float temperature, bool bf16, "
       "Tensor(b!)? out_entropy) -> ()");
+  m.def("has_bf16_products() -> bool", opsd::has_bf16_products);
+  m.def(
+      "weight_gradient(Tensor dz, Tensor hidden, Tensor(a!)? sum, bool add, Tensor(b!)? out) -> ()");
 }
 
 namespace {
@@ -47,6 +56,8 @@ TORCH_LIBRARY_IMPL(opsd_cpu, CPU, m) {
   m.impl("statistics", statistics);
   m.impl("merge", opsd::merge);
   m.impl("divergence_sums", opsd::divergence_sums);
+  m.impl("divergence_sums_and_gradient", opsd::divergence_sums_and_gradient);
   m.impl("divergence_gradient", opsd::divergence_gradient);
   m.impl("logprob_gradient", opsd::logprob_gradient);
+  m.impl("weight_gradient", opsd::weight_gradient);
 }

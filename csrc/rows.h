@@ -35,17 +35,18 @@ struct Layout {
   int64_t count() const { return heads * per_head() + 2 * has_cross(); }
 };
 
-// Running statistics of one row: sums by lane over u = z - row_max, row_max the maximum so far.
+// Running statistics of one row. Every lane has a maximum of its own, row_max, and sums over
+// u = z - row_max: no tile needs a maximum over lanes.
 struct HeadState {
-  float sum_exp[16], sum_exp_logit[16], sum_logit[16];
-  float row_max, label_logit;
+  float row_max[16], sum_exp[16], sum_exp_logit[16], sum_logit[16], sum_weight[16];
+  float label_logit;
+  float largest;   // over all lanes, where the prediction is kept
   int64_t argmax;  // the first column of the maximum
 };
 struct RowState {
   HeadState head[2];
   float cross[16];
   float infinite;
-  float sum_weight;  // number of columns, or the sum of their class weights
 };
 
 // One tile of one or two heads, to be folded into its rows' statistics.
@@ -111,6 +112,12 @@ struct RowMath {
   // `last` bytes of the row's last word exist; missing rows and bytes are 0.
   void (*pack)(const char* from, int64_t stride, int64_t rows, int64_t words, int64_t last,
                uint32_t* to);
+  // to (cols, padded) = the transpose of from (rows, cols), rows `stride` apart; zeros fill the
+  // rows up to `padded`, a multiple of 32.
+  void (*transpose_halves)(const uint16_t* from, int64_t stride, int64_t rows, int64_t cols,
+                           int64_t padded, uint16_t* to);
+  // x plus `added`, if there is any, to `sum` as float or to `out` as bfloat16.
+  void (*add_row)(const float* x, int64_t count, const float* added, float* sum, uint16_t* out);
 };
 
 const RowMath& rows_plain();

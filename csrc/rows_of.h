@@ -4,6 +4,8 @@
 namespace opsd {
 namespace OPSD_ISA {
 
+constexpr int VECTORS = TILE_COLS / LANES;
+
 // softcap(raw + bias) / temperature of 16 columns; those beyond `left` become LOG_ZERO.
 OPSD_INLINE Floats apply_bias_cap_temperature(Floats raw, const LogitTransform& f, int64_t column,
                                               int64_t left) {
@@ -16,175 +18,189 @@ OPSD_INLINE Floats apply_bias_cap_temperature(Floats raw, const LogitTransform& 
     raw = splat(f.softcap) * (x < splat(0.0f) ? -tanh : tanh);
   }
   if (f.temperature != 1.0f) raw = raw / splat(f.temperature);
-  raw = raw < splat(LOG_ZERO) ? splat(LOG_ZERO) : raw;  // a comparison lets NaN through
-  if (left < LANES)
-    for (int64_t i = left; i < LANES; ++i) raw[i] = LOG_ZERO;
   return raw;
 }
 
-// Transform a row's tile in place; returns its maximum.
-OPSD_INLINE float transform_row(const Fold& a, int head, int64_t row) {
-  float* z = a.raw[head] + row * TILE_COLS;
+// A row's tile of logits in registers, and written to memory where they are kept.
+OPSD_INLINE void load_logits(const Fold& a, int head, int64_t row, Floats* x) {
+  float* raw = a.raw[head] + row * TILE_COLS;
   float* kept = a.z[head] ? a.z[head] + row * a.z_stride + a.column : nullptr;
   const LogitTransform& f = a.transform[head];
-  Floats row_max = splat(LOG_ZERO);
-  for (int64_t c = 0; c < a.cols; c += LANES) {
-    const Floats x = apply_bias_cap_temperature(load(z + c), f, a.column + c, a.cols - c);
-    store(z + c, x);
-    if (kept) store_part(kept + c, x, a.cols - c);
-    row_max = larger(x, row_max);
-  }
-  return maximum(row_max);
+  const bool plain = !f.bias && f.softcap == 0.0f && f.temperature == 1.0f;
+  for (int v = 0; v < VECTORS; ++v) x[v] = load(raw + v * LANES);
+  if (!plain)
+    for (int v = 0; v < VECTORS; ++v)
+      x[v] = apply_bias_cap_temperature(x[v], f, a.column + v * LANES, a.cols - v * LANES);
+  for (int v = 0; v < VECTORS; ++v) x[v] = x[v] < splat(LOG_ZERO) ? splat(LOG_ZERO) : x[v];
+  if (a.cols < TILE_COLS)
+    for (int v = 0; v < VECTORS; ++v)
+      x[v] = COLUMN_OF_LANE < Ints{} + static_cast<int32_t>(a.cols - v * LANES) ? x[v]
+                                                                               : splat(LOG_ZERO);
+  if (!plain)  // the label's logit is read from there
+    for (int v = 0; v < VECTORS; ++v) store(raw + v * LANES, x[v]);
+  if (!kept) return;
+  if (a.cols == TILE_COLS && reinterpret_cast<uintptr_t>(kept) % 64 == 0)
+    for (int v = 0; v < VECTORS; ++v) stream(kept + v * LANES, x[v]);
+  else
+    for (int v = 0; v < VECTORS; ++v) store_part(kept + v * LANES, x[v], a.cols - v * LANES);
 }
 
-// Rescales sum p (u - v) to new maxima; shift and other are old minus new maximum of u and of v.
-OPSD_INLINE void rescale(float* sums, const float* weight, float shift, float other) {
-  const float shrink = expf(shift);
-  const Floats x = (load(sums) + splat(shift - other) * load(weight)) * splat(shrink);
-  store(sums, shrink > 0.0f ? x : splat(0.0f));
+OPSD_INLINE Floats new_max(const HeadState& head, const Floats* x) {
+  Floats found = load(head.row_max);
+  for (int v = 0; v < VECTORS; ++v) found = larger(x[v], found);
+  return found;
 }
 
-// Rescales a head's sums to the new maximum, if it is larger.
-OPSD_INLINE void update_max(HeadState& head, float row_max, const Layout& layout,
-                            float sum_weight) {
-  if (!(row_max > head.row_max)) return;
-  const float shift = head.row_max - row_max;
-  if (layout.entropy) rescale(head.sum_exp_logit, head.sum_exp, shift, 0.0f);
-  if (layout.smoothed && sum_weight != 0.0f)
-    store(head.sum_logit, load(head.sum_logit) + splat(shift * sum_weight / LANES));
-  store(head.sum_exp, load(head.sum_exp) * splat(expf(shift)));
-  head.row_max = row_max;
+// sum p (u - v) rescaled to new maxima; shift and other are old minus new maximum of u and of v.
+OPSD_INLINE Floats rescaled(Floats sums, Floats weight, Floats shift, Floats other,
+                            Floats shrink) {
+  const Floats x = (sums + (shift - other) * weight) * shrink;
+  return shrink > splat(0.0f) ? x : splat(0.0f);  // not 0 * inf
 }
 
 template <int64_t KIND, bool ENTROPY>
-OPSD_INLINE void add_pair(const Fold& a, int64_t row, RowState& state) {
-  HeadState& s = state.head[0];
-  HeadState& t = state.head[1];
-  const float* z_s = a.raw[0] + row * TILE_COLS;
-  const float* z_t = a.raw[1] + row * TILE_COLS;
-  Floats sum_exp_s = load(s.sum_exp), sum_exp_t = load(t.sum_exp), cross = load(state.cross);
-  Floats sum_exp_logit_s = load(s.sum_exp_logit), sum_exp_logit_t = load(t.sum_exp_logit);
-  Ints infinite = {};
-  for (int64_t c = 0; c < a.cols; c += LANES) {
-    const Floats x_s = load(z_s + c), x_t = load(z_t + c);
-    const Floats u_s = x_s - splat(s.row_max), u_t = x_t - splat(t.row_max);
-    const Floats p_s = exp(u_s), p_t = exp(u_t);
-    if (KIND == FORWARD_KL) {
-      infinite |= (x_t > splat(BANNED)) & (x_s < splat(BANNED));
-      cross += p_t * (u_t - u_s);
-    } else if (KIND == REVERSE_KL) {
-      infinite |= (x_s > splat(BANNED)) & (x_t < splat(BANNED));
-      cross += p_s * (u_s - u_t);
-    }
-    if (ENTROPY) {
-      sum_exp_logit_s += p_s * u_s;
-      sum_exp_logit_t += p_t * u_t;
-    }
-    sum_exp_s += p_s;
-    sum_exp_t += p_t;
-  }
-  store(s.sum_exp, sum_exp_s);
-  store(t.sum_exp, sum_exp_t);
-  if (KIND != JSD) {
-    store(state.cross, cross);
-    if (any(infinite)) state.infinite = 1.0f;
-  }
-  if (ENTROPY) {
-    store(s.sum_exp_logit, sum_exp_logit_s);
-    store(t.sum_exp_logit, sum_exp_logit_t);
-  }
-}
-
-template <int64_t KIND>
 OPSD_INLINE void fold_pair(const Fold& a) {
   for (int64_t row = 0; row < a.rows; ++row) {
     RowState& state = a.state[row];
     HeadState& s = state.head[0];
     HeadState& t = state.head[1];
-    const float row_max_s = transform_row(a, 0, row), row_max_t = transform_row(a, 1, row);
-    if (KIND != JSD && (row_max_s > s.row_max || row_max_t > t.row_max)) {
-      const float shift_s = row_max_s > s.row_max ? s.row_max - row_max_s : 0.0f;
-      const float shift_t = row_max_t > t.row_max ? t.row_max - row_max_t : 0.0f;
-      if (KIND == FORWARD_KL) rescale(state.cross, t.sum_exp, shift_t, shift_s);
-      if (KIND == REVERSE_KL) rescale(state.cross, s.sum_exp, shift_s, shift_t);
+    Floats x_s[VECTORS], x_t[VECTORS];
+    load_logits(a, 0, row, x_s);
+    load_logits(a, 1, row, x_t);
+    const Floats max_s = new_max(s, x_s), max_t = new_max(t, x_t);
+    const Floats shift_s = load(s.row_max) - max_s, shift_t = load(t.row_max) - max_t;
+    const Floats shrink_s = exp(shift_s), shrink_t = exp(shift_t), none = {};
+    Floats sum_exp_s = load(s.sum_exp), sum_exp_t = load(t.sum_exp), cross = load(state.cross);
+    Floats entropy_s = load(s.sum_exp_logit), entropy_t = load(t.sum_exp_logit);
+    if (KIND == FORWARD_KL) cross = rescaled(cross, sum_exp_t, shift_t, shift_s, shrink_t);
+    if (KIND == REVERSE_KL) cross = rescaled(cross, sum_exp_s, shift_s, shift_t, shrink_s);
+    if (ENTROPY) {
+      entropy_s = rescaled(entropy_s, sum_exp_s, shift_s, none, shrink_s);
+      entropy_t = rescaled(entropy_t, sum_exp_t, shift_t, none, shrink_t);
     }
-    update_max(s, row_max_s, a.layout, 0.0f);
-    update_max(t, row_max_t, a.layout, 0.0f);
-    if (a.layout.entropy)
-      add_pair<KIND, true>(a, row, state);
-    else
-      add_pair<KIND, false>(a, row, state);
+    sum_exp_s *= shrink_s;
+    sum_exp_t *= shrink_t;
+    Ints infinite = {};
+    for (int v = 0; v < VECTORS; ++v) {
+      const Floats u_s = x_s[v] - max_s, u_t = x_t[v] - max_t;
+      const Floats p_s = exp(u_s), p_t = exp(u_t);
+      if (KIND == FORWARD_KL) {
+        infinite |= (x_t[v] > splat(BANNED)) & (x_s[v] < splat(BANNED));
+        cross += p_t * (u_t - u_s);
+      } else if (KIND == REVERSE_KL) {
+        infinite |= (x_s[v] > splat(BANNED)) & (x_t[v] < splat(BANNED));
+        cross += p_s * (u_s - u_t);
+      }
+      if (ENTROPY) {
+        entropy_s += p_s * u_s;
+        entropy_t += p_t * u_t;
+      }
+      sum_exp_s += p_s;
+      sum_exp_t += p_t;
+    }
+    store(s.row_max, max_s);
+    store(t.row_max, max_t);
+    store(s.sum_exp, sum_exp_s);
+    store(t.sum_exp, sum_exp_t);
+    if (KIND != JSD) {
+      store(state.cross, cross);
+      if (any(infinite)) state.infinite = 1.0f;
+    }
+    if (ENTROPY) {
+      store(s.sum_exp_logit, entropy_s);
+      store(t.sum_exp_logit, entropy_t);
+    }
   }
 }
 
-// The first column of a row's tile that holds `row_max`.
-OPSD_INLINE int64_t column_of(const Fold& a, const float* z, float row_max) {
+template <int64_t KIND>
+OPSD_INLINE void fold_pair_of_kind(const Fold& a) {
+  a.layout.entropy ? fold_pair<KIND, true>(a) : fold_pair<KIND, false>(a);
+}
+
+// Keeps the first column of the row's maximum.
+OPSD_INLINE void update_argmax(const Fold& a, const Floats* x, HeadState& head) {
+  Floats tile = x[0];
+  for (int v = 1; v < VECTORS; ++v) tile = larger(x[v], tile);
+  const float found = maximum(tile);
+  if (!(found > head.largest)) return;
+  float z[TILE_COLS];
+  for (int v = 0; v < VECTORS; ++v) store(z + v * LANES, x[v]);
   int64_t c = 0;
-  while (c + 1 < a.cols && z[c] != row_max) ++c;
-  return a.column + c;
+  while (c + 1 < a.cols && z[c] != found) ++c;
+  head.largest = found;
+  head.argmax = a.column + c;
 }
 
 template <bool ENTROPY, bool SMOOTHED>
 OPSD_INLINE void fold_one(const Fold& a) {
   for (int64_t row = 0; row < a.rows; ++row) {
     HeadState& head = a.state[row].head[0];
-    const float* z = a.raw[0] + row * TILE_COLS;
-    const float tile_max = transform_row(a, 0, row);
-    if (a.layout.predicted && tile_max > head.row_max) head.argmax = column_of(a, z, tile_max);
-    update_max(head, tile_max, a.layout, a.state[row].sum_weight);
-    const Floats row_max = splat(head.row_max);
+    Floats x[VECTORS];
+    load_logits(a, 0, row, x);
+    if (a.layout.predicted) update_argmax(a, x, head);
+    const Floats row_max = new_max(head, x);
+    const Floats shift = load(head.row_max) - row_max, shrink = exp(shift), none = {};
     Floats sum_exp = load(head.sum_exp), sum_exp_logit = load(head.sum_exp_logit);
-    Floats sum_logit = load(head.sum_logit);
-    for (int64_t c = 0; c < a.cols; c += LANES) {
-      const Floats u = load(z + c) - row_max;
+    Floats sum_logit = load(head.sum_logit), sum_weight = load(head.sum_weight);
+    if (ENTROPY) sum_exp_logit = rescaled(sum_exp_logit, sum_exp, shift, none, shrink);
+    if (SMOOTHED) sum_logit += sum_weight != none ? shift * sum_weight : none;
+    sum_exp *= shrink;
+    for (int v = 0; v < VECTORS; ++v) {
+      const Floats u = x[v] - row_max;
       const Floats p = exp(u);
       sum_exp += p;
       if (ENTROPY) sum_exp_logit += p * u;
       if (SMOOTHED) {
-        if (a.class_weight)
-          sum_logit += load_part(a.class_weight + a.column + c, a.cols - c) * u;
-        else
-          // Columns beyond the last add 0.
-          sum_logit +=
-              a.cols - c >= LANES ? u : load_part(z + c, a.cols - c, head.row_max) - row_max;
+        const int64_t left = a.cols - v * LANES;
+        const Floats present =
+            COLUMN_OF_LANE < Ints{} + static_cast<int32_t>(left) ? splat(1.0f) : none;
+        const float* weights = a.class_weight + a.column + v * LANES;
+        const Floats weight = a.class_weight ? load_part(weights, left) : present;
+        sum_logit += present != none ? weight * u : none;
+        sum_weight += weight;
       }
     }
+    store(head.row_max, row_max);
     store(head.sum_exp, sum_exp);
     if (ENTROPY) store(head.sum_exp_logit, sum_exp_logit);
-    if (SMOOTHED) store(head.sum_logit, sum_logit);
+    if (SMOOTHED) {
+      store(head.sum_logit, sum_logit);
+      store(head.sum_weight, sum_weight);
+    }
   }
 }
 
 static void fold(const Fold& a) {
   const Layout& layout = a.layout;
   if (layout.heads == 2) {
-    if (layout.kind == FORWARD_KL) fold_pair<FORWARD_KL>(a);
-    if (layout.kind == REVERSE_KL) fold_pair<REVERSE_KL>(a);
-    if (layout.kind == JSD) fold_pair<JSD>(a);
+    if (layout.kind == FORWARD_KL) fold_pair_of_kind<FORWARD_KL>(a);
+    if (layout.kind == REVERSE_KL) fold_pair_of_kind<REVERSE_KL>(a);
+    if (layout.kind == JSD) fold_pair_of_kind<JSD>(a);
   } else if (layout.entropy) {
     layout.smoothed ? fold_one<true, true>(a) : fold_one<true, false>(a);
   } else {
     layout.smoothed ? fold_one<false, true>(a) : fold_one<false, false>(a);
   }
-  float sum_weight = static_cast<float>(a.cols);
-  if (a.class_weight) {
-    sum_weight = 0.0f;
-    for (int64_t c = 0; c < a.cols; ++c) sum_weight += a.class_weight[a.column + c];
-  }
+  finish_streams();
+  if (!a.label) return;
   for (int64_t row = 0; row < a.rows; ++row) {
-    a.state[row].sum_weight += sum_weight;
-    if (!a.label) continue;
     const int64_t y = a.label[row] - a.column;
     if (y < 0 || y >= a.cols) continue;
-    for (int64_t i = 0; i < layout.heads; ++i)
-      a.state[row].head[i].label_logit = a.raw[i][row * TILE_COLS + y];
+    for (int64_t i = 0; i < layout.heads; ++i) {
+      const float z = a.raw[i][row * TILE_COLS + y];
+      a.state[row].head[i].label_logit = z < LOG_ZERO ? LOG_ZERO : z;
+    }
   }
 }
 
 static void reset(RowState* state, int64_t rows) {
   memset(state, 0, rows * sizeof *state);
   for (int64_t row = 0; row < rows; ++row)
-    for (HeadState& head : state[row].head) head.row_max = LOG_ZERO;
+    for (HeadState& head : state[row].head) {
+      store(head.row_max, splat(LOG_ZERO));
+      head.largest = LOG_ZERO;
+    }
 }
 
 static void store_statistics(const RowState* state, int64_t rows, const Layout& layout, float* out,
@@ -195,20 +211,29 @@ static void store_statistics(const RowState* state, int64_t rows, const Layout& 
       *to = value;
       to += stride;
     };
+    Floats shift[2], shrink[2];  // of each lane's maximum below the row's
+    const Floats none = {};
     for (int64_t i = 0; i < layout.heads; ++i) {
       const HeadState& head = state[row].head[i];
-      put(head.row_max);
-      put(sum(load(head.sum_exp)));
-      if (layout.entropy) put(sum(load(head.sum_exp_logit)));
+      const float row_max = maximum(load(head.row_max));
+      shift[i] = load(head.row_max) - splat(row_max);
+      shrink[i] = exp(shift[i]);
+      const Floats sum_exp = load(head.sum_exp), sum_weight = load(head.sum_weight);
+      put(row_max);
+      put(sum(sum_exp * shrink[i]));
+      if (layout.entropy)
+        put(sum(rescaled(load(head.sum_exp_logit), sum_exp, shift[i], none, shrink[i])));
       if (layout.smoothed) {
-        put(sum(load(head.sum_logit)));
-        put(state[row].sum_weight);
+        put(sum(load(head.sum_logit) + (sum_weight != none ? shift[i] * sum_weight : none)));
+        put(sum(sum_weight));
       }
       if (layout.label) put(head.label_logit);
       if (layout.predicted) put(static_cast<float>(head.argmax));
     }
     if (layout.has_cross()) {
-      put(sum(load(state[row].cross)));
+      const int p = layout.kind == FORWARD_KL ? 1 : 0, q = 1 - p;  // the KL of p from q
+      put(sum(rescaled(load(state[row].cross), load(state[row].head[p].sum_exp), shift[p],
+                       shift[q], shrink[p])));
       put(state[row].infinite);
     }
   }
@@ -234,24 +259,49 @@ OPSD_INLINE void exchange(Words* rows) {
   }
 }
 
-OPSD_INLINE void transpose(const char* from, int64_t stride, uint32_t* to) {
-  Words rows[LANES];
-#pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i)
-    rows[i] = *reinterpret_cast<const WordsAnywhere*>(from + i * stride);
+// to[k * to_stride + i] = word k of rows[i].
+OPSD_INLINE void transpose(Words* rows, uint32_t* to, int64_t to_stride) {
   exchange<8>(rows);
   exchange<4>(rows);
   exchange<2>(rows);
   exchange<1>(rows);
 #pragma GCC unroll 16
-  for (int i = 0; i < LANES; ++i) *reinterpret_cast<WordsAnywhere*>(to + i * TILE_COLS) = rows[i];
+  for (int i = 0; i < LANES; ++i) *reinterpret_cast<WordsAnywhere*>(to + i * to_stride) = rows[i];
 }
 #else
-OPSD_INLINE void transpose(const char* from, int64_t stride, uint32_t* to) {
+OPSD_INLINE void transpose(Words* rows, uint32_t* to, int64_t to_stride) {
   for (int i = 0; i < LANES; ++i)
-    for (int k = 0; k < LANES; ++k) memcpy(to + k * TILE_COLS + i, from + i * stride + 4 * k, 4);
+    for (int k = 0; k < LANES; ++k) to[k * to_stride + i] = rows[i][k];
 }
 #endif
+
+static void transpose_halves(const uint16_t* from, int64_t stride, int64_t rows, int64_t cols,
+                             int64_t padded, uint16_t* to) {
+  for (int64_t k = 0; k < padded; k += 2 * LANES) {
+    for (int64_t c = 0; c < cols; c += LANES) {
+      uint16_t block[2 * LANES][LANES] = {};
+      const bool whole = k + 2 * LANES <= rows && c + LANES <= cols;
+      const uint16_t* at = from + k * stride + c;
+      if (!whole)
+        for (int64_t i = 0; i < 2 * LANES && k + i < rows; ++i)
+          for (int64_t j = 0; j < LANES && c + j < cols; ++j) block[i][j] = at[i * stride + j];
+      Words words[LANES];  // rows 2 i and 2 i + 1 in one word
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i) {
+        const uint16_t* row = whole ? at + 2 * i * stride : block[2 * i];
+        const auto* low = reinterpret_cast<const HalvesAnywhere*>(row);
+        const auto* high =
+            reinterpret_cast<const HalvesAnywhere*>(row + (whole ? stride : LANES));
+        words[i] = __builtin_convertvector(*low, Words) |
+                   (__builtin_convertvector(*high, Words) << 16);
+      }
+      uint32_t tile[LANES * LANES];
+      transpose(words, tile, LANES);
+      for (int64_t j = 0; j < LANES && c + j < cols; ++j)
+        memcpy(to + (c + j) * padded + k, tile + j * LANES, LANES * sizeof *tile);
+    }
+  }
+}
 
 static void pack(const char* from, int64_t stride, int64_t rows, int64_t words, int64_t last,
                  uint32_t* to) {
@@ -259,8 +309,13 @@ static void pack(const char* from, int64_t stride, int64_t rows, int64_t words, 
   for (int64_t i = 0; i < TILE_COLS; i += LANES) {
     int64_t k = 0;
     if (i + LANES <= rows)
-      for (; k + LANES <= whole; k += LANES)
-        transpose(from + i * stride + 4 * k, stride, to + k * TILE_COLS + i);
+      for (; k + LANES <= whole; k += LANES) {
+        Words block[LANES];
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; ++j)
+          block[j] = *reinterpret_cast<const WordsAnywhere*>(from + (i + j) * stride + 4 * k);
+        transpose(block, to + k * TILE_COLS + i, TILE_COLS);
+      }
     for (; k < words; ++k) {
       for (int64_t row = i; row < i + LANES; ++row) {
         uint32_t word = 0;

@@ -97,15 +97,15 @@ class GradsNeeded:
 class Result:
     """Values of each token, and gradients of sum(row_scale * value) divided by `scale`.
 
-    scale is the largest row scale. Gradients multiplied by 1/num_tokens would underflow in
-    float16; those of float16 hidden states are kept in fp32.
+    scale is the largest row scale for float16, whose gradients would underflow multiplied by
+    1/num_tokens and are kept in fp32; else it is 1.
     """
 
     value: Tensor  # (N,) divergence, or (smoothed) log-probability
     stats: Tensor  # (S, N), rows as named by the operator
     grad_hidden: Tensor | None = None  # (N, D), `kept_dtype` of the inputs
     grad_entropy: Tensor | None = None  # (N, D), d entropy / d hidden
-    grad_weight: Tensor | None = None  # (V, D), accumulated in fp32 (fp64 for fp64)
+    grad_weight: Tensor | None = None  # (V, D), `weight_grad_dtype`, of fp32 sums
     grad_bias: Tensor | None = None  # (V,), fp32
     scale: Tensor | None = None  # ()
 
@@ -127,6 +127,15 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     """Dtype of a gradient of the hidden states that backward scales; float16 lacks the range."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def weight_grad_dtype(weight: Tensor) -> torch.dtype:
+    """Dtype of a head's gradient between forward and backward.
+
+    On a CPU bfloat16 is rounded in forward, once; elsewhere backward rounds the fp32 sums.
+    """
+    bf16_on_cpu = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    return weight.dtype if bf16_on_cpu else stat_dtype(weight.dtype)
 
 
 def stat_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,14 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.distributed_c10d import GroupName
 
 from opsd_kernels.plan import Plan
-from opsd_kernels.problem import GradsNeeded, Head, Result, kept_dtype, stat_dtype
+from opsd_kernels.problem import (
+    GradsNeeded,
+    Head,
+    Result,
+    kept_dtype,
+    stat_dtype,
+    weight_grad_dtype,
+)
 
 # 16-bit products of the head's gradient are added to its fp32 sum in slices of this size, and a
 # product that must copy dz copies no more at a time.
@@ -47,13 +54,20 @@ class LossContext:
         self.kept = None if keep is None else keep.nonzero().squeeze(-1)  # None: every row
         self.num_kept = hidden.shape[0] if self.kept is None else self.kept.shape[0]
         scales = row_scale, entropy_scale, lse_scale
-        (self.row_scale, self.entropy_scale, self.lse_scale), self.scale = _relative(*scales)
+        if hidden.dtype == torch.float16:
+            scales, self.scale = _relative(scales)
+        else:
+            given = any(scale is not None for scale in scales)
+            self.scale = hidden.new_ones((), dtype=self.dtype) if given else None
+        self.row_scale, self.entropy_scale, self.lse_scale = (
+            None if scale is None else scale.contiguous() for scale in scales
+        )
         self.value = hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
         self.grad_hidden = _zeros(hidden) if needed.hidden else None
         self.grad_entropy = _zeros(hidden) if needed.entropy else None
         self.grad_weight = None
         if needed.weight:  # the first block overwrites it
-            self.grad_weight = weight.new_empty(weight.shape, dtype=self.dtype)
+            self.grad_weight = self.new_grad_weight()
             if self.num_kept == 0:
                 self.grad_weight.zero_()
         self.grad_bias = (
@@ -65,6 +79,10 @@ class LossContext:
             self.group = _resolve_process_group(GroupName(group_name))
             self.offset, self.vocab_size = vocabulary_shard(weight, group_name)[:2]
 
+    def new_grad_weight(self) -> Tensor:
+        """(V, D), uninitialized, in the dtype in which the products are added up."""
+        return self.head.weight.new_empty(self.head.weight.shape, dtype=self.dtype)
+
     def add_products(
         self, rows: Tensor | slice, h: Tensor, dz: list[Tensor], *, first: bool
     ) -> None:
@@ -75,37 +93,41 @@ class LossContext:
         if self.grad_entropy is not None:
             self.grad_entropy[rows] = torch.mm(dz[1], weight)
         if self.grad_weight is not None:
-            _add_weight_product(self.grad_weight, dz[0], h, first)
+            self.add_weight_product(self.grad_weight, dz[0], h, first=first)
         if self.grad_bias is not None:
             self.grad_bias += dz[0].sum(0, dtype=self.dtype)
+
+    def add_weight_product(
+        self, grad_weight: Tensor, dz: Tensor, h: Tensor, *, first: bool
+    ) -> None:
+        """grad_weight (V, D) += dz.T @ h; the first block's product overwrites it."""
+        if grad_weight.dtype == h.dtype:
+            grad_weight.addmm_(dz.t(), h, beta=int(not first))
+            return
+        size = max(1, _SLICE_BYTES // (sum(h.shape) * h.element_size()))
+        for out, part in zip(grad_weight.split(size), dz.t().split(size), strict=True):
+            if first:
+                out.copy_(torch.mm(part, h))
+            else:
+                out += torch.mm(part, h)
 
     def result(self, stats: Tensor) -> Result:
         """What the operator returns: value and `stats` per token, and the gradients made so far."""
         for grad in (self.grad_hidden, self.grad_entropy):
             if self.group is not None and grad is not None:
                 dist.all_reduce(grad, group=self.group)  # each shard has its part of the sum
+        grad_weight = self.grad_weight
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight_grad_dtype(self.head.weight))
         return Result(
             value=self.value,
             stats=stats,
             grad_hidden=self.grad_hidden,
             grad_entropy=self.grad_entropy,
-            grad_weight=self.grad_weight,
+            grad_weight=grad_weight,
             grad_bias=self.grad_bias,
             scale=self.scale,
         )
-
-
-def _add_weight_product(grad_weight: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
-    """grad_weight (V, D) += dz.T @ h; the first block's product overwrites it."""
-    if grad_weight.dtype == h.dtype:
-        grad_weight.addmm_(dz.t(), h, beta=int(not first))
-        return
-    size = max(1, _SLICE_BYTES // (sum(h.shape) * h.element_size()))
-    for out, part in zip(grad_weight.split(size), dz.t().split(size), strict=True):
-        if first:
-            out.copy_(torch.mm(part, h))
-        else:
-            out += torch.mm(part, h)
 
 
 def _zeros(hidden: Tensor) -> Tensor:
@@ -145,11 +167,11 @@ def store_stats(
         stats[names.index(name), tokens] = column
 
 
-def _relative(*scales: Tensor | None) -> tuple[list[Tensor | None], Tensor | None]:
-    """The scales divided by the largest magnitude among them, contiguous, and that magnitude."""
+def _relative(scales: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """The scales divided by the largest magnitude among them, and that magnitude."""
     given = [scale for scale in scales if scale is not None]
     if not given:
-        return list(scales), None
+        return scales, None
     largest = torch.stack(given).abs().amax() if given[0].numel() else given[0].new_zeros(())
     divisor = torch.where(largest == 0, 1, largest)
-    return [None if scale is None else scale / divisor for scale in scales], divisor
+    return tuple(None if scale is None else scale / divisor for scale in scales), divisor

@@ -22,13 +22,47 @@ _AMX_COLUMNS = 32
 class _Pass(BlockedPass["_Tiles"]):
     """Blocks of logits, and the products with their gradient."""
 
+    multiplied = 0  # rows whose product with the head's gradient is added
+
+    def buffer(
+        self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """As the base class, in huge pages."""
+        if name not in self.buffers:
+            self.buffers[name] = torch.ops.opsd_cpu.large_empty([rows, columns], dtype, True)
+        return self.buffers[name][:rows]
+
+    @property
+    def _rounds_once(self) -> bool:
+        """Whether the last block's product rounds the head's gradient to bfloat16."""
+        bf16 = self.head.weight.dtype == torch.bfloat16
+        return bf16 and bool(torch.ops.opsd_cpu.has_bf16_products())
+
+    def new_grad_weight(self) -> Tensor:
+        dtype = torch.bfloat16 if self._rounds_once else self.dtype
+        weight: Tensor = torch.ops.opsd_cpu.large_empty(self.head.weight.shape, dtype, False)
+        return weight
+
+    def add_weight_product(
+        self, grad_weight: Tensor, dz: Tensor, h: Tensor, *, first: bool
+    ) -> None:
+        if not self._rounds_once:
+            super().add_weight_product(grad_weight, dz, h, first=first)
+            return
+        self.multiplied += len(h)
+        last = self.multiplied == self.num_kept
+        sums = None if first and last else self.buffer("sums", *grad_weight.shape)
+        torch.ops.opsd_cpu.weight_gradient(dz, h, sums, not first, grad_weight if last else None)
+
     def tiles(self, heads: list[Head], block: slice, shared: bool, again: bool) -> _Tiles:
         hidden = [self.part(head.hidden, block) for head in heads]
         rows, vocab = hidden[0].shape[0], heads[0].weight.shape[0]
         logits = hidden[0].new_empty(0, dtype=torch.float32)
         if again:
             logits = self.buffer("logits", len(heads) * rows, vocab).view(len(heads), rows, vocab)
-        return _Tiles(heads, hidden, logits, shared, self.needed.any)
+        return _Tiles(
+            heads, hidden, logits, shared, self.needed.any, self.optional_part(self.row_scale, block)
+        )
 
     def gradients(self, block: slice, tiles: _Tiles, gradient: Gradient) -> None:
         vocab, h = tiles.logits.shape[-1], tiles.hidden[0]
@@ -51,11 +85,18 @@ class _Tiles:
         logits: Tensor,
         shared: bool,
         differentiated: bool,
+        scale: Tensor | None,  # (rows,) of the gradient of the value
     ) -> None:
         self.heads, self.hidden, self.logits = heads, hidden, logits
-        self.shared, self.differentiated = shared, differentiated
+        self.shared, self.differentiated, self.scale = shared, differentiated, scale
+        self.has_gradient = False
         self.softcaps = [head.softcap or 0.0 for head in heads]
         self.temperatures = [head.temperature for head in heads]
+
+    @property
+    def _bf16(self) -> bool:
+        """Whether the gradient of the logits is bfloat16."""
+        return self.hidden[0].dtype == torch.bfloat16
 
     def dz(self) -> Tensor:
         """(rows, V) in the dtype of the inputs: the gradient, over the student's logits."""
@@ -101,6 +142,13 @@ class _Tiles:
         clip: float | None,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
+        if self.differentiated and group is None:
+            self.has_gradient = True
+            both: Tensor = torch.ops.opsd_cpu.divergence_sums_and_gradient(
+                self.logits, merged, len(layout.names), self.scale, self.softcaps[0],
+                self.temperatures[0], beta, clip, layout.kind, self._bf16,
+            )  # fmt: skip
+            return both
         sums: Tensor = torch.ops.opsd_cpu.divergence_sums(
             self.logits, merged, len(layout.names), self.softcaps[0], self.temperatures[0], beta,
             clip, layout.kind, self.differentiated,
@@ -120,10 +168,12 @@ class _Tiles:
         columns: slice,
         out: Tensor,
     ) -> None:
+        if self.has_gradient:
+            return
         kept = layout.kind == JSD or clip is not None
         torch.ops.opsd_cpu.divergence_gradient(
             self.logits, merged, len(layout.names), sum_share, scale, self.softcaps[0],
-            self.temperatures[0], beta, layout.kind, kept, out.dtype == torch.bfloat16,
+            self.temperatures[0], beta, layout.kind, kept, self._bf16,
         )  # fmt: skip
 
     def logprob_gradient(
@@ -143,7 +193,7 @@ class _Tiles:
         torch.ops.opsd_cpu.logprob_gradient(
             self.logits, merged, label, offset, entropy, *scales, rates, uniform,
             self.heads[0].class_weight, self.softcaps[0], self.temperatures[0],
-            outs[0].dtype == torch.bfloat16, outs[1] if len(outs) == 2 else None,
+            self._bf16, outs[1] if len(outs) == 2 else None,
         )  # fmt: skip
 
 

@@ -14,12 +14,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from opsd_kernels.backends import blocked_torch, cpp_backend
 from opsd_kernels.backends.context import vocabulary_shard
 from opsd_kernels.backends.precision import named_refusals
 from opsd_kernels.plan import Plan, default_backend, plan
-from opsd_kernels.problem import Execution, GradsNeeded, Head, Result, kept_dtype, stat_dtype
+from opsd_kernels.problem import (
+    Execution,
+    GradsNeeded,
+    Head,
+    Result,
+    kept_dtype,
+    stat_dtype,
+    weight_grad_dtype,
+)
 
 _SLICE_ELEMENTS = 2**20
 # Labels are checked, and their rows compacted, on the host: inductor must leave these operators
@@ -178,7 +187,7 @@ def fake_sum_outputs(h: Tensor, w: Tensor, stats: int, a: Mapping[str, Any]) -> 
         value,
         value.new_empty(stats, h.shape[0]),
         fake_grad(h, a["grad_hidden"]),
-        value.new_empty(w.shape if a["grad_weight"] else 0),
+        w.new_empty(w.shape, dtype=weight_grad_dtype(w)) if a["grad_weight"] else value.new_empty(0),
         value.new_empty(w.shape[0] if a["grad_bias"] else 0),
         value.new_empty(()),
     )
@@ -219,11 +228,20 @@ def sum_backward(
 def scaled_grads(
     grads: Sequence[Tensor], factor: Tensor, dtypes: Mapping[str, torch.dtype | None]
 ) -> dict[str, Tensor | None]:
-    """Each needed gradient times factor, rounded once to the dtype of its parameter."""
+    """Each needed gradient times factor, in the dtype of its parameter."""
     return {
-        name: None if dtype is None else scale_cast(grad, factor, dtype)
+        name: None if dtype is None else _scaled(grad, factor, dtype)
         for grad, (name, dtype) in zip(grads, dtypes.items(), strict=True)
     }
+
+
+def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad * factor; the same memory on a CPU, if this backward is the last to read it."""
+    eager = type(grad) is Tensor and not torch.compiler.is_compiling()
+    if grad.is_cpu and eager and grad.dtype == dtype and not _get_current_graph_task_keep_graph():
+        number = factor.item()
+        return grad if number == 1.0 else grad.mul_(number)
+    return scale_cast(grad, factor, dtype)
 
 
 def zero_dropped(upstream: Tensor | None, keep: Tensor | None) -> Tensor | None:
