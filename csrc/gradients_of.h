@@ -7,27 +7,9 @@ namespace OPSD_ISA {
 // Lanes are added up after every SEGMENT columns: shorter fp32 sums round less.
 constexpr int64_t SEGMENT = 2048;
 
-// log(1 - beta + beta exp(d)): log(m / s) from d = log(t / s). Near 0 by series for expm1 and
-// log1p, so that on close pairs the rounding of log s and log t cancels to first order.
-OPSD_INLINE Floats log_mixture(Floats d, float beta, float one_minus_beta) {
-  const Floats one = splat(1.0f);
-  Floats e = one + d * splat(1.0f / 7);
-  e = one + d * splat(1.0f / 6) * e;
-  e = one + d * splat(1.0f / 5) * e;
-  e = one + d * splat(1.0f / 4) * e;
-  e = one + d * splat(1.0f / 3) * e;
-  e = one + d * splat(1.0f / 2) * e;
-  const Floats x = splat(beta) * d * e;
-  const Floats y = x / (splat(2.0f) + x);
-  const Floats yy = y * y;
-  Floats near = splat(1.0f / 7) + yy * splat(1.0f / 9);
-  near = splat(1.0f / 5) + yy * near;
-  near = splat(1.0f / 3) + yy * near;
-  near = splat(2.0f) * y * (one + yy * near);
-  const Ints close = (d < splat(0.35f)) & (d > splat(-0.35f));
-  if (every(close)) return near;
-  return close ? near : log(splat(one_minus_beta) + splat(beta) * exp(d));
-}
+// log(1 - beta + beta exp(d)): log(m / s) from d = log(t / s), as log1p(beta expm1(d)), so that on
+// close pairs the rounding of log s and log t cancels to first order.
+OPSD_INLINE Floats log_mixture(Floats d, float beta) { return log1p(splat(beta) * expm1(d)); }
 
 struct Entry {
   Floats entry, share, s, z_s;
@@ -52,7 +34,7 @@ OPSD_INLINE Entry entry_of(const PairRow& a, Floats z_s, Floats z_t) {
   // Beyond 80 the smaller probability is negligible next to the larger, and exp is still finite.
   d = d > splat(80.0f) ? splat(80.0f) : d;
   d = d < splat(-80.0f) ? splat(-80.0f) : d;
-  const Floats q = log_mixture(d, a.beta, a.one_minus_beta);
+  const Floats q = log_mixture(d, a.beta);
   const Floats share = s * q;
   return {splat(a.beta) * exp(log_t) * (d - q) - splat(a.one_minus_beta) * share, share, s, z_s};
 }
@@ -181,26 +163,43 @@ static void logprob_gradient(const LogprobRow& a, bool bf16, void* out_entropy) 
   store_gradient(a.z, a.label, logprob_dz(a, at_label, weight, a.sharp, entropy_dz), 1, bf16);
 }
 
-static void add_row(const float* x, int64_t count, const float* added, float* sum, uint16_t* out) {
-  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
-  for (int64_t c = 0; c < count; c += 2 * LANES) {
-    Floats y[2];
-    for (int i = 0; i < 2; ++i) {
-      const int64_t at = c + i * LANES, left = count - at;
-      y[i] = load_part(x + at, left);
-      if (added) y[i] += load_part(added + at, left);
-      if (sum) store_part(sum + at, y[i], left);
-    }
-    if (!out) continue;
-    auto* to = reinterpret_cast<HalfAnywhere*>(out) + c;
-    if (aligned && count - c >= 2 * LANES) {
-      stream(to, y[0], y[1]);
-    } else {
-      store_part(to, y[0], count - c);
-      store_part(to + LANES, y[1], count - c - LANES);
+template <bool ADD, bool STREAM>
+static void add_rows_of(const float* x, int64_t stride, int64_t rows, int64_t cols,
+                             const float* added, float* sum, uint16_t* out, int64_t to_stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t c = 0; c < cols; c += 2 * LANES) {
+      const int64_t at = row * to_stride + c, left = cols - c;
+      Floats y = load(x + row * stride + c), z = load(x + row * stride + c + LANES);
+      if (ADD) {
+        y += load_part(added + at, left);
+        z += load_part(added + at + LANES, left - LANES);
+      }
+      auto* to = reinterpret_cast<HalfAnywhere*>(out) + at;
+      if (STREAM && out) {
+        stream(to, y, z);
+      } else if (STREAM) {
+        stream(sum + at, y);
+        stream(sum + at + LANES, z);
+      } else if (out) {
+        store_part(to, y, left);
+        store_part(to + LANES, z, left - LANES);
+      } else {
+        store_part(sum + at, y, left);
+        store_part(sum + at + LANES, z, left - LANES);
+      }
     }
   }
-  if (out && aligned) finish_streams();
+}
+
+static void add_rows(const float* x, int64_t stride, int64_t rows, int64_t cols,
+                     const float* added, float* sum, uint16_t* out, int64_t to_stride) {
+  const void* to = out ? static_cast<void*>(out) : sum;
+  const bool whole = cols % (2 * LANES) == 0 && to_stride % (2 * LANES) == 0 &&
+                     reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  auto* run = whole ? add_rows_of<false, true> : add_rows_of<false, false>;
+  // Sums that were just read are in cache.
+  if (added) run = whole && out ? add_rows_of<true, true> : add_rows_of<true, false>;
+  run(x, stride, rows, cols, added, sum, out, to_stride);
 }
 
 }  // namespace OPSD_ISA
@@ -209,7 +208,7 @@ const RowMath& OPSD_TABLE() {
   using namespace OPSD_ISA;
   static const RowMath table = {reset,         fold,        store_statistics, sums,
                                 kept_gradient, kl_gradient, logprob_gradient, pack,
-                                transpose_halves, add_row};
+                                transpose_halves, add_rows, finish_streams};
   return table;
 }
 

@@ -46,11 +46,19 @@ Weight::Weight(const at::Tensor& weight) : weight_(weight), type_(product_type(w
 int64_t Weight::tile_bytes() const { return 4 * TILE_COLS * words_of(weight_.size(1), type_); }
 
 void Weight::pack(int64_t first, int64_t cols, void* tile) const {
-  at::Tensor w = weight_.narrow(0, first, cols);
-  if (w.stride(1) != 1 || w.scalar_type() != type_) w = w.to(type_).contiguous();
-  const int64_t size = w.element_size(), words = words_of(w.size(1), type_);
-  row_math().pack(static_cast<const char*>(w.const_data_ptr()), w.stride(0) * size, cols, words,
-                  w.size(1) * size - (words - 1) * 4, static_cast<uint32_t*>(tile));
+  const int64_t depth = weight_.size(1), words = words_of(depth, type_);
+  const int64_t size = c10::elementSize(type_);
+  const auto pack_rows = [&](const void* from, int64_t stride) {
+    row_math().pack(static_cast<const char*>(from), stride * size, cols, words,
+                    depth * size - (words - 1) * 4, static_cast<uint32_t*>(tile));
+  };
+  if (weight_.stride(1) == 1 && weight_.scalar_type() == type_) {
+    const auto* from = static_cast<const char*>(weight_.const_data_ptr());
+    pack_rows(from + first * weight_.stride(0) * size, weight_.stride(0));
+  } else {
+    const at::Tensor w = weight_.narrow(0, first, cols).to(type_).contiguous();
+    pack_rows(w.const_data_ptr(), depth);
+  }
 }
 
 Hidden::Hidden(const at::Tensor& hidden) {

@@ -116,8 +116,12 @@ struct RowMath {
   // rows up to `padded`, a multiple of 32.
   void (*transpose_halves)(const uint16_t* from, int64_t stride, int64_t rows, int64_t cols,
                            int64_t padded, uint16_t* to);
-  // x plus `added`, if there is any, to `sum` as float or to `out` as bfloat16.
-  void (*add_row)(const float* x, int64_t count, const float* added, float* sum, uint16_t* out);
+  // x (rows, cols), rows `stride` apart and whole vectors long, plus `added`, if there is any, to
+  // `sum` as float or to `out` as bfloat16, whose rows are `to_stride` apart.
+  void (*add_rows)(const float* x, int64_t stride, int64_t rows, int64_t cols, const float* added,
+                   float* sum, uint16_t* out, int64_t to_stride);
+  // What other threads read may have been stored past the cache: call it before they do.
+  void (*finish_streams)();
 };
 
 const RowMath& rows_plain();

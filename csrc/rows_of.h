@@ -289,11 +289,7 @@ static void transpose_halves(const uint16_t* from, int64_t stride, int64_t rows,
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; ++i) {
         const uint16_t* row = whole ? at + 2 * i * stride : block[2 * i];
-        const auto* low = reinterpret_cast<const HalvesAnywhere*>(row);
-        const auto* high =
-            reinterpret_cast<const HalvesAnywhere*>(row + (whole ? stride : LANES));
-        words[i] = __builtin_convertvector(*low, Words) |
-                   (__builtin_convertvector(*high, Words) << 16);
+        words[i] = load_halves(row) | (load_halves(row + (whole ? stride : LANES)) << 16);
       }
       uint32_t tile[LANES * LANES];
       transpose(words, tile, LANES);

@@ -34,11 +34,17 @@ OPSD_INLINE void store(float* at, Floats x) { *reinterpret_cast<FloatsAnywhere*>
 // first. `at` is a multiple of 64 bytes. `finish_streams` orders it before what follows.
 #if defined(__AVX512F__)
 OPSD_INLINE void stream(float* at, Floats x) { __builtin_ia32_movntps512(at, x); }
-OPSD_INLINE void finish_streams() { __builtin_ia32_sfence(); }
+static void finish_streams() { __builtin_ia32_sfence(); }
 #else
 OPSD_INLINE void stream(float* at, Floats x) { store(at, x); }
-OPSD_INLINE void finish_streams() {}
+static void finish_streams() {}
 #endif
+
+OPSD_INLINE Words load_halves(const uint16_t* at) {
+  Halves x;
+  memcpy(&x, at, sizeof x);
+  return __builtin_convertvector(x, Words);
+}
 
 // The first `count` of sixteen; the other lanes are `fill`.
 OPSD_INLINE Floats load_part(const float* at, int64_t count, float fill) {
@@ -84,13 +90,6 @@ OPSD_INLINE float maximum(Floats x) {
   return reduced(x, [](float a, float b) { return a > b ? a : b; });
 }
 
-OPSD_INLINE bool every(Ints mask) {
-  int64_t words[8], found = -1;
-  memcpy(words, &mask, sizeof words);
-  for (int64_t word : words) found &= word;
-  return found == -1;
-}
-
 OPSD_INLINE bool any(Ints mask) {
   int64_t words[8], found = 0;
   memcpy(words, &mask, sizeof words);
@@ -98,32 +97,52 @@ OPSD_INLINE bool any(Ints mask) {
   return found != 0;
 }
 
-// exp(x) within 1.5 ulp for x <= 88, 0 below the smallest normal number. NaN stays NaN.
-OPSD_INLINE Floats exp(Floats x) {
+// x = n log 2 + r with |r| <= log(2) / 2, for x from -88.3 to 88.
+struct Reduced {
+  Floats r;
+  Floats power;  // 2^n, 0 for n = -127
+};
+
+OPSD_INLINE Reduced reduce(Floats x) {
   const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Floats lowest = splat(-88.3f);      // rounds to 2^-127, whose bits below are those of 0
-  const Floats inside = larger(lowest, x);
-  Floats n = inside * splat(1.44269504f) + magic;
+  Floats n = x * splat(1.44269504f) + magic;
   const Ints power = floats_to_bits(n) - floats_to_bits(magic);
   n = n - magic;
-  Floats r = inside - n * splat(0.693145752f);
-  r = r - n * splat(1.42860677e-6f);
-  Floats y = splat(1.9875691500e-4f);  // Cephes' expf
+  const Floats r = x - n * splat(0.693145752f);
+  return {r - n * splat(1.42860677e-6f), bits_to_floats((power + 127) << 23)};
+}
+
+// (exp(r) - 1 - r) / r^2, Cephes' expf.
+OPSD_INLINE Floats exp_tail(Floats r) {
+  Floats y = splat(1.9875691500e-4f);
   y = y * r + splat(1.3981999507e-3f);
   y = y * r + splat(8.3334519073e-3f);
   y = y * r + splat(4.1665795894e-2f);
   y = y * r + splat(1.6666665459e-1f);
-  y = y * r + splat(5.0000001201e-1f);
-  y = y * (r * r) + r + splat(1.0f);
-  return y * bits_to_floats((power + 127) << 23);
+  return y * r + splat(5.0000001201e-1f);
 }
 
-// log(x) within 2 ulp for normal positive numbers.
-OPSD_INLINE Floats log(Floats x) {
+// exp(x) within 1.5 ulp for x <= 88, 0 below the smallest normal number. NaN stays NaN.
+OPSD_INLINE Floats exp(Floats x) {
+  const Reduced a = reduce(larger(splat(-88.3f), x));  // where 2^n is 0
+  return (exp_tail(a.r) * (a.r * a.r) + a.r + splat(1.0f)) * a.power;
+}
+
+// exp(x) - 1 within 2 ulp for x from -88 to 88.
+OPSD_INLINE Floats expm1(Floats x) {
+  const Reduced a = reduce(x);
+  return (exp_tail(a.r) * (a.r * a.r) + a.r) * a.power + (a.power - splat(1.0f));
+}
+
+// log(1 + x) within 3 ulp for 1 + x normal and positive.
+OPSD_INLINE Floats log1p(Floats x) {
+  const Floats u = splat(1.0f) + x;
   const Ints sqrt_half = floats_to_bits(splat(0.70710678f));
-  const Ints bits = floats_to_bits(x) - sqrt_half;
+  const Ints bits = floats_to_bits(u) - sqrt_half;
   const Ints power = bits >> 23;
-  const Floats m = bits_to_floats((bits & 0x007fffff) + sqrt_half) - splat(1.0f);
+  // Where the power is 0, m is x, which has lost no digits to 1 + x.
+  Floats m = bits_to_floats((bits & 0x007fffff) + sqrt_half) - splat(1.0f);
+  m = power == Ints{} ? x : m;
   const Floats e = __builtin_convertvector(power, Floats);
   Floats y = splat(7.0376836292e-2f);  // Cephes' logf
   y = y * m - splat(1.1514610310e-1f);

@@ -52,14 +52,13 @@ void weight_gradient(const Tensor& dz, const Tensor& hidden, const MaybeTensor& 
       for (int64_t c = 0; c < depth; c += PANEL) {
         brgemm(TILE_COLS, PANEL, padded, padded, PANEL, PANEL, false,
                tile.const_data_ptr<at::BFloat16>(), h + c * padded, product.data_ptr<float>(), true);
-        for (int64_t row = 0; row < height; ++row) {
-          const int64_t at = (first + row) * depth + c;
-          row_math().add_row(product.data_ptr<float>() + row * PANEL, std::min(PANEL, depth - c),
-                             add ? sums + at : nullptr, to ? nullptr : sums + at,
-                             to ? to + at : nullptr);
-        }
+        const int64_t at = first * depth + c;
+        row_math().add_rows(product.const_data_ptr<float>(), PANEL, height,
+                            std::min(PANEL, depth - c), add ? sums + at : nullptr,
+                            to ? nullptr : sums + at, to ? to + at : nullptr, depth);
       }
     }
+    row_math().finish_streams();
     at::native::cpublas::brgemm_release(true);
   });
 }

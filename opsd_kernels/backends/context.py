@@ -53,12 +53,12 @@ class LossContext:
         self.dtype = stat_dtype(hidden.dtype)
         self.kept = None if keep is None else keep.nonzero().squeeze(-1)  # None: every row
         self.num_kept = hidden.shape[0] if self.kept is None else self.kept.shape[0]
-        scales = row_scale, entropy_scale, lse_scale
+        scales: tuple[Tensor | None, ...] = (row_scale, entropy_scale, lse_scale)
+        self.scale = None
         if hidden.dtype == torch.float16:
             scales, self.scale = _relative(scales)
-        else:
-            given = any(scale is not None for scale in scales)
-            self.scale = hidden.new_ones((), dtype=self.dtype) if given else None
+        elif any(scale is not None for scale in scales):
+            self.scale = hidden.new_ones((), dtype=self.dtype)
         self.row_scale, self.entropy_scale, self.lse_scale = (
             None if scale is None else scale.contiguous() for scale in scales
         )

@@ -61,7 +61,12 @@ class _Pass(BlockedPass["_Tiles"]):
         if again:
             logits = self.buffer("logits", len(heads) * rows, vocab).view(len(heads), rows, vocab)
         return _Tiles(
-            heads, hidden, logits, shared, self.needed.any, self.optional_part(self.row_scale, block)
+            heads,
+            hidden,
+            logits,
+            shared,
+            self.needed.any,
+            self.optional_part(self.row_scale, block),
         )
 
     def gradients(self, block: slice, tiles: _Tiles, gradient: Gradient) -> None:

@@ -165,6 +165,10 @@ def fake_grad(h: Tensor, present: bool) -> Tensor:
     return h.new_empty(h.shape, dtype=kept_dtype(h.dtype))
 
 
+def _fake_weight_grad(w: Tensor) -> Tensor:
+    return w.new_empty(w.shape, dtype=weight_grad_dtype(w))
+
+
 def sum_outputs(result: Result, row_scale: Tensor) -> SumOutputs:
     """Outputs of a `*_sum` operator."""
     assert result.scale is not None, "a result without row_scale"
@@ -187,7 +191,9 @@ def fake_sum_outputs(h: Tensor, w: Tensor, stats: int, a: Mapping[str, Any]) -> 
         value,
         value.new_empty(stats, h.shape[0]),
         fake_grad(h, a["grad_hidden"]),
-        w.new_empty(w.shape, dtype=weight_grad_dtype(w)) if a["grad_weight"] else value.new_empty(0),
+        w.new_empty(w.shape, dtype=weight_grad_dtype(w))
+        if a["grad_weight"]
+        else value.new_empty(0),
         value.new_empty(w.shape[0] if a["grad_bias"] else 0),
         value.new_empty(()),
     )
@@ -241,7 +247,8 @@ def _scaled(grad: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if grad.is_cpu and eager and grad.dtype == dtype and not _get_current_graph_task_keep_graph():
         number = factor.item()
         return grad if number == 1.0 else grad.mul_(number)
-    return scale_cast(grad, factor, dtype)
+    scaled: Tensor = scale_cast(grad, factor, dtype)
+    return scaled
 
 
 def zero_dropped(upstream: Tensor | None, keep: Tensor | None) -> Tensor | None:

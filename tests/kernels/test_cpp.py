@@ -65,7 +65,7 @@ def test_agrees_with_the_pytorch_backend_on_any_number_of_threads(
 def test_no_logits_are_left_where_a_product_may_read(vocab: int, dtype: torch.dtype) -> None:
     """A 16-bit dz leaves half of each row; a processor with AMX reads on to a whole tile."""
     hidden, logits = torch.zeros(3, 4, dtype=dtype), torch.full((2, 3, vocab), torch.nan)
-    tiles = cpp_backend._Tiles([], [hidden], logits, False, True)
+    tiles = cpp_backend._Tiles([], [hidden], logits, False, True, None)
     tiles.dz().fill_(1.0)
     tiles.clear_beyond()
     rows = logits[0].view(dtype)
