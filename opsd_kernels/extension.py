@@ -35,3 +35,9 @@ def loaded() -> bool:
         stacklevel=2,
     )
     return False
+
+
+@functools.cache
+def multiplies_bf16() -> bool:
+    """Whether the operators multiply bfloat16 on this processor; else they convert it to fp32."""
+    return loaded() and bool(torch.ops.opsd_cpu.has_bf16_products())

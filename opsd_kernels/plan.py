@@ -167,15 +167,19 @@ def plan(
         widened_rows=layout.widened_rows,
         gemms=layout.products.total,
         workspace_bytes=layout.workspace_bytes,
-        accumulator_bytes=_accumulator_bytes(work, dtype),
+        accumulator_bytes=_accumulator_bytes(
+            work, dtype, backend == "cpp" and num_tokens <= layout.rows
+        ),
         reason=layout.reason,
     )
 
 
-def _accumulator_bytes(x: Work, dtype: torch.dtype) -> int:
-    """Bytes of gradients that stay in fp32 until backward scales them."""
+def _accumulator_bytes(x: Work, dtype: torch.dtype, one_block_of_cpp: bool) -> int:
+    """Bytes of gradients that are added up, or wait for backward to scale them, in fp32."""
     tokens, depth, vocab = x.shape
     found = vocab * depth * max(dtype.itemsize, 4) if x.grad_weight else 0
+    if one_block_of_cpp and dtype == torch.bfloat16 and extension.multiplies_bf16():
+        found = 0  # rounded as it is made
     if x.grad_hidden and dtype == torch.float16:
         found += x.gradients * tokens * depth * 4
     return found

@@ -24,12 +24,11 @@ from benchmarks.report.tables import (
     LOSS_LIMIT,
     MARK,
     NONE,
-    TIMES,
     demo_table,
     demo_text,
     dtype_text,
     environment_text,
-    faster_by,
+    faster_text,
     fewer_calls,
     mib_text,
     overview_table,
@@ -183,11 +182,10 @@ def _lines(case: Case) -> list[Line]:
 
 def _figures(case: Case, contender: Contender) -> tuple[str, ...]:
     times = (time_text(contender.seconds.get(p)) for p in ("forward", "backward", "both"))
-    gain = faster_by(case, contender) if contender.role == "ours" else None
     errors = [percent_text(contender.error.get("loss"), signed=True)]
     errors += [percent_text(contender.error.get(key)) for key in ("grad_hidden", "grad_weight")]
     ratio = ratio_text(case.floors(contender))
-    faster = NONE if gain is None else f"{ratio_text(gain)}{TIMES}"
+    faster = faster_text(case, contender) if contender.role == "ours" else NONE
     return (*times, ratio, faster, mib_text(case.peak(contender)), *errors)
 
 

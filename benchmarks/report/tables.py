@@ -190,7 +190,7 @@ def overview_table(cases: Iterable[Case]) -> Table:
     """One row per case: ours beside the fastest peer."""
     header = (
         *("loss, head, dtype", "shape, tokens, inputs", "fastest peer"),
-        *(f"ours, {TIMES} GEMMs", f"peer, {TIMES} GEMMs", "ours faster by"),
+        *(f"ours, {TIMES} GEMMs", f"peer, {TIMES} GEMMs", "faster"),
         *("ours, peak extra", "peer, peak extra"),
         *("ours, loss / gradient error", "peer, loss / gradient error"),
     )
@@ -205,7 +205,7 @@ def _overview_row(case: Case) -> tuple[str, ...]:
     floors = [ratio_text(case.floors(c)) if c else NONE for c in pair]
     if ours and suspicious(ours.error):
         floors[0] += f" ({MARK})"
-    gain = f"{ratio_text(faster_by(case))}{TIMES}" if ours and peer else NONE
+    gain = faster_text(case)
     peaks = [mib_text(case.peak(c)) if c else NONE for c in pair]
     errors = [_both_errors(c) if c else NONE for c in pair]
     return (what, where, label(case, peer) if peer else "none runs", *floors, gain, *peaks, *errors)
@@ -216,12 +216,17 @@ def _both_errors(contender: Contender) -> str:
     return f"{loss_error(contender)} / {gradient}"
 
 
-def faster_by(case: Case, ours: Contender | None = None) -> float | None:
-    """The fastest peer's time over ours: above 1, ours is faster."""
+def faster_text(case: Case, ours: Contender | None = None) -> str:
+    """Which is faster, ours or the fastest peer, and by what factor."""
     ours, peer = ours or case.ours, case.fastest_peer
     if not ours or not peer or case.phase not in ours.seconds:
-        return None
-    return peer.seconds[case.phase] / ours.seconds[case.phase]
+        return NONE
+    gain = peer.seconds[case.phase] / ours.seconds[case.phase]
+    if round(gain, 2) == 1.0:
+        return "neither"
+    return (
+        f"ours, {ratio_text(gain)}{TIMES}" if gain > 1 else f"peer, {ratio_text(1 / gain)}{TIMES}"
+    )
 
 
 def train_step_table(step: TrainStep) -> Table:

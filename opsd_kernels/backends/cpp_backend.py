@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opsd_kernels import extension
 from opsd_kernels.backends import two_pass
 from opsd_kernels.backends.passes import JSD, BlockedPass, Gradient, Layout, gathered
 from opsd_kernels.problem import Head
@@ -35,8 +36,7 @@ class _Pass(BlockedPass["_Tiles"]):
     @property
     def _rounds_once(self) -> bool:
         """Whether the last block's product rounds the head's gradient to bfloat16."""
-        bf16 = self.head.weight.dtype == torch.bfloat16
-        return bf16 and bool(torch.ops.opsd_cpu.has_bf16_products())
+        return self.head.weight.dtype == torch.bfloat16 and extension.multiplies_bf16()
 
     def new_grad_weight(self) -> Tensor:
         dtype = torch.bfloat16 if self._rounds_once else self.dtype
