@@ -94,6 +94,15 @@ class GradsNeeded:
 
 
 @dataclass
+class Kept:
+    """A block's logits between forward and backward, which then need not be multiplied again."""
+
+    block: slice  # of the rows computed
+    logits: Tensor  # (heads, rows, V)
+    merged: Tensor  # (K, rows) statistics
+
+
+@dataclass
 class Result:
     """Values of each token, and gradients of sum(row_scale * value) divided by `scale`.
 
@@ -108,6 +117,7 @@ class Result:
     grad_weight: Tensor | None = None  # (V, D), `weight_grad_dtype`, of fp32 sums
     grad_bias: Tensor | None = None  # (V,), fp32
     scale: Tensor | None = None  # ()
+    kept: Kept | None = None
 
 
 DIVERGENCE_STATS = (

@@ -59,7 +59,9 @@ class _Pass(BlockedPass["_Tiles"]):
         rows, vocab = hidden[0].shape[0], heads[0].weight.shape[0]
         logits = hidden[0].new_empty(0, dtype=torch.float32)
         if again:
-            logits = self.buffer("logits", len(heads) * rows, vocab).view(len(heads), rows, vocab)
+            most = max(block.stop - block.start for block in self.blocks())
+            buffer = self.buffer("logits", len(heads) * most, vocab)
+            logits = buffer[: len(heads) * rows].view(len(heads), rows, vocab)
         return _Tiles(
             heads,
             hidden,

@@ -5,8 +5,9 @@ The C++ and Triton backends each subclass `BlockedPass`, whose `tiles` meet the 
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from opsd_kernels.backends.context import LossContext
 from opsd_kernels.backends.logprob_terms import restore_infinity
 from opsd_kernels.layouts import even_blocks
-from opsd_kernels.problem import Head
+from opsd_kernels.problem import Head, Kept, Result
 
 FORWARD_KL, REVERSE_KL, JSD = 0, 1, 2
 # Writes dz of the given columns, and the entropy's dz if there is a second buffer.
@@ -88,17 +89,29 @@ def kl_of(layout: Layout, merged: Tensor) -> tuple[Tensor, Tensor]:
 class BlockedPass(LossContext, ABC, Generic[AnyTiles]):
     """Blocks of rows of one call; a backend adds its type of tiles and the products with dz."""
 
+    keeps = False  # the first block's logits stay in the workspace for backward
+    kept_logits: Kept | None = None  # those, or in backward those of the forward pass
+
     @property
     def everything(self) -> Tensor | slice:
         """Index of the kept rows."""
         return slice(None) if self.kept is None else self.kept
 
-    def blocks(self) -> Iterator[slice]:
-        """Blocks of the kept rows, counted among the kept ones."""
-        first = 0
-        for size in even_blocks(self.num_kept, self.plan.rows_per_block):
-            yield slice(first, first + size)
-            first += size
+    def blocks(self) -> list[slice]:
+        """Blocks of the kept rows, counted among the kept ones.
+
+        The first is the last where its logits stay in the workspace.
+        """
+        sizes = even_blocks(self.num_kept, self.plan.rows_per_block)
+        ends = itertools.accumulate(sizes)
+        found = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        return found[::-1] if self.keeps else found
+
+    def result(self, stats: Tensor) -> Result:
+        """As the base class, with the logits that backward goes on from."""
+        found = super().result(stats)
+        found.kept = self.kept_logits if self.keeps else None
+        return found
 
     def part(self, values: Tensor, block: slice) -> Tensor:
         """The block's rows of a tensor with one row per token."""
@@ -134,6 +147,32 @@ class BlockedPass(LossContext, ABC, Generic[AnyTiles]):
     def gradients(self, block: slice, tiles: AnyTiles, gradient: Gradient) -> None:
         """Make every slice's dz by `gradient(columns, outs)` and multiply it into the gradients."""
 
+    def keeps_block(self, block: slice) -> bool:
+        """Whether this block's logits stay for backward."""
+        return self.keeps and block.start == 0
+
+    def go_on_from(self, kept: Kept | None) -> None:
+        """Take over the logits of the forward pass, and the memory for all others."""
+        if kept is not None:
+            self.kept_logits = kept
+            self.buffers["logits"] = kept.logits.flatten(0, 1)
+
+    def statistics_of(
+        self,
+        tiles: HeadTiles | PairTiles,
+        layout: Layout,
+        labels: Tensor | None,
+        block: slice,
+        merged: Tensor,  # (K, rows) of this block
+    ) -> None:
+        """Fill `merged`, or copy it where the forward pass has kept it."""
+        if not self.keeps and self.kept_logits is not None and block == self.kept_logits.block:
+            merged.copy_(self.kept_logits.merged)
+            return
+        tiles.statistics(layout, labels, self.offset, merged, self.group)
+        if self.keeps_block(block):
+            self.kept_logits = Kept(block, tiles.logits, merged)
+
     def buffer(
         self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32
     ) -> Tensor:
@@ -144,6 +183,8 @@ class BlockedPass(LossContext, ABC, Generic[AnyTiles]):
 
 
 class _StatisticsTiles(Protocol):
+    logits: Tensor  # (heads, rows, V) where a later pass reads them
+
     def statistics(
         self,
         layout: Layout,

@@ -37,6 +37,7 @@ from opsd_kernels.problem import (
     LOGPROB_STATS,
     DivergenceProblem,
     GradsNeeded,
+    Kept,
     LogprobProblem,
     Result,
 )
@@ -80,9 +81,16 @@ def divergence(
     plan: Plan,
     row_scale: Tensor | None,
     needed: GradsNeeded,
+    keeps: bool = False,
+    kept: Kept | None = None,
 ) -> Result:
-    """Divergence of each token; gradients of sum(row_scale * value), or of each value if None."""
+    """Divergence of each token; gradients of sum(row_scale * value), or of each value if None.
+
+    keeps: the result holds the first block's logits; kept: those that a forward pass has kept.
+    """
     run = run_type(p.student, plan, p.keep, needed, p.execution.group_name, row_scale)
+    run.keeps = keeps
+    run.go_on_from(kept)
     passes = _passes(p, run)
     merged = run.statistics(passes.first.count)
     sums = run.statistics((2 if p.clip is None else 3) if passes.has_sums else 0)
@@ -122,7 +130,7 @@ def _divergence_block(
 ) -> None:
     """Fill the block's statistics and sums, and add its gradients."""
     heads, layout = [p.student, p.teacher], passes.layout
-    again = passes.has_sums or run.needed.any
+    again = passes.has_sums or run.needed.any or run.keeps_block(block)
     labels = run.optional_part(p.labels, block) if layout.label else None
     scale = run.optional_part(run.row_scale, block)
     if passes.resident:
@@ -131,7 +139,7 @@ def _divergence_block(
         run.gradients(block, resident_tiles, _already_there)
         return
     tiles: PairTiles = run.tiles(heads, block, same_head(*heads), again)
-    tiles.statistics(passes.first, labels, run.offset, merged, run.group)
+    run.statistics_of(tiles, passes.first, labels, block, merged)
     if passes.joined is not None:
         center = _mean_log_mixture(kl_of(passes.first, merged)[0], p.beta)
         sums[:, block] = passes.joined(block, tiles, layout, merged, center, p, scale)
@@ -175,10 +183,14 @@ def logprob(
     entropy_scale: Tensor | None,
     lse_scale: Tensor | None,
     needed: GradsNeeded,
+    keeps: bool = False,
+    kept: Kept | None = None,
 ) -> Result:
     """Log-probability of each target; gradients as `divergence`, the entropy's separately."""
     group = p.execution.group_name
     run = run_type(p.head, plan, p.keep, needed, group, row_scale, entropy_scale, lse_scale)
+    run.keeps = keeps
+    run.go_on_from(kept)
     smoothed = p.label_smoothing != 0.0
     layout = Layout(1, p.with_entropy, smoothed, True, JSD, p.with_predicted)
     merged = run.statistics(layout.count)
@@ -204,9 +216,10 @@ def _logprob_block(
     p: LogprobProblem, run: BlockedPass[Any], layout: Layout, block: slice, merged: Tensor
 ) -> None:
     """Fill the block's statistics (K, rows), and add its gradients."""
-    tiles: HeadTiles = run.tiles([p.head], block, False, run.needed.any)
+    again = run.needed.any or run.keeps_block(block)
+    tiles: HeadTiles = run.tiles([p.head], block, False, again)
     target = run.part(p.target, block)
-    tiles.statistics(layout, target, run.offset, merged, run.group)
+    run.statistics_of(tiles, layout, target, block, merged)
     if not run.needed.any:
         return
     head = layout.head(merged, 0)

@@ -171,16 +171,16 @@ def _fake_weight_grad(w: Tensor) -> Tensor:
 
 def sum_outputs(result: Result, row_scale: Tensor) -> SumOutputs:
     """Outputs of a `*_sum` operator."""
+    dh, dw, db, scale = gradients_of(result)
+    return (result.value * row_scale).sum(), result.value, result.stats, dh, dw, db, scale
+
+
+def gradients_of(result: Result) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(d hidden, d weight, d bias, scale) of a result with scales, empty where there is none."""
     assert result.scale is not None, "a result without row_scale"
-    return (
-        (result.value * row_scale).sum(),
-        result.value,
-        result.stats,
-        or_empty(result.grad_hidden, result.value),
-        or_empty(result.grad_weight, result.value),
-        or_empty(result.grad_bias, result.value),
-        result.scale,
-    )
+    grads = result.grad_hidden, result.grad_weight, result.grad_bias
+    dh, dw, db = (or_empty(grad, result.value) for grad in grads)
+    return dh, dw, db, result.scale
 
 
 def fake_sum_outputs(h: Tensor, w: Tensor, stats: int, a: Mapping[str, Any]) -> SumOutputs:

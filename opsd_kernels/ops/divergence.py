@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opsd_kernels import checks
+from opsd_kernels.ops import kept
 from opsd_kernels.ops.common import (
+    GRADS,
     HOST_READS,
     SumOutputs,
     backend_of,
@@ -17,6 +20,7 @@ from opsd_kernels.ops.common import (
     by_name,
     fake_grad,
     fake_sum_outputs,
+    gradients_of,
     grads_needed,
     in_order,
     keep_with_upstream,
@@ -38,6 +42,7 @@ from opsd_kernels.problem import (
     Execution,
     GradsNeeded,
     Head,
+    Kept,
     Result,
     stat_dtype,
 )
@@ -63,9 +68,22 @@ def divergence(
     if reduced and (needed.weight or needed.bias):
         loss, value, stats, *_ = divergence_sum(*tensors, *numbers, *run, *flags, row_scale)
         return loss, value, stats
-    value, stats, _ = divergence_tokens(*tensors, *numbers, *run, *flags)
+    with kept.keeping(needed):
+        value, stats, _ = divergence_tokens(*tensors, *numbers, *run, *flags)
     loss = value * row_scale
     return (loss.sum() if reduced else loss), value.detach(), stats
+
+
+def _problem(a: Mapping[str, Any]) -> DivergenceProblem:
+    """The problem of an operator's arguments."""
+    student, teacher = (
+        Head(*(a[f"{model}_{x}"] for x in ("input", "weight", "bias", "softcap", "temperature")))
+        for model in ("student", "teacher")
+    )
+    run = Execution(a["schedule"], a["workspace_bytes"], a["group_name"], a["precision"])
+    return DivergenceProblem(
+        student, teacher, a["labels"], a["keep"], a["beta"], a["clip"], a["with_stats"], run
+    )
 
 
 @torch.library.custom_op("opsd_kernels::divergence_tokens", mutates_args=(), tags=HOST_READS)
@@ -94,14 +112,11 @@ def divergence_tokens(
     grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(value (N,), stats (S, N), d value / d hidden (N, D) or empty if a head is trained)."""
-    p = DivergenceProblem(
-        Head(student_input, student_weight, student_bias, student_softcap, student_temperature),
-        Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_temperature),
-        labels, keep, beta, clip, with_stats,
-        Execution(schedule, workspace_bytes, group_name, precision),
-    )  # fmt: skip
-    in_forward = grad_hidden and not (grad_weight or grad_bias)
-    result = _run_divergence(p, None, GradsNeeded(hidden=in_forward))
+    p = _problem(locals())
+    trained = grad_weight or grad_bias
+    later = kept.wanted() if trained else None
+    result = _run_divergence(p, None, GradsNeeded(hidden=grad_hidden and not trained), later)
+    kept.put(result.kept)
     return result.value, result.stats, or_empty(result.grad_hidden, result.value)
 
 
@@ -132,12 +147,7 @@ def divergence_sum(
     row_scale: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(sum(row_scale * value), value, stats, dh, dW, db, scale); multiply dh, dW, db by scale."""
-    p = DivergenceProblem(
-        Head(student_input, student_weight, student_bias, student_softcap, student_temperature),
-        Head(teacher_input, teacher_weight, teacher_bias, teacher_softcap, teacher_temperature),
-        labels, keep, beta, clip, with_stats,
-        Execution(schedule, workspace_bytes, group_name, precision),
-    )  # fmt: skip
+    p = _problem(locals())
     result = _run_divergence(p, row_scale, GradsNeeded(grad_hidden, grad_weight, grad_bias))
     return sum_outputs(result, row_scale)
 
@@ -158,7 +168,14 @@ def _(*inputs: Any) -> SumOutputs:
     return fake_sum_outputs(a["student_input"], a["student_weight"], stats, a)
 
 
-def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: GradsNeeded) -> Result:
+def _run_divergence(
+    p: DivergenceProblem,
+    row_scale: Tensor | None,
+    needed: GradsNeeded,
+    later: GradsNeeded | None = None,
+    from_forward: Kept | None = None,
+) -> Result:
+    """later: the gradients of a backward, for which logits are kept where that can be."""
     group = p.execution.group_name
     with backend_scope(p.student.hidden):
         checks.refuse_in_capture(
@@ -168,10 +185,11 @@ def _run_divergence(p: DivergenceProblem, row_scale: Tensor | None, needed: Grad
         if p.labels is not None:
             p.keep = checks.labels_in_vocabulary("shift_labels", p.labels, p.keep, vocab_size)
         chosen = plan_for(
-            "divergence", p.student, largest, p.execution, row_scale, needed, p.teacher,
+            "divergence", p.student, largest, p.execution, row_scale, later or needed, p.teacher,
             two_passes=p.clip is not None or p.beta not in (0.0, 1.0), clipped=p.clip is not None,
         )  # fmt: skip
-        result: Result = backend_of(chosen).divergence(p, chosen, row_scale, needed)
+        extra = kept.arguments(chosen, later, from_forward)
+        result: Result = backend_of(chosen).divergence(p, chosen, row_scale, needed, **extra)
         return result
 
 
@@ -180,6 +198,7 @@ def _divergence_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Te
     ctx.trained = a["grad_weight"] or a["grad_bias"]
     ctx.dtypes = parameter_dtypes(a, _STUDENT)
     ctx.numbers = {name: value for name, value in a.items() if name not in _SAVED}
+    ctx.kept = kept.take()
     _, stats, grad_hidden = output
     saved = [a[name] for name in _SAVED] if ctx.trained else [a["keep"], grad_hidden]
     ctx.save_for_backward(*saved)
@@ -200,7 +219,15 @@ def _divergence_tokens_backward(
         return in_order("divergence_tokens", {"student_input": grad})
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
     grad_value = zero_dropped(grad_value, saved["keep"])
-    saved["keep"] = keep_with_upstream(saved["keep"], ctx.numbers["group_name"], grad_value)
+    rows = keep_with_upstream(saved["keep"], ctx.numbers["group_name"], grad_value)
+    from_forward, ctx.kept = ctx.kept, None
+    if from_forward is not None and kept.same_rows(saved["keep"], rows):
+        a = {**saved, **ctx.numbers}
+        needed = GradsNeeded(*(a[flag] for flag in GRADS))
+        result = _run_divergence(_problem(a), grad_value, needed, None, from_forward)
+        *made, scale = gradients_of(result)
+        return in_order("divergence_tokens", scaled_grads(made, scale, ctx.dtypes))
+    saved["keep"] = rows
     numbers = {**ctx.numbers, "with_stats": False}
     _, _, _, *grads, scale = divergence_sum(**saved, **numbers, row_scale=grad_value)
     return in_order("divergence_tokens", scaled_grads(grads, scale, ctx.dtypes))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from opsd_kernels import checks
+from opsd_kernels.ops import kept
 from opsd_kernels.ops.common import (
+    GRADS,
     HOST_READS,
     SumOutputs,
     backend_of,
@@ -17,6 +20,7 @@ from opsd_kernels.ops.common import (
     by_name,
     fake_grad,
     fake_sum_outputs,
+    gradients_of,
     grads_needed,
     in_order,
     keep_with_upstream,
@@ -37,6 +41,7 @@ from opsd_kernels.problem import (
     Execution,
     GradsNeeded,
     Head,
+    Kept,
     LogprobProblem,
     Result,
     stat_dtype,
@@ -69,8 +74,21 @@ def logprob(
         loss, _, stats, *_ = logprob_sum(*tensors, *numbers, *run, *flags, row_scale, None, None)
         return loss, *(stats[LOGPROB_STATS.index(name)] for name in ("entropy", "lse")), stats
     flags_of_tokens = (*flags, entropy_grad, lse_grad)
-    value, entropy, lse, stats, _, _ = logprob_tokens(*tensors, *numbers, *run, *flags_of_tokens)
+    with kept.keeping(needed):
+        value, entropy, lse, stats, _, _ = logprob_tokens(
+            *tensors, *numbers, *run, *flags_of_tokens
+        )
     return (value if row_scale is None else (value * row_scale).sum()), entropy, lse, stats
+
+
+def _problem(a: Mapping[str, Any]) -> LogprobProblem:
+    """The problem of an operator's arguments."""
+    names = ("input", "weight", "bias", "softcap", "temperature", "class_weight")
+    run = Execution(a["schedule"], a["workspace_bytes"], a["group_name"])
+    return LogprobProblem(
+        Head(*(a[name] for name in names)), a["target"], a["keep"], a["label_smoothing"],
+        a["with_entropy"], run, a["with_predicted"], a["label_weight"], a["z_weight"],
+    )  # fmt: skip
 
 
 @torch.library.custom_op("opsd_kernels::logprob_tokens", mutates_args=(), tags=HOST_READS)
@@ -101,14 +119,12 @@ def logprob_tokens(
 
     The gradients are (N, D), or empty if backward makes them.
     """
-    p = LogprobProblem(
-        Head(input, weight, bias, softcap, temperature, class_weight), target, keep,
-        label_smoothing, with_entropy, Execution(schedule, workspace_bytes, group_name),
-        with_predicted, label_weight, z_weight,
-    )  # fmt: skip
+    p = _problem(locals())
     in_forward = grad_hidden and not (grad_weight or grad_bias or grad_lse)
     needed = GradsNeeded(hidden=in_forward, entropy=in_forward and grad_entropy)
-    result = _run_logprob(p, None, None, None, needed)
+    later = kept.wanted() if grad_hidden and not in_forward else None
+    result = _run_logprob(p, (None, None, None), needed, later)
+    kept.put(result.kept)
     return (
         result.value,
         result.stats[LOGPROB_STATS.index("entropy")].clone(),
@@ -145,13 +161,10 @@ def logprob_sum(
     lse_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As divergence_sum; the gradients include entropy_scale * entropy and lse_scale * lse."""
-    p = LogprobProblem(
-        Head(input, weight, bias, softcap, temperature, class_weight), target, keep,
-        label_smoothing, with_entropy, Execution(schedule, workspace_bytes, group_name),
-        with_predicted, label_weight, z_weight,
-    )  # fmt: skip
+    p = _problem(locals())
     needed = GradsNeeded(grad_hidden, grad_weight, grad_bias)
-    return sum_outputs(_run_logprob(p, row_scale, entropy_scale, lse_scale, needed), row_scale)
+    scales = row_scale, entropy_scale, lse_scale
+    return sum_outputs(_run_logprob(p, scales, needed), row_scale)
 
 
 @logprob_tokens.register_fake
@@ -178,11 +191,12 @@ def _(*inputs: Any) -> SumOutputs:
 
 def _run_logprob(
     p: LogprobProblem,
-    row_scale: Tensor | None,
-    entropy_scale: Tensor | None,
-    lse_scale: Tensor | None,
+    scales: tuple[Tensor | None, Tensor | None, Tensor | None],  # of value, entropy and lse
     needed: GradsNeeded,
+    later: GradsNeeded | None = None,
+    from_forward: Kept | None = None,
 ) -> Result:
+    """later: the gradients of a backward, for which logits are kept where that can be."""
     with backend_scope(p.head.hidden):
         checks.refuse_in_capture(p.head.hidden, target=p.target)
         first, vocab_size, largest = whole_vocabulary(p.head, p.execution)
@@ -191,9 +205,9 @@ def _run_logprob(
             checks.class_weight_of(p.head.class_weight, vocab_size)
             shard = p.head.class_weight[first : first + p.head.weight.shape[0]]
             p.head.class_weight = shard if p.label_smoothing != 0.0 else None
-        chosen = plan_for("logprob", p.head, largest, p.execution, row_scale, needed)
-        backend, scales = backend_of(chosen), (row_scale, entropy_scale, lse_scale)
-        result: Result = backend.logprob(p, chosen, *scales, needed)
+        chosen = plan_for("logprob", p.head, largest, p.execution, scales[0], later or needed)
+        extra = kept.arguments(chosen, later, from_forward)
+        result: Result = backend_of(chosen).logprob(p, chosen, *scales, needed, **extra)
         return result
 
 
@@ -202,6 +216,7 @@ def _logprob_tokens_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
     ctx.in_backward = a["grad_weight"] or a["grad_bias"] or a["grad_lse"]
     ctx.dtypes = parameter_dtypes(a, _PARAMETERS)
     ctx.numbers = {n: v for n, v in a.items() if n not in (*_SAVED, "grad_entropy", "grad_lse")}
+    ctx.kept = kept.take()
     _, _, _, stats, *grads = output
     saved = [a[name] for name in _SAVED] if ctx.in_backward else [a["keep"], *grads]
     ctx.save_for_backward(*saved)
@@ -231,8 +246,18 @@ def _logprob_tokens_backward(
     if grad_value is None:
         grad_value = torch.zeros_like(upstreams[0])
     saved = dict(zip(_SAVED, ctx.saved_tensors, strict=True))
-    scales = [zero_dropped(x, saved["keep"]) for x in (grad_value, grad_entropy, grad_lse)]
-    saved["keep"] = keep_with_upstream(saved["keep"], ctx.numbers["group_name"], *scales)
+    given = grad_value, grad_entropy, grad_lse
+    value_scale, entropy_scale, lse_scale = (zero_dropped(x, saved["keep"]) for x in given)
+    scales = value_scale, entropy_scale, lse_scale
+    rows = keep_with_upstream(saved["keep"], ctx.numbers["group_name"], *scales)
+    from_forward, ctx.kept = ctx.kept, None
+    if from_forward is not None and kept.same_rows(saved["keep"], rows):
+        a = {**saved, **ctx.numbers}
+        needed = GradsNeeded(*(a[flag] for flag in GRADS))
+        result = _run_logprob(_problem(a), scales, needed, None, from_forward)
+        *made, scale = gradients_of(result)
+        return in_order("logprob_tokens", scaled_grads(made, scale, ctx.dtypes))
+    saved["keep"] = rows
     numbers = {**ctx.numbers, "with_predicted": False}
     names = ("row_scale", "entropy_scale", "lse_scale")
     _, _, _, *grads, scale = logprob_sum(
