@@ -52,11 +52,14 @@ def torch_layout(x: Work) -> BlockLayout:
     )  # fmt: skip
 
 
-def cpp_layout(x: Work) -> BlockLayout:
-    """C++: the block's fp32 logits, if a later pass reads them, and the entropy's own gradient."""
+def cpp_layout(x: Work, dz_bytes: int) -> BlockLayout:
+    """C++: the block's fp32 logits, if a later pass reads them, and the entropy's own gradient.
+
+    dz_bytes: of an element of the logits' gradient.
+    """
     tokens, _, vocab = x.shape
     again = x.differentiated or x.two_passes
-    per_row = (x.gradients - 1) * vocab * x.itemsizes[0]
+    per_row = (x.gradients - 1) * vocab * dz_bytes
     if again:
         per_row += x.heads * vocab * 4
     fitting = x.budget // per_row if per_row else max(1, tokens)

@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-_DTYPES = (torch.float32, torch.bfloat16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def serves(device: str | torch.device, *dtypes: torch.dtype) -> bool:

@@ -149,7 +149,7 @@ def plan(
     if backend == "torch":
         layout = torch_layout(work)
     elif backend == "cpp":
-        layout = cpp_layout(work)
+        layout = cpp_layout(work, 2 if dtype == torch.bfloat16 else 4)
     else:
         layout = triton_layout(work, schedule, precision)
     return Plan(

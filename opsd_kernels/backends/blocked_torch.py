@@ -199,16 +199,8 @@ class _Pass(LossContext):
             torch.mm(h, weight.t(), out=out)
             return
         h = h.to(out.dtype)
-        for columns, part in self._widened(weight, out.dtype):
+        for columns, part in self.widened(weight, self.plan.widened_rows):
             torch.mm(h, part.t(), out=out[:, columns])
-
-    def _widened(self, weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The head in `dtype`, `plan.widened_rows` of its rows at a time."""
-        vocab, width = weight.shape[0], self.plan.widened_rows
-        buffer = weight.new_empty(min(width, vocab), weight.shape[1], dtype=dtype)
-        for first in range(0, vocab, width):
-            columns = slice(first, min(first + width, vocab))
-            yield columns, buffer[: columns.stop - first].copy_(weight[columns])
 
     def add_products(
         self, rows: Tensor | slice, h: Tensor, dz: list[Tensor], *, first: bool
@@ -217,21 +209,7 @@ class _Pass(LossContext):
         if h.dtype == self.dtype or not self.needed.any:
             super().add_products(rows, h, dz, first=first)
             return
-        sums = [
-            (grad, z, grad.new_zeros(h.shape, dtype=self.dtype))
-            for grad, z in zip((self.grad_hidden, self.grad_entropy), dz, strict=False)
-            if grad is not None
-        ]
-        h = h.to(self.dtype)
-        for columns, part in self._widened(self.head.weight, self.dtype):
-            for _, z, dh in sums:
-                dh.addmm_(z[:, columns], part)
-            if self.grad_weight is not None:
-                self.grad_weight[columns].addmm_(dz[0][:, columns].t(), h, beta=int(not first))
-        for grad, _, dh in sums:
-            grad[rows] = dh.to(grad.dtype)
-        if self.grad_bias is not None:
-            self.grad_bias += dz[0].sum(0)
+        self.add_widened_products(rows, h, dz, self.plan.widened_rows, first=first)
 
     def tile(self) -> Tensor:
         shape = self.plan.tile_rows, self.head.weight.shape[0]

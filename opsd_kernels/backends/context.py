@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.distributed as dist
@@ -110,6 +110,34 @@ class LossContext:
                 out.copy_(torch.mm(part, h))
             else:
                 out += torch.mm(part, h)
+
+    def widened(self, weight: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
+        """A head of 16 bits in fp32, `width` of its rows at a time."""
+        vocab = weight.shape[0]
+        buffer = weight.new_empty(min(width, vocab), weight.shape[1], dtype=self.dtype)
+        for first in range(0, vocab, width):
+            columns = slice(first, min(first + width, vocab))
+            yield columns, buffer[: columns.stop - first].copy_(weight[columns])
+
+    def add_widened_products(
+        self, rows: Tensor | slice, h: Tensor, dz: list[Tensor], width: int, *, first: bool
+    ) -> None:
+        """As `add_products`, for fp32 dz of 16-bit operands: all products are fp32."""
+        sums = [
+            (grad, z, grad.new_zeros(h.shape, dtype=self.dtype))
+            for grad, z in zip((self.grad_hidden, self.grad_entropy), dz, strict=False)
+            if grad is not None
+        ]
+        h = h.to(self.dtype)
+        for columns, part in self.widened(self.head.weight, width):
+            for _, z, dh in sums:
+                dh.addmm_(z[:, columns], part)
+            if self.grad_weight is not None:
+                self.grad_weight[columns].addmm_(dz[0][:, columns].t(), h, beta=int(not first))
+        for grad, _, dh in sums:
+            grad[rows] = dh.to(grad.dtype)
+        if self.grad_bias is not None:
+            self.grad_bias += dz[0].sum(0)
 
     def result(self, stats: Tensor) -> Result:
         """What the operator returns: value and `stats` per token, and the gradients made so far."""

@@ -18,6 +18,8 @@ from opsd_kernels.backends.passes import JSD, BlockedPass, Gradient, Layout, gat
 from opsd_kernels.problem import Head
 
 _AMX_COLUMNS = 32
+# A float16 head is converted to fp32 so much at a time.
+_WIDENED_BYTES = 4 * 2**20
 
 
 class _Pass(BlockedPass["_Tiles"]):
@@ -75,11 +77,16 @@ class _Pass(BlockedPass["_Tiles"]):
         vocab, h = tiles.logits.shape[-1], tiles.hidden[0]
         dz = [tiles.dz()]
         if self.needed.entropy:
-            dz.append(self.buffer("entropy", len(h), vocab, h.dtype))
+            dz.append(self.buffer("entropy", len(h), vocab, dz[0].dtype))
         gradient(slice(0, vocab), dz)
         tiles.clear_beyond()
         rows = block if self.kept is None else self.kept[block]
-        self.add_products(rows, h, dz, first=block.start == 0)
+        first = block.start == 0
+        if h.dtype == torch.float16:
+            width = max(1, _WIDENED_BYTES // (4 * h.shape[1]))
+            self.add_widened_products(rows, h, dz, width, first=first)
+        else:
+            self.add_products(rows, h, dz, first=first)
 
 
 class _Tiles:
@@ -105,10 +112,13 @@ class _Tiles:
         """Whether the gradient of the logits is bfloat16."""
         return self.hidden[0].dtype == torch.bfloat16
 
+    @property
+    def _rows(self) -> Tensor:
+        return self.logits[0].view(torch.bfloat16 if self._bf16 else torch.float32)
+
     def dz(self) -> Tensor:
-        """(rows, V) in the dtype of the inputs: the gradient, over the student's logits."""
-        first, vocab = self.logits[0], self.logits.shape[-1]
-        return first.view(self.hidden[0].dtype)[:, :vocab]
+        """(rows, V) gradient, over the student's logits: bfloat16 for such inputs, else fp32."""
+        return self._rows[:, : self.logits.shape[-1]]
 
     def clear_beyond(self) -> None:
         """Zero the columns after the last of a 16-bit dz, which still hold logits.
@@ -116,7 +126,7 @@ class _Tiles:
         oneDNN's AMX products read a row in tiles of 32 columns, and 0 times NaN is NaN.
         """
         vocab = self.logits.shape[-1]
-        self.logits[0].view(self.hidden[0].dtype)[:, vocab : vocab + _AMX_COLUMNS] = 0
+        self._rows[:, vocab : vocab + _AMX_COLUMNS] = 0
 
     def statistics(
         self,
