@@ -36,6 +36,10 @@ BAD_PATH = {
     errno.EPERM,
     errno.EROFS,
 }
+# Read by tqdm, datasets and huggingface_hub when they are imported: no loading bars in a log.
+NO_LOADING_BARS = dict.fromkeys(
+    ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS"), "1"
+)
 TRAINING = "RECIPE"  # training has no command word: the recipe takes its place
 EVAL_USAGE = "python -m opsd_train eval MODEL_OR_RUN --set SET,SET"
 KINDS: dict[RecipeKind, str] = {
@@ -71,6 +75,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; bad input prints one line on stderr and gives 2."""
+    if not sys.stderr.isatty():
+        os.environ.update(NO_LOADING_BARS)
     try:
         name, options = _parse(sys.argv[1:] if argv is None else argv)
         if not options.help:
@@ -98,8 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(reason: UserError | str) -> int:
-    rank = os.environ.get("RANK", "0")
-    label = "error:" if rank == "0" else f"error (rank {rank}):"
+    label = "error:" if _is_main() else f"error (rank {os.environ['RANK']}):"
     print(label, " ".join(str(reason).split()), file=sys.stderr)
     return 2
 
@@ -135,8 +140,10 @@ def _refuse_other_commands_options(name: str, arguments: Sequence[str]) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = _config(options.words)
+    name, config = _config(options.words)
     if not options.dry_run:
+        if not sys.stdout.isatty() and _is_main():  # a log begins before torch is imported
+            print(_plan(name, config), flush=True)
         from opsd_train.run import train
 
         return train(config, resume=options.resume, shard=options.shard)
@@ -158,10 +165,25 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(options.words[0]))
 
 
-def _config(words: list[str]) -> Config:
+def _config(words: list[str]) -> tuple[str, Config]:
+    """The recipe's name, and what it says with the overrides."""
     has_recipe = bool(words) and "=" not in words[0]
-    recipe = load_recipe(words[0] if has_recipe else DEFAULT_RECIPE)
-    return config_from(recipe, words[1:] if has_recipe else words)
+    name = words[0] if has_recipe else DEFAULT_RECIPE
+    return name, config_from(load_recipe(name), words[1:] if has_recipe else words)
+
+
+def _plan(name: str, config: Config) -> str:
+    """What a run is about to do, in a line."""
+    model = config.model
+    return (
+        f"{name}: {config.steps} steps of {config.method} with {model.name_or_path} "
+        f"({model.dtype}, device {model.device}); loading"
+    )
+
+
+def _is_main() -> bool:
+    """Whether this is the only process, or rank 0 of torchrun's."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -192,7 +214,7 @@ def _eval(options: argparse.Namespace) -> None:
         folder = regrade(config, source)
     else:
         evaluate(config, source, sets)
-    if options.against and os.environ.get("RANK", "0") == "0":
+    if options.against and _is_main():
         print_difference(folder, options.against)
 
 

@@ -236,4 +236,4 @@ class TrainingRun:
         if self.logger:
             self.logger.console.print(text, markup=False, soft_wrap=True)
         elif self.context.is_main:
-            print(text)
+            print(text, flush=True)

@@ -126,6 +126,23 @@ class Integrations:
 
 
 @dataclass(frozen=True)
+class DecodedBatch:
+    """Tokens per second of our engine and of `generate`: of the median of the rounds."""
+
+    dtype: str
+    batch: int
+    ours: float
+    generate: float
+
+
+@dataclass(frozen=True)
+class Decoding:
+    settings: Json
+    batches: tuple[DecodedBatch, ...]
+    source: Source
+
+
+@dataclass(frozen=True)
 class Share:
     """An accuracy with its interval."""
 
@@ -183,9 +200,10 @@ class Device:
     steps: dict[str, TrainStep] = field(default_factory=dict)
     demos: dict[str, Demo] = field(default_factory=dict)
     integrations: list[Integrations] = field(default_factory=list)  # the newest last
+    decodings: list[Decoding] = field(default_factory=list)  # the newest last
     gpu_reports: list[GpuReport] = field(default_factory=list)  # the newest last
 
     def sources(self) -> list[Source]:
         found = [*self.cases.values(), *self.steps.values(), *self.demos.values()]
-        found += [*self.gpu_reports, *self.integrations]
+        found += [*self.gpu_reports, *self.integrations, *self.decodings]
         return sorted({x.source.file: x.source for x in found}.values(), key=lambda s: s.file)

@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks.report.data import (
     Case,
     Contender,
+    DecodedBatch,
+    Decoding,
     Demo,
     Device,
     GpuReport,
@@ -204,6 +206,17 @@ def _integrations(device: Device, content: Json, source: Source) -> None:
     device.integrations.append(Integrations(dict(content["settings"]), trainers, source))
 
 
+def _decode(device: Device, content: Json, source: Source) -> None:
+    def speed(row: Json, name: str) -> float:
+        return row["batch"] * row["tokens"] / statistics.median(row["seconds"][name])
+
+    batches = tuple(
+        DecodedBatch(row["dtype"], row["batch"], speed(row, "ours"), speed(row, "generate"))
+        for row in content["rows"]
+    )
+    device.decodings.append(Decoding(dict(content["settings"]), batches, source))
+
+
 _READERS = {
     "losses": _losses,
     "train_step": _train_step,
@@ -211,6 +224,7 @@ _READERS = {
     "compile": _compile,
     "gpu_report": _gpu_report,
     "integrations": _integrations,
+    "decode": _decode,
 }
 
 

@@ -19,6 +19,7 @@ from benchmarks.report.tables import (
     TIMES,
     Table,
     case_text,
+    decode_table,
     demo_table,
     demo_text,
     environment_text,
@@ -111,6 +112,20 @@ def integrations(devices: list[Device]) -> str:
     return _joined(blocks, "integrations")
 
 
+def decode(devices: list[Device]) -> str:
+    blocks = []
+    for measured in (device.decodings[-1] for device in devices if device.decodings):
+        s = measured.settings
+        intro = (
+            f"{s['model']}, {s['tokens']} tokens sampled after each prompt of the demo; tokens per "
+            f"second of the median call. "
+            f"{environment_text(measured.source.environment)}. "
+            f"Figures: {files_text([measured.source])}."
+        )
+        blocks += [_wrapped(intro), markdown(decode_table(measured))]
+    return _joined(blocks, "decode")
+
+
 def gpu_losses(devices: list[Device]) -> str:
     """As `losses`, of GPUs alone."""
     measured = [device for device in devices if device.kind == "cuda" and device.cases]
@@ -137,6 +152,7 @@ PARTS: dict[str, Callable[[list[Device]], str]] = {
     "train_step": train_step,
     "demo": demo,
     "integrations": integrations,
+    "decode": decode,
     "gpu_losses": gpu_losses,
     **{name: partial(gpu_part, name) for name in gpu.PARTS},
     "results": results,

