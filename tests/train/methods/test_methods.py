@@ -117,9 +117,9 @@ def largest(monkeypatch) -> Iterator[Largest]:
     """Also inside the registered operators, which dispatch modes do not enter."""
     seen = Largest()
 
-    def watched(whole: Callable, *args: object) -> object:
+    def watched(whole: Callable, *args: object, **options: object) -> object:
         with seen:
-            return whole(*args)
+            return whole(*args, **options)
 
     for module in (blocked_torch, cpp_backend):
         for name in ("divergence", "logprob"):
