@@ -76,7 +76,7 @@ def test_listing_recipes_in_a_real_process():
 def test_a_log_has_the_plan_a_line_a_step_and_no_bars(tmp_path):
     made = recipe(save_model(tmp_path / "model"), tmp_path / "run")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(made))
-    done = run(str(tmp_path / "tiny.yaml"), "steps=2", "evaluation.problems=0")
+    done = run(str(tmp_path / "tiny.yaml"), "steps=2")
     assert done.returncode == 0, done.stderr
     plan, *rest = done.stdout.splitlines()
     wanted = f"2 steps of opsd with {tmp_path / 'model'} (float32, device cpu); loading"
