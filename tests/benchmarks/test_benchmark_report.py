@@ -93,7 +93,11 @@ def test_the_page_holds_the_figures(folder, capsys):
     assert page.row(cpu, "Chunked <b> wrong?") == [*times, "nan", "1.0 %", none]
     assert page.row(cpu, "Triton") == ["needs a GPU"]
     assert page.row(cpu, "bare GEMMs")[3:6] == ["1.00", none, "11 MiB"]
-    assert page.row(gpu, "opsd_kernels")[2:5] == ["40.0 ms", "2.00", "1.50\N{MULTIPLICATION SIGN}"]
+    assert page.row(gpu, "opsd_kernels")[2:5] == [
+        "40.0 ms",
+        "2.00",
+        "ours, 1.50\N{MULTIPLICATION SIGN}",
+    ]
     assert page.row("Test CPU|One training step", "whole step over opsd_train's") == [
         "1.00",
         "2.50",
