@@ -165,7 +165,7 @@ static void logprob_gradient(const LogprobRow& a, bool bf16, void* out_entropy) 
 
 template <bool ADD, bool STREAM>
 static void add_rows_of(const float* x, int64_t stride, int64_t rows, int64_t cols,
-                             const float* added, float* sum, uint16_t* out, int64_t to_stride) {
+                        const float* added, float* sum, uint16_t* out, int64_t to_stride) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t c = 0; c < cols; c += 2 * LANES) {
       const int64_t at = row * to_stride + c, left = cols - c;

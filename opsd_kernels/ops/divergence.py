@@ -114,7 +114,7 @@ def divergence_tokens(
     """(value (N,), stats (S, N), d value / d hidden (N, D) or empty if a head is trained)."""
     p = _problem(locals())
     trained = grad_weight or grad_bias
-    later = kept.wanted() if trained else None
+    later = kept.wanted(group_name) if trained else None
     result = _run_divergence(p, None, GradsNeeded(hidden=grad_hidden and not trained), later)
     kept.put(result.kept)
     return result.value, result.stats, or_empty(result.grad_hidden, result.value)

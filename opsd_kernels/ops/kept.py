@@ -39,10 +39,14 @@ def keeping(needed: GradsNeeded) -> Iterator[None]:
         _slot.needed = _slot.kept = None
 
 
-def wanted() -> GradsNeeded | None:
-    """The gradients for which to keep logits, or None."""
+def wanted(group_name: str | None) -> GradsNeeded | None:
+    """The gradients for which to keep logits, or None.
+
+    Never with a process group: ranks multiply the same blocks together, and one of them might keep
+    what another does not.
+    """
     waiting = _alive is not None and _alive() is not None
-    return None if waiting else _slot.needed
+    return None if waiting or group_name is not None else _slot.needed
 
 
 def arguments(

@@ -122,7 +122,8 @@ def logprob_tokens(
     p = _problem(locals())
     in_forward = grad_hidden and not (grad_weight or grad_bias or grad_lse)
     needed = GradsNeeded(hidden=in_forward, entropy=in_forward and grad_entropy)
-    later = kept.wanted() if grad_hidden and not in_forward else None
+    in_backward = grad_weight or grad_bias or (grad_hidden and grad_lse)
+    later = kept.wanted(group_name) if in_backward else None
     result = _run_logprob(p, (None, None, None), needed, later)
     kept.put(result.kept)
     return (

@@ -1,5 +1,7 @@
 """The gradient of a trained head on a CPU: its product, one rounding, and who owns its memory."""
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,6 +88,7 @@ def test_the_gradient_is_not_copied() -> None:
 
 
 @built
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are Linux's")
 def test_a_workspace_is_used_again() -> None:
     """Freed, it serves the next call that fits; a tensor of the caller's never lies in it."""
     make = torch.ops.opsd_cpu.large_empty

@@ -11,6 +11,7 @@ from opsd_kernels import extension
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.ops import kept
+from opsd_kernels.problem import GradsNeeded
 from opsd_kernels.testing import make_pair
 
 pytestmark = pytest.mark.skipif(not extension.loaded(), reason="the C++ operators are not built")
@@ -74,7 +75,7 @@ def test_same_bits_as_without(
     options = {"workspace_bytes": heads * V * 4 * -(-N // blocks)}
     pair = problem(dtype, ignored)
     ours, multiplied = gradients(LOSSES[name], pair, **options)
-    monkeypatch.setattr(kept, "wanted", lambda: None)
+    monkeypatch.setattr(kept, "wanted", lambda group: None)
     again, without = gradients(LOSSES[name], pair, **options)
     # Without, a forward pass that stores no logits may take all rows at once.
     assert multiplied == 2 * blocks - 1 and without in (2 * blocks, 1 + blocks)
@@ -106,3 +107,22 @@ def test_backward_again_and_rows_without_upstream() -> None:
     alone = dict(pair, labels=pair["labels"].where(upstream > 0, -100))
     true = torch.autograd.grad(logprob(alone), leaves, torch.ones(N))
     assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(some, true, strict=True))
+
+
+def test_nothing_is_kept_with_a_process_group() -> None:
+    """Ranks multiply the same blocks together, whatever waits for its backward on one of them."""
+    needed = GradsNeeded(hidden=True, weight=True)
+    with kept.keeping(needed):
+        assert kept.wanted(None) is needed and kept.wanted("0") is None
+
+
+def test_head_alone() -> None:
+    """Hidden states without a gradient: the head's backward goes on from what is kept too."""
+    pair = problem(torch.float32)
+    both, _ = gradients(logprob, pair)
+    pair["student_input"] = pair["student_input"].detach()
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        value = logprob(pair)
+        (alone,) = torch.autograd.grad(value, [pair["student_weight"]], torch.linspace(0.5, 2, N))
+    counts = {event.key: event.count for event in trace.key_averages()}
+    assert counts["opsd_cpu::statistics"] == 1 and torch.equal(alone, both[1])
