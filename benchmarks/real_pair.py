@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.losses.inputs import REAL_PAIR
 from opsd_kernels.integrations.heads import lm_head
 from opsd_train.config.load import config_from, load_recipe
-from opsd_train.data.batches import make_batch
+from opsd_train.data.layout import make_batch
 from opsd_train.data.problems import load_problems
 from opsd_train.data.prompts import PromptBuilder
 from opsd_train.model.families import completion_hidden

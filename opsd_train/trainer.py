@@ -16,7 +16,7 @@ import torch
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
-from opsd_train.data.batches import Sample, balanced_micro_batches
+from opsd_train.data.batches import Sample, balanced_micro_batches, deal
 from opsd_train.data.fingerprint import fingerprint
 from opsd_train.data.order import make_order
 from opsd_train.data.problems import load_problems
@@ -143,12 +143,11 @@ class Trainer:
             samples, pending = self._wait_for_grades(samples, pending), None
         samples = self.method.assign_weights(samples)
 
-        trained = sorted((s for s in samples if s.weight > 0), key=lambda sample: sample.longest)
+        trained = [sample for sample in samples if sample.weight > 0]
         num_tokens = sum(len(sample.completion) for sample in trained)
-        # Every size-th sample of the sorted ones, so that all ranks get similar lengths.
-        own = trained[self.context.rank :: self.context.size]
-        budget, packed = self.config.micro_batch_tokens, self.policy.packed
-        groups = balanced_micro_batches(samples, own, budget, self.context, packed)
+        budget, layout = self.config.micro_batch_tokens, self.policy.layout
+        own = deal(trained, layout, self.context)
+        groups = balanced_micro_batches(samples, own, budget, self.context, layout)
         self.policy.model.eval()
         with timer.phase("teacher"):
             precomputed = self.method.precompute(groups)

@@ -1,15 +1,14 @@
-"""The samples of a step, cut into batches by a token budget, and a batch as tensors."""
+"""The samples of a step: dealt out to the ranks, and cut into batches by a token budget."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
 from opsd_train.config.errors import UserError
+from opsd_train.data.layout import PADDED, Layout
 from opsd_train.data.problems import Problem
 from opsd_train.distributed.context import DistributedContext
 
@@ -38,57 +37,49 @@ class Sample:
         return max(len(self.student_prompt), len(self.teacher_prompt or ())) + len(self.completion)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Prompts with completions, right-padded or packed, and where each token is predicted.
-
-    There is no attention mask: padding follows the tokens, and a causal model does not see it.
-    """
-
-    input_ids: Tensor  # (B, T) int64
-    position_ids: Tensor  # (B, T) int64
-    rows: Tensor  # (N,) int64, the sample of each completion token, in order
-    columns: Tensor  # (N,) int64, the position whose hidden state predicts it
-    targets: Tensor  # (N,) int64, the completion tokens
-
-
-def token_batches(
-    items: Iterable[tuple[Item, int]], token_budget: int, packed: bool = False
-) -> Iterator[list[Item]]:
+def token_batches(items: Iterable[tuple[Item, int]], token_budget: int) -> Iterator[list[Item]]:
     """Cut items, each given with its length in tokens, into batches of at most `token_budget`.
 
-    Items keep their order, and a batch takes as many as fit. A padded batch of N items counts N
-    times its longest one, a packed batch the sum of its lengths. An item longer than the budget
-    is a batch of its own: callers that cannot have one check first.
+    Items keep their order, and a batch takes as many as fit; a batch of N items counts N times
+    its longest one. An item longer than the budget is a batch of its own: callers that cannot have
+    one check first.
     """
     batch: list[Item] = []
-    total = width = 0  # of the batch: the sum of its lengths, the longest of them
+    width = 0  # the longest of the batch
     for item, length in items:
-        total, width = total + length, max(width, length)
-        if batch and (total if packed else (len(batch) + 1) * width) > token_budget:
+        width = max(width, length)
+        if batch and (len(batch) + 1) * width > token_budget:
             yield batch
-            batch, total, width = [], length, length
+            batch, width = [], length
         batch.append(item)
     if batch:
         yield batch
 
 
 def micro_batches(
-    samples: Iterable[Sample], token_budget: int, packed: bool = False
+    samples: Iterable[Sample], token_budget: int, layout: Layout = PADDED
 ) -> Iterator[list[Sample]]:
     """Samples of similar length in batches of at most `token_budget` tokens, shortest first.
 
-    Padding counts, unless the batches are packed. Raises UserError if a sample is longer than the
-    budget.
+    Padding counts. Samples that share a prompt are together, in one batch where they fit. Raises
+    UserError if a sample is longer than the budget.
     """
-    ordered = sorted(samples, key=lambda sample: sample.longest)
-    for sample in ordered:
-        if sample.longest > token_budget:
-            raise UserError(
-                f"micro_batch_tokens={token_budget} is less than one sample: problem "
-                f"{sample.problem.id} has {sample.longest} tokens; raise it"
-            )
-    return token_batches(((s, s.longest) for s in ordered), token_budget, packed)
+    batch: list[Sample] = []
+    for run in _runs(samples, layout):
+        for sample in run:
+            if sample.longest > token_budget:
+                raise UserError(
+                    f"micro_batch_tokens={token_budget} is less than one sample: problem "
+                    f"{sample.problem.id} has {sample.longest} tokens; raise it"
+                )
+        fits = _tokens(run, layout) <= token_budget
+        for part in [run] if fits else [[sample] for sample in run]:
+            if batch and _tokens([*batch, *part], layout) > token_budget:
+                yield batch
+                batch = []
+            batch = [*batch, *part]
+    if batch:
+        yield batch
 
 
 def balanced_micro_batches(
@@ -96,49 +87,52 @@ def balanced_micro_batches(
     active: Sequence[Sample],
     token_budget: int,
     context: DistributedContext,
-    packed: bool = False,
+    layout: Layout = PADDED,
 ) -> list[list[Sample]]:
     """Micro-batches of this rank's `active` samples, the same number on every rank.
 
     Ranks with sharded weights run every forward and backward pass together. A rank with fewer
     micro-batches gets idle ones: a single token of samples[0], with weight 0.
     """
-    groups = list(micro_batches(active, token_budget, packed))
+    groups = list(micro_batches(active, token_budget, layout))
     first = samples[0]
     logprobs = first.logprobs and first.logprobs[:1]
     idle = replace(first, completion=first.completion[:1], logprobs=logprobs, weight=0.0)
     return groups + [[idle]] * (int(context.max(len(groups))) - len(groups))
 
 
-def make_batch(
-    prompts: Sequence[list[int]],
-    completions: Sequence[list[int]],
-    pad_id: int,
-    device: torch.device,
-    packed: bool = False,
-) -> Batch:
-    """Tensors on `device` for prompts and their completions, as token ids.
+def deal(samples: Sequence[Sample], layout: Layout, context: DistributedContext) -> list[Sample]:
+    """This rank's samples, of about the same lengths on every rank.
 
-    Padded: a row for each sequence, the prompt, the completion, then `pad_id`. `packed`: one row
-    of all sequences; position ids restart at 0 for each, which is how transformers' variable-length
-    FlashAttention keeps them apart.
+    Samples that share a prompt go to one rank while there is such a set for every rank; what is
+    left is cut evenly.
     """
-    sequences = [[*p, *c] for p, c in zip(prompts, completions, strict=True)]
-    lengths = [len(sequence) for sequence in sequences]
-    width = sum(lengths) if packed else max(lengths)
-    ids = torch.full((1 if packed else len(sequences), width), pad_id)
-    positions = torch.arange(width).repeat(len(ids), 1)
-    rows: list[int] = []
-    columns: list[int] = []
-    targets: list[int] = []
-    first = 0
-    for row, (sequence, completion) in enumerate(zip(sequences, completions, strict=True)):
-        row, end = (0, first + len(sequence)) if packed else (row, len(sequence))
-        ids[row, first:end] = torch.tensor(sequence)
-        positions[row, first:end] = torch.arange(len(sequence))
-        rows += [row] * len(completion)
-        columns += range(end - len(completion) - 1, end - 1)
-        targets += completion
-        first = end if packed else 0
-    indices = (torch.tensor(values, dtype=torch.long) for values in (rows, columns, targets))
-    return Batch(ids.to(device), positions.to(device), *(index.to(device) for index in indices))
+    runs, rank, size = _runs(samples, layout), context.rank, context.size
+    whole = len(runs) // size * size
+    rest = [*chain.from_iterable(runs[whole:])]
+    first, end = (-(-len(rest) * number // size) for number in (rank, rank + 1))
+    return [*chain.from_iterable(runs[rank:whole:size]), *rest[first:end]]
+
+
+def _runs(samples: Iterable[Sample], layout: Layout) -> list[list[Sample]]:
+    """Samples that share their student's prompt together, by rising length."""
+    by_prompt: dict[tuple[int, ...], list[Sample]] = {}
+    for sample in samples:
+        by_prompt.setdefault(tuple(sample.student_prompt), []).append(sample)
+    ordered = [
+        s for group in by_prompt.values() for s in sorted(group, key=lambda sample: sample.longest)
+    ]
+    if not ordered:
+        return []
+    prompts, completions = [s.student_prompt for s in ordered], [s.completion for s in ordered]
+    runs = [[ordered[index] for index in run] for run in layout.runs(prompts, completions)]
+    return sorted(runs, key=lambda run: run[0].longest + sum(len(s.completion) for s in run[1:]))
+
+
+def _tokens(samples: Sequence[Sample], layout: Layout) -> int:
+    """Tokens of a micro-batch, padding included, under the prompts that make it longer."""
+    completions = [sample.completion for sample in samples]
+    student = [sample.student_prompt for sample in samples]
+    teacher = [sample.teacher_prompt or [] for sample in samples]
+    sides = (student, teacher) if teacher[0] else (student,)
+    return max(layout.tokens(prompts, completions) for prompts in sides)

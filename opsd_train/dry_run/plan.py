@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opsd_kernels import plan
 from opsd_train.config.load import to_yaml
@@ -21,6 +21,7 @@ from opsd_train.config.schema import (
     OpsdConfig,
 )
 from opsd_train.data.batches import Sample, micro_batches
+from opsd_train.data.layout import PADDED
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.data.prompts import Measured, PromptBuilder
 from opsd_train.distributed.context import resolve_device
@@ -36,6 +37,7 @@ from opsd_train.dry_run.memory import (
 from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
 from opsd_train.model.adapters import add_adapters
+from opsd_train.model.families import shared_layout
 from opsd_train.model.policy import attention, load_model_config, load_tokenizer
 from opsd_train.rollout.context_checks import check_batch_tokens, check_context, heldout_texts
 
@@ -116,15 +118,17 @@ def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     count = -(-config.problems_per_step // _processes())
     largest = [_sample(builder, problem, config) for problem in _longest(train_lengths, count)]
     samples = [sample for sample in largest for _ in range(samples_per_problem)]
-    groups = list(micro_batches(samples, config.micro_batch_tokens))
+    layout = shared_layout(_core(config.model)) or PADDED
+    groups = list(micro_batches(samples, config.micro_batch_tokens, layout))
     own_engine = rollout.engine == "transformers"  # vLLM has memory of its own
     generates = own_engine and source != "solution"
     lengths = [len(getattr(s, f"{source}_prompt")) for s in samples] if generates else []
-    teacher_prompt = "teacher_prompt" if method.teacher_prompt else "student_prompt"
+    sides = ("student_prompt", "teacher_prompt" if method.teacher_prompt else "student_prompt")
+    student, teacher = ([_read(group, side) for group in groups] for side in sides)
     step = LargestStep(
-        tokens=max(_padded(group, "student_prompt") for group in groups),
-        teacher_tokens=max(_padded(group, teacher_prompt) for group in groups),
-        longest=samples[-1].longest,
+        tokens=max(layout.tokens(*texts) for texts in student),
+        teacher_tokens=max(layout.tokens(*texts) for texts in teacher),
+        longest=max(max(layout.lengths(*texts)) for texts in [*student, *teacher]),
         loss_tokens=max(sum(len(s.completion) for s in group) for group in groups),
         all_loss_tokens=sum(len(s.completion) for s in samples),
         rollout=_batch(lengths, rollout.max_new_tokens, config) if generates else None,
@@ -181,9 +185,9 @@ def _sample(builder: PromptBuilder, problem: Problem, config: Config) -> Sample:
     return Sample(problem, builder.student(problem), teacher, new)
 
 
-def _padded(group: Sequence[Sample], prompt: str) -> int:
-    """Tokens of a micro-batch with this prompt, padding included."""
-    return len(group) * max(len(getattr(s, prompt)) + len(s.completion) for s in group)
+def _read(group: Sequence[Sample], prompt: str) -> tuple[list[list[int]], list[list[int]]]:
+    """A micro-batch's prompts of this name, and completions."""
+    return [getattr(s, prompt) for s in group], [s.completion for s in group]
 
 
 def _setup(config: Config, shard: str) -> tuple[Setup, Sizes]:
@@ -236,9 +240,15 @@ def _heads(config: Config) -> int:
 
 
 def _sizes(model: ModelConfig, lora: LoraConfig | None) -> Sizes:
+    core = _core(model)
+    with torch.device("meta"):
+        adapted = core if lora is None else add_adapters(core, lora)
+    rank, eager = lora.rank if lora else 0, core.config._attn_implementation == "eager"
+    return sizes_of(adapted, core.config.get_text_config(), rank, eager)
+
+
+def _core(model: ModelConfig) -> PreTrainedModel:
+    """The model without values of its weights."""
     text: Any = load_model_config(model).get_text_config()
     with torch.device("meta"):
-        core = AutoModelForCausalLM.from_config(text, attn_implementation=attention(model))
-        adapted = core if lora is None else add_adapters(core, lora)
-    rank = lora.rank if lora else 0
-    return sizes_of(adapted, text, rank, eager=core.config._attn_implementation == "eager")
+        return AutoModelForCausalLM.from_config(text, attn_implementation=attention(model))

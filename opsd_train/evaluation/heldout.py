@@ -62,7 +62,7 @@ class HeldOut:
         samples = everything[self._context.rank :: self._context.size]  # none on some, if few
         policy, budget = self._method.policy, self._config.micro_batch_tokens
         policy.model.eval()
-        groups = balanced_micro_batches(everything, samples, budget, self._context, policy.packed)
+        groups = balanced_micro_batches(everything, samples, budget, self._context, policy.layout)
         stats = StepStats()
         for group, precomputed in zip(groups, self._method.precompute(groups), strict=True):
             loss, columns = self._method.loss(group, precomputed, 1)

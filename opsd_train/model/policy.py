@@ -28,17 +28,17 @@ from opsd_kernels.integrations.heads import LmHead, causal_lm, lm_head
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
-from opsd_train.data.batches import Batch, make_batch
 from opsd_train.data.chat_tokens import warn_if_turn_ends_differ
+from opsd_train.data.layout import PADDED, Batch, Layout, make_batch
 from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.distributed.fsdp import full_parameters, shard, shard_layers
 from opsd_train.model import swiglu
 from opsd_train.model.adapters import add_adapters, frozen_weight_warnings
 from opsd_train.model.families import (
+    batch_layout,
     check_logits,
     completion_hidden,
     decoder_layers,
-    supports_packing,
 )
 
 # peft 0.21 reads an attribute that transformers 5 renamed; users cannot act on the warning.
@@ -55,7 +55,7 @@ class Policy:
     """A causal LM as the losses use it: hidden states at the completion tokens, and the head.
 
     `model` may be wrapped by peft; `core` is the causal LM inside. `parameters` are the trained
-    ones. `packed`: several sequences share a row (see data.batches.make_batch).
+    ones. `layout`: how sequences lie in a batch.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Policy:
         model: PreTrainedModel | PeftModel,
         pad_id: int,
         dtype: torch.dtype,
-        packed: bool = False,
+        layout: Layout = PADDED,
     ) -> None:
         """`dtype`: of the computation; trained parameters may be kept in float32."""
         self.model, self.pad_id, self.dtype = model, pad_id, dtype
@@ -73,7 +73,7 @@ class Policy:
         if self.sharded:  # FSDP then gathers the head for it, and reduces the head's gradient
             register_fsdp_forward_method(self.core, "forward_loss")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.packed = packed
+        self.layout = layout
         self._adapters: list[Any] = [m for m in model.modules() if isinstance(m, BaseTunerLayer)]
         for layer in self._adapters:
             layer.cast_input_dtype_enabled = False  # fp32 adapters compute in `dtype` too
@@ -101,7 +101,7 @@ class Policy:
         Token ids of one prompt and one completion per sequence. The function runs inside the
         model's forward, the only place where a sharded head is a full tensor.
         """
-        batch = make_batch(prompts, completions, self.pad_id, self.device, packed=self.packed)
+        batch = make_batch(prompts, completions, self.pad_id, self.device, self.layout)
         with self._autocast():
             return cast(Any, self.core).forward_loss(batch, function)
 
@@ -145,7 +145,7 @@ def load_policy(
     core = _load_on(context.device, config, tokenizer, trained_dtype)
     swiglu.recompute_silu(core)
     check_logits(core, config.name_or_path, tokenizer.pad_token_id)
-    packed = supports_packing(core, tokenizer.pad_token_id)
+    layout = batch_layout(core, tokenizer.pad_token_id)
     model: PreTrainedModel | PeftModel = core
     if lora is not None:
         model = adapted = add_adapters(core, lora)
@@ -155,7 +155,7 @@ def load_policy(
         _checkpoint_activations(core)
     if context.size > 1:
         shard(core, decoder_layers(core), context, shard_mode, dtype)
-    return Policy(model, tokenizer.pad_token_id, dtype, packed)
+    return Policy(model, tokenizer.pad_token_id, dtype, layout)
 
 
 def load_teacher(
@@ -181,10 +181,10 @@ def load_teacher(
     model = _load_on(context.device, model_config, tokenizer, dtype)
     model.eval().requires_grad_(False)
     check_logits(model, settings.teacher, tokenizer.pad_token_id)
-    packed = supports_packing(model, tokenizer.pad_token_id)
+    layout = batch_layout(model, tokenizer.pad_token_id)
     if context.size > 1 and shard_mode == "full":
         shard_layers(decoder_layers(model), context)
-    return Policy(model, tokenizer.pad_token_id, dtype, packed)
+    return Policy(model, tokenizer.pad_token_id, dtype, layout)
 
 
 def load_tokenizer(config: schema.ModelConfig) -> Any:

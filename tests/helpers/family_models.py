@@ -2,7 +2,9 @@
 
 import copy
 import functools
+from collections.abc import Iterable
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -118,6 +120,18 @@ SLOW = (
     *("bamba", "bloom", "gemma3_text", "glm4", "granitemoehybrid", "jamba", "mamba2", "mixtral"),
     *("mpt", "nanochat", "olmo2", "opt", "phi3", "qwen2_moe", "smollm3", "starcoder2"),
 )
+
+# Their layers carry a state from token to token.
+STATEFUL = (
+    *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2"),
+    *("qwen3_next", "recurrent_gemma", "xlstm"),
+)
+
+
+def every(names: Iterable[str]) -> list:
+    """Parameters of a test; families similar to another one are marked slow."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=slow) if name in SLOW else name for name in names]
 
 
 @functools.cache

@@ -125,7 +125,7 @@ def run(
     method: Method, samples: Sequence[Sample], budget: int = 10**6, num_tokens: int | None = None
 ) -> Outcome:
     """Precompute, loss and backward over the micro-batches of a token budget; no update."""
-    groups = list(micro_batches(samples, budget))
+    groups = list(micro_batches(samples, budget, method.policy.layout))
     return finish(method, groups, method.precompute(groups), num_tokens or counted(samples))
 
 

@@ -1,7 +1,6 @@
 """Families of models: log-probabilities and gradients equal those of the model's own logits."""
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -16,15 +15,20 @@ from opsd_kernels.integrations import heads
 from opsd_kernels.integrations.heads import lm_head
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import LoraConfig, RolloutConfig
-from opsd_train.data.batches import make_batch
+from opsd_train.data.layout import PADDED, Layout, make_batch
 from opsd_train.methods.common import head_options
 from opsd_train.model import families
 from opsd_train.model.adapters import add_adapters
-from opsd_train.model.families import check_logits, completion_hidden, supports_packing
+from opsd_train.model.families import (
+    batch_layout,
+    check_logits,
+    completion_hidden,
+    supports_packing,
+)
 from opsd_train.model.policy import Policy
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine
-from tests.helpers.family_models import FAMILIES, SIZES, SLOW, make_family
+from tests.helpers.family_models import FAMILIES, SIZES, STATEFUL, every, make_family
 from tests.helpers.method_cases import (
     CASES,
     LORA,
@@ -46,10 +50,6 @@ COMPLETIONS = [[12, 99, 45], [7, 66, 23, 101, 54, 36], [88]]
 TARGETS = {"mamba": ["in_proj"], "mamba2": ["in_proj"], "falcon_h1": ["q_proj", "gate_proj"]}
 # They need another cache, or their state reads the padding.
 NO_ROLLOUT = ("mamba", "mamba2", "recurrent_gemma", "xlstm")
-STATEFUL = (
-    *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2"),
-    *("qwen3_next", "recurrent_gemma", "xlstm"),
-)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,12 +60,6 @@ def test_the_blocks_that_are_sharded(family: str) -> None:
     inside = sum(p.numel() for p in blocks.parameters())
     beside = {p for p in model.parameters()}.difference(blocks.parameters())
     assert inside > 0 and all(p.ndim < 3 for p in beside)  # experts and convolutions are inside
-
-
-def every(names: Iterable[str]) -> list:
-    """Parameters of a test; families similar to another one are marked slow."""
-    slow = pytest.mark.slow
-    return [pytest.param(name, marks=slow) if name in SLOW else name for name in names]
 
 
 def logprobs(policy: Policy, prompts: list, completions: list) -> Tensor:
@@ -298,10 +292,10 @@ def with_flash(family: str, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 @pytest.mark.parametrize("family", ["cohere2", "gpt2", "llama", "qwen3", "qwen3_moe", "phi3"])
 def test_attention_packs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_flash(family, monkeypatch)
-    assert supports_packing(model, 0)
+    assert supports_packing(model, 0) and batch_layout(model, 0) == Layout("packed")
     hidden = [
-        completion_hidden(model, make_batch(PROMPTS, COMPLETIONS, 0, model.device, packed))
-        for packed in (False, True)
+        completion_hidden(model, make_batch(PROMPTS, COMPLETIONS, 0, model.device, layout))
+        for layout in (PADDED, Layout("packed"))
     ]
     torch.testing.assert_close(*hidden, rtol=0, atol=1e-4)
     monkeypatch.undo()
@@ -319,7 +313,9 @@ def test_attention_that_never_sees_the_positions_does_not_pack(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(FAMILIES, "gpt_bigcode", FAMILIES["gpt2"])
-    assert not supports_packing(with_flash("gpt_bigcode", monkeypatch), 0)
+    model = with_flash("gpt_bigcode", monkeypatch)
+    assert not supports_packing(model, 0)
+    assert batch_layout(model, 0) is PADDED  # nor does it share prompts, which takes a mask
 
 
 # ------------------------------------------------------------------------------- scales in methods

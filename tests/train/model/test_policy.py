@@ -10,7 +10,8 @@ from torch import Tensor
 
 from opsd_kernels.integrations.heads import lm_head
 from opsd_train.config.errors import UserError
-from opsd_train.data.batches import balanced_micro_batches, make_batch, micro_batches
+from opsd_train.data.batches import balanced_micro_batches, micro_batches
+from opsd_train.data.layout import PADDED, Layout, make_batch
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.distributed.fsdp import Snapshot
 from opsd_train.model.adapters import add_adapters
@@ -31,7 +32,8 @@ from tests.helpers.method_cases import (
 from tests.helpers.tiny import make_model
 
 CPU = DistributedContext(torch.device("cpu"))
-PACKED = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+PACKED = Layout("packed")
+LAYOUTS = pytest.mark.parametrize("layout", [PADDED, PACKED], ids=["padded", "packed"])
 
 
 def hidden_of(policy: Policy, prompts: list, completions: list) -> Tensor:
@@ -47,11 +49,11 @@ def texts(count: int = 8) -> tuple[list, list]:
 # ------------------------------------------------------------------------------------------ batches
 
 
-@PACKED
-def test_logits_are_those_of_each_sample_alone(packed: bool) -> None:
+@LAYOUTS
+def test_logits_are_those_of_each_sample_alone(layout: Layout) -> None:
     """Like FlashAttention, transformers' sdpa separates packed sequences by their positions."""
     policy = make_policy()
-    policy.packed = packed
+    policy.layout = layout
     prompts, completions = texts()
     hidden = hidden_of(policy, prompts, completions)
     logits = hidden.double() @ lm_head(policy.core).weight.double().T
@@ -64,7 +66,7 @@ def test_logits_are_those_of_each_sample_alone(packed: bool) -> None:
 
 
 def test_packed_layout() -> None:
-    batch = make_batch([[1, 2], [3]], [[4, 5], [6, 7, 8]], 0, CPU.device, packed=True)
+    batch = make_batch([[1, 2], [3]], [[4, 5], [6, 7, 8]], 0, CPU.device, PACKED)
     assert batch.input_ids.tolist() == [[1, 2, 4, 5, 3, 6, 7, 8]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.rows.tolist() == [0] * 5 and batch.columns.tolist() == [1, 2, 4, 5, 6]
@@ -79,10 +81,10 @@ def test_padded_layout() -> None:
     assert batch.targets.tolist() == [4, 5, 6]
 
 
-@PACKED
-def test_sequences_do_not_see_each_other(packed: bool) -> None:
+@LAYOUTS
+def test_sequences_do_not_see_each_other(layout: Layout) -> None:
     policy = make_policy()
-    policy.packed = packed
+    policy.layout = layout
     prompts, completions = texts(3)
     others = [[200, *prompts[0][1:]], prompts[1], [*prompts[2][:-1], 201]]
     size = [len(completion) for completion in completions]
@@ -95,7 +97,7 @@ def test_sequences_do_not_see_each_other(packed: bool) -> None:
 def test_positions_separate_packed_sequences() -> None:
     """The comparisons above would notice a leak: without restarts it is all one sequence."""
     core = make_model()
-    batch = make_batch(*texts(3), 0, CPU.device, packed=True)
+    batch = make_batch(*texts(3), 0, CPU.device, PACKED)
     running = replace(batch, position_ids=torch.arange(batch.input_ids.shape[1])[None])
     with torch.no_grad():
         gap = completion_hidden(core, batch) - completion_hidden(core, running)
@@ -105,25 +107,25 @@ def test_positions_separate_packed_sequences() -> None:
 def test_packed_or_padded_same_loss_and_gradient() -> None:
     config, policy, samples = settings("loss.temperature=1.3"), make_policy(), make_samples()
     padded = run(make_method(config, policy), samples)
-    policy.packed = True
+    policy.layout = PACKED
     assert_same(run(make_method(config, policy), samples), padded, rel=1e-5)
 
 
-@PACKED
-def test_micro_batches_keep_to_the_budget_and_lose_nobody(packed: bool) -> None:
+@LAYOUTS
+def test_micro_batches_keep_to_the_budget_and_lose_nobody(layout: Layout) -> None:
     samples = make_samples(20)
 
     def size(group: list) -> int:
         lengths = [sample.longest for sample in group]
-        return sum(lengths) if packed else len(group) * max(lengths)
+        return sum(lengths) if layout is PACKED else len(group) * max(lengths)
 
-    groups = list(micro_batches(samples, 60, packed))
+    groups = list(micro_batches(samples, 60, layout))
     assert sorted(s.problem.id for g in groups for s in g) == sorted(s.problem.id for s in samples)
     assert all(size(group) <= 60 for group in groups)
     for group, following in itertools.pairwise(groups):  # none could be longer
         assert size([*group, following[0]]) > 60
     with pytest.raises(UserError, match=r"micro_batch_tokens=10 .* problem p\d+ has \d+ tokens"):
-        list(micro_batches(samples, 10, packed))
+        list(micro_batches(samples, 10, layout))
 
 
 def test_packed_batches_hold_more() -> None:
@@ -131,7 +133,7 @@ def test_packed_batches_hold_more() -> None:
         replace(sample, teacher_prompt=None, student_prompt=[1] * size, completion=[1])
         for sample, size in zip(make_samples(4), (9, 9, 19, 39), strict=True)
     ]
-    sizes = [[len(g) for g in micro_batches(samples, 80, packed)] for packed in (False, True)]
+    sizes = [[len(g) for g in micro_batches(samples, 80, layout)] for layout in (PADDED, PACKED)]
     assert sizes == [[3, 1], [4]]
 
 
