@@ -31,8 +31,9 @@ OPSD_INLINE Floats load(const float* at) { return *reinterpret_cast<const Floats
 OPSD_INLINE void store(float* at, Floats x) { *reinterpret_cast<FloatsAnywhere*>(at) = x; }
 
 // Stores past the cache what is read much later: 4 times as fast as a store that reads the line
-// first. `at` is a multiple of 64 bytes. `finish_streams` orders it before what follows.
-#if defined(__AVX512F__)
+// first. `at` is a multiple of 64 bytes. `finish_streams` orders it before what follows. (GCC reads
+// macros before `#pragma GCC target`, so __AVX512F__ is not defined here.)
+#if OPSD_AVX512
 OPSD_INLINE void stream(float* at, Floats x) { __builtin_ia32_movntps512(at, x); }
 static void finish_streams() { __builtin_ia32_sfence(); }
 #else
@@ -158,12 +159,37 @@ OPSD_INLINE Floats log1p(Floats x) {
   return m + y + e * splat(0.693359375f);
 }
 
-// bfloat16, rounded to nearest, ties to even; NaN stays NaN.
-OPSD_INLINE Halves to_halves(Floats x) {
+// bfloat16 in the lower half of each word, rounded to nearest, ties to even; NaN stays NaN.
+OPSD_INLINE Ints rounded_to_halves(Floats x) {
   const Ints bits = floats_to_bits(x);
-  Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = x == x ? rounded : Ints{} + 0x7fc0;
-  return __builtin_convertvector(rounded, Halves);
+  const Ints rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return x == x ? rounded : Ints{} + 0x7fc0;
+}
+
+OPSD_INLINE Halves to_halves(Floats x) {
+  return __builtin_convertvector(rounded_to_halves(x), Halves);
+}
+
+// `to_halves` of a, then of b.
+OPSD_INLINE Ints halves_in_words(Floats a, Floats b) {
+  const Ints low = rounded_to_halves(a), high = rounded_to_halves(b);
+  Ints both;
+#if defined(__GNUC__) && !defined(__clang__)
+  // In registers: two stores cannot be forwarded to one load.
+  typedef uint16_t AllHalves __attribute__((vector_size(64)));
+  AllHalves x, y;
+  memcpy(&x, &low, sizeof x);
+  memcpy(&y, &high, sizeof y);
+  const AllHalves even = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                          32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+  x = __builtin_shuffle(x, y, even);
+  memcpy(&both, &x, sizeof both);
+#else
+  const Halves parts[2] = {__builtin_convertvector(low, Halves),
+                           __builtin_convertvector(high, Halves)};
+  memcpy(&both, parts, sizeof both);
+#endif
+  return both;
 }
 
 OPSD_INLINE void store_part(HalfAnywhere* at, Floats x, int64_t count) {
@@ -177,10 +203,7 @@ OPSD_INLINE void store_part(HalfAnywhere* at, Floats x, int64_t count) {
 
 // `stream` of 32 numbers.
 OPSD_INLINE void stream(HalfAnywhere* at, Floats a, Floats b) {
-  Floats both;
-  const Halves parts[2] = {to_halves(a), to_halves(b)};
-  memcpy(&both, parts, sizeof both);
-  stream(reinterpret_cast<float*>(at), both);
+  stream(reinterpret_cast<float*>(at), bits_to_floats(halves_in_words(a, b)));
 }
 
 OPSD_INLINE void store_part(float* at, Floats x, int64_t count) {
