@@ -19,6 +19,14 @@ _FROZEN_ROWS = 256
 _PACKED_ROWS, _UNSTORED_ROWS = 384, 1024
 
 
+def dz_waits(tokens: int, depth: int) -> bool:
+    """C++, bf16, several blocks: whether dz of all rows takes no more memory than dW in fp32.
+
+    2 N V <= 4 D V bytes. It then waits for one product, rounded once, instead of a sum of products.
+    """
+    return tokens <= 2 * depth
+
+
 def torch_layout(x: Work) -> BlockLayout:
     """PyTorch: fp32 logits, reduced in tiles; a 16-bit head is converted piece by piece."""
     tokens, depth, vocab = x.shape

@@ -8,7 +8,7 @@ import torch
 
 from opsd_kernels import extension
 from opsd_kernels.cost import PROCESSORS
-from opsd_kernels.cpu_layouts import cpp_layout, torch_layout
+from opsd_kernels.cpu_layouts import cpp_layout, dz_waits, torch_layout
 from opsd_kernels.layouts import MIB, Work, size_in_words, triton_layout
 
 SCHEDULES = ("auto", "blocked", "tiled", "streaming")
@@ -34,12 +34,12 @@ class Plan:
     widened_rows: int  # rows of a 16-bit head converted to fp32 at a time, 0 if none are
     gemms: int  # products of 2 * N * D * V operations, over forward and backward
     workspace_bytes: int  # for logits and row tiles; on a GPU also for gathered hidden states
-    accumulator_bytes: int  # for fp32 gradients: a trained head's, and dh of float16 inputs
+    accumulator_bytes: int  # a trained head's fp32 sums, or dz that waits; dh of float16 inputs
     reason: str  # of the rows per block
 
     def __str__(self) -> str:
         gradient = (
-            f", plus {size_in_words(self.accumulator_bytes)} for gradients in fp32"
+            f", plus {size_in_words(self.accumulator_bytes)} for gradients"
             if self.accumulator_bytes
             else ""
         )
@@ -167,19 +167,23 @@ def plan(
         widened_rows=layout.widened_rows,
         gemms=layout.products.total,
         workspace_bytes=layout.workspace_bytes,
-        accumulator_bytes=_accumulator_bytes(
-            work, dtype, backend == "cpp" and num_tokens <= layout.rows
-        ),
+        accumulator_bytes=_accumulator_bytes(work, dtype, layout.rows if backend == "cpp" else 0),
         reason=layout.reason,
     )
 
 
-def _accumulator_bytes(x: Work, dtype: torch.dtype, one_block_of_cpp: bool) -> int:
-    """Bytes of gradients that are added up, or wait for backward to scale them, in fp32."""
+def _accumulator_bytes(x: Work, dtype: torch.dtype, cpp_rows: int) -> int:
+    """Bytes of gradients that are added up, or wait for the last block or for backward.
+
+    cpp_rows: rows in a block of the C++ backend; 0 for another backend.
+    """
     tokens, depth, vocab = x.shape
     found = vocab * depth * max(dtype.itemsize, 4) if x.grad_weight else 0
-    if one_block_of_cpp and dtype == torch.bfloat16 and extension.multiplies_bf16():
-        found = 0  # rounded as it is made
+    if cpp_rows and dtype == torch.bfloat16 and extension.multiplies_bf16():
+        if tokens <= cpp_rows:
+            found = 0  # rounded as it is made
+        elif x.grad_weight and dz_waits(tokens, depth):
+            found = tokens * vocab * dtype.itemsize
     if x.grad_hidden and dtype == torch.float16:
         found += x.gradients * tokens * depth * 4
     return found

@@ -15,6 +15,7 @@ from torch import Tensor
 from opsd_kernels import extension
 from opsd_kernels.backends import two_pass
 from opsd_kernels.backends.passes import JSD, BlockedPass, Gradient, Layout, gathered
+from opsd_kernels.cpu_layouts import dz_waits
 from opsd_kernels.problem import Head
 
 _AMX_COLUMNS = 32
@@ -51,9 +52,18 @@ class _Pass(BlockedPass["_Tiles"]):
         if not self._rounds_once:
             super().add_weight_product(grad_weight, dz, h, first=first)
             return
+        done = self.multiplied
         self.multiplied += len(h)
-        last = self.multiplied == self.num_kept
-        sums = None if first and last else self.buffer("sums", *grad_weight.shape)
+        last, sums = self.multiplied == self.num_kept, None
+        if dz_waits(self.plan.num_tokens, self.plan.hidden_size) and not (first and last):
+            for name, part in (("dz", dz), ("hidden", h)):
+                buffer = self.buffer(name, self.num_kept, part.shape[1], part.dtype)
+                buffer[done : self.multiplied] = part
+            if not last:
+                return
+            first, dz, h = True, self.buffers["dz"], self.buffers["hidden"]
+        elif not (first and last):
+            sums = self.buffer("sums", *grad_weight.shape)
         torch.ops.opsd_cpu.weight_gradient(dz, h, sums, not first, grad_weight if last else None)
 
     def tiles(self, heads: list[Head], block: slice, shared: bool, again: bool) -> _Tiles:
