@@ -5,7 +5,7 @@ namespace opsd {
 namespace OPSD_ISA {
 
 // Lanes are added up after every SEGMENT columns: shorter fp32 sums round less.
-constexpr int64_t SEGMENT = 2048;
+constexpr int64_t SEGMENT = 128 * LANES;
 
 // log(1 - beta + beta exp(d)): log(m / s) from d = log(t / s), as log1p(beta expm1(d)), so that on
 // close pairs the rounding of log s and log t cancels to first order.
@@ -130,7 +130,7 @@ static void kl_gradient(const PairRow& a, bool bf16) {
   a.kind == FORWARD_KL ? kl_gradient_of<FORWARD_KL>(a, bf16) : kl_gradient_of<REVERSE_KL>(a, bf16);
 }
 
-// The gradient of 16 columns of a log-probability; `sharp` is added to all of them.
+// The gradient of a vector's columns of a log-probability; `sharp` is added to all of them.
 OPSD_INLINE Floats logprob_dz(const LogprobRow& a, Floats z, Floats weight, float sharp,
                               Floats& entropy_dz) {
   const Floats log_p = (z - splat(a.row_max)) - splat(a.log_sum);

@@ -36,7 +36,7 @@ struct Layout {
 };
 
 // Running statistics of one row. Every lane has a maximum of its own, row_max, and sums over
-// u = z - row_max: no tile needs a maximum over lanes.
+// u = z - row_max: no tile needs a maximum over lanes. At most 16 lanes are in use.
 struct HeadState {
   float row_max[16], sum_exp[16], sum_exp_logit[16], sum_logit[16], sum_weight[16];
   float label_logit;

@@ -6,7 +6,7 @@ namespace OPSD_ISA {
 
 constexpr int VECTORS = TILE_COLS / LANES;
 
-// softcap(raw + bias) / temperature of 16 columns; those beyond `left` become LOG_ZERO.
+// softcap(raw + bias) / temperature of a vector's columns; those beyond `left` become LOG_ZERO.
 OPSD_INLINE Floats apply_bias_cap_temperature(Floats raw, const LogitTransform& f, int64_t column,
                                               int64_t left) {
   if (f.bias) raw += load_part(f.bias + column, left);
@@ -34,7 +34,7 @@ OPSD_INLINE void load_logits(const Fold& a, int head, int64_t row, Floats* x) {
   for (int v = 0; v < VECTORS; ++v) x[v] = x[v] < splat(LOG_ZERO) ? splat(LOG_ZERO) : x[v];
   if (a.cols < TILE_COLS)
     for (int v = 0; v < VECTORS; ++v)
-      x[v] = COLUMN_OF_LANE < Ints{} + static_cast<int32_t>(a.cols - v * LANES) ? x[v]
+      x[v] = lane_numbers() < Ints{} + static_cast<int32_t>(a.cols - v * LANES) ? x[v]
                                                                                : splat(LOG_ZERO);
   if (!plain)  // the label's logit is read from there
     for (int v = 0; v < VECTORS; ++v) store(raw + v * LANES, x[v]);
@@ -154,7 +154,7 @@ OPSD_INLINE void fold_one(const Fold& a) {
       if (SMOOTHED) {
         const int64_t left = a.cols - v * LANES;
         const Floats present =
-            COLUMN_OF_LANE < Ints{} + static_cast<int32_t>(left) ? splat(1.0f) : none;
+            lane_numbers() < Ints{} + static_cast<int32_t>(left) ? splat(1.0f) : none;
         const float* weights = a.class_weight + a.column + v * LANES;
         const Floats weight = a.class_weight ? load_part(weights, left) : present;
         sum_logit += present != none ? weight * u : none;
@@ -261,8 +261,8 @@ OPSD_INLINE void exchange(Words* rows) {
 
 // to[k * to_stride + i] = word k of rows[i].
 OPSD_INLINE void transpose(Words* rows, uint32_t* to, int64_t to_stride) {
-  exchange<8>(rows);
-  exchange<4>(rows);
+  if constexpr (LANES > 8) exchange<8>(rows);
+  if constexpr (LANES > 4) exchange<4>(rows);
   exchange<2>(rows);
   exchange<1>(rows);
 #pragma GCC unroll 16

@@ -1,8 +1,9 @@
 #pragma once
 
-// Sixteen floats at a time, in GCC's and clang's vector types: the compiler makes AVX-512, AVX2,
-// NEON or scalar code from the same lines. Included once for each instruction set, in a
+// One vector register of floats at a time, in GCC's and clang's vector types: the compiler makes
+// AVX-512, AVX2, NEON or SSE code from the same lines. Included once for each instruction set, in a
 // namespace OPSD_ISA; the headers it needs are included outside, so they are not compiled for it.
+// (Wider types than a register work, but GCC makes their comparisons one number at a time.)
 #include "rows.h"
 
 #define OPSD_INLINE static inline __attribute__((always_inline))
@@ -10,21 +11,24 @@
 namespace opsd {
 namespace OPSD_ISA {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+constexpr int LANES = OPSD_LANES;
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfAnywhere __attribute__((may_alias));
-typedef uint32_t WordsAnywhere __attribute__((vector_size(64), aligned(1), may_alias));
-typedef float FloatsAnywhere __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t HalvesAnywhere __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint32_t WordsAnywhere __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef float FloatsAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint16_t HalvesAnywhere __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-constexpr int LANES = 16;
-constexpr Ints COLUMN_OF_LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-OPSD_INLINE Floats splat(float x) {
-  return Floats{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x};
+OPSD_INLINE Ints lane_numbers() {
+  Ints x = {};
+  for (int i = 0; i < LANES; ++i) x[i] = i;
+  return x;
 }
+
+OPSD_INLINE Floats splat(float x) { return x - Floats{}; }
 
 OPSD_INLINE Floats load(const float* at) { return *reinterpret_cast<const FloatsAnywhere*>(at); }
 
@@ -32,9 +36,12 @@ OPSD_INLINE void store(float* at, Floats x) { *reinterpret_cast<FloatsAnywhere*>
 
 // Stores past the cache what is read much later: 4 times as fast as a store that reads the line
 // first. `at` is a multiple of 64 bytes. `finish_streams` orders it before what follows. (GCC reads
-// macros before `#pragma GCC target`, so __AVX512F__ is not defined here.)
-#if OPSD_AVX512
+// macros before `#pragma GCC target`, so __AVX2__ and the like are not defined here.)
+#if OPSD_STREAMS && OPSD_LANES == 16
 OPSD_INLINE void stream(float* at, Floats x) { __builtin_ia32_movntps512(at, x); }
+static void finish_streams() { __builtin_ia32_sfence(); }
+#elif OPSD_STREAMS && OPSD_LANES == 8
+OPSD_INLINE void stream(float* at, Floats x) { __builtin_ia32_movntps256(at, x); }
 static void finish_streams() { __builtin_ia32_sfence(); }
 #else
 OPSD_INLINE void stream(float* at, Floats x) { store(at, x); }
@@ -47,7 +54,7 @@ OPSD_INLINE Words load_halves(const uint16_t* at) {
   return __builtin_convertvector(x, Words);
 }
 
-// The first `count` of sixteen; the other lanes are `fill`.
+// The first `count` lanes; the others are `fill`.
 OPSD_INLINE Floats load_part(const float* at, int64_t count, float fill) {
   float lanes[LANES];
   for (int i = 0; i < LANES; ++i) lanes[i] = i < count ? at[i] : fill;
@@ -92,7 +99,7 @@ OPSD_INLINE float maximum(Floats x) {
 }
 
 OPSD_INLINE bool any(Ints mask) {
-  int64_t words[8], found = 0;
+  int64_t words[LANES / 2], found = 0;
   memcpy(words, &mask, sizeof words);
   for (int64_t word : words) found |= word;
   return found != 0;
@@ -113,14 +120,13 @@ OPSD_INLINE Reduced reduce(Floats x) {
   return {r - n * splat(1.42860677e-6f), bits_to_floats((power + 127) << 23)};
 }
 
-// (exp(r) - 1 - r) / r^2, Cephes' expf.
+// (exp(r) - 1 - r) / r^2: Cephes' expf, in pairs of terms, so that fewer operations wait in line.
 OPSD_INLINE Floats exp_tail(Floats r) {
-  Floats y = splat(1.9875691500e-4f);
-  y = y * r + splat(1.3981999507e-3f);
-  y = y * r + splat(8.3334519073e-3f);
-  y = y * r + splat(4.1665795894e-2f);
-  y = y * r + splat(1.6666665459e-1f);
-  return y * r + splat(5.0000001201e-1f);
+  const Floats rr = r * r;
+  const Floats high = splat(1.9875691500e-4f) * r + splat(1.3981999507e-3f);
+  const Floats middle = splat(8.3334519073e-3f) * r + splat(4.1665795894e-2f);
+  const Floats low = splat(1.6666665459e-1f) * r + splat(5.0000001201e-1f);
+  return (high * rr + middle) * rr + low;
 }
 
 // exp(x) within 1.5 ulp for x <= 88, 0 below the smallest normal number. NaN stays NaN.
@@ -145,16 +151,14 @@ OPSD_INLINE Floats log1p(Floats x) {
   Floats m = bits_to_floats((bits & 0x007fffff) + sqrt_half) - splat(1.0f);
   m = power == Ints{} ? x : m;
   const Floats e = __builtin_convertvector(power, Floats);
-  Floats y = splat(7.0376836292e-2f);  // Cephes' logf
-  y = y * m - splat(1.1514610310e-1f);
-  y = y * m + splat(1.1676998740e-1f);
-  y = y * m - splat(1.2420140846e-1f);
-  y = y * m + splat(1.4249322787e-1f);
-  y = y * m - splat(1.6668057665e-1f);
-  y = y * m + splat(2.0000714765e-1f);
-  y = y * m - splat(2.4999993993e-1f);
-  y = y * m + splat(3.3333331174e-1f);
+  // Cephes' logf, in pairs of terms.
   const Floats mm = m * m;
+  const Floats a = splat(-2.4999993993e-1f) * m + splat(3.3333331174e-1f);
+  const Floats b = splat(-1.6668057665e-1f) * m + splat(2.0000714765e-1f);
+  const Floats c = splat(-1.2420140846e-1f) * m + splat(1.4249322787e-1f);
+  const Floats d = splat(-1.1514610310e-1f) * m + splat(1.1676998740e-1f);
+  Floats y = (splat(7.0376836292e-2f) * mm + d) * mm + c;
+  y = y * (mm * mm) + (b * mm + a);
   y = y * m * mm + e * splat(-2.12194440e-4f) - splat(0.5f) * mm;
   return m + y + e * splat(0.693359375f);
 }
@@ -176,12 +180,11 @@ OPSD_INLINE Ints halves_in_words(Floats a, Floats b) {
   Ints both;
 #if defined(__GNUC__) && !defined(__clang__)
   // In registers: two stores cannot be forwarded to one load.
-  typedef uint16_t AllHalves __attribute__((vector_size(64)));
-  AllHalves x, y;
+  typedef uint16_t AllHalves __attribute__((vector_size(4 * LANES)));
+  AllHalves x, y, even;
   memcpy(&x, &low, sizeof x);
   memcpy(&y, &high, sizeof y);
-  const AllHalves even = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
-                          32, 34, 36, 38, 40, 42, 44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+  for (int i = 0; i < 2 * LANES; ++i) even[i] = 2 * i;
   x = __builtin_shuffle(x, y, even);
   memcpy(&both, &x, sizeof both);
 #else
@@ -201,7 +204,7 @@ OPSD_INLINE void store_part(HalfAnywhere* at, Floats x, int64_t count) {
   }
 }
 
-// `stream` of 32 numbers.
+// `stream` of two vectors' numbers.
 OPSD_INLINE void stream(HalfAnywhere* at, Floats a, Floats b) {
   stream(reinterpret_cast<float*>(at), bits_to_floats(halves_in_words(a, b)));
 }
