@@ -68,18 +68,8 @@ OPSD_INLINE void fold_pair(const Fold& a) {
     load_logits(a, 0, row, x_s);
     load_logits(a, 1, row, x_t);
     const Floats max_s = new_max(s, x_s), max_t = new_max(t, x_t);
-    const Floats shift_s = load(s.row_max) - max_s, shift_t = load(t.row_max) - max_t;
-    const Floats shrink_s = exp(shift_s), shrink_t = exp(shift_t), none = {};
-    Floats sum_exp_s = load(s.sum_exp), sum_exp_t = load(t.sum_exp), cross = load(state.cross);
-    Floats entropy_s = load(s.sum_exp_logit), entropy_t = load(t.sum_exp_logit);
-    if (KIND == FORWARD_KL) cross = rescaled(cross, sum_exp_t, shift_t, shift_s, shrink_t);
-    if (KIND == REVERSE_KL) cross = rescaled(cross, sum_exp_s, shift_s, shift_t, shrink_s);
-    if (ENTROPY) {
-      entropy_s = rescaled(entropy_s, sum_exp_s, shift_s, none, shrink_s);
-      entropy_t = rescaled(entropy_t, sum_exp_t, shift_t, none, shrink_t);
-    }
-    sum_exp_s *= shrink_s;
-    sum_exp_t *= shrink_t;
+    // The tile's own sums: to add them up before they are added to the chunk's rounds less.
+    Floats sum_s = {}, sum_t = {}, entropy_s = {}, entropy_t = {}, cross = {};
     Ints infinite = {};
     for (int v = 0; v < VECTORS; ++v) {
       const Floats u_s = x_s[v] - max_s, u_t = x_t[v] - max_t;
@@ -95,21 +85,28 @@ OPSD_INLINE void fold_pair(const Fold& a) {
         entropy_s += p_s * u_s;
         entropy_t += p_t * u_t;
       }
-      sum_exp_s += p_s;
-      sum_exp_t += p_t;
+      sum_s += p_s;
+      sum_t += p_t;
     }
-    store(s.row_max, max_s);
-    store(t.row_max, max_t);
-    store(s.sum_exp, sum_exp_s);
-    store(t.sum_exp, sum_exp_t);
+    const Floats old_s = load(s.sum_exp), old_t = load(t.sum_exp), none = {};
+    const Floats shift_s = load(s.row_max) - max_s, shift_t = load(t.row_max) - max_t;
+    const Floats shrink_s = exp(shift_s), shrink_t = exp(shift_t);
+    if (KIND == FORWARD_KL) cross += rescaled(load(state.cross), old_t, shift_t, shift_s, shrink_t);
+    if (KIND == REVERSE_KL) cross += rescaled(load(state.cross), old_s, shift_s, shift_t, shrink_s);
     if (KIND != JSD) {
       store(state.cross, cross);
       if (any(infinite)) state.infinite = 1.0f;
     }
     if (ENTROPY) {
+      entropy_s += rescaled(load(s.sum_exp_logit), old_s, shift_s, none, shrink_s);
+      entropy_t += rescaled(load(t.sum_exp_logit), old_t, shift_t, none, shrink_t);
       store(s.sum_exp_logit, entropy_s);
       store(t.sum_exp_logit, entropy_t);
     }
+    store(s.row_max, max_s);
+    store(t.row_max, max_t);
+    store(s.sum_exp, old_s * shrink_s + sum_s);
+    store(t.sum_exp, old_t * shrink_t + sum_t);
   }
 }
 
@@ -139,13 +136,8 @@ OPSD_INLINE void fold_one(const Fold& a) {
     Floats x[VECTORS];
     load_logits(a, 0, row, x);
     if (a.layout.predicted) update_argmax(a, x, head);
-    const Floats row_max = new_max(head, x);
-    const Floats shift = load(head.row_max) - row_max, shrink = exp(shift), none = {};
-    Floats sum_exp = load(head.sum_exp), sum_exp_logit = load(head.sum_exp_logit);
-    Floats sum_logit = load(head.sum_logit), sum_weight = load(head.sum_weight);
-    if (ENTROPY) sum_exp_logit = rescaled(sum_exp_logit, sum_exp, shift, none, shrink);
-    if (SMOOTHED) sum_logit += sum_weight != none ? shift * sum_weight : none;
-    sum_exp *= shrink;
+    const Floats row_max = new_max(head, x), none = {};
+    Floats sum_exp = {}, sum_exp_logit = {}, sum_logit = {}, sum_weight = {};  // the tile's own
     for (int v = 0; v < VECTORS; ++v) {
       const Floats u = x[v] - row_max;
       const Floats p = exp(u);
@@ -161,13 +153,20 @@ OPSD_INLINE void fold_one(const Fold& a) {
         sum_weight += weight;
       }
     }
-    store(head.row_max, row_max);
-    store(head.sum_exp, sum_exp);
-    if (ENTROPY) store(head.sum_exp_logit, sum_exp_logit);
-    if (SMOOTHED) {
-      store(head.sum_logit, sum_logit);
-      store(head.sum_weight, sum_weight);
+    const Floats old = load(head.sum_exp), shift = load(head.row_max) - row_max;
+    const Floats shrink = exp(shift);
+    if (ENTROPY) {
+      sum_exp_logit += rescaled(load(head.sum_exp_logit), old, shift, none, shrink);
+      store(head.sum_exp_logit, sum_exp_logit);
     }
+    if (SMOOTHED) {
+      const Floats weight = load(head.sum_weight);
+      sum_logit += load(head.sum_logit) + (weight != none ? shift * weight : none);
+      store(head.sum_logit, sum_logit);
+      store(head.sum_weight, weight + sum_weight);
+    }
+    store(head.row_max, row_max);
+    store(head.sum_exp, old * shrink + sum_exp);
   }
 }
 
