@@ -16,15 +16,14 @@ _TOLERANCE = {"bfloat16": 0.08, "float32": 1e-4}
 
 
 def test_loss(case, device, memory, record, with_compiled, request) -> None:
-    measuring, full = request.config.option.benchmark, request.config.option.full
+    measuring = request.config.option.benchmark
     drive = None
     if measuring and request.config.pluginmanager.hasplugin("benchmark"):
         drive = request.getfixturevalue("benchmark").pedantic
     try:
         found = measure(
             case, device, memory,
-            budget=3.0 if measuring else 0.0, patience=15.0 if full else 1.2,
-            compiled=with_compiled, drive=drive,
+            budget=3.0 if measuring else 0.0, compiled=with_compiled, drive=drive,
         )  # fmt: skip
     except MissingInputs as error:
         record.skip(case.id, str(error))

@@ -16,7 +16,9 @@ from benchmarks.losses.contenders import OURS, Contender, contenders, our_plan
 from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.memory import Memory
 
-MAX_ROUNDS, MIN_ROUNDS = 20, 3
+MAX_ROUNDS, MIN_ROUNDS = 20, 5
+# A peer that takes so many times ours is far enough behind for one sample to show it.
+_FAR = 2.0
 
 
 @dataclass
@@ -55,8 +57,8 @@ def measure(
     """Measure one case; returns its JSON.
 
     budget    seconds for all rounds, which sets their number if `rounds` is None
-    patience  a peer whose warm-up call took more seconds is not timed again: that call is its only
-              sample
+    patience  a peer whose warm-up call took more seconds, and twice ours, is not timed again: that
+              call is its only sample
     compiled  whether contenders that compile take part
     wanted    selects contenders
     drive     runs the rounds as drive(target, setup=, rounds=), like pytest-benchmark's `pedantic`:
@@ -71,7 +73,8 @@ def measure(
     first = {c.name: _warm_up(c, x, check, absent) for c in taking_part}
     taking_part = [c for c in taking_part if c.name not in absent]
     timed = {c.name: Samples() for c in taking_part}
-    quick = [c for c in taking_part if c.role != "peer" or sum(first[c.name]) <= patience]
+    limit = max(patience, _FAR * sum(first[OURS]))
+    quick = [c for c in taking_part if c.role != "peer" or sum(first[c.name]) <= limit]
     for contender in taking_part:
         if contender not in quick:
             timed[contender.name].add(*first[contender.name])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,9 +109,16 @@ def test_every_case_compiles_afresh(monkeypatch) -> None:
 
 
 def test_a_slow_peer_is_timed_once(monkeypatch) -> None:
-    found = measured(monkeypatch, Contender("slow", "peer", our_call()), patience=0.0)
+    def slow(x: Inputs) -> torch.Tensor:
+        time.sleep(0.5)
+        return our_call()(x)
+
+    peers = [Contender("slow", "peer", slow), Contender("near", "peer", our_call())]
+    monkeypatch.setattr(runner, "_FAR", 100.0)
+    found = measured(monkeypatch, *peers, patience=0.0)
     assert len(found["slow"]["seconds"]["both"]) == 1
-    assert len(found[OURS]["seconds"]["both"]) == runner.MIN_ROUNDS
+    for name in ("near", OURS):
+        assert len(found[name]["seconds"]["both"]) == runner.MIN_ROUNDS
 
 
 @pytest.mark.parametrize(("on_a_gpu", "sizes"), [(True, [7, 7]), (False, [3, 7])])
