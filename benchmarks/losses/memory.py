@@ -1,7 +1,8 @@
 """Peak extra memory of a call: from CUDA's allocator, or the resident set of a fresh process.
 
-On a CPU each contender has its own process for the whole session. It loads the inputs, makes a
-small warm-up call, resets the kernel's high-water mark, and makes the call.
+On a CPU each contender has its own process for the whole session, and ours a new one for each case:
+it would find its last workspace mapped. The process loads the inputs, makes a small warm-up call,
+resets the kernel's high-water mark, and makes the call.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class ProcessMemory:
 
     method = (
         "growth of the resident set over one call after a small warm one, in a fresh process per "
-        "contender, with MALLOC_MMAP_THRESHOLD_ set so that freed buffers leave it"
+        "contender, and for ours per case, with MALLOC_MMAP_THRESHOLD_ set so that freed buffers "
+        "leave it"
     )
 
     def __init__(self) -> None:
@@ -83,9 +85,8 @@ class ProcessMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self.workers.values():
-            worker.stdin.close()
-            worker.wait()
+        for name in list(self.workers):
+            self._stop(name)
         self.folder.cleanup()
 
     def measure(self, contender: Contender, x: Inputs) -> dict[str, Any]:
@@ -105,7 +106,14 @@ class ProcessMemory:
                 f"{contender.name}: the process that measures its memory died in {x.case.id}; "
                 "its error is printed above"
             )
+        if contender.role == "ours":
+            self._stop(contender.name)
         return {"peak_extra_mib": json.loads(answer)}
+
+    def _stop(self, name: str) -> None:
+        worker = self.workers.pop(name)
+        worker.stdin.close()
+        worker.wait()
 
     def _start(self, name: str) -> subprocess.Popen:
         worker = subprocess.Popen(
