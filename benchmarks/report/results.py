@@ -69,13 +69,17 @@ def _loss_row(case: Case, device: Device) -> Row:
     where = _place(device.name, case.source.environment)
     head = "" if case.head == "frozen" else f", {case.head}"
     what = f"{case.title}, forward and backward, {dtype_text(case)}; {case.shape}'s head{head}, "
-    on_gpu = "python -m benchmarks.gpu_report second --out FOLDER"
+    command = (
+        "python -m benchmarks.gpu_report second --out FOLDER"
+        if device.kind == "cuda"
+        else f"pytest benchmarks --benchmark --full -k {case.id}"
+    )
     return (
         f"{what}{case.tokens:,} tokens; {where}",
         f"{ratio_text(case.floors(case.ours))}{TIMES} the bare GEMMs, "
         f"{mib_text(case.peak(case.ours))}",
         f"{peer.name}: {_cost(case, peer)}",
-        f"`{on_gpu if device.kind == 'cuda' else 'make bench'}`",
+        f"`{command}`",
     )
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,17 +107,13 @@ def test_every_case_compiles_afresh(monkeypatch) -> None:
         assert "why_not" not in found["c"], found["c"]
 
 
-def test_a_slow_peer_is_timed_once(monkeypatch) -> None:
-    def slow(x: Inputs) -> torch.Tensor:
-        time.sleep(0.5)
-        return our_call()(x)
-
-    peers = [Contender("slow", "peer", slow), Contender("near", "peer", our_call())]
-    monkeypatch.setattr(runner, "_FAR", 100.0)
-    found = measured(monkeypatch, *peers, patience=0.0)
-    assert len(found["slow"]["seconds"]["both"]) == 1
-    for name in ("near", OURS):
-        assert len(found[name]["seconds"]["both"]) == runner.MIN_ROUNDS
+@pytest.mark.parametrize(("far", "rounds"), [(0.0, 1), (1e9, runner.MIN_ROUNDS)])
+def test_a_slow_peer_is_timed_once(monkeypatch, far: float, rounds: int) -> None:
+    """Slow: longer than the patience and than so many times ours."""
+    monkeypatch.setattr(runner, "_FAR", far)
+    found = measured(monkeypatch, Contender("slow", "peer", our_call()), patience=0.0)
+    assert len(found["slow"]["seconds"]["both"]) == rounds
+    assert len(found[OURS]["seconds"]["both"]) == runner.MIN_ROUNDS
 
 
 @pytest.mark.parametrize(("on_a_gpu", "sizes"), [(True, [7, 7]), (False, [3, 7])])
