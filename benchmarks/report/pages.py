@@ -31,6 +31,7 @@ from benchmarks.report.tables import (
     settings_text,
     train_step_table,
 )
+from benchmarks.train_step.settings import command_of
 
 _MARKER = re.compile(r"<!--\s*(/?)benchmark:\s*(\S*)\s*-->")
 _WIDTH = 110
@@ -77,7 +78,8 @@ def train_step(devices: list[Device]) -> str:
     blocks = []
     for step in (step for device in devices for step in device.steps.values()):
         intro = (
-            f"One training step, medians: {settings_text(step.settings)}. "
+            f"One training step, medians: {settings_text(step.settings)}; "
+            f"`{command_of(step.settings)}`. "
             f"{environment_text(step.source.environment)}. Figures: {files_text([step.source])}."
         )
         blocks += [_wrapped(intro), markdown(train_step_table(step))]

@@ -18,6 +18,7 @@ from benchmarks.report.tables import (
     ratio_text,
     time_text,
 )
+from benchmarks.train_step.settings import command_of
 
 STUDY = ROOT / "docs" / "study"
 Row = tuple[str, str, str, str]
@@ -28,7 +29,7 @@ def results_table(devices: list[Device], study: Path = STUDY) -> Table:
     rows = []
     for device in reversed(devices):
         rows += [*_loss_rows(device), *_gpu_step_rows(device)]
-    rows += [_step_row(step) for device in devices for step in device.steps.values()]
+    rows += [_step_row(device) for device in devices if device.steps]
     rows += [_demo_row(demo) for device in devices for demo in device.demos.values()]
     rows.append(_study_row(study))
     return Table(("measured", "opsd", "the best of the others", "command"), tuple(rows), names=4)
@@ -101,10 +102,15 @@ def _compared(step: TrainStep) -> bool:
     return sum(trainer.seconds is not None for trainer in step.trainers) > 1
 
 
-def _step_row(step: TrainStep) -> Row:
+def _step_row(device: Device) -> Row:
+    """The shortest of a device's steps, without gradient checkpointing if it was measured so."""
+    step = min(
+        device.steps.values(),
+        key=lambda step: (step.settings["gradient_checkpointing"], step.settings["tokens"]),
+    )
     model, prompts, tokens = (step.settings[name] for name in ("model", "prompts", "tokens"))
     what = f"OPSD step, {model}, {prompts} prompts, {tokens} tokens each"
-    return _row_of_step(step, what, "python -m benchmarks.train_step")
+    return _row_of_step(step, what, command_of(step.settings))
 
 
 def _row_of_step(step: TrainStep, what: str, command: str) -> Row:

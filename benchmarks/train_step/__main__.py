@@ -29,8 +29,9 @@ from typing import Any, NoReturn
 from benchmarks.environment import environment
 from benchmarks.resident import WORKER_ENV
 from benchmarks.train_step.rounds import measure
+from benchmarks.train_step.settings import Settings
 from benchmarks.train_step.table import table
-from benchmarks.train_step.workload import Settings, build
+from benchmarks.train_step.workload import build
 from opsd_train.config.errors import UserError
 
 OUT = Path("runs/benchmarks/train_step.json")

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.environment import ROOT
 from benchmarks.resident import WORKER_ENV
 from benchmarks.train_step.registry import CONTENDERS
-from benchmarks.train_step.workload import Settings
+from benchmarks.train_step.settings import Settings
 from opsd_train.config.errors import UserError
 
 

@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.train_step.meters import Memory, Phases
 from benchmarks.train_step.registry import CONTENDERS
+from benchmarks.train_step.settings import Settings
 from benchmarks.train_step.steps import Contender, Step, StepHooks
-from benchmarks.train_step.workload import Settings, Workload, build
+from benchmarks.train_step.workload import Workload, build
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.context import resolve_device
 

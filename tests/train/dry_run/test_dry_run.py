@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from opsd_train.dry_run.memory import saved_per_token, sizes_of
 from opsd_train.dry_run.plan import dry_run, expected
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
-from opsd_train.model.swiglu import recompute_silu
+from opsd_train.model.recompute import recompute_activations
 from tests.helpers import tiny
 from tests.helpers.family_models import make_family
 
@@ -103,7 +106,7 @@ ALL = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj", 
                                                   "gate_proj", "up_proj", "down_proj"])  # fmt: skip
 
 
-def kept(model: torch.nn.Module, dtype: torch.dtype) -> int:
+def kept(model: torch.nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes that a forward saves for backward, in storages other than the weights'."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen = {}
@@ -113,33 +116,48 @@ def kept(model: torch.nn.Module, dtype: torch.dtype) -> int:
         seen[storage.data_ptr()] = storage  # held, or its address may come again
         return tensor
 
-    policy = Policy(model, 0, dtype)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    def keep_what_the_model_keeps(pack: Callable, unpack: Callable) -> AbstractContextManager:
+        def pack_and_keep(tensor: torch.Tensor) -> Any:
+            packed = pack(tensor)
+            return keep(packed) if isinstance(packed, torch.Tensor) else packed
+
+        return hooks(pack_and_keep, unpack)
+
+    policy, hooks = Policy(model, 0, dtype), torch.autograd.graph.saved_tensors_hooks
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", keep_what_the_model_keeps)
+    with hooks(keep, lambda tensor: tensor):
         policy.run([[1] * 9, [2] * 9], [[3] * 7, [4] * 7], lambda hidden, *_: hidden)
     return sum(storage.nbytes() for address, storage in seen.items() if address not in own)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("lora", [LORA, ALL, None], ids=["some", "all", "full"])
 @pytest.mark.parametrize("kind", [LLAMA, QWEN], ids=["llama", "qwen3"])
 def test_what_a_layer_keeps_is_what_torch_says(
-    kind: tuple, lora: LoraConfig | None, dtype: torch.dtype
+    kind: tuple,
+    lora: LoraConfig | None,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """`checkpointing`: what a layer keeps while it is made again."""
     found = []
     for layers in (1, 2):
         sizes = {"vocab_size": 64, "hidden_size": 96, "intermediate_size": 160}
         model = make(*kind, num_hidden_layers=layers, **sizes)
-        recompute_silu(model)
+        recompute_activations(model, checkpointing)
         if lora:
             model = add_adapters(model.to(dtype), lora)
         model.train()
         rank = lora.rank if lora else 0
         x = sizes_of(model, model.config, rank, eager=False)
         casts = 0 if dtype == torch.float32 else x.trained if rank else x.linear
-        found.append((kept(model, dtype) - 2 * casts, x))
+        with monkeypatch.context() as patch:
+            found.append((kept(model, dtype, patch) - 2 * casts, x))
     (one, _), (two, x) = found
     stream = dtype.itemsize if lora else 4
-    assert two - one == 32 * saved_per_token(x, dtype.itemsize, stream)
+    assert two - one == 32 * saved_per_token(x, dtype.itemsize, stream, checkpointing)
 
 
 def config(folder: Path, *overrides: str) -> SimpleNamespace:
