@@ -143,6 +143,15 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Neighbour:
+    """A contender's seconds a call, medians, without and with a busy process on its cores."""
+
+    settings: Json
+    rows: tuple[tuple[str, float, float], ...]  # name, alone, beside
+    source: Source
+
+
+@dataclass(frozen=True)
 class Share:
     """An accuracy with its interval."""
 
@@ -201,9 +210,10 @@ class Device:
     demos: dict[str, Demo] = field(default_factory=dict)
     integrations: list[Integrations] = field(default_factory=list)  # the newest last
     decodings: list[Decoding] = field(default_factory=list)  # the newest last
+    neighbours: list[Neighbour] = field(default_factory=list)  # the newest last
     gpu_reports: list[GpuReport] = field(default_factory=list)  # the newest last
 
     def sources(self) -> list[Source]:
         found = [*self.cases.values(), *self.steps.values(), *self.demos.values()]
-        found += [*self.gpu_reports, *self.integrations, *self.decodings]
+        found += [*self.gpu_reports, *self.integrations, *self.decodings, *self.neighbours]
         return sorted({x.source.file: x.source for x in found}.values(), key=lambda s: s.file)

@@ -18,6 +18,7 @@ from benchmarks.report.data import (
     GpuReport,
     Integrations,
     Json,
+    Neighbour,
     PatchedTrainer,
     ReportError,
     Share,
@@ -217,6 +218,11 @@ def _decode(device: Device, content: Json, source: Source) -> None:
     device.decodings.append(Decoding(dict(content["settings"]), batches, source))
 
 
+def _neighbour(device: Device, content: Json, source: Source) -> None:
+    rows = tuple((row["name"], *_medians(row["seconds"]).values()) for row in content["rows"])
+    device.neighbours.append(Neighbour(dict(content["settings"]), rows, source))
+
+
 _READERS = {
     "losses": _losses,
     "train_step": _train_step,
@@ -225,6 +231,7 @@ _READERS = {
     "gpu_report": _gpu_report,
     "integrations": _integrations,
     "decode": _decode,
+    "neighbour": _neighbour,
 }
 
 

@@ -27,6 +27,7 @@ from benchmarks.report.tables import (
     headline,
     headline_table,
     integrations_table,
+    neighbour_table,
     overview_table,
     settings_text,
     train_step_table,
@@ -128,6 +129,19 @@ def decode(devices: list[Device]) -> str:
     return _joined(blocks, "decode")
 
 
+def neighbour(devices: list[Device]) -> str:
+    blocks = []
+    for measured in (device.neighbours[-1] for device in devices if device.neighbours):
+        s = measured.settings
+        intro = (
+            f"`{s['case']}`, medians of {s['rounds']} calls. "
+            f"{environment_text(measured.source.environment)}. "
+            f"Figures: {files_text([measured.source])}."
+        )
+        blocks += [_wrapped(intro), markdown(neighbour_table(measured))]
+    return _joined(blocks, "neighbour")
+
+
 def gpu_losses(devices: list[Device]) -> str:
     """As `losses`, of GPUs alone."""
     measured = [device for device in devices if device.kind == "cuda" and device.cases]
@@ -155,6 +169,7 @@ PARTS: dict[str, Callable[[list[Device]], str]] = {
     "demo": demo,
     "integrations": integrations,
     "decode": decode,
+    "neighbour": neighbour,
     "gpu_losses": gpu_losses,
     **{name: partial(gpu_part, name) for name in gpu.PARTS},
     "results": results,

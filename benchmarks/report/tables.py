@@ -14,6 +14,7 @@ from benchmarks.report.data import (
     Device,
     Integrations,
     Json,
+    Neighbour,
     Share,
     Source,
     Trainer,
@@ -283,6 +284,15 @@ def decode_table(decoding: Decoding) -> Table:
     ]
     header = ("dtype", "sequences", "opsd_train, tokens/s", "generate, tokens/s", "ours / generate")
     return Table(header, tuple(rows))
+
+
+def neighbour_table(measured: Neighbour) -> Table:
+    """A contender per row: a call alone, beside the busy process, and the ratio."""
+    rows = (
+        (name, time_text(alone), time_text(beside), ratio_text(beside / alone))
+        for name, alone, beside in measured.rows
+    )
+    return Table(("", "alone", "beside a busy process", "beside / alone"), tuple(rows))
 
 
 def _ratios(trainers: list[Trainer], reference: Trainer, name: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Layers of Llama and Qwen that store fewer activations: backward makes them again.
 
 An MLP stores gate and up, neither silu(gate) nor the product that down_proj reads; an RMS norm
-stores its input as it came, not in float32. Values are transformers' own bit for bit.
+stores its input as it came, not in float32. Values and gradients are transformers' own bit for bit;
+in float32 a norm's input adds its gradients up in another order.
 """
 
 from __future__ import annotations
@@ -42,12 +43,15 @@ class SiluMul(torch.autograd.Function):
 
 
 class RmsNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps), saving x in its own dtype (Zhang and Sennrich, 2019)."""
+    """weight * x / sqrt(mean(x^2) + eps), saving x in its own dtype (Zhang and Sennrich, 2019).
+
+    Normalised in float32 and rounded to x's dtype before the weight. Values and gradients equal
+    those of transformers' operations bit for bit.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """`x` (..., D), `weight` (D,); normalised in float32, rounded to x's dtype before the
-        weight."""
+        """`x` (..., D), `weight` (D,)."""
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
@@ -55,15 +59,16 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Gradients of x and weight from `grad`, the result's; in float32, rounded at the end."""
+        """Gradients of x and weight from `grad`, the result's."""
         x, weight, scale = ctx.saved_tensors
-        unit, grad_x, grad_weight = x.float() * scale, None, None
+        wide, grad_x, grad_weight = x.float(), None, None
         if ctx.needs_input_grad[0]:
-            grad_unit = (grad * weight).float()
-            along = (grad_unit * unit).mean(-1, keepdim=True)
-            grad_x = (scale * (grad_unit - unit * along)).to(x.dtype)
+            grad_unit = (grad * weight).to(x.dtype).float()
+            grad_scale = (grad_unit * wide).sum(-1, keepdim=True)
+            grad_mean = -0.5 * grad_scale * scale.pow(3) / x.shape[-1]
+            grad_x = (grad_unit * scale + grad_mean * (2 * wide)).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+            grad_weight = (grad * (wide * scale).to(x.dtype)).sum_to_size(weight.shape)
         return grad_x, grad_weight, None
 
 
