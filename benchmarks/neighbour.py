@@ -35,22 +35,22 @@ CASE = "jsd-frozen-bfloat16-smollm2_135m-256-random"
 ROUNDS = 7
 STATES = ("alone", "beside")
 SLOW = 1.5  # a peer whose first call takes more seconds is left out
-_BUSY = "import torch; a = torch.randn(1024, 1024)\nwhile True: a @ a"
+_BUSY = "import torch; a = torch.randn(1024, 1024); print(flush=True)\nwhile True: a @ a"
 _SETTLE = 0.3  # seconds until the neighbour runs, or has stopped
 
 
 @contextmanager
 def neighbour() -> Iterator[subprocess.Popen]:
     """A process that computes without end on all cores, stopped at first."""
-    process = subprocess.Popen([sys.executable, "-c", _BUSY])
+    process = subprocess.Popen([sys.executable, "-c", _BUSY], stdout=subprocess.PIPE)
     try:
-        time.sleep(5)  # it imports torch
+        process.stdout.readline()  # it has imported torch
         process.send_signal(signal.SIGSTOP)
         time.sleep(_SETTLE)
         yield process
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def measure(case: Case, rounds: int = ROUNDS) -> list[dict[str, Any]]:
@@ -92,7 +92,9 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(prog="benchmarks.neighbour", description=__doc__)
-    parser.add_argument("--case", type=find, default=CASE, help=f"a case of the losses' benchmark ({CASE})")
+    parser.add_argument(
+        "--case", type=find, default=CASE, help=f"a case of the losses' benchmark ({CASE})"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help=f"the figures as JSON ({OUT})")
     options = parser.parse_args()
     rows = measure(options.case)

@@ -14,7 +14,9 @@ costs time on a CPU: TRL's full logits are measured with it and without. TRL get
 in a model that is not marked as loaded from a GGUF file.
 
 Each contender is a fresh process. They take turns, one step each per round; the first round is a
-warm-up. Phases are the same functions for all; FOOTNOTE in table.py says what can be compared.
+warm-up. On a CPU peak memory is measured afterwards, in processes whose large buffers have a
+mapping each, so that the resident set shows them: a step is twice as slow there. Phases are the
+same functions for all; FOOTNOTE in table.py says what can be compared.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def run(settings: Settings) -> dict[str, Any]:
     return {
         "kind": "train_step",
         "environment": environment(),
-        "settings": settings.as_json() | work.facts() | {"worker_environment": WORKER_ENV},
+        "settings": settings.as_json() | work.facts() | {"memory_environment": WORKER_ENV},
         "contenders": measure(settings, say=lambda line: print(line, file=sys.stderr)),
     }
 

@@ -16,7 +16,8 @@ Seconds are medians over the measured steps, of each row separately. TRL's forwa
 the logits; ours end at the hidden states. Our loss includes the products with the head and the
 gradient to the hidden states, which TRL computes in backward. Compare totals, or forward + loss +
 backward. Rollouts are sampled, so losses also differ by their completions; the top-k loss is over
-100 renormalised entries. Peak extra memory is the growth during a warm step."""
+100 renormalised entries. Peak extra memory is the growth during a warm step, on a CPU
+one that is not timed."""
 
 
 def table(result: dict[str, Any]) -> str:

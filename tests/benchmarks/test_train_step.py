@@ -89,7 +89,7 @@ def test_a_worker_without_trl_says_how_to_get_it(
 ) -> None:
     (tmp_path / "trl.py").write_text("raise ModuleNotFoundError('No module', name='trl')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with WorkerProcess(FULL_LOGITS) as worker:
+    with WorkerProcess(FULL_LOGITS, {}) as worker:
         worker.send("setup", **Settings(tokens=TOKENS, model=tiny_folder).as_json())
         assert worker.receive() == {"why_not": "trl is not installed: pip install -e .[bench]"}
 

@@ -94,7 +94,7 @@ def train_step() -> dict:
     return {
         "kind": "train_step",
         "environment": environment(),
-        "settings": {"prompts": 16, "micro_batch": 8, "worker_environment": {"THREADS": "1"}},
+        "settings": {"prompts": 16, "micro_batch": 8, "memory_environment": {"THREADS": "1"}},
         "contenders": {
             "opsd_train": ours | {"peak_extra_mib": 700.0, "loss_tokens": 1024, "loss": [1.0, 2.0]},
             "Their trainer": theirs | {"peak_extra_mib": None, "loss_tokens": 1024, "loss": [1.5]},
