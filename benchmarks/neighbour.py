@@ -1,6 +1,6 @@
 """What a busy process on the same cores costs a loss: ours, the bare products and the peers.
 
-    python -m benchmarks.neighbour                     # about 2 minutes
+    python -m benchmarks.neighbour                     # about a minute
     python -m benchmarks.neighbour --case jsd-frozen-float32-smollm2_135m-256-random
 
 The neighbour multiplies matrices with as many threads as there are cores, as another training run
@@ -58,17 +58,18 @@ def measure(case: Case, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     device = torch.device("cpu")
     x = Inputs(case, device)
     taking_part = [c for c in contenders(case, device) if _quick(c, case, x)]
+    order = list(taking_part)
     seconds = {c.name: {state: [] for state in STATES} for c in taking_part}
     with neighbour() as process:
         for number in range(rounds):
             for state in STATES if number % 2 == 0 else STATES[::-1]:
                 process.send_signal(signal.SIGSTOP if state == "alone" else signal.SIGCONT)
                 time.sleep(_SETTLE)
-                for contender in taking_part:
+                for contender in order:
                     forward, backward, _ = call(contender, x)
                     x.clear()
                     seconds[contender.name][state].append(forward + backward)
-                taking_part.append(taking_part.pop(0))
+                order.append(order.pop(0))
     return [{"name": c.name, "role": c.role, "seconds": seconds[c.name]} for c in taking_part]
 
 
