@@ -4,8 +4,9 @@
     python -m benchmarks.neighbour --case jsd-frozen-float32-smollm2_135m-256-random
 
 The neighbour multiplies matrices with as many threads as there are cores, as another training run
-or a test suite would. It is stopped and continued in turns; with two processes of equal right a
-call takes twice its time at best. Every contender makes one call a turn, in changing order.
+or a test suite would. It is stopped and continued in turns. A call that keeps all cores busy gets
+half of them then, so it takes twice its time at best. Every contender makes one call a turn, in
+changing order.
 """
 
 from __future__ import annotations
