@@ -11,9 +11,10 @@ import re
 import textwrap
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from benchmarks.report import gpu
-from benchmarks.report.data import Device, ReportError
+from benchmarks.report.data import Device, Json, ReportError
 from benchmarks.report.results import memory_text, results_table
 from benchmarks.report.tables import (
     TIMES,
@@ -101,45 +102,46 @@ def demo(devices: list[Device]) -> str:
 
 
 def integrations(devices: list[Device]) -> str:
-    blocks = []
-    for measured in (device.integrations[-1] for device in devices if device.integrations):
-        s = measured.settings
-        intro = (
+    def what(s: Json) -> str:
+        return (
             f"{s['model']} in {s['dtype']} with LoRA, {s['sequences']} sequences with "
             f"{s['tokens']} tokens of completion a step, {s['steps']} steps after a warm-up, the "
-            f"rollout left out; medians. Memory is what a step adds. "
-            f"{environment_text(measured.source.environment)}. "
-            f"Figures: {files_text([measured.source])}."
+            f"rollout left out; medians. Memory is what a step adds."
         )
-        blocks += [_wrapped(intro), markdown(integrations_table(measured))]
-    return _joined(blocks, "integrations")
+
+    found = [device.integrations[-1] for device in devices if device.integrations]
+    return _joined(_with_tables(found, what, integrations_table), "integrations")
 
 
 def decode(devices: list[Device]) -> str:
-    blocks = []
-    for measured in (device.decodings[-1] for device in devices if device.decodings):
-        s = measured.settings
-        intro = (
+    def what(s: Json) -> str:
+        return (
             f"{s['model']}, {s['tokens']} tokens sampled after each prompt of the demo; tokens per "
-            f"second of the median call. "
-            f"{environment_text(measured.source.environment)}. "
-            f"Figures: {files_text([measured.source])}."
+            f"second of the median call."
         )
-        blocks += [_wrapped(intro), markdown(decode_table(measured))]
-    return _joined(blocks, "decode")
+
+    found = [device.decodings[-1] for device in devices if device.decodings]
+    return _joined(_with_tables(found, what, decode_table), "decode")
 
 
 def neighbour(devices: list[Device]) -> str:
+    def what(s: Json) -> str:
+        return f"`{s['case']}`, medians of {s['rounds']} calls."
+
+    found = [device.neighbours[-1] for device in devices if device.neighbours]
+    return _joined(_with_tables(found, what, neighbour_table), "neighbour")
+
+
+def _with_tables(
+    found: list[Any], what: Callable[[Json], str], table: Callable[[Any], Table]
+) -> list[str]:
+    """Of each measurement: what it is by its settings, where it was made, and its table."""
     blocks = []
-    for measured in (device.neighbours[-1] for device in devices if device.neighbours):
-        s = measured.settings
-        intro = (
-            f"`{s['case']}`, medians of {s['rounds']} calls. "
-            f"{environment_text(measured.source.environment)}. "
-            f"Figures: {files_text([measured.source])}."
-        )
-        blocks += [_wrapped(intro), markdown(neighbour_table(measured))]
-    return _joined(blocks, "neighbour")
+    for measured in found:
+        source = measured.source
+        where = f"{environment_text(source.environment)}. Figures: {files_text([source])}."
+        blocks += [_wrapped(f"{what(measured.settings)} {where}"), markdown(table(measured))]
+    return blocks
 
 
 def gpu_losses(devices: list[Device]) -> str:
