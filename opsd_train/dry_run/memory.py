@@ -259,11 +259,12 @@ def _update(sizes: Sizes, setup: Setup) -> dict[str, int]:
     return {"AdamW's temporaries": 2 * _FP32 * tensors // setup.shards}
 
 
-def saved_per_token(sizes: Sizes, item: int, stream: int, checkpointing: bool = False) -> int:
+def saved_per_token(sizes: Sizes, item: int, stream: int, checkpointing: bool) -> int:
     """Bytes per token that a layer saves for backward; see model/recompute.py.
 
-    item    bytes of the compute dtype
-    stream  bytes of the residual stream's dtype
+    item           bytes of the compute dtype
+    stream         bytes of the residual stream's dtype
+    checkpointing  what it saves while backward makes it again
     """
     # Autocast casts a float32 stream once per product that reads it.
     cast = stream > item

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import neighbour as module
 from benchmarks.environment import environment
@@ -13,6 +14,8 @@ from benchmarks.losses.cases import TINY, Case
 from benchmarks.losses.contenders import contenders
 from benchmarks.report.files import load
 from benchmarks.report.pages import neighbour
+
+CASE = Case("jsd", "frozen", "float32", TINY, 16)
 
 
 def cpu_ticks(pid: int) -> int:
@@ -34,10 +37,9 @@ def test_the_neighbour_computes_only_when_told() -> None:
 
 
 def test_every_contender_is_called_in_both_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = lambda *what: [c for c in contenders(*what) if not c.compiles]  # noqa: E731
-    monkeypatch.setattr(module, "contenders", quick)
-    case = Case("jsd", "frozen", "float32", TINY, 16)
-    rows = module.measure(case, rounds=1)
+    quick = [c for c in contenders(CASE, torch.device("cpu")) if not c.compiles]
+    monkeypatch.setattr(module, "contenders", lambda *_: quick)
+    rows = module.measure(CASE, rounds=1)
     assert {"bare GEMMs", "opsd_kernels", "PyTorch eager"} <= {row["name"] for row in rows}
     for row in rows:
         assert all(len(row["seconds"][state]) == 1 for state in module.STATES)

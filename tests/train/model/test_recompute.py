@@ -12,10 +12,13 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 
+from opsd_train.config.schema import LoraConfig
+from opsd_train.model.adapters import add_adapters
 from opsd_train.model.recompute import RmsNorm, recompute_activations
 from tests.helpers.tiny import make_model
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm)
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.arange(24).view(2, 12)
 
 
@@ -45,6 +48,26 @@ def test_same_bits(checkpointed: bool) -> None:
     plain, lean = (make_model(dtype=torch.bfloat16) for _ in range(2))
     recompute_activations(lean, checkpointed)
     for mine, theirs in zip(gradients(lean), gradients(plain), strict=True):
+        assert torch.equal(mine, theirs) and theirs.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_adapters_get_the_same_bits(checkpointed: bool) -> None:
+    """Float32 adapters on every linear layer, under autocast, as in training."""
+    found = []
+    for change in (False, True):
+        torch.manual_seed(0)
+        model = make_model(dtype=torch.bfloat16)
+        if change:
+            recompute_activations(model, checkpointed)
+        adapted = add_adapters(model, LoraConfig(rank=4, alpha=8, target_modules=LINEAR))
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # it starts as 0, and then lora_A has no gradient
+                nn.init.normal_(parameter, std=0.1)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append([*gradients(adapted)])
+    assert len(found[0]) == 1 + 2 * len(LINEAR) * make_model().config.num_hidden_layers
+    for theirs, mine in zip(*found, strict=True):
         assert torch.equal(mine, theirs) and theirs.count_nonzero() > 0
 
 
