@@ -14,6 +14,7 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3RMSNorm
 
 from opsd_train.config.schema import LoraConfig
 from opsd_train.model.adapters import add_adapters
+from opsd_train.model.policy import Policy
 from opsd_train.model.recompute import RmsNorm, recompute_activations
 from tests.helpers.tiny import make_model
 
@@ -53,7 +54,7 @@ def test_same_bits(checkpointed: bool) -> None:
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_adapters_get_the_same_bits(checkpointed: bool) -> None:
-    """Float32 adapters on every linear layer, under autocast, as in training."""
+    """Float32 adapters on every linear layer, as the trainer runs them."""
     found = []
     for change in (False, True):
         torch.manual_seed(0)
@@ -64,9 +65,11 @@ def test_adapters_get_the_same_bits(checkpointed: bool) -> None:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:  # it starts as 0, and then lora_A has no gradient
                 nn.init.normal_(parameter, std=0.1)
-        with torch.autocast("cpu", torch.bfloat16):
-            found.append([*gradients(adapted)])
-    assert len(found[0]) == 1 + 2 * len(LINEAR) * make_model().config.num_hidden_layers
+        policy = Policy(adapted, 0, torch.bfloat16)
+        hidden = policy.run([[1] * 5], [[3] * 7], lambda hidden, *_: hidden)
+        hidden.float().square().mean().backward()
+        found.append([hidden, *(p.grad for p in policy.parameters)])
+    assert len(found[0]) == 1 + 2 * len(LINEAR) * model.config.num_hidden_layers
     for theirs, mine in zip(*found, strict=True):
         assert torch.equal(mine, theirs) and theirs.count_nonzero() > 0
 
