@@ -1,12 +1,15 @@
 """Step time and peak memory of TRL's trainers, as they are and as `fused` makes them.
 
-    python -m benchmarks.integrations                  # all five trainers, about 15 minutes
+    python -m benchmarks.integrations                  # all five trainers, about 20 minutes
     python -m benchmarks.integrations --kinds sdft sft
 
 SmolLM2-135M in float32 with LoRA of rank 16 on every linear layer; 8 sequences with 128 tokens of
 completion a step; gradient checkpointing, which is TRL's default. Completions are random tokens
 instead of generated ones, the same for both, so a step is what follows the rollout. Each trainer is
 a fresh process; the two take turns, a step each, and the first step of each is a warm-up.
+
+Time and memory have processes of their own: the environment in which the resident set says what a
+step took makes it twice as slow.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,15 +30,27 @@ from benchmarks.integrations.worker import KINDS, SEQUENCES, STEPS, TOKENS
 
 OUT = Path("runs/benchmarks/integrations.json")
 CONTENDERS = ("plain", "fused")
+PEAKS = ("peak_extra_mib", "peak_mib")
 
 
 def measure(kind: str) -> dict[str, Any]:
-    """Both contenders' steps, taken in turns; the content of one row."""
-    workers = {name: _start(kind, name) for name in CONTENDERS}
+    """Both contenders' seconds and losses, and their peaks in other processes; one row's content."""
+    trainer, row = _steps(kind, STEPS, {})
+    _, weighed = _steps(kind, 2, resident.WORKER_ENV)
+    for name in CONTENDERS:
+        row[name] |= {key: weighed[name][key] for key in PEAKS}
+    return {"trainer": trainer} | row
+
+
+def _steps(
+    kind: str, count: int, environment: Mapping[str, str]
+) -> tuple[str, dict[str, dict[str, list[float]]]]:
+    """The trainer's name and what each contender's steps after the first gave, taken in turns."""
+    workers = {name: _start(kind, name, environment) for name in CONTENDERS}
     try:
         ready = {name: _receive(worker) for name, worker in workers.items()}
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
-        for _ in range(STEPS):
+        for _ in range(count):
             for name, worker in workers.items():
                 worker.stdin.write("step\n")
                 worker.stdin.flush()
@@ -43,17 +59,17 @@ def measure(kind: str) -> dict[str, Any]:
         for worker in workers.values():
             worker.kill()
             worker.communicate()
-    return {"trainer": ready["plain"]["ready"]} | {
+    return ready["plain"]["ready"], {
         name: {key: [step[key] for step in taken[1:]] for key in taken[0]}
         for name, taken in steps.items()
     }
 
 
-def _start(kind: str, name: str) -> subprocess.Popen:
+def _start(kind: str, name: str, environment: Mapping[str, str]) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "benchmarks.integrations.worker", kind, name],
         cwd=ROOT,
-        env=os.environ | resident.WORKER_ENV,
+        env=os.environ | dict(environment),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -18,7 +18,7 @@ OPERATIONS = {
 }
 ONE_HEAD = ("logprob", "cross_entropy")
 HEADS = ("frozen", "trained", "no_grad")  # no_grad: forward only
-DTYPES = ("bfloat16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 TOKENS = tuple(2**power for power in range(8, 17))  # 256 to 65536
 # Contenders that compile run in the first cases of a default selection only, this many.
 COMPILED = 2
