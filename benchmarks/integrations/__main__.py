@@ -103,13 +103,9 @@ def main() -> None:
     why_not = resident.why_not()
     if why_not:
         raise SystemExit(f"error: {why_not}")
-    rows = []
-    print(f"{'trainer':22} {'plain':>9} {'fused':>9} {'ratio':>6}   memory during a step")
-    for kind in options.kinds:
-        rows.append(measure(kind))
-        print(line(rows[-1]), flush=True)
     settings = {"model": "SmolLM2-135M", "dtype": "float32", "sequences": SEQUENCES,
                 "tokens": TOKENS, "steps": STEPS - 1}  # fmt: skip
+    rows: list[dict[str, Any]] = []
     result = {
         "kind": "integrations",
         "environment": environment(),
@@ -117,7 +113,12 @@ def main() -> None:
         "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{'trainer':22} {'plain':>9} {'fused':>9} {'ratio':>6}   memory during a step")
+    for kind in options.kinds:
+        rows.append(measure(kind))
+        print(line(rows[-1]), flush=True)
+        # After every row: a trainer that fails later loses none.
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"\nwritten to {options.out}")
 
 

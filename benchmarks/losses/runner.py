@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,13 +13,16 @@ from benchmarks.environment import total_memory
 from benchmarks.losses.call import call, samples
 from benchmarks.losses.cases import Case
 from benchmarks.losses.check import Check
-from benchmarks.losses.contenders import OURS, Contender, contenders, our_plan
+from benchmarks.losses.contenders import FLOOR, OURS, Contender, contenders, our_plan
 from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.memory import Memory
 
 MAX_ROUNDS, MIN_ROUNDS = 20, 5
 # A peer that takes so many times ours is far enough behind for one sample to show it.
 _FAR = 2.0
+# Between two that are nearer than this the least number of rounds cannot tell who is first: some
+# machines halve their speed for seconds.
+_NEAR, NEAR_ROUNDS = 1.25, 15
 
 
 @dataclass
@@ -32,6 +36,11 @@ class Samples:
         """Add one call."""
         self.forward.append(forward)
         self.backward.append(backward)
+
+    @property
+    def median(self) -> float:
+        """Of forward and backward together."""
+        return median(f + b for f, b in zip(self.forward, self.backward, strict=True))
 
     def as_json(self, differentiated: bool) -> dict[str, list[float]]:
         """Lists by part; "backward" and "both" only if `differentiated`."""
@@ -56,7 +65,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measure one case; returns its JSON.
 
-    budget    seconds for all rounds, which sets their number if `rounds` is None
+    budget    seconds for all rounds, which sets their number if `rounds` is None; then ours, the
+              floor and every peer near ours take NEAR_ROUNDS
     patience  a peer whose warm-up call took more seconds, and twice ours, is not timed again: that
               call is its only sample
     compiled  whether contenders that compile take part
@@ -78,8 +88,12 @@ def measure(
     for contender in taking_part:
         if contender not in quick:
             timed[contender.name].add(*first[contender.name])
-    rounds = rounds or _rounds(sum(sum(first[c.name]) for c in quick), budget)
-    _run_rounds(quick, x, timed, rounds, drive or _plain)
+    chosen = rounds or _rounds(sum(sum(first[c.name]) for c in quick), budget)
+    _run_rounds(quick, x, timed, chosen, drive or _plain)
+    near = _near(quick, timed)
+    if rounds is None and near and chosen < NEAR_ROUNDS:
+        _run_rounds(near, x, timed, NEAR_ROUNDS - chosen, _plain)
+        chosen = NEAR_ROUNDS
     found: dict[str, dict[str, Any]] = {}
     for c in everyone:
         found[c.name] = {"role": c.role}
@@ -90,7 +104,7 @@ def measure(
         found[c.name] |= {"seconds": seconds} | memory.measure(c, x)
         if c.name in check.errors:
             found[c.name]["error"] = check.errors[c.name]
-    return _describe(case, device, rounds, len(check.tokens)) | {"contenders": found}
+    return _describe(case, device, chosen, len(check.tokens)) | {"contenders": found}
 
 
 def _describe(case: Case, device: torch.device, rounds: int, checked: int) -> dict[str, Any]:
@@ -182,6 +196,15 @@ def _run_rounds(
 
     drive(lambda: sample(ours), setup=all_others, rounds=rounds)
     x.clear()
+
+
+def _near(quick: list[Contender], timed: dict[str, Samples]) -> list[Contender]:
+    """Ours, the floor and the peers whose time is near ours; empty if none is."""
+    ours = timed[OURS].median
+    peers = [c for c in quick if c.role == "peer"]
+    near = {c.name for c in peers if 1 / _NEAR < timed[c.name].median / ours < _NEAR}
+    kept = near | {FLOOR, OURS}
+    return [c for c in quick if c.name in kept] if near else []
 
 
 def _plain(target: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.losses import cases, peers, runner
 from benchmarks.losses import contenders as contenders_module
 from benchmarks.losses.cases import SMOLLM2, TINY, Case
-from benchmarks.losses.contenders import OURS, Contender, contenders
+from benchmarks.losses.contenders import FLOOR, OURS, SHARED, Contender, contenders
 from benchmarks.losses.inputs import Inputs, MissingInputs
 from benchmarks.losses.memory import NoMemory, ProcessMemory
 from benchmarks.report.tables import suspicious
@@ -111,9 +111,20 @@ def test_every_case_compiles_afresh(monkeypatch) -> None:
 def test_a_slow_peer_is_timed_once(monkeypatch, far: float, rounds: int) -> None:
     """Slow: longer than the patience and than so many times ours."""
     monkeypatch.setattr(runner, "_FAR", far)
+    monkeypatch.setattr(runner, "_NEAR", 1.0)
     found = measured(monkeypatch, Contender("slow", "peer", our_call()), patience=0.0)
     assert len(found["slow"]["seconds"]["both"]) == rounds
     assert len(found[OURS]["seconds"]["both"]) == runner.MIN_ROUNDS
+
+
+@pytest.mark.parametrize(("near", "rounds"), [(1.0, runner.MIN_ROUNDS), (1e9, runner.NEAR_ROUNDS)])
+def test_a_near_peer_takes_more_rounds(monkeypatch, near: float, rounds: int) -> None:
+    """Beside ours and the floor; what else is ours takes no more."""
+    monkeypatch.setattr(runner, "_NEAR", near)
+    found = measured(monkeypatch, Contender("near", "peer", our_call()))
+    taken = {name: len(c["seconds"]["forward"]) for name, c in found.items() if "seconds" in c}
+    assert taken["near"] == taken[OURS] == taken[FLOOR] == rounds
+    assert taken[SHARED] == runner.MIN_ROUNDS
 
 
 @pytest.mark.parametrize(("on_a_gpu", "sizes"), [(True, [7, 7]), (False, [3, 7])])
