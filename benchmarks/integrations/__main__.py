@@ -16,25 +16,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks import resident
-from benchmarks.environment import ROOT, environment
+from benchmarks.environment import environment
 from benchmarks.integrations.worker import KINDS, SEQUENCES, STEPS, TOKENS
+from benchmarks.worker_process import WorkerProcess
+from opsd_train.config.errors import UserError
 
 OUT = Path("runs/benchmarks/integrations.json")
 CONTENDERS = ("plain", "fused")
+WORKER = "benchmarks.integrations.worker"
 PEAKS = ("peak_extra_mib", "peak_mib")
 
 
 def measure(kind: str) -> dict[str, Any]:
-    """Both contenders' seconds and losses, and their peaks in other processes; one row's content."""
+    """One row: both contenders' seconds and losses, and their peaks in other processes."""
     trainer, row = _steps(kind, STEPS, {})
     _, weighed = _steps(kind, 2, resident.WORKER_ENV)
     for name in CONTENDERS:
@@ -46,41 +47,23 @@ def _steps(
     kind: str, count: int, environment: Mapping[str, str]
 ) -> tuple[str, dict[str, dict[str, list[float]]]]:
     """The trainer's name and what each contender's steps after the first gave, taken in turns."""
-    workers = {name: _start(kind, name, environment) for name in CONTENDERS}
-    try:
-        ready = {name: _receive(worker) for name, worker in workers.items()}
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(
+                WorkerProcess(f"{kind}, {name}", WORKER, [kind, name], environment)
+            )
+            for name in CONTENDERS
+        }
+        ready = {name: worker.receive()["ready"] for name, worker in workers.items()}
         steps: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
         for _ in range(count):
             for name, worker in workers.items():
-                worker.stdin.write("step\n")
-                worker.stdin.flush()
-                steps[name].append(_receive(worker))
-    finally:
-        for worker in workers.values():
-            worker.kill()
-            worker.communicate()
-    return ready["plain"]["ready"], {
+                worker.send("step")
+                steps[name].append(worker.receive())
+    return ready["plain"], {
         name: {key: [step[key] for step in taken[1:]] for key in taken[0]}
         for name, taken in steps.items()
     }
-
-
-def _start(kind: str, name: str, environment: Mapping[str, str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.integrations.worker", kind, name],
-        cwd=ROOT,
-        env=os.environ | dict(environment),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _receive(worker: subprocess.Popen) -> dict[str, Any]:
-    line = worker.stdout.readline()
-    if not line:
-        raise SystemExit("error: a trainer ended before its steps were taken; see above")
-    return json.loads(line)
 
 
 def line(row: dict[str, Any]) -> str:
@@ -115,7 +98,10 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     print(f"{'trainer':22} {'plain':>9} {'fused':>9} {'ratio':>6}   memory during a step")
     for kind in options.kinds:
-        rows.append(measure(kind))
+        try:
+            rows.append(measure(kind))
+        except UserError as error:
+            raise SystemExit(f"error: {error}") from None
         print(line(rows[-1]), flush=True)
         # After every row: a trainer that fails later loses none.
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

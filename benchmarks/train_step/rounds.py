@@ -6,70 +6,19 @@ what a step took makes it twice as slow.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from benchmarks.environment import ROOT, default_device
+from benchmarks.environment import default_device
 from benchmarks.resident import WORKER_ENV
 from benchmarks.train_step.registry import CONTENDERS
 from benchmarks.train_step.settings import Settings
+from benchmarks.worker_process import WorkerProcess
 from opsd_train.config.errors import UserError
 
+WORKER = "benchmarks.train_step.worker"
 PEAKS = ("peak_extra_mib", "peak_mib")
-
-
-class WorkerProcess:
-    """Starts worker.py for one contender and talks to it; a context manager."""
-
-    def __init__(self, name: str, environment: Mapping[str, str]) -> None:
-        self.name = name
-        self._errors = tempfile.TemporaryFile("w+")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train_step.worker", name],
-            cwd=ROOT,
-            env=os.environ | dict(environment),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-
-    def __enter__(self) -> WorkerProcess:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is not None:  # it may be in the middle of a long step
-            self._process.kill()
-        self._process.communicate()  # closes its stdin, which ends it
-        self._errors.close()
-
-    def send(self, do: str, **values: Any) -> None:
-        """Send a command. Raises UserError if the process has died."""
-        try:
-            self._process.stdin.write(json.dumps({"do": do, **values}) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise UserError(self._death()) from None
-
-    def receive(self) -> dict[str, Any]:
-        """Wait for an answer. Raises UserError if the process has died."""
-        line = self._process.stdout.readline()
-        if not line:
-            raise UserError(self._death())
-        return json.loads(line)
-
-    def _death(self) -> str:
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "it left no message")
-        return f"{self.name}: its process ended with code {code}: {last.strip()}"
 
 
 def measure(settings: Settings, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -87,7 +36,10 @@ def _rounds(
 ) -> dict[str, Any]:
     """A warm-up and so many steps of every contender, in turns, with `environment` set."""
     with ExitStack() as stack:
-        workers = [stack.enter_context(WorkerProcess(name, environment)) for name in CONTENDERS]
+        workers = [
+            stack.enter_context(WorkerProcess(name, WORKER, [name], environment))
+            for name in CONTENDERS
+        ]
         for worker in workers:
             worker.send("setup", **(settings.as_json() | {"steps": steps}))
         results, running = {}, []

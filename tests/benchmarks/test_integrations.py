@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.integrations import __main__ as command
 from benchmarks.report.files import load
 from benchmarks.report.pages import integrations
+from opsd_train.config.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results/integrations_cpu.json"
@@ -31,3 +33,12 @@ def test_a_row_has_medians_and_ratios(tmp_path: Path) -> None:
 def test_measured_losses_are_alike(row: dict) -> None:
     """Both took the same steps, so what was timed is the same work."""
     assert row["fused"]["loss"] == pytest.approx(row["plain"]["loss"], rel=1e-4, abs=2e-6)
+
+
+def test_a_trainer_that_dies_ends_in_one_line(monkeypatch, tmp_path: Path) -> None:
+    """Rows of earlier trainers are on disk by then."""
+    (tmp_path / "dead.py").write_text("raise SystemExit('no more memory')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(command, "WORKER", "dead")
+    with pytest.raises(UserError, match=r"^sft, plain: its process ended .*no more memory$"):
+        command.measure("sft")

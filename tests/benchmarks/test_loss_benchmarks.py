@@ -121,7 +121,8 @@ def test_a_slow_peer_is_timed_once(monkeypatch, far: float, rounds: int) -> None
 def test_a_near_peer_takes_more_rounds(monkeypatch, near: float, rounds: int) -> None:
     """Beside ours and the floor; what else is ours takes no more."""
     monkeypatch.setattr(runner, "_NEAR", near)
-    found = measured(monkeypatch, Contender("near", "peer", our_call()))
+    case = dataclasses.replace(CASE, head="frozen")
+    found = measured(monkeypatch, Contender("near", "peer", our_call(case)), case=case)
     taken = {name: len(c["seconds"]["forward"]) for name, c in found.items() if "seconds" in c}
     assert taken["near"] == taken[OURS] == taken[FLOOR] == rounds
     assert taken[SHARED] == runner.MIN_ROUNDS

@@ -10,12 +10,12 @@ from benchmarks.train_step import rounds
 from benchmarks.train_step.__main__ import _options, main
 from benchmarks.train_step.meters import OTHER, PHASES, Phases
 from benchmarks.train_step.registry import CONTENDERS, OURS
-from benchmarks.train_step.rounds import WorkerProcess
 from benchmarks.train_step.settings import Settings, command_of
 from benchmarks.train_step.steps import StepHooks
 from benchmarks.train_step.table import table
 from benchmarks.train_step.worker import make
 from benchmarks.train_step.workload import build
+from benchmarks.worker_process import WorkerProcess
 from opsd_train.methods import common
 from opsd_train.model import policy as policy_model
 from opsd_train.rollout import Completion, trajectories
@@ -89,7 +89,7 @@ def test_a_worker_without_trl_says_how_to_get_it(
 ) -> None:
     (tmp_path / "trl.py").write_text("raise ModuleNotFoundError('No module', name='trl')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with WorkerProcess(FULL_LOGITS, {}) as worker:
+    with WorkerProcess(FULL_LOGITS, rounds.WORKER, [FULL_LOGITS], {}) as worker:
         worker.send("setup", **Settings(tokens=TOKENS, model=tiny_folder).as_json())
         assert worker.receive() == {"why_not": "trl is not installed: pip install -e .[bench]"}
 
