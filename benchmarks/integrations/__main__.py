@@ -1,6 +1,6 @@
 """Step time and peak memory of TRL's trainers, as they are and as `fused` makes them.
 
-    python -m benchmarks.integrations                  # all five trainers, about 20 minutes
+    python -m benchmarks.integrations                  # all five trainers, about 30 minutes
     python -m benchmarks.integrations --kinds sdft sft
 
 SmolLM2-135M in float32 with LoRA of rank 16 on every linear layer; 8 sequences with 128 tokens of
@@ -9,7 +9,7 @@ instead of generated ones, the same for both, so a step is what follows the roll
 a fresh process; the two take turns, a step each, and the first step of each is a warm-up.
 
 Time and memory have processes of their own: the environment in which the resident set says what a
-step took makes it twice as slow.
+step took slows it.
 """
 
 from __future__ import annotations

@@ -36,7 +36,6 @@ def test_measured_losses_are_alike(row: dict) -> None:
 
 
 def test_a_trainer_that_dies_ends_in_one_line(monkeypatch, tmp_path: Path) -> None:
-    """Rows of earlier trainers are on disk by then."""
     (tmp_path / "dead.py").write_text("raise SystemExit('no more memory')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(command, "WORKER", "dead")
