@@ -93,8 +93,9 @@ def plan(
             clip.
         clipped: there is a clip.
         workspace_bytes: limit on the memory for logits and other buffers. By default 256 MiB on a
-            CPU and 512 MiB on a GPU; there a trained head may use as much as 1,152 rows need, up
-            to the size of its gradient in fp32.
+            CPU and 512 MiB on a GPU. A trained head may use as much as its gradient in fp32 takes:
+            on a GPU for up to 1,152 rows; on a CPU that multiplies bfloat16 if one block then holds
+            all tokens and the loss is not reduced in the call.
         schedule: "blocked" stores the logits of whole rows, "tiled" (GPU) of a slice of the
             vocabulary at a time, "streaming" (GPU) none. "auto" is "blocked" on a CPU, and on a
             GPU the one that `opsd_kernels.cost` predicts to be fastest within the workspace.
@@ -149,7 +150,7 @@ def plan(
     if backend == "torch":
         layout = torch_layout(work)
     elif backend == "cpp":
-        layout = cpp_layout(work, 2 if dtype == torch.bfloat16 else 4)
+        layout = cpp_layout(work, 2 if dtype == torch.bfloat16 else 4, _rounds_once(dtype))
     else:
         layout = triton_layout(work, schedule, precision)
     return Plan(
@@ -179,7 +180,7 @@ def _accumulator_bytes(x: Work, dtype: torch.dtype, cpp_rows: int) -> int:
     """
     tokens, depth, vocab = x.shape
     found = vocab * depth * max(dtype.itemsize, 4) if x.grad_weight else 0
-    if cpp_rows and dtype == torch.bfloat16 and extension.multiplies_bf16():
+    if cpp_rows and _rounds_once(dtype):
         if tokens <= cpp_rows:
             found = 0  # rounded as it is made
         elif x.grad_weight and dz_waits(tokens, depth):
@@ -187,6 +188,11 @@ def _accumulator_bytes(x: Work, dtype: torch.dtype, cpp_rows: int) -> int:
     if x.grad_hidden and dtype == torch.float16:
         found += x.gradients * tokens * depth * 4
     return found
+
+
+def _rounds_once(dtype: torch.dtype) -> bool:
+    """Whether the C++ backend rounds a trained head's gradient as it makes it."""
+    return dtype == torch.bfloat16 and extension.multiplies_bf16()
 
 
 def default_backend(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opsd_kernels.plan import Plan
+
 
 @dataclass
 class Head:
@@ -97,6 +99,7 @@ class GradsNeeded:
 class Kept:
     """A block's logits between forward and backward, which then need not be multiplied again."""
 
+    plan: Plan  # of the forward pass; backward has the same blocks
     block: slice  # of the rows computed
     logits: Tensor  # (heads, rows, V)
     merged: Tensor  # (K, rows) statistics

@@ -171,7 +171,7 @@ class BlockedPass(LossContext, ABC, Generic[AnyTiles]):
             return
         tiles.statistics(layout, labels, self.offset, merged, self.group)
         if self.keeps_block(block):
-            self.kept_logits = Kept(block, tiles.logits, merged)
+            self.kept_logits = Kept(self.plan, block, tiles.logits, merged)
 
     def buffer(
         self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32

@@ -24,6 +24,7 @@ from opsd_kernels.problem import (
     Execution,
     GradsNeeded,
     Head,
+    Kept,
     Result,
     kept_dtype,
     stat_dtype,
@@ -108,8 +109,11 @@ def plan_for(
     teacher: Head | None = None,
     two_passes: bool = True,
     clipped: bool = False,
+    from_forward: Kept | None = None,
 ) -> Plan:
-    """The plan of one operator call."""
+    """The plan of one operator call: that of the forward pass whose logits it goes on from."""
+    if from_forward is not None:
+        return from_forward.plan
     num_tokens, hidden_size = head.hidden.shape
     return plan(
         num_tokens, hidden_size, vocab_size,

@@ -187,6 +187,7 @@ def _run_divergence(
         chosen = plan_for(
             "divergence", p.student, largest, p.execution, row_scale, later or needed, p.teacher,
             two_passes=p.clip is not None or p.beta not in (0.0, 1.0), clipped=p.clip is not None,
+            from_forward=from_forward,
         )  # fmt: skip
         extra = kept.arguments(chosen, later, from_forward)
         result: Result = backend_of(chosen).divergence(p, chosen, row_scale, needed, **extra)

@@ -206,7 +206,10 @@ def _run_logprob(
             checks.class_weight_of(p.head.class_weight, vocab_size)
             shard = p.head.class_weight[first : first + p.head.weight.shape[0]]
             p.head.class_weight = shard if p.label_smoothing != 0.0 else None
-        chosen = plan_for("logprob", p.head, largest, p.execution, scales[0], later or needed)
+        chosen = plan_for(
+            "logprob", p.head, largest, p.execution, scales[0], later or needed,
+            from_forward=from_forward,
+        )  # fmt: skip
         extra = kept.arguments(chosen, later, from_forward)
         result: Result = backend_of(chosen).logprob(p, chosen, *scales, needed, **extra)
         return result

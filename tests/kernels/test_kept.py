@@ -1,5 +1,6 @@
 """Logits that the forward pass of a trained head leaves to its backward (ops/kept.py)."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,7 @@ from opsd_kernels.problem import GradsNeeded
 from opsd_kernels.testing import make_pair
 
 pytestmark = pytest.mark.skipif(not extension.loaded(), reason="the C++ operators are not built")
-N, D, V = 48, 40, 300
+N, D, V = 48, 96, 300  # the logits of two heads take as many bytes as the head in fp32
 
 
 def divergence(pair: dict[str, Tensor], **options: object) -> Tensor:
@@ -80,6 +81,23 @@ def test_same_bits_as_without(
     # Without, a forward pass that stores no logits may take all rows at once.
     assert multiplied == 2 * blocks - 1 and without in (2 * blocks, 1 + blocks)
     assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(ours, again, strict=True))
+
+
+@pytest.mark.skipif(not extension.multiplies_bf16(), reason="a block adds to fp32 sums")
+@pytest.mark.parametrize("ignored", [0, 7])
+@pytest.mark.parametrize("name", LOSSES)
+def test_all_logits_of_a_bfloat16_head(
+    name: str, ignored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the default workspace is a third of them: backward has the one block of forward."""
+    heads = 1 if LOSSES[name] is logprob else 2
+    pair = problem(torch.bfloat16, ignored)
+    true, _ = gradients(LOSSES[name], pair, workspace_bytes=heads * V * 4 * N)
+    third = heads * V * 4 * N // 3
+    monkeypatch.setattr(sys.modules["opsd_kernels.plan"], "default_workspace", lambda _: third)
+    ours, multiplied = gradients(LOSSES[name], pair)
+    assert multiplied == 1
+    assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(ours, true, strict=True))
 
 
 def test_one_block_in_a_process() -> None:

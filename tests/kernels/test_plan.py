@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from opsd_kernels import Plan, plan
+from opsd_kernels import Plan, extension, plan
 from opsd_kernels.layouts import even_blocks, padded_columns
 from opsd_kernels.plan import SCHEDULES
 
@@ -165,6 +165,35 @@ def test_a_trained_head_has_rows_that_pay_for_its_accumulator(tokens: int) -> No
     assert p.workspace_bytes <= p.accumulator_bytes
     mine = on_gpu(grad_weight=True, workspace_bytes=512 << 20)
     assert mine.workspace_bytes <= 512 << 20
+
+
+@pytest.mark.parametrize(
+    ("options", "one_block"),
+    [
+        ({}, True),
+        ({"loss": "divergence", "num_tokens": 512}, True),
+        ({"loss": "divergence", "num_tokens": 513}, False),
+        ({"num_tokens": 1025}, False),
+        ({"reduced": True}, False),
+        ({"grad_weight": False, "grad_bias": True}, False),
+        ({"dtype": torch.float32}, False),
+        ({"workspace_bytes": 256 << 20}, False),
+    ],
+    ids=str,
+)
+def test_cpp_keeps_all_logits_for_backward_in_the_bytes_of_an_fp32_sum(
+    options: dict[str, object], one_block: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where a single block needs no such sum; without bf16 products it does."""
+    shape = {"num_tokens": 1024, "hidden_size": 1024, "vocab_size": 151936}
+    unreduced = {"loss": "logprob", "dtype": torch.bfloat16, "grad_weight": True, "reduced": False}
+    asked = shape | unreduced | {"backend": "cpp"} | options
+    monkeypatch.setattr(extension, "multiplies_bf16", lambda: True)
+    chosen = plan(**asked)
+    assert (chosen.num_blocks == 1) == one_block
+    assert chosen.workspace_bytes <= (4 * 1024 * 151936 if one_block else 256 << 20)
+    monkeypatch.setattr(extension, "multiplies_bf16", lambda: False)
+    assert plan(**asked).num_blocks > 1
 
 
 @pytest.mark.parametrize(
