@@ -18,10 +18,10 @@ from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.memory import Memory
 
 MAX_ROUNDS, MIN_ROUNDS = 20, 5
-# A peer that takes so many times ours is far enough behind for one sample to show it.
-_FAR = 2.0
-# Between two that are nearer than this the least number of rounds cannot tell who is first: some
-# machines halve their speed for seconds.
+# A peer that takes so many times ours is far enough behind for few samples to show it: one if it
+# takes twice that long, else the best of _FEW, for some machines halve their speed for seconds.
+_FAR, _FEW = 2.0, 3
+# Between two that are nearer than this the least number of rounds cannot tell who is first.
 _NEAR, NEAR_ROUNDS = 1.25, 15
 
 
@@ -41,6 +41,11 @@ class Samples:
     def median(self) -> float:
         """Of forward and backward together."""
         return median(f + b for f, b in zip(self.forward, self.backward, strict=True))
+
+    @property
+    def best(self) -> float:
+        """Least of forward and backward together."""
+        return min(f + b for f, b in zip(self.forward, self.backward, strict=True))
 
     def as_json(self, differentiated: bool) -> dict[str, list[float]]:
         """Lists by part; "backward" and "both" only if `differentiated`."""
@@ -67,8 +72,8 @@ def measure(
 
     budget    seconds for all rounds, which sets their number if `rounds` is None; then ours, the
               floor and every peer near ours take NEAR_ROUNDS
-    patience  a peer whose warm-up call took more seconds, and twice ours, is not timed again: that
-              call is its only sample
+    patience  a peer that takes more seconds a call, and twice ours, is not timed in rounds: its
+              samples are one to three calls before them
     compiled  whether contenders that compile take part
     wanted    selects contenders
     drive     runs the rounds as drive(target, setup=, rounds=), like pytest-benchmark's `pedantic`:
@@ -84,10 +89,13 @@ def measure(
     taking_part = [c for c in taking_part if c.name not in absent]
     timed = {c.name: Samples() for c in taking_part}
     limit = max(patience, _FAR * sum(first[OURS]))
-    quick = [c for c in taking_part if c.role != "peer" or sum(first[c.name]) <= limit]
+    quick = []
     for contender in taking_part:
-        if contender not in quick:
-            timed[contender.name].add(*first[contender.name])
+        before = Samples([first[contender.name][0]], [first[contender.name][1]])
+        if contender.role == "peer" and _is_far(contender, x, before, limit):
+            timed[contender.name] = before
+        else:
+            quick.append(contender)
     chosen = rounds or _rounds(sum(sum(first[c.name]) for c in quick), budget)
     _run_rounds(quick, x, timed, chosen, drive or _plain)
     near = _near(quick, timed)
@@ -168,6 +176,15 @@ def _warm_up(
         return 0.0, 0.0
     finally:
         x.clear()
+
+
+def _is_far(contender: Contender, x: Inputs, found: Samples, limit: float) -> bool:
+    """Whether the best of the samples is above limit; near it they are a few."""
+    while limit < found.best <= 2 * limit and len(found.forward) < _FEW:
+        forward, backward, _ = call(contender, x)
+        found.add(forward, backward)
+        x.clear()
+    return found.best > limit
 
 
 def _rounds(seconds: float, budget: float) -> int:

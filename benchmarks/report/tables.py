@@ -106,7 +106,8 @@ def fewer_calls(case: Case, contender: Contender) -> str | None:
     """Said of a contender that was timed less often than the case's rounds."""
     if not contender.samples or contender.samples >= (case.rounds or 0):
         return None
-    return "timed once" if contender.samples == 1 else f"{contender.samples} rounds"
+    count = contender.samples
+    return "timed once" if count == 1 else f"{count} calls"
 
 
 def loss_error(contender: Contender) -> str:

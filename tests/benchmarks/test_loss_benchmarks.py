@@ -117,6 +117,28 @@ def test_a_slow_peer_is_timed_once(monkeypatch, far: float, rounds: int) -> None
     assert len(found[OURS]["seconds"]["both"]) == runner.MIN_ROUNDS
 
 
+@pytest.mark.parametrize(
+    ("calls", "samples", "far"),
+    [
+        ([1.9], 1, False),
+        ([2.1, 1.9], 2, False),
+        ([3.9, 2.1, 2.1], 3, True),
+        ([2.1, 2.1, 1.9], 3, False),
+        ([4.1], 1, True),
+    ],
+)
+def test_one_slow_call_makes_no_peer_slow(
+    monkeypatch, calls: list[float], samples: int, far: bool
+) -> None:
+    """A machine in its slow state takes twice the time."""
+    seconds = iter(calls)
+    monkeypatch.setattr(runner, "call", lambda *_: (next(seconds), 0.0, None))
+    found = runner.Samples([next(seconds)], [0.0])
+    peer = Contender("peer", "peer", our_call())
+    assert runner._is_far(peer, Inputs(CASE, CPU), found, limit=2.0) == far
+    assert found.forward == calls[:samples]
+
+
 @pytest.mark.parametrize(("near", "rounds"), [(1.0, runner.MIN_ROUNDS), (1e9, runner.NEAR_ROUNDS)])
 def test_a_near_peer_takes_more_rounds(monkeypatch, near: float, rounds: int) -> None:
     """Beside ours and the floor; what else is ours takes no more."""
