@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from opsd_kernels.layouts import MIB, ONE_BLOCK, BlockLayout, Work, size_in_words
 
 # A tile of about 1 MiB of fp32 keeps the row arithmetic inside a core's L2 cache.
@@ -87,5 +89,7 @@ def cpp_layout(x: Work, dz_bytes: int, rounds_once: bool) -> BlockLayout:
         limit, reason = enough, f"{enough} rows are enough to pack a tile of the head for"
     if tokens <= limit:
         reason = ONE_BLOCK
-    rows = x.rows(limit)
-    return BlockLayout("blocked", rows, rows, vocab, rows * per_row, x.products("blocked"), reason)
+    rows, products = x.rows(limit), x.products("blocked")
+    if tokens <= rows and x.trained:
+        products = replace(products, logits=x.heads)  # forward leaves them to backward
+    return BlockLayout("blocked", rows, rows, vocab, rows * per_row, products, reason)

@@ -191,6 +191,8 @@ def test_cpp_keeps_all_logits_for_backward_in_the_bytes_of_an_fp32_sum(
     monkeypatch.setattr(extension, "multiplies_bf16", lambda: True)
     chosen = plan(**asked)
     assert (chosen.num_blocks == 1) == one_block
+    if one_block:
+        assert chosen.gemms == 2 + (2 if chosen.loss == "divergence" else 1)
     assert chosen.workspace_bytes <= (4 * 1024 * 151936 if one_block else 256 << 20)
     monkeypatch.setattr(extension, "multiplies_bf16", lambda: False)
     assert plan(**asked).num_blocks > 1
