@@ -1,14 +1,15 @@
 """Layers of Llama and Qwen that store fewer activations: backward makes them again.
 
-An MLP stores gate and up, neither silu(gate) nor the product that down_proj reads; an RMS norm
-stores its input as it came, not in float32. Values and gradients are transformers' own bit for bit;
-in float32 a norm's input adds its gradients up in another order.
+An RMS norm stores its input as it came, not in float32; the projections that read its result store
+nothing. An MLP stores gate and up, neither silu(gate) nor the product that down_proj reads. Values
+and gradients are transformers' own bit for bit; in float32 a norm's input adds its gradients up in
+another order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+_FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
 # transformers' classes that compute down(silu(gate(x)) * up(x)) and nothing else,
-_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP")
-# and weight * (x / rms(x)), normalised in float32.
-_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "SmolLM3RMSNorm")
+_MLPS = tuple(f"{family}MLP" for family in _FAMILIES)
+# weight * (x / rms(x)), normalised in float32,
+_NORMS = tuple(f"{family}RMSNorm" for family in _FAMILIES)
+# and the attention of such a norm's result.
+_ATTENTIONS = tuple(f"{family}Attention" for family in _FAMILIES)
 
 
 class SiluMul(torch.autograd.Function):
@@ -72,11 +76,39 @@ class RmsNorm(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
+class _Remade:
+    """A tensor that is stored several times: made at its first use in backward, kept to its last.
+
+    Stored are only the shapes of its views.
+    """
+
+    def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
+        self.make, self.made = make, None
+        self.stored = self.used = 0
+        self.key = _key(tensor)
+
+    def pack(self, saved: Tensor) -> Tensor | torch.Size:
+        """The shape of a view of all of the tensor; another tensor as it is."""
+        if _key(saved) != self.key or not saved.is_contiguous():
+            return saved
+        self.stored += 1
+        return saved.shape
+
+    def unpack(self, packed: Tensor | torch.Size) -> Tensor:
+        """The tensor in that shape."""
+        if isinstance(packed, Tensor):
+            return packed
+        made = self.make() if self.made is None else self.made
+        self.used += 1
+        self.made = None if self.used % self.stored == 0 else made
+        return made.view(packed)
+
+
 def recompute_activations(model: PreTrainedModel, checkpointed: bool) -> None:
     """Make the model's MLPs and norms store less, in place; other kinds of layer are left alone.
 
     `checkpointed`: gradient checkpointing is on. A layer's activations are then dropped as they
-    are, and down_proj's input with them.
+    are, and what is made again here with them.
     """
     silu = getattr(model.config.get_text_config(), "hidden_act", None) == "silu"
     for module in model.modules():
@@ -85,10 +117,17 @@ def recompute_activations(model: PreTrainedModel, checkpointed: bool) -> None:
             module.forward = MethodType(_norm, module)
         elif name in _MLPS and silu:
             module.forward = MethodType(_checkpointed_mlp if checkpointed else _mlp, module)
+        elif name in _ATTENTIONS and not checkpointed:
+            module.forward = MethodType(_attention, module)
 
 
 def _norm(norm: Any, hidden_states: Tensor) -> Tensor:
     return RmsNorm.apply(hidden_states, norm.weight, norm.variance_epsilon)
+
+
+def _attention(attention: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    with _made_from_norm(hidden_states):
+        return type(attention).forward(attention, hidden_states, *args, **kwargs)
 
 
 def _checkpointed_mlp(mlp: Any, x: Tensor) -> Tensor:
@@ -96,21 +135,31 @@ def _checkpointed_mlp(mlp: Any, x: Tensor) -> Tensor:
 
 
 def _mlp(mlp: Any, x: Tensor) -> Tensor:
-    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+    with _made_from_norm(x):
+        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     product = SiluMul.apply(gate, up)
     with _made_again(product, lambda: F.silu(gate) * up):
         return mlp.down_proj(product)
 
 
+def _made_from_norm(x: Tensor) -> AbstractContextManager[Any]:
+    """Context in which autograd stores nothing of x if it is the result of an RMS norm."""
+    norm = x.grad_fn
+    if not isinstance(norm, RmsNorm._backward_cls):
+        return nullcontext()
+
+    def make() -> Tensor:
+        before, weight, scale = norm.saved_tensors
+        return weight * (before.float() * scale).to(before.dtype)
+
+    return _made_again(x, make)
+
+
 def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextManager[Any]:
-    """Context in which autograd saves of `tensor`, or of a view of all of it, the shape alone."""
-    address, size, dtype = tensor.data_ptr(), tensor.numel(), tensor.dtype
+    """Context in which autograd stores no view of all of `tensor`: backward makes it."""
+    remade = _Remade(tensor, make)
+    return torch.autograd.graph.saved_tensors_hooks(remade.pack, remade.unpack)
 
-    def pack(saved: Tensor) -> Tensor | torch.Size:
-        same = (saved.data_ptr(), saved.numel(), saved.dtype) == (address, size, dtype)
-        return saved.shape if same and saved.is_contiguous() else saved
 
-    def unpack(packed: Tensor | torch.Size) -> Tensor:
-        return packed if isinstance(packed, Tensor) else make().view(packed)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+def _key(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype

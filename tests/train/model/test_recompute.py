@@ -1,6 +1,8 @@
 """Layers that store less: transformers' own results bit for bit, and fewer saved bytes."""
 
-from collections.abc import Iterator
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -34,13 +36,22 @@ def kept_bytes(model: nn.Module) -> int:
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return tensor
+    def keep(stored: Tensor | torch.Size) -> Tensor | torch.Size:
+        if isinstance(stored, Tensor):
+            storage = stored.untyped_storage()
+            kept[storage.data_ptr()] = storage
+        return stored
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(IDS)
+    class Counted(torch.autograd.graph.saved_tensors_hooks):
+        """Of nested hooks only the innermost are called."""
+
+        def __init__(self, pack: Callable, unpack: Callable) -> None:
+            super().__init__(lambda tensor: keep(pack(tensor)), unpack)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.autograd.graph, "saved_tensors_hooks", Counted)
+        with Counted(lambda tensor: tensor, lambda stored: stored):
+            model(IDS)
     return sum(s.nbytes() for address, s in kept.items() if address not in parameters)
 
 
@@ -117,8 +128,8 @@ def test_frozen_norms_pass_the_gradient_on() -> None:
 
 @pytest.mark.parametrize(("dtype", "norm_bytes"), [(torch.float32, 0), (torch.bfloat16, 2)])
 def test_what_each_layer_stores_no_more(dtype: torch.dtype, norm_bytes: int) -> None:
-    """Two activations of an MLP: silu(gate) and the product; of a norm float32 and the value
-    before the weight."""
+    """Two activations of an MLP: silu(gate) and the product; of a norm float32, the value before
+    the weight, and the result, which only the last one's reader stores."""
     plain, lean = make_model(dtype=dtype), make_model(dtype=dtype)
     recompute_activations(lean, checkpointed=False)
     config, tokens = plain.config, IDS.numel()
@@ -126,7 +137,44 @@ def test_what_each_layer_stores_no_more(dtype: torch.dtype, norm_bytes: int) -> 
     norm = tokens * config.hidden_size * (norm_bytes + dtype.itemsize)
     layers = config.num_hidden_layers
     saved = kept_bytes(plain) - kept_bytes(lean)
-    assert saved == layers * layer + (2 * layers + 1) * norm
+    results = 2 * layers * tokens * config.hidden_size * dtype.itemsize
+    assert saved == layers * layer + (2 * layers + 1) * norm + results
+
+
+def test_backward_twice() -> None:
+    """What is made again for the first one is made again for the second."""
+    plain, lean = (make_model(dtype=torch.bfloat16) for _ in range(2))
+    recompute_activations(lean, checkpointed=False)
+    found = []
+    for model in (plain, lean):
+        leaves = list(model.parameters())
+        loss = model(IDS).logits.float().square().mean()
+        found.append(torch.autograd.grad(loss, leaves, retain_graph=True))
+        found.append(torch.autograd.grad(loss, leaves))
+    for grads in zip(*found, strict=True):
+        assert all(torch.equal(grads[0], grad) for grad in grads) and grads[0].count_nonzero() > 0
+
+
+def test_the_graph_ends_with_its_loss() -> None:
+    """Hooks that hold a tensor of their own graph would keep it until the garbage collector."""
+    model = make_model(dtype=torch.bfloat16)
+    recompute_activations(model, checkpointed=False)
+    gc.disable()
+    try:
+        logits = model(IDS).logits
+        node = weakref.ref(norm_node(logits.grad_fn))
+        assert node() is not None
+        del logits
+        assert node() is None
+    finally:
+        gc.enable()
+
+
+def norm_node(node: torch.autograd.graph.Node) -> torch.autograd.graph.Node:
+    """The nearest norm before a node."""
+    while not isinstance(node, RmsNorm._backward_cls):
+        node = next(before for before, _ in node.next_functions if before is not None)
+    return node
 
 
 @pytest.mark.parametrize("kind", ["gelu", "another model"])
