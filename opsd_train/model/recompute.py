@@ -83,9 +83,9 @@ class _Remade:
     """
 
     def __init__(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
-        self.make, self.made = make, None
+        self.make, self.key = make, _key(tensor)
+        self.made: Tensor | None = None
         self.stored = self.used = 0
-        self.key = _key(tensor)
 
     def pack(self, saved: Tensor) -> Tensor | torch.Size:
         """The shape of a view of all of the tensor; another tensor as it is."""
@@ -144,7 +144,7 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
 
 def _made_from_norm(x: Tensor) -> AbstractContextManager[Any]:
     """Context in which autograd stores nothing of x if it is the result of an RMS norm."""
-    norm = x.grad_fn
+    norm: Any = x.grad_fn
     if not isinstance(norm, RmsNorm._backward_cls):
         return nullcontext()
 
