@@ -266,10 +266,12 @@ def saved_per_token(sizes: Sizes, item: int, stream: int, checkpointing: bool) -
     stream         bytes of the residual stream's dtype
     checkpointing  what it saves while backward makes it again
     """
-    # Autocast casts a float32 stream once per product that reads it.
-    cast = stream > item
     readers = [[n for n in names if n in sizes.adapted] for names in (_LINEAR[:3], _LINEAR[4:6])]
-    inputs = sum((len(names) if cast else bool(names)) for names in readers) * item * sizes.hidden
+    if stream > item:  # autocast casts a norm's result once per product that reads it
+        copies = sum(map(len, readers))
+    else:  # the result is made again unless all of the layer is
+        copies = sum(map(bool, readers)) if checkpointing else 0
+    inputs = copies * item * sizes.hidden
     norms = 2 * _norm(sizes, stream)
     if sizes.qk_norm:  # the projections, and a scale for each head
         norms += (sizes.queries + sizes.keys) * item + _FP32 * (sizes.heads + sizes.kv_heads)

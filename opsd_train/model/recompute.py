@@ -144,9 +144,9 @@ def _mlp(mlp: Any, x: Tensor) -> Tensor:
 
 def _made_from_norm(x: Tensor) -> AbstractContextManager[Any]:
     """Context in which autograd stores nothing of x if it is the result of an RMS norm."""
-    norm: Any = x.grad_fn
-    if not isinstance(norm, RmsNorm._backward_cls):
+    if not isinstance(x.grad_fn, RmsNorm._backward_cls):
         return nullcontext()
+    norm: Any = x.grad_fn
 
     def make() -> Tensor:
         before, weight, scale = norm.saved_tensors

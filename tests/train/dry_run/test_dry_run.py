@@ -4,11 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -24,6 +21,7 @@ from opsd_train.model.policy import Policy
 from opsd_train.model.recompute import recompute_activations
 from tests.helpers import tiny
 from tests.helpers.family_models import make_family
+from tests.helpers.saved_bytes import saved_bytes
 
 ROOT = Path(__file__).parents[3]
 # Tensors of 64 KiB and more leave the resident set when they are freed.
@@ -106,28 +104,11 @@ ALL = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "k_proj", "v_proj", 
                                                   "gate_proj", "up_proj", "down_proj"])  # fmt: skip
 
 
-def kept(model: torch.nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes that a forward saves for backward, in storages other than the weights'."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    seen = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage  # held, or its address may come again
-        return tensor
-
-    def keep_what_the_model_keeps(pack: Callable, unpack: Callable) -> AbstractContextManager:
-        def pack_and_keep(tensor: torch.Tensor) -> Any:
-            packed = pack(tensor)
-            return keep(packed) if isinstance(packed, torch.Tensor) else packed
-
-        return hooks(pack_and_keep, unpack)
-
-    policy, hooks = Policy(model, 0, dtype), torch.autograd.graph.saved_tensors_hooks
-    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", keep_what_the_model_keeps)
-    with hooks(keep, lambda tensor: tensor):
-        policy.run([[1] * 9, [2] * 9], [[3] * 7, [4] * 7], lambda hidden, *_: hidden)
-    return sum(storage.nbytes() for address, storage in seen.items() if address not in own)
+def kept(model: torch.nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that a forward stores for backward."""
+    policy = Policy(model, 0, dtype)
+    prompts, completions = [[1] * 9, [2] * 9], [[3] * 7, [4] * 7]
+    return saved_bytes(model, lambda: policy.run(prompts, completions, lambda hidden, *_: hidden))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointed"])
@@ -139,7 +120,6 @@ def test_what_a_layer_keeps_is_what_torch_says(
     lora: LoraConfig | None,
     dtype: torch.dtype,
     checkpointing: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`checkpointing`: what a layer keeps while it is made again."""
     found = []
@@ -153,8 +133,7 @@ def test_what_a_layer_keeps_is_what_torch_says(
         rank = lora.rank if lora else 0
         x = sizes_of(model, model.config, rank, eager=False)
         casts = 0 if dtype == torch.float32 else x.trained if rank else x.linear
-        with monkeypatch.context() as patch:
-            found.append((kept(model, dtype, patch) - 2 * casts, x))
+        found.append((kept(model, dtype) - 2 * casts, x))
     (one, _), (two, x) = found
     stream = dtype.itemsize if lora else 4
     assert two - one == 32 * saved_per_token(x, dtype.itemsize, stream, checkpointing)

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from opsd_train.config.schema import LoraConfig
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
 from opsd_train.model.recompute import RmsNorm, recompute_activations
+from tests.helpers.saved_bytes import saved_bytes
 from tests.helpers.tiny import make_model
 
 NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, SmolLM3RMSNorm)
@@ -30,29 +31,6 @@ def gradients(model: nn.Module) -> Iterator[Tensor]:
     logits.float().square().mean().backward()
     yield logits
     yield from (p.grad for p in model.parameters() if p.requires_grad)
-
-
-def kept_bytes(model: nn.Module) -> int:
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(stored: Tensor | torch.Size) -> Tensor | torch.Size:
-        if isinstance(stored, Tensor):
-            storage = stored.untyped_storage()
-            kept[storage.data_ptr()] = storage
-        return stored
-
-    class Counted(torch.autograd.graph.saved_tensors_hooks):
-        """Of nested hooks only the innermost are called."""
-
-        def __init__(self, pack: Callable, unpack: Callable) -> None:
-            super().__init__(lambda tensor: keep(pack(tensor)), unpack)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.autograd.graph, "saved_tensors_hooks", Counted)
-        with Counted(lambda tensor: tensor, lambda stored: stored):
-            model(IDS)
-    return sum(s.nbytes() for address, s in kept.items() if address not in parameters)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -136,7 +114,8 @@ def test_what_each_layer_stores_no_more(dtype: torch.dtype, norm_bytes: int) -> 
     layer = 2 * tokens * config.intermediate_size * dtype.itemsize
     norm = tokens * config.hidden_size * (norm_bytes + dtype.itemsize)
     layers = config.num_hidden_layers
-    saved = kept_bytes(plain) - kept_bytes(lean)
+    found = [saved_bytes(model, lambda model=model: model(IDS)) for model in (plain, lean)]
+    saved = found[0] - found[1]
     results = 2 * layers * tokens * config.hidden_size * dtype.itemsize
     assert saved == layers * layer + (2 * layers + 1) * norm + results
 
