@@ -105,7 +105,7 @@ class _Remade:
 
 
 def recompute_activations(model: PreTrainedModel, checkpointed: bool) -> None:
-    """Make the model's MLPs and norms store less, in place; other kinds of layer are left alone.
+    """Make norms, attention and MLPs store less, in place; other kinds of layer are left alone.
 
     `checkpointed`: gradient checkpointing is on. A layer's activations are then dropped as they
     are, and what is made again here with them.
