@@ -42,7 +42,7 @@ _STREAMING_ROWS = 4096
 _STREAMING_COLUMNS, _LEAST_COLUMNS = 8192, 1024
 # Time of a resident pass of a KL and of a JSD, as the bytes per pair of logits that an H100 copies
 # in that time.
-_RESIDENT = 16, 23
+_RESIDENT = 16, 17
 # Instructions of each pass per pair of logits, counted in sm_90 code (benchmarks/compile).
 _STATISTICS, _SUMS, _GRADIENT, _DIFFERENCES, _JOINED = 24, 52, 45, 37, 53
 

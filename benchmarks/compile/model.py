@@ -24,10 +24,8 @@ TARGETS = {gpu.target for gpu in GPUS.values()}
 _BF16, _FP32 = 2, 4
 _BAND = 8  # row blocks of a fused kernel that find the head's tiles in L2 together
 _KINDS = {"forward kl", "reverse kl", "jsd"}
-# Of the bytes that an fp32 accumulator moves, what its products' arithmetic does not hide, and what
-# telling each other a number costs the programs of a row: fitted to an H100's times.
+# Of an fp32 accumulator's bytes, what its products' arithmetic does not hide: fitted to an H100.
 _UNHIDDEN = 0.75
-_MEETING = 0.7e-6
 # Programs of one warp, as kernels on differences have them, take so much longer than either bound,
 # and so many seconds more to start: fitted to an H100's times.
 _WAITING, _STARTING = 1.35, 5e-6
@@ -207,16 +205,12 @@ class _Call:
         return max(issue, self.gpu.moving(pairs * moved)) + LAUNCH
 
     def _resident(self, rows: int) -> float:
-        """Everything between a block's logits and its dz: the programs of a row read, compute and
-        wait in turns, so times add up."""
+        """Everything between a block's logits and its dz: the programs of a row read and compute in
+        turns, so times add up."""
         found = self._count("resident_divergence", "blocked", self.kind)
         pairs = rows * self.plan.vocab_size
         seconds = self.gpu.moving(pairs * (self.heads * _FP32 + _BF16))
-        seconds += self.gpu.computing(pairs, found["all"], found["special"])
-        parts = math.ceil(self.plan.vocab_size / found["blocks"][0])
-        teams = self.gpu.processors * found["blocks_per_processor"] // parts
-        meetings = 1 if self.kind == "forward kl" else 2
-        return seconds + math.ceil(rows / teams) * meetings * _MEETING + 2 * LAUNCH
+        return seconds + self.gpu.computing(pairs, found["all"], found["special"]) + 2 * LAUNCH
 
     def _products(
         self, rows: int, columns: int, times: int, first: bool, *, adds: bool,

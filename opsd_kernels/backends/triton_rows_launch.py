@@ -186,12 +186,13 @@ class StoredTiles:
         )
         dz = self.dz(self.hidden.dtype)
         teams = min(self.rows, blocks.programs * self.device.processors // count)
+        fast = dz.dtype != torch.float32 and (not is_jsd or 0.1 <= beta <= 0.9)
         triton_resident.resident_divergence[(teams * count,)](
             *self.sources, label if layout.label else None, parts, sums if is_jsd else None,
             exchange, scale, dz, self.rows, self.cols, self.padded, self.logits.stride(1),
             dz.stride(0), sums.stride(0), offset, beta, 1.0 - beta, count, BLOCK_V=blocks.columns,
-            MAX_PARTS=max_parts, ENTROPY=layout.entropy, KIND=layout.kind, num_warps=blocks.warps,
-            num_stages=1, enable_fp_fusion=True, **blocks.options,
+            MAX_PARTS=max_parts, ENTROPY=layout.entropy, KIND=layout.kind, FAST=fast,
+            num_warps=blocks.warps, num_stages=1, enable_fp_fusion=True, **blocks.options,
         )  # fmt: skip
         if parts is not None:
             merge(parts, out, layout, None)
