@@ -71,4 +71,14 @@ void logprob_gradient(Tensor& logits, const Tensor& merged, const Tensor& label,
 void weight_gradient(const Tensor& dz, const Tensor& hidden, const MaybeTensor& sum, bool add,
                      const MaybeTensor& out);
 
+// The products of each row of hidden (rows, D) with some rows of the head, weight (cols, D):
+// out (rows, K) float32 = hidden[row] . weight[ids[row, k]]. Ids outside [0, cols) give 0.
+void target_products(const Tensor& hidden, const Tensor& weight, const Tensor& ids, Tensor& out);
+
+// out (rows, D) float32 += sum over k of factors[row, k] weight[ids[row, k]].
+void target_sums(const Tensor& factors, const Tensor& weight, const Tensor& ids, Tensor& out);
+
+// dz (rows, cols), float32 or bfloat16: dz[row, ids[row, k]] = values[row, k].
+void store_entries(const Tensor& values, const Tensor& ids, Tensor& dz);
+
 }  // namespace opsd

@@ -33,6 +33,9 @@ TORCH_LIBRARY(opsd_cpu, m) {
   m.def("has_bf16_products() -> bool", opsd::has_bf16_products);
   m.def(
       "weight_gradient(Tensor dz, Tensor hidden, Tensor(a!)? sum, bool add, Tensor(b!)? out) -> ()");
+  m.def("target_products(Tensor hidden, Tensor weight, Tensor ids, Tensor(a!) out) -> ()");
+  m.def("target_sums(Tensor factors, Tensor weight, Tensor ids, Tensor(a!) out) -> ()");
+  m.def("store_entries(Tensor values, Tensor ids, Tensor(a!) dz) -> ()");
 }
 
 namespace {
@@ -60,4 +63,7 @@ TORCH_LIBRARY_IMPL(opsd_cpu, CPU, m) {
   m.impl("divergence_gradient", opsd::divergence_gradient);
   m.impl("logprob_gradient", opsd::logprob_gradient);
   m.impl("weight_gradient", opsd::weight_gradient);
+  m.impl("target_products", opsd::target_products);
+  m.impl("target_sums", opsd::target_sums);
+  m.impl("store_entries", opsd::store_entries);
 }

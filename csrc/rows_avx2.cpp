@@ -8,6 +8,7 @@
 #define OPSD_ISA isa_avx2
 #define OPSD_TABLE rows_avx2
 #include "rows_of.h"
+#include "targets_of.h"
 
 #include "gradients_of.h"
 #endif

@@ -5,5 +5,6 @@
 #define OPSD_ISA isa_plain
 #define OPSD_TABLE rows_plain
 #include "rows_of.h"
+#include "targets_of.h"
 
 #include "gradients_of.h"

@@ -138,6 +138,25 @@ def logprob_problem(
     )
 
 
+def several_targets(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_size: int | None,
+    execution: Execution,
+) -> tuple[Head, Tensor]:
+    """The head, and the targets (..., K) as int64 (N, K)."""
+    checks.refuse_in_capture(input, target=target)
+    head = _head("", input, weight, bias, softcap, logit_scale, temperature)
+    _trim_to_vocabulary([head], vocab_size, execution)
+    return head, checks.several_targets(target, input.shape[:-1], input.device)
+
+
 def kept_tokens(
     keep: Tensor | None,
     token_weight: Tensor | None,

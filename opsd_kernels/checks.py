@@ -127,11 +127,28 @@ def token_values(
     same_device(name, value, like_name, device)
 
 
+def several_targets(target: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    """The targets (..., K) as int64 (N, K), checked to be integers and at least one per token."""
+    integers("target", target)
+    if target.shape[:-1] != shape or target.shape[-1] == 0:
+        raise ValueError(
+            f"target: expected shape {tuple(shape)} or {(*shape, 'K')} with K targets per token, "
+            f"got {tuple(target.shape)}"
+        )
+    same_device("target", target, "the hidden states", device)
+    return target.reshape(-1, target.shape[-1]).long()
+
+
+def integers(name: str, value: Tensor) -> None:
+    """`value` must be a plain tensor of integers."""
+    tensor(name, value)
+    if value.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"{name}: expected an integer dtype, got {value.dtype}")
+
+
 def flat_labels(name: str, labels: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
     """The labels as int64 (N,), checked to be integers of the given leading shape."""
-    tensor(name, labels)
-    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
-        raise TypeError(f"{name}: expected an integer dtype, got {labels.dtype}")
+    integers(name, labels)
     if labels.shape != shape:
         raise ValueError(
             f"{name}: expected shape {tuple(shape)}, one label per token, got {tuple(labels.shape)}"
@@ -168,6 +185,32 @@ def labels_in_vocabulary(
             f"{int(labels[row])} at token {row}"
         )
     return None if all_kept == [True] else keep
+
+
+def distinct_targets(target: Tensor, valid: Tensor, vocab_size: int) -> Tensor | None:
+    """(N,) whether a token has a valid target, None if all have; of targets and mask (N, K).
+
+    Raises for a valid target outside [0, vocab_size) or given twice to a token. Reads the data, once.
+    """
+    keep = valid.any(-1)
+    outside = valid & ((target < 0) | (target >= vocab_size))
+    others = -1 - torch.arange(target.shape[1], device=target.device)
+    ordered = torch.where(valid, target, others).sort(-1).values
+    twice = ordered[:, 1:] == ordered[:, :-1]
+    answers = torch.stack([outside.any(), twice.any(), keep.all()]).tolist()
+    if answers[0]:
+        row, k = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"target: expected values in [0, {vocab_size}) or ignore_index, got "
+            f"{int(target[row, k])} at token {row}"
+        )
+    if answers[1]:
+        row, k = twice.nonzero()[0].tolist()
+        raise ValueError(
+            f"target: expected distinct ids for each token, got {int(ordered[row, k])} twice at "
+            f"token {row}"
+        )
+    return None if answers[2] else keep
 
 
 def floating_dtype(name: str, value: Tensor) -> None:

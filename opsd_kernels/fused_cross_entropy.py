@@ -97,7 +97,7 @@ def fused_linear_cross_entropy(
         loss, _, _, stats = logprob(problem, scale)
     if not return_stats:
         return loss
-    named = named_logprob_stats(problem, stats, shape)
+    named = named_logprob_stats(problem.keep, stats, shape)
     keep = counted if problem.keep is None else problem.keep
     right = (named["predicted"] == target) & keep.reshape(shape)
     named["accuracy"] = right.sum() / keep.sum().clamp(min=1)

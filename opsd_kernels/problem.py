@@ -59,11 +59,26 @@ class DivergenceProblem:
 
 
 @dataclass
+class KnownEntries:
+    """Entries of the gradient of the raw logits that the caller makes; the pass stores them as given.
+
+    Ids outside the vocabulary have no entry.
+    """
+
+    ids: Tensor  # (N, K) int64, into the whole vocabulary, distinct in a row
+    dz: Tensor | None = None  # (N, K); None: 0
+
+    def __post_init__(self) -> None:
+        self.ids, self.dz = self.ids.contiguous(), _contiguous(self.dz)
+
+
+@dataclass
 class LogprobProblem:
     """Log-probability of each token's target, entropy and log-sum-exp under one head.
 
     The value is (1 - e) c log p(y) + e / V sum_v w_v log p(v) - z lse**2, with e the label
     smoothing, c the class weight of the target, w_v the class weights and z the z-loss.
+    With known entries it is -lse, and the gradient that of -lse but for those.
     """
 
     head: Head
@@ -75,6 +90,7 @@ class LogprobProblem:
     with_predicted: bool = False
     label_weight: Tensor | None = None  # (N,) c; None is 1
     z_weight: Tensor | None = None  # () z; None is 0
+    known: KnownEntries | None = None
 
     def __post_init__(self) -> None:
         self.target, self.keep = self.target.contiguous(), _contiguous(self.keep)

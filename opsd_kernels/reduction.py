@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opsd_kernels.problem import LOGPROB_STATS, LogprobProblem, stat_dtype
+from opsd_kernels.problem import LOGPROB_STATS, stat_dtype
 
 
 def row_scale(
@@ -38,13 +38,13 @@ def row_scale(
 
 
 def named_logprob_stats(
-    problem: LogprobProblem,
+    keep: Tensor | None,  # (N,) bool, tokens that were computed; None: all
     stats: Tensor,  # (S, N)
     shape: torch.Size,  # of the tokens
 ) -> dict[str, Tensor]:
     """Statistics of the log-probability family by name; predicted is int64, -1 if not kept."""
     named = {n: row.reshape(shape) for n, row in zip(LOGPROB_STATS, stats, strict=True)}
     named["predicted"] = named["predicted"].long()
-    if problem.keep is not None:
-        named["predicted"] = torch.where(problem.keep.reshape(shape), named["predicted"], -1)
+    if keep is not None:
+        named["predicted"] = torch.where(keep.reshape(shape), named["predicted"], -1)
     return named

@@ -36,6 +36,8 @@ from opsd_kernels.problem import (
     stat_dtype,
 )
 
+_GATHERED_ELEMENTS = 2**20  # of rows of the head
+
 
 def divergence(
     p: DivergenceProblem, plan: Plan, row_scale: Tensor | None, needed: GradsNeeded
@@ -116,7 +118,7 @@ def logprob(
 ) -> Result:
     """Log-probability of each target; gradients as `divergence`, the entropy's separately."""
     scales = row_scale, entropy_scale, lse_scale
-    run = _Pass(p.head, plan, p.keep, needed, p.execution.group_name, *scales)
+    run = _Pass(p.head, plan, p.keep, needed, p.execution.group_name, *scales, p.known)
     stats = run.stats(len(LOGPROB_STATS))
     logits = run.logits(p.head, 2 if needed.entropy else 1)
     tiles = [run.tile() for _ in range(3)]
@@ -174,6 +176,47 @@ def _logprob_tile(
     elif run.needed.entropy:
         run.store_gradient(blocks[1], work, slope, 1.0 / p.head.temperature)
     run.store_gradient(blocks[0], grad, slope, factor)
+    if p.known is not None:
+        store_entries(blocks[0], *run.known_entries(rows))
+
+
+def store_entries(dz: Tensor, ids: Tensor, values: Tensor) -> None:
+    """dz[row, ids[row, k]] = values[row, k] (rows, K), where dz (rows, V) has the id."""
+    row, k = ((ids >= 0) & (ids < dz.shape[1])).nonzero(as_tuple=True)
+    dz[row, ids[row, k]] = values[row, k].to(dz.dtype)
+
+
+def target_products(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """(N, K) products of hidden[n] (N, D) with weight[ids[n, k]] (V, D), fp32 or fp64.
+
+    0 where an id is outside the head.
+    """
+    owned = (ids >= 0) & (ids < weight.shape[0])
+    found = torch.empty(ids.shape, dtype=stat_dtype(weight.dtype), device=ids.device)
+    for rows, columns in _parts_of(ids, weight.shape[1]):
+        vectors = weight[ids[rows, columns].clamp(0, weight.shape[0] - 1)].to(found.dtype)
+        h = hidden[rows].to(found.dtype)
+        found[rows, columns] = torch.einsum("nkd,nd->nk", vectors, h)
+    return torch.where(owned, found, 0)
+
+
+def add_target_sums(out: Tensor, factors: Tensor, weight: Tensor, ids: Tensor) -> None:
+    """out (N, D) += sum_k factors[n, k] weight[ids[n, k]], fp32 or fp64; other ids add nothing."""
+    owned = (ids >= 0) & (ids < weight.shape[0])
+    factors = torch.where(owned, factors, 0)
+    for rows, columns in _parts_of(ids, weight.shape[1]):
+        vectors = weight[ids[rows, columns].clamp(0, weight.shape[0] - 1)].to(out.dtype)
+        out[rows] += torch.einsum("nkd,nk->nd", vectors, factors[rows, columns])
+
+
+def _parts_of(ids: Tensor, depth: int) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of ids (N, K) whose rows of the head take little memory at a time."""
+    (tokens, count), most = ids.shape, max(1, _GATHERED_ELEMENTS // depth)
+    width = min(count, most)
+    height = max(1, most // width)
+    for row in range(0, tokens, height):
+        for column in range(0, count, width):
+            yield slice(row, row + height), slice(column, column + width)
 
 
 class _Pass(LossContext):

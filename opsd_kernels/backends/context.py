@@ -19,6 +19,7 @@ from opsd_kernels.plan import Plan
 from opsd_kernels.problem import (
     GradsNeeded,
     Head,
+    KnownEntries,
     Result,
     kept_dtype,
     stat_dtype,
@@ -46,6 +47,7 @@ class LossContext:
         row_scale: Tensor | None,  # (N,), as the two below
         entropy_scale: Tensor | None = None,
         lse_scale: Tensor | None = None,
+        known: KnownEntries | None = None,
     ) -> None:
         hidden, weight = head.hidden, head.weight
         self.head, self.plan, self.needed = head, plan, needed
@@ -53,13 +55,15 @@ class LossContext:
         self.dtype = stat_dtype(hidden.dtype)
         self.kept = None if keep is None else keep.nonzero().squeeze(-1)  # None: every row
         self.num_kept = hidden.shape[0] if self.kept is None else self.kept.shape[0]
-        scales: tuple[Tensor | None, ...] = (row_scale, entropy_scale, lse_scale)
+        self.known = known
+        dz = None if known is None else known.dz
+        scales: tuple[Tensor | None, ...] = (row_scale, entropy_scale, lse_scale, dz)
         self.scale = None
         if hidden.dtype == torch.float16:
             scales, self.scale = _relative(scales)
         elif any(scale is not None for scale in scales):
             self.scale = hidden.new_ones((), dtype=self.dtype)
-        self.row_scale, self.entropy_scale, self.lse_scale = (
+        self.row_scale, self.entropy_scale, self.lse_scale, self.known_dz = (
             None if scale is None else scale.contiguous() for scale in scales
         )
         self.value = hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
@@ -78,6 +82,17 @@ class LossContext:
         if group_name is not None:
             self.group = _resolve_process_group(GroupName(group_name))
             self.offset, self.vocab_size = vocabulary_shard(weight, group_name)[:2]
+
+    def known_entries(self, rows: Tensor | slice, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Columns of some rows' known entries, counted from column `first`, and their values.
+
+        Both are (rows, K), in the scale of the row scales.
+        """
+        assert self.known is not None
+        ids = self.known.ids[rows] - (self.offset + first)
+        if self.known_dz is None:
+            return ids, ids.new_zeros(ids.shape, dtype=self.dtype)
+        return ids, self.known_dz[rows]
 
     def new_grad_weight(self) -> Tensor:
         """(V, D), uninitialized, in the dtype in which the products are added up."""
@@ -200,6 +215,8 @@ def _relative(scales: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor | None, .
     given = [scale for scale in scales if scale is not None]
     if not given:
         return scales, None
-    largest = torch.stack(given).abs().amax() if given[0].numel() else given[0].new_zeros(())
+    largest = given[0].new_zeros(())
+    if given[0].numel():
+        largest = torch.stack([scale.abs().amax() for scale in given]).amax()
     divisor = torch.where(largest == 0, 1, largest)
     return tuple(None if scale is None else scale / divisor for scale in scales), divisor

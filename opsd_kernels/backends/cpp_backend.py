@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels import extension
-from opsd_kernels.backends import two_pass
+from opsd_kernels.backends import blocked_torch, two_pass
 from opsd_kernels.backends.passes import JSD, BlockedPass, Gradient, Layout, gathered
 from opsd_kernels.cpu_layouts import dz_waits
 from opsd_kernels.problem import Head
@@ -97,6 +97,9 @@ class _Pass(BlockedPass["_Tiles"]):
             self.add_widened_products(rows, h, dz, width, first=first)
         else:
             self.add_products(rows, h, dz, first=first)
+
+    def store_entries(self, dz: Tensor, ids: Tensor, values: Tensor) -> None:
+        torch.ops.opsd_cpu.store_entries(values, ids, dz)
 
 
 class _Tiles:
@@ -222,6 +225,28 @@ class _Tiles:
             self.heads[0].class_weight, self.softcaps[0], self.temperatures[0],
             self._bf16, outs[1] if len(outs) == 2 else None,
         )  # fmt: skip
+
+
+def target_products(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """As `blocked_torch.target_products`."""
+    if not _reads_rows(hidden, weight):
+        return blocked_torch.target_products(hidden, weight, ids)
+    out = hidden.new_empty(ids.shape, dtype=torch.float32)
+    torch.ops.opsd_cpu.target_products(hidden, weight, ids, out)
+    return out
+
+
+def add_target_sums(out: Tensor, factors: Tensor, weight: Tensor, ids: Tensor) -> None:
+    """As `blocked_torch.add_target_sums`."""
+    if _reads_rows(weight):
+        torch.ops.opsd_cpu.target_sums(factors, weight, ids, out)
+    else:
+        blocked_torch.add_target_sums(out, factors, weight, ids)
+
+
+def _reads_rows(*operands: Tensor) -> bool:
+    """Whether the C++ operators read single rows of these; of float16 they read none."""
+    return all(x.stride(1) == 1 and x.dtype != torch.float16 for x in operands)
 
 
 divergence = functools.partial(two_pass.divergence, _Pass)

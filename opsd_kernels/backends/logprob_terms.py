@@ -28,6 +28,8 @@ def value_of(
     lse: Tensor,
 ) -> Tensor:
     """The value. A class of weight 0 adds 0, even if its logit is -inf."""
+    if p.known is not None:
+        return -lse
     value = logprob
     if label_weight is not None:
         value = torch.where(label_weight == 0, 0, label_weight * logprob)
@@ -42,7 +44,9 @@ def rates_of(
     share: Tensor | None,  # sum_v w_v / V, if there is label smoothing
     lse: Tensor,
 ) -> tuple[Tensor, Tensor] | None:
-    """(sharp, mass), or None where both are 1."""
+    """(sharp, mass), or None where both are 1; those of -lse if entries are known."""
+    if p.known is not None:
+        return torch.zeros_like(lse), torch.ones_like(lse)
     if label_weight is None and share is None and p.z_weight is None:
         return None
     sharp = torch.full_like(lse, 1.0 - p.label_smoothing)

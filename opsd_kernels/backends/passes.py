@@ -147,6 +147,10 @@ class BlockedPass(LossContext, ABC, Generic[AnyTiles]):
     def gradients(self, block: slice, tiles: AnyTiles, gradient: Gradient) -> None:
         """Make every slice's dz by `gradient(columns, outs)` and multiply it into the gradients."""
 
+    @abstractmethod
+    def store_entries(self, dz: Tensor, ids: Tensor, values: Tensor) -> None:
+        """dz[row, ids[row, k]] = values[row, k] (rows, K), where dz (rows, columns) has the id."""
+
     def keeps_block(self, block: slice) -> bool:
         """Whether this block's logits stay for backward."""
         return self.keeps and block.start == 0

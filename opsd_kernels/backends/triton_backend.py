@@ -25,6 +25,7 @@ from opsd_kernels.backends.triton_launch import FusedTiles, Source
 from opsd_kernels.backends.triton_math import FP16_BOOST
 from opsd_kernels.backends.triton_rows_launch import StoredTiles
 from opsd_kernels.backends.triton_slices import LogitSlice, multiply
+from opsd_kernels.backends.triton_targets import add_target_sums, store_entries, target_products
 from opsd_kernels.layouts import padded_columns
 from opsd_kernels.problem import DivergenceProblem, Head, Result
 
@@ -188,6 +189,11 @@ class _Pass(BlockedPass[_Tiles]):
         for i, grad in pairs:
             grad[rows] = sums[i].to(grad.dtype)
 
+    def store_entries(self, dz: Tensor, ids: Tensor, values: Tensor) -> None:
+        if dz.dtype == torch.float16:  # `result` divides by both
+            values = values * (FP16_BOOST.value * self.head.temperature)
+        store_entries(dz, ids, values)
+
     def _room_for_dh(self, index: int, size: int, depth: int) -> Tensor:
         """Buffer for fp32 sums; a slice's logits, no longer needed once they are differences."""
         if self.plan.precision == "difference" and 2 * self.plan.slice_columns >= depth:
@@ -207,6 +213,8 @@ class _Pass(BlockedPass[_Tiles]):
             dz = [self.buffer("logits", size, width).view(dtype)[:, :width]]
         return [*dz, self.buffer("dz 1", size, width, dtype)] if self.needed.entropy else dz
 
+
+__all__ = ["add_target_sums", "divergence", "logprob", "target_products"]
 
 divergence = functools.partial(two_pass.divergence, _Pass)
 logprob = functools.partial(two_pass.logprob, _Pass)

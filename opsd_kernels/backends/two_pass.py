@@ -22,6 +22,7 @@ from opsd_kernels.backends.passes import (
     JSD,
     REVERSE_KL,
     BlockedPass,
+    Gradient,
     HeadTiles,
     Layout,
     PairTiles,
@@ -188,7 +189,8 @@ def logprob(
 ) -> Result:
     """Log-probability of each target; gradients as `divergence`, the entropy's separately."""
     group = p.execution.group_name
-    run = run_type(p.head, plan, p.keep, needed, group, row_scale, entropy_scale, lse_scale)
+    scales = row_scale, entropy_scale, lse_scale
+    run = run_type(p.head, plan, p.keep, needed, group, *scales, p.known)
     run.keeps = keeps
     run.go_on_from(kept)
     smoothed = p.label_smoothing != 0.0
@@ -237,7 +239,19 @@ def _logprob_block(
         None if rates is None else torch.stack(rates), p.label_smoothing / run.vocab_size,
         run.offset,
     )  # fmt: skip
+    if p.known is not None:
+        gradient = functools.partial(_with_known_entries, run, block, gradient)
     run.gradients(block, tiles, gradient)
+
+
+def _with_known_entries(
+    run: BlockedPass[Any], block: slice, gradient: Gradient, columns: slice, outs: list[Tensor]
+) -> None:
+    """A slice's dz by `gradient`, then the entries that the caller has made."""
+    gradient(columns, outs)
+    rows = block if run.kept is None else run.kept[block]
+    ids, values = run.known_entries(rows, columns.start)
+    run.store_entries(outs[0][:, : columns.stop - columns.start], ids, values)
 
 
 def _mean_log_mixture(reverse_kl: Tensor, beta: float) -> Tensor:

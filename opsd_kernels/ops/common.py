@@ -79,11 +79,11 @@ def backend_name(hidden: Tensor, teacher: Tensor | None = None) -> str:
     return "torch" if name == "triton" and not _triton_runs(hidden.device) else name
 
 
-def backend_of(chosen: Plan) -> ModuleType:
-    """The module of the plan's backend."""
-    if chosen.backend == "triton":  # imported only here: Triton may not be installed
+def backend_of(name: str) -> ModuleType:
+    """The module of a backend by its name in a plan."""
+    if name == "triton":  # imported only here: Triton may not be installed
         return importlib.import_module("opsd_kernels.backends.triton_backend")
-    return cpp_backend if chosen.backend == "cpp" else blocked_torch
+    return cpp_backend if name == "cpp" else blocked_torch
 
 
 @functools.cache

@@ -190,7 +190,7 @@ def _run_divergence(
             from_forward=from_forward,
         )  # fmt: skip
         extra = kept.arguments(chosen, later, from_forward)
-        result: Result = backend_of(chosen).divergence(p, chosen, row_scale, needed, **extra)
+        result: Result = backend_of(chosen.backend).divergence(p, chosen, row_scale, needed, **extra)
         return result
 
 

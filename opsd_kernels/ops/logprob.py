@@ -211,7 +211,7 @@ def _run_logprob(
             from_forward=from_forward,
         )  # fmt: skip
         extra = kept.arguments(chosen, later, from_forward)
-        result: Result = backend_of(chosen).logprob(p, chosen, *scales, needed, **extra)
+        result: Result = backend_of(chosen.backend).logprob(p, chosen, *scales, needed, **extra)
         return result
 
 

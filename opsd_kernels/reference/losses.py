@@ -34,10 +34,10 @@ def kept_rows(
 
 
 def spread(values: Tensor, keep: Tensor) -> Tensor:
-    """Values of the kept rows at their tokens (...), 0 elsewhere."""
-    return torch.zeros(keep.shape, dtype=values.dtype, device=values.device).masked_scatter(
-        keep, values
-    )
+    """Values of the kept rows at their tokens (...) or (..., K), 0 elsewhere."""
+    shape = (*keep.shape, *values.shape[1:])
+    mask = keep.view(*keep.shape, *[1] * (values.ndim - 1))
+    return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def reduce_tokens(
@@ -142,7 +142,9 @@ def linear_logprob(
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`fused_linear_logprob` over full logits."""
-    keep = target != ignore_index
+    valid = target != ignore_index
+    several = target.ndim == input.ndim
+    keep = valid.any(-1) if several else valid
     ls = log_probs(
         input[keep],
         weight,
@@ -152,6 +154,9 @@ def linear_logprob(
         temperature=temperature,
         vocab_size=vocab_size,
     )
+    if several:
+        ids = torch.where(valid, target, 0)[keep]
+        return torch.where(valid, spread(ls.gather(-1, ids), keep), 0.0)
     chosen = spread(logprob(ls, target[keep]), keep)
     return (chosen, spread(entropy(ls), keep)) if return_entropy else chosen
 
