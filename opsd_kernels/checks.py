@@ -187,30 +187,28 @@ def labels_in_vocabulary(
     return None if all_kept == [True] else keep
 
 
-def distinct_targets(target: Tensor, valid: Tensor, vocab_size: int) -> Tensor | None:
-    """(N,) whether a token has a valid target, None if all have; of targets and mask (N, K).
+def distinct_targets(target: Tensor, valid: Tensor, vocab_size: int) -> None:
+    """Targets (N, K) of the mask `valid` must lie in [0, vocab_size), and differ in each row.
 
-    Raises for a valid target outside [0, vocab_size) or given twice to a token. Reads the data, once.
+    Reads the data, once.
     """
-    keep = valid.any(-1)
     outside = valid & ((target < 0) | (target >= vocab_size))
     others = -1 - torch.arange(target.shape[1], device=target.device)
     ordered = torch.where(valid, target, others).sort(-1).values
     twice = ordered[:, 1:] == ordered[:, :-1]
-    answers = torch.stack([outside.any(), twice.any(), keep.all()]).tolist()
-    if answers[0]:
+    any_outside, any_twice = torch.stack([outside.any(), twice.any()]).tolist()
+    if any_outside:
         row, k = outside.nonzero()[0].tolist()
         raise ValueError(
             f"target: expected values in [0, {vocab_size}) or ignore_index, got "
             f"{int(target[row, k])} at token {row}"
         )
-    if answers[1]:
+    if any_twice:
         row, k = twice.nonzero()[0].tolist()
         raise ValueError(
             f"target: expected distinct ids for each token, got {int(ordered[row, k])} twice at "
             f"token {row}"
         )
-    return None if answers[2] else keep
 
 
 def floating_dtype(name: str, value: Tensor) -> None:

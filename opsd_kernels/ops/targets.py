@@ -91,6 +91,8 @@ def _run(
 ) -> Result:
     """The pass over the vocabulary: statistics, and gradients of -mass lse but for the targets'."""
     head, target = _head(a), a["target"]
+    if keep is not None and bool(keep.all()):
+        keep = None
     ids = torch.where(target != a["ignore_index"], target, -1)
     e = Execution(a["schedule"], a["workspace_bytes"], a["group_name"])
     p = LogprobProblem(
@@ -156,8 +158,8 @@ def targets_tokens(
         checks.refuse_in_capture(input, target=target)
         e = Execution(schedule, workspace_bytes, group_name)
         first, vocab_size, _ = whole_vocabulary(head, e)
-        keep = checks.distinct_targets(target, valid, vocab_size)
-        result = _run(a, keep, None, None, needed, later)
+        checks.distinct_targets(target, valid, vocab_size)
+        result = _run(a, valid.any(-1), None, None, needed, later)
         kept.put(result.kept)
         lse = result.stats[LOGPROB_STATS.index("lse")].clone()
         z = _target_logits(head, torch.where(valid, target, -1), first, group_name)
@@ -288,14 +290,13 @@ def _backward(
     a = {"input": input, "weight": weight, "bias": bias, "target": target, **n}
     from_forward, ctx.kept = ctx.kept, None
     keep = (target != n["ignore_index"]).any(-1)
-    if from_forward is not None:
+    rows = keep_with_upstream(keep, n["group_name"], mass, entries.abs().sum(-1))
+    if from_forward is not None and kept.same_rows(keep, rows):
         needed = GradsNeeded(*(a[flag] for flag in GRADS))
         with backend_scope(input):
-            keep = None if bool(keep.all()) else keep
             result = _run(a, keep, entries, mass, needed, None, from_forward)
         *made, scale = gradients_of(result)
         return in_order("targets_tokens", scaled_grads(made, scale, ctx.dtypes))
-    rows = keep_with_upstream(keep, n["group_name"], mass, entries.abs().sum(-1))
     a = {**a, "with_stats": False, "keep": rows, "entries": entries, "mass": mass}
     _, _, _, *grads, scale = targets_sum(**a)
     return in_order("targets_tokens", scaled_grads(grads, scale, ctx.dtypes))

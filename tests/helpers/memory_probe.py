@@ -32,6 +32,9 @@ def inputs(
     h.requires_grad_(args.wrt != "nothing")
     w.requires_grad_(args.wrt == "head")
     labels = torch.randint(0, vocab - 8, (tokens,))
+    if args.op == "targets":
+        ids = torch.stack([torch.randperm(vocab)[:32] for _ in range(tokens)])
+        return {"input": h, "weight": w, "target": ids}
     if args.op in ("logprob", "cross_entropy"):
         return {"input": h, "weight": w, "target": labels}
     teacher = w if args.op == "shared" else (torch.randn(vocab, hidden) * spread).to(dtype)
@@ -51,6 +54,8 @@ def call(args: argparse.Namespace, tensors: dict[str, torch.Tensor]) -> None:
     if args.op == "logprob":
         logprob, entropy = fused_linear_logprob(**tensors, return_entropy=True, **options)
         loss = logprob + entropy
+    elif args.op == "targets":
+        loss = fused_linear_logprob(**tensors, **options).sum(-1)
     elif args.op == "cross_entropy":
         loss = fused_linear_cross_entropy(**tensors, reduction=args.reduction, **options)
     else:
@@ -72,11 +77,11 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
         args.tokens,
         args.hidden,
         args.vocab,
-        loss="logprob" if args.op in ("logprob", "cross_entropy") else "divergence",
+        loss="divergence" if "teacher_input" in tensors else "logprob",
         dtype=getattr(torch, args.dtype),
         grad_input=args.wrt != "nothing",
         grad_weight=args.wrt == "head",
-        reduced=args.reduction != "none" and args.op != "logprob",
+        reduced=args.reduction != "none" and args.op not in ("logprob", "targets"),
         entropy_grad=args.op == "logprob" and args.wrt != "nothing",
         workspace_bytes=args.workspace_mib << 20,
     )

@@ -29,6 +29,11 @@ def losses(
         *both, label, **bias, **run, student_logit_scale=4.0, teacher_logit_scale=0.125
     )
     logprob, entropy = k.fused_linear_logprob(*one, label, **run, return_entropy=True)
+    ids = torch.stack([label, (label + 41).remainder(VOCAB), (label + 60).remainder(VOCAB)], 1)
+    ids = torch.where(label.unsqueeze(1) == -100, -100, ids)
+    several, total = k.fused_linear_logprob(
+        *one, ids, bias=p["student_bias"], **run, softcap=20.0, temperature=0.9, return_lse=True
+    )
     lse = k.fused_linear_logprob(*one, label, **run, return_lse=True)[1]
     weighted, counts = k.fused_linear_cross_entropy(
         *one, label, **run, class_weight=torch.linspace(0, 2, VOCAB), label_smoothing=0.1,
@@ -43,6 +48,7 @@ def losses(
         scaled,
         (2 * logprob + entropy).sum(),
         lse.sum(),
+        (several * torch.tensor([1.0, -0.5, 0.3])).sum() + 0.2 * total.sum(),
         k.fused_linear_cross_entropy(*one, label, **run, label_smoothing=0.1),
         weighted + 0.01 * counts["predicted"].double().mean() + counts["accuracy"],
         k.policy_gradient_loss(advantage, sampled, label),

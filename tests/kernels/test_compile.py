@@ -16,6 +16,7 @@ from tests.helpers.compiled import (
     jsd,
     jsd_none_stats,
     logprob_entropy_stats,
+    logprob_targets,
 )
 from tests.helpers.kernel_cases import STUDENT, run
 
@@ -32,7 +33,7 @@ def test_compiled_equals_eager(fn: Callable, wrt: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("dtype", "wrt"), [(torch.bfloat16, STUDENT), (torch.float16, FROZEN)], ids=["bf16", "fp16"]
 )
-@pytest.mark.parametrize("fn", [jsd, logprob_entropy_stats, cross_entropy])
+@pytest.mark.parametrize("fn", [jsd, logprob_entropy_stats, logprob_targets, cross_entropy])
 def test_16_bits(fn: Callable, dtype: torch.dtype, wrt: tuple[str, ...]) -> None:
     """A frozen head's gradient of fp16 waits for backward in fp32."""
     torch._dynamo.reset()
@@ -54,7 +55,9 @@ def test_token_count_may_vary(fn: Callable) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("wrt", [(), FROZEN, STUDENT], ids=["forward", "frozen", "trained"])
-@pytest.mark.parametrize("fn", [jsd, jsd_none_stats, logprob_entropy_stats, cross_entropy])
+@pytest.mark.parametrize(
+    "fn", [jsd, jsd_none_stats, logprob_entropy_stats, logprob_targets, cross_entropy]
+)
 def test_fake_kernels_tell_the_truth(fn: Callable, wrt: tuple[str, ...], layout: str) -> None:
     """Shapes, dtypes and strides; inductor builds on them, aot_eager would not notice."""
     pair = case()

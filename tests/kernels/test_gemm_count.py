@@ -99,6 +99,18 @@ def test_log_probability_family(
     assert promised.gemms == expected
 
 
+@pytest.mark.parametrize(("wrt", "expected"), [((), 1), (("input",), 2), (("input", "weight"), 4)])
+def test_several_targets_take_the_products_of_one(wrt: tuple[str, ...], expected: int) -> None:
+    inputs = single(case(seed=1))
+    offsets = torch.arange(3) * (V // 3)
+    inputs["target"] = (inputs["target"][:, None] + offsets).remainder(V)
+    upstream = [torch.ones(N, 3), torch.ones(N)] if wrt else None
+    how = {"return_lse": True}
+    found = gemms(lambda: run(fused_linear_logprob, inputs, wrt, upstream, **how))
+    # The rows of the targets themselves are products of 2 N D K, in backward once more.
+    assert expected <= found <= expected + 2 * 3 / V + 1e-9
+
+
 def test_no_grad_mode_runs_no_gradient_gemm() -> None:
     leaves = {
         k: v.requires_grad_() if v.is_floating_point() else v for k, v in case(seed=2).items()

@@ -35,8 +35,18 @@ def logprob(pair: dict[str, Tensor], **options: object) -> Tensor:
     return value + 0.3 * entropy
 
 
+def targets(pair: dict[str, Tensor], **options: object) -> Tensor:
+    several = torch.stack([pair["labels"], (pair["labels"] + V // 2) % V], 1)
+    several[pair["labels"] == -100] = -100
+    value, lse = fused_linear_logprob(
+        pair["student_input"], pair["student_weight"], several, return_lse=True, **options
+    )
+    return value[:, 0] + 0.4 * value[:, 1] + 0.3 * lse
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "log-probability and entropy": logprob,
+    "several targets": targets,
     "JSD": divergence,
     "forward KL": lambda pair, **how: divergence(pair, beta=0.0, **how),
     "reverse KL, clipped": lambda pair, **how: divergence(pair, beta=1.0, token_clip=0.05, **how),
@@ -72,7 +82,7 @@ def test_same_bits_as_without(
     name: str, dtype: torch.dtype, blocks: int, ignored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Backward multiplies one block less, and makes the gradients it would have made."""
-    heads = 1 if LOSSES[name] is logprob else 2
+    heads = 1 if LOSSES[name] in (logprob, targets) else 2
     options = {"workspace_bytes": heads * V * 4 * -(-N // blocks)}
     pair = problem(dtype, ignored)
     ours, multiplied = gradients(LOSSES[name], pair, **options)
@@ -90,7 +100,7 @@ def test_all_logits_of_a_bfloat16_head(
     name: str, ignored: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the default workspace is a third of them: backward has the one block of forward."""
-    heads = 1 if LOSSES[name] is logprob else 2
+    heads = 1 if LOSSES[name] in (logprob, targets) else 2
     pair = problem(torch.bfloat16, ignored)
     true, _ = gradients(LOSSES[name], pair, workspace_bytes=heads * V * 4 * N)
     third = heads * V * 4 * N // 3

@@ -65,6 +65,8 @@ def bound(found: dict[str, int], workspace: int = WORKSPACE) -> int:
         ("shared", "input", "mean", "bfloat16"),
         ("padded", "head", "mean", "float32"),
         ("logprob", "head", "none", "float32"),
+        ("targets", "input", "none", "bfloat16"),
+        ("targets", "head", "none", "float32"),
         ("cross_entropy", "head", "mean", "bfloat16"),
         # PyTorch's backend, which converts the heads to fp32.
         ("jsd", "input", "none", "float16"),
