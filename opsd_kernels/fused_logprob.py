@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributed import ProcessGroup
 
 from opsd_kernels import arguments, checks
@@ -50,8 +50,8 @@ def fused_linear_logprob(
         Other arguments are those of `fused_linear_jsd`.
 
     Returns:
-        logprob (...) or (..., K); followed by entropy (...), lse (...) and the statistics if asked for. All
-        fp32, or fp64 for fp64 inputs.
+        logprob (...) or (..., K); followed by entropy (...), lse (...) and the statistics if asked
+        for. All fp32, or fp64 for fp64 inputs.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `fused_linear_jsd`; ValueError for an id that is
@@ -120,7 +120,7 @@ def _several(
     return tuple(result) if len(result) > 1 else logprob_value
 
 
-def _stats(stats: Tensor, keep: Tensor | None, shape: torch.Size) -> dict[str, Tensor]:
+def _stats(stats: Tensor, keep: Tensor | None, shape: Size) -> dict[str, Tensor]:
     """The statistics that `return_stats` promises."""
     named = named_logprob_stats(keep, stats, shape)
     return {name: named[name] for name in ("lse", "entropy", "predicted")}

@@ -60,7 +60,7 @@ class DivergenceProblem:
 
 @dataclass
 class KnownEntries:
-    """Entries of the gradient of the raw logits that the caller makes; the pass stores them as given.
+    """Entries of the gradient of the raw logits that the caller makes and the pass stores.
 
     Ids outside the vocabulary have no entry.
     """

@@ -1,4 +1,4 @@
-"""Kernels for several targets of a token: products with single rows of the head, and entries of dz."""
+"""Kernels for several targets per token: products with single rows of the head, entries of dz."""
 
 from __future__ import annotations
 

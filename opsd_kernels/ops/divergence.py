@@ -190,7 +190,8 @@ def _run_divergence(
             from_forward=from_forward,
         )  # fmt: skip
         extra = kept.arguments(chosen, later, from_forward)
-        result: Result = backend_of(chosen.backend).divergence(p, chosen, row_scale, needed, **extra)
+        backend = backend_of(chosen.backend)
+        result: Result = backend.divergence(p, chosen, row_scale, needed, **extra)
         return result
 
 

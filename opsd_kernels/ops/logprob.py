@@ -211,7 +211,8 @@ def _run_logprob(
             from_forward=from_forward,
         )  # fmt: skip
         extra = kept.arguments(chosen, later, from_forward)
-        result: Result = backend_of(chosen.backend).logprob(p, chosen, *scales, needed, **extra)
+        backend = backend_of(chosen.backend)
+        result: Result = backend.logprob(p, chosen, *scales, needed, **extra)
         return result
 
 

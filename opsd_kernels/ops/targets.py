@@ -100,9 +100,7 @@ def _run(
         known=KnownEntries(ids, entries),
     )  # fmt: skip
     _, _, largest = whole_vocabulary(head, e)
-    chosen = plan_for(
-        "logprob", head, largest, e, mass, later or needed, from_forward=from_forward
-    )
+    chosen = plan_for("logprob", head, largest, e, mass, later or needed, from_forward=from_forward)
     extra = kept.arguments(chosen, later, from_forward)
     backend = backend_of(chosen.backend)
     result: Result = backend.logprob(p, chosen, mass, None, None, needed, **extra)
@@ -237,7 +235,8 @@ def _(*inputs: Any) -> SumOutputs:
 @targets_grad.register_fake
 def _(*inputs: Any) -> Tensor:
     a = by_name("targets_grad", inputs)
-    return a["rest"].new_empty(a["rest"].shape, dtype=a["dtype"])
+    rest: Tensor = a["rest"]
+    return rest.new_empty(rest.shape, dtype=a["dtype"])
 
 
 # ----------------------------------------------------------------------------------------- autograd
@@ -283,9 +282,7 @@ def _backward(
     entries, mass = _entries(ctx, target, logprob, lse, grad_logprob, grad_lse)
     n = ctx.numbers
     if not ctx.in_backward:
-        dh = targets_grad(
-            rest, weight, target, entries, mass, n["group_name"], ctx.dtypes["input"]
-        )
+        dh = targets_grad(rest, weight, target, entries, mass, n["group_name"], ctx.dtypes["input"])
         return in_order("targets_tokens", {"input": dh})
     a = {"input": input, "weight": weight, "bias": bias, "target": target, **n}
     from_forward, ctx.kept = ctx.kept, None

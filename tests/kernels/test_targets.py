@@ -104,9 +104,7 @@ def test_near_certain_targets_do_not_cancel(wrt: tuple[str, ...], dtype: torch.d
     label = case["target"].clamp(min=0)
     case["target"] = torch.stack([label, (label + 7) % 101, (label + 50) % 101], 1)
     upstream = [torch.tensor([1.0, 0.0, 0.0]).expand(24, 3).double()]
-    check(
-        fused_linear_logprob, reference.linear_logprob, case, wrt, dtype=dtype, upstream=upstream
-    )
+    check(fused_linear_logprob, reference.linear_logprob, case, wrt, dtype=dtype, upstream=upstream)
 
 
 @pytest.mark.usefixtures("cpu_backend")
