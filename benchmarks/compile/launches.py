@@ -19,7 +19,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from opsd_kernels import Plan, plan
-from opsd_kernels.backends import triton_backend
+from opsd_kernels.backends import triton_backend, triton_targets
 from opsd_kernels.backends.triton_config import Device, device_of
 from opsd_kernels.problem import DivergenceProblem, Execution, GradsNeeded, Head, LogprobProblem
 
@@ -217,6 +217,8 @@ def _launch(kind: Kind, run: dict[str, object], hot: bool, scale: bool) -> None:
             _divergence(kind, kind.pair(shared=True, softcap=30.0), beta, run, scale)
     if run.get("precision") == "difference":  # of a pair's logits
         return
+    if not hot:
+        _targets(kind)
     for smoothing, entropy in ((0.0, False), (0.0, True), (0.1, False)):
         if smoothing == 0.0 or not hot:
             _logprob(kind, smoothing, entropy, run, hot)
@@ -253,6 +255,16 @@ def _logprob(
             p, chosen, None, None, None, GradsNeeded(hidden=True, entropy=entropy)
         )
     triton_backend.logprob(p, chosen, None, None, None, GradsNeeded(hidden=not entropy))
+
+
+def _targets(kind: Kind) -> None:
+    """The kernels for several targets per token, beside the pass of one head."""
+    head, ids = kind.head(), torch.empty(kind.tokens, 64, dtype=torch.int64, device="meta")
+    factors = torch.empty(kind.tokens, 64, dtype=torch.float32, device="meta")
+    sums = torch.empty(kind.tokens, kind.hidden, dtype=torch.float32, device="meta")
+    triton_targets.target_products(head.hidden, head.weight, ids)
+    triton_targets.add_target_sums(sums, factors, head.weight, ids)
+    triton_targets.store_entries(head.hidden, ids, factors)
 
 
 def _execution(run: dict[str, object]) -> Execution:
