@@ -68,6 +68,18 @@ def test_tiled(wrt: tuple[str, ...], triton_device: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("wrt", [FROZEN, TRAINED], ids=["frozen", "trained"])
+@pytest.mark.parametrize("schedule", ["blocked", "streaming"])
+def test_float16_of_triton(schedule: str, wrt: tuple[str, ...], triton_device: str) -> None:
+    """Its kernels store 16-bit gradients in a scale of their own."""
+    case = inputs(5, 7, 16, 150)
+    check(
+        fused_linear_logprob, reference.linear_logprob, case, wrt, dtype=torch.float16,
+        device=triton_device, only_ours={"schedule": schedule}, temperature=1.3, max_factor=4.0,
+        upstream=[random_upstream((7, 5))],
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("wrt", [FROZEN, TRAINED], ids=["frozen", "trained"])
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
