@@ -65,8 +65,10 @@ void store_entries(const Tensor& values, const Tensor& ids, Tensor& dz) {
   const int64_t* id = ids.const_data_ptr<int64_t>();
   const float* from = values.const_data_ptr<float>();
   const auto write = [&](auto* to) {
-    for (int64_t i = 0; i < rows * count; ++i)
-      if (0 <= id[i] && id[i] < cols) to[i / count * stride + id[i]] = from[i];
+    at::parallel_for(0, rows, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin * count; i < end * count; ++i)
+        if (0 <= id[i] && id[i] < cols) to[i / count * stride + id[i]] = from[i];
+    });
   };
   if (dz.scalar_type() == at::kBFloat16)
     write(dz.data_ptr<at::BFloat16>());
