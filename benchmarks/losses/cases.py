@@ -15,7 +15,9 @@ OPERATIONS = {
     "logprob": "log-probability with entropy",
     "cross_entropy": "cross-entropy",
     "advantage": "sampled-token advantage",
+    "topk": "forward KL over the teacher's top 64 and the rest",
 }
+TOP_K = 64
 ONE_HEAD = ("logprob", "cross_entropy")
 HEADS = ("frozen", "trained", "no_grad")  # no_grad: forward only
 DTYPES = ("bfloat16", "float16", "float32")
@@ -123,7 +125,7 @@ def default_cases(device: torch.device) -> list[Case]:
     if device.type == "cuda":
         return _gpu_cases()
     bf16 = "bfloat16"
-    others = ("forward_kl", "reverse_kl", "logprob", "advantage")
+    others = ("forward_kl", "reverse_kl", "logprob", "advantage", "topk")
     return [
         Case("jsd", "frozen", bf16, SMOLLM2, 512),
         Case("cross_entropy", "frozen", bf16, SMOLLM2, 256),
@@ -150,6 +152,7 @@ def _gpu_cases() -> list[Case]:
         *(Case("jsd", "frozen", bf16, SMOLLM2, 1024, inputs) for inputs in ("close", "real")),
         Case("jsd", "frozen", "float32", QWEN3_06B, 4096),
         Case("logprob", "trained", bf16, QWEN3_8B, 8192),
+        *(Case("topk", head, bf16, QWEN3_8B, 8192) for head in ("frozen", "trained", "no_grad")),
         # The longest last: a stage with a time limit may not reach them.
         *(Case("jsd", "frozen", bf16, QWEN3_8B, n) for n in (2048, 4096, 16384, 32768, 65536)),
     ]

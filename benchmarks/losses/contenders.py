@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.losses import eager, peers
-from benchmarks.losses.cases import Case
+from benchmarks.losses.cases import TOP_K, Case
 from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.truth import BETA
 from opsd_kernels import (
@@ -26,8 +26,10 @@ from opsd_kernels import (
     fused_linear_cross_entropy,
     fused_linear_jsd,
     fused_linear_logprob,
+    fused_linear_topk,
     plan,
     policy_gradient_loss,
+    topk_divergence,
 )
 from opsd_kernels.ops.common import backend_name
 from opsd_kernels.plan import PRECISIONS, SCHEDULES
@@ -81,6 +83,8 @@ def _ours(case: Case, device: torch.device) -> list[Contender]:
     """
     chosen = our_plan(case, device)
     found = [Contender(OURS, "ours", our_call)]
+    if case.operation == "topk":  # teacher and student each have a plan of their own
+        return found
     for schedule, precision in ways(case, device):
         if (schedule, precision) != (chosen.schedule, chosen.precision):
             name = (
@@ -156,6 +160,10 @@ def our_call(
             x.student, x.head, x.labels, return_stats=True, schedule=schedule
         )
         return -(x.upstream * logprob).mean()
+    if operation == "topk":
+        teacher_logprob, ids, _ = fused_linear_topk(*teacher, TOP_K)
+        student_logprob = fused_linear_logprob(x.student, x.head, ids)
+        return topk_divergence(student_logprob, teacher_logprob, beta=0.0).mean()
     advantage, logprob = fused_linear_advantage(
         x.student, x.head, *teacher, x.labels, schedule=schedule
     )
@@ -178,6 +186,11 @@ def _peers(case: Case) -> list[Contender]:
                 "Liger chunked_loss JSD", "peer", peers.liger_chunked_jsd, liger, compiles=True
             ),
             Contender("unsloth_zoo fused_linear_jsd", "peer", peers.unsloth_jsd, "unsloth_zoo"),
+        ]
+    if operation == "topk":
+        return [
+            *found,
+            Contender("TRL server distillation's top-k", "peer", peers.trl_topk, "trl", logits=4),
         ]
     if operation == "cross_entropy":
         return [

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.losses.cases import TOP_K
 from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.truth import BETA
 
@@ -50,7 +51,17 @@ def _loss(
     if operation == "advantage":
         advantage = log_t.gather(-1, labels[:, None]).squeeze(-1) - logprob.detach()
         return -(advantage * logprob).mean()
+    if operation == "topk":
+        log_t, ids = log_t.topk(TOP_K)
+        log_s, log_t = with_rest(log_s.gather(-1, ids)), with_rest(log_t)
+        return divergence(log_s, log_t, 0.0).mean()
     return divergence(log_s, log_t, BETA[operation]).mean()
+
+
+def with_rest(logprob: Tensor) -> Tensor:
+    """(N, K + 1): the log-probability of all other entries after those of K."""
+    rest = torch.log1p(-logprob.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-7))
+    return torch.cat([logprob, rest], -1)
 
 
 def divergence(log_s: Tensor, log_t: Tensor, beta: float) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.losses.cases import TOP_K
 from benchmarks.losses.inputs import Inputs
 from benchmarks.losses.truth import BETA
 
@@ -80,6 +81,22 @@ def trl_logprob(x: Inputs) -> Tensor:
         teacher = _trl_chunked(x.teacher, x.teacher_head, x.labels)
     student = _trl_chunked(x.student, x.head, x.labels)
     return -((teacher - student.detach()) * student).mean()
+
+
+def trl_topk(x: Inputs) -> Tensor:
+    """What its trainer does with a server's top k, here taken from the teacher's full logits."""
+    from trl.experimental.server_distillation import server_distillation_trainer as trl
+
+    teacher_logprob = (x.teacher @ x.teacher_head.T).float().log_softmax(-1)
+    teacher_logprob, ids = teacher_logprob.topk(TOP_K)
+    student_logprob = (x.student @ x.head.T).float().log_softmax(-1).gather(-1, ids)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    student_logprob, support = trl._add_tail_bucket(student_logprob, valid)
+    teacher_logprob, _ = trl._add_tail_bucket(teacher_logprob, valid)
+    entries = trl._jsd_divergence(
+        student_logprob, teacher_logprob, beta=0.0, support_mask=support
+    )
+    return entries.sum(-1).mean()
 
 
 def trl_cross_entropy(x: Inputs) -> Tensor:

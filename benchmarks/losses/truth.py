@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.losses.cases import TOP_K
 from benchmarks.losses.inputs import Inputs
 from opsd_kernels import reference
 
@@ -81,6 +82,13 @@ def _values(x: Inputs, rows: Tensor, z: Tensor, z_t: Tensor | None) -> Tensor:
         return reference.divergence(log_s, z_t.log_softmax(-1), BETA[x.case.operation])
     if x.case.operation == "cross_entropy":
         return reference.cross_entropy(log_s, labels)
+    if x.case.operation == "topk":
+        log_t, ids = z_t.log_softmax(-1).topk(TOP_K)
+        both = log_s.gather(-1, ids), log_t
+        student, teacher = (
+            torch.cat([y, torch.log1p(-y.exp().sum(-1, keepdim=True))], -1) for y in both
+        )
+        return reference.divergence(student, teacher, 0.0)
     logprob = reference.logprob(log_s, labels)
     if x.case.operation == "logprob":
         return -x.upstream[rows].double() * logprob

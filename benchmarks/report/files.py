@@ -255,7 +255,7 @@ def _number(value: float | str | None) -> float | None:
     return None if value is None else float(value)
 
 
-_OPERATIONS = ("jsd", "forward_kl", "reverse_kl", "logprob", "cross_entropy", "advantage")
+_OPERATIONS = ("jsd", "forward_kl", "reverse_kl", "logprob", "cross_entropy", "advantage", "topk")
 
 
 def _order(case: Case) -> tuple[Any, ...]:
