@@ -49,6 +49,8 @@ struct RowState {
   float infinite;
 };
 
+class Largest;
+
 // One tile of one or two heads, to be folded into its rows' statistics.
 struct Fold {
   Layout layout;
@@ -60,6 +62,12 @@ struct Fold {
   const int64_t* label;  // (rows,) column of the label, or null
   const float* class_weight;  // (V,) of a smoothed loss, or null: all 1
   RowState* state;       // (rows,)
+  // Where the largest logits are chosen: takes one of a row, counted in the whole block, that is
+  // larger than the row's `least`, and may raise it.
+  void (*offer)(Largest*, int64_t row, int64_t column, float logit);
+  Largest* largest;      // or null
+  const float* least;    // (rows,)
+  int64_t first_row;     // of the tile in the block
 };
 
 // A row of both heads' logits, and what is known of it.
