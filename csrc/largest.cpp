@@ -2,7 +2,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <string.h>
 
 #include <algorithm>
 #include <functional>
@@ -11,47 +10,39 @@
 namespace opsd {
 namespace {
 
-// Orders by logit, then by the lower column; NaN has a place too. Adding 0 makes -0 equal to 0.
-uint64_t key_of(float logit, int64_t column) {
-  logit += 0.0f;
-  int32_t bits;
-  memcpy(&bits, &logit, sizeof bits);
-  const uint32_t ordered = static_cast<uint32_t>(bits ^ ((bits >> 31) & 0x7fffffff)) ^ 0x80000000u;
-  return static_cast<uint64_t>(ordered) << 32 | (0xffffffffu - static_cast<uint32_t>(column));
+// Beyond the limit: the lanes of the vector that exceeds it, and a whole vector's padding.
+constexpr int64_t MARGIN = 32;
+
+// Orders by logit, then by the lower column.
+uint64_t key_of(int32_t order, int32_t column) {
+  const uint32_t biased = static_cast<uint32_t>(order) ^ 0x80000000u;
+  return static_cast<uint64_t>(biased) << 32 | (0xffffffffu - static_cast<uint32_t>(column));
 }
 
-float logit_of(uint64_t key) {
-  int32_t bits = static_cast<int32_t>(static_cast<uint32_t>(key >> 32) ^ 0x80000000u);
-  bits ^= (bits >> 31) & 0x7fffffff;
-  float logit;
-  memcpy(&logit, &bits, sizeof logit);
-  return logit;
+float key_logit(uint64_t key) {
+  return logit_of(static_cast<int32_t>(static_cast<uint32_t>(key >> 32) ^ 0x80000000u));
 }
 
-int64_t column_of(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
+int64_t key_column(uint64_t key) { return 0xffffffffu - static_cast<uint32_t>(key); }
 
 }  // namespace
 
-// cpu_layouts.py knows how much room a row has.
+// cpu_layouts.py knows how much a row takes.
 Largest::Largest(int64_t rows, int64_t count, int64_t columns)
-    : count_(std::min(count, columns)),
-      room_(std::min(count + std::max<int64_t>(16, count / 4), columns)),
-      memory_(at::empty({rows, room_}, at::kLong)),
-      keys_(reinterpret_cast<uint64_t*>(memory_.data_ptr<int64_t>())),
-      size_(rows, 0),
-      least_(rows, -std::numeric_limits<float>::infinity()) {}
-
-void Largest::offer(int64_t row, int64_t column, float logit) {
-  keys_[row * room_ + size_[row]++] = key_of(logit, column);
-  if (size_[row] == room_) drop(row);
+    : count_(count),
+      limit_(std::min(count + std::max<int64_t>(64, count), columns)),
+      memory_(at::empty({rows, 2, limit_ + MARGIN}, at::kInt)),
+      rows_(rows) {
+  int32_t* at = memory_.data_ptr<int32_t>();
+  for (RowLargest& row : rows_) {
+    row = {at, at + limit_ + MARGIN, 0, -std::numeric_limits<float>::infinity()};
+    at += 2 * (limit_ + MARGIN);
+  }
 }
 
-// Keeps the `count` largest of a row whose room is full.
-void Largest::drop(int64_t row) {
-  uint64_t* keys = keys_ + row * room_;
-  std::nth_element(keys, keys + count_ - 1, keys + room_, std::greater<>());
-  size_[row] = count_;
-  least_[row] = logit_of(keys[count_ - 1]);
+void Largest::attach(Fold& fold, int64_t row) {
+  fold.largest = rows_.data() + row;
+  fold.largest_count = count_, fold.largest_limit = limit_;
 }
 
 void store_largest(const std::vector<Largest>& parts, const at::Tensor& logit,
@@ -63,12 +54,16 @@ void store_largest(const std::vector<Largest>& parts, const at::Tensor& logit,
     std::vector<uint64_t> keys;
     for (int64_t row = begin; row < end; ++row) {
       keys.clear();
-      for (const Largest& part : parts)
-        keys.insert(keys.end(), part.row(row), part.row(row) + part.size(row));
-      std::partial_sort(keys.begin(), keys.begin() + count, keys.end(), std::greater<>());
+      for (const Largest& part : parts) {
+        const RowLargest& from = part.row(row);
+        for (int64_t i = 0; i < from.size; ++i)
+          keys.push_back(key_of(from.order[i], from.column[i]));
+      }
+      std::nth_element(keys.begin(), keys.begin() + count - 1, keys.end(), std::greater<>());
+      std::sort(keys.begin(), keys.begin() + count, std::greater<>());
       for (int64_t i = 0; i < count; ++i) {
-        logits[row * count + i] = logit_of(keys[i]);
-        columns[row * count + i] = column_of(keys[i]);
+        logits[row * count + i] = key_logit(keys[i]);
+        columns[row * count + i] = key_column(keys[i]);
       }
     }
   });

@@ -1,4 +1,5 @@
 // The first pass, compiled once for each instruction set: tiles folded into statistics; packing.
+#include "largest_of.h"
 #include "vec.h"
 
 namespace opsd {
@@ -129,22 +130,6 @@ OPSD_INLINE void update_argmax(const Fold& a, const Floats* x, HeadState& head) 
   head.argmax = a.column + c;
 }
 
-// Offers the logits above the least that the row keeps; NaN is among them.
-OPSD_INLINE void offer_largest(const Fold& a, const Floats* x, int64_t row) {
-  const Floats least = splat(a.least[row]);
-  Ints above = {};
-  for (int v = 0; v < VECTORS; ++v) above |= ~(x[v] <= least);
-  if (!any(above)) return;
-  for (int v = 0; v < VECTORS; ++v) {
-    if (!any(~(x[v] <= least))) continue;
-    float z[LANES];
-    store(z, x[v]);
-    for (int i = 0; i < LANES && v * LANES + i < a.cols; ++i)
-      if (!(z[i] <= a.least[row]))
-        a.offer(a.largest, a.first_row + row, a.column + v * LANES + i, z[i]);
-  }
-}
-
 template <bool ENTROPY, bool SMOOTHED>
 OPSD_INLINE void fold_one(const Fold& a) {
   for (int64_t row = 0; row < a.rows; ++row) {
@@ -152,7 +137,7 @@ OPSD_INLINE void fold_one(const Fold& a) {
     Floats x[VECTORS];
     load_logits(a, 0, row, x);
     if (a.layout.predicted) update_argmax(a, x, head);
-    if (a.largest) offer_largest(a, x, row);
+    if (a.largest) keep_largest(a, x, a.largest[row]);
     const Floats row_max = new_max(head, x), none = {};
     Floats sum_exp = {}, sum_exp_logit = {}, sum_logit = {}, sum_weight = {};  // the tile's own
     for (int v = 0; v < VECTORS; ++v) {

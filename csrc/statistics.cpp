@@ -46,10 +46,6 @@ struct ThreadBuffers {
   Largest largest;
 };
 
-void offer(Largest* largest, int64_t row, int64_t column, float logit) {
-  largest->offer(row, column, logit);
-}
-
 void fold_chunk(const Pass& pass, int64_t chunk, ThreadBuffers& buffers) {
   const RowMath& math = row_math();
   const int64_t begin = chunk * CHUNK_COLS, end = std::min(begin + CHUNK_COLS, pass.cols);
@@ -66,10 +62,7 @@ void fold_chunk(const Pass& pass, int64_t chunk, ThreadBuffers& buffers) {
       fold.label = pass.label ? pass.label + row : nullptr;
       fold.class_weight = pass.class_weight;
       fold.state = buffers.state.data() + row;
-      if (pass.count) {
-        fold.largest = &buffers.largest, fold.offer = offer, fold.first_row = row;
-        fold.least = buffers.largest.least() + row;
-      }
+      if (pass.count) buffers.largest.attach(fold, row);
       for (int64_t i = 0; i < pass.layout.heads; ++i) {
         fold.transform[i] = pass.transform[i];
         fold.raw[i] = buffers.raw[i];

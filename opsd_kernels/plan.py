@@ -133,11 +133,13 @@ def plan(
             "schedule: 'streaming' stores no logits to choose the largest from; use 'tiled', "
             "'blocked' or 'auto'"
         )
+    if loss == "topk":
+        grad_input = grad_weight = grad_bias = False
     work = Work(
         shape=(num_tokens, hidden_size, vocab_size),
         heads=2 if loss == "divergence" else 1,
         itemsizes=(dtype.itemsize, (teacher_dtype or dtype).itemsize),
-        grad_hidden=grad_input and not k,
+        grad_hidden=grad_input,
         grad_weight=grad_weight,
         grad_bias=grad_bias,
         grad_entropy=entropy_grad and grad_input and not (grad_weight or grad_bias),
