@@ -153,9 +153,7 @@ def topk_problem(
     execution: Execution,
 ) -> TopkProblem:
     """Validate the arguments of `fused_topk.fused_linear_topk`; the operator compares k with V."""
-    checks.refuse_in_capture(
-        input, shift_labels=shift_labels, process_group=execution.group_name
-    )
+    checks.refuse_in_capture(input, shift_labels=shift_labels, process_group=execution.group_name)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"k: expected an integer from 1 to the vocabulary's size, got {k!r}")
     head = _head("", input, weight, bias, softcap, logit_scale, temperature)
