@@ -93,9 +93,7 @@ def trl_topk(x: Inputs) -> Tensor:
     valid = torch.ones_like(ids, dtype=torch.bool)
     student_logprob, support = trl._add_tail_bucket(student_logprob, valid)
     teacher_logprob, _ = trl._add_tail_bucket(teacher_logprob, valid)
-    entries = trl._jsd_divergence(
-        student_logprob, teacher_logprob, beta=0.0, support_mask=support
-    )
+    entries = trl._jsd_divergence(student_logprob, teacher_logprob, beta=0.0, support_mask=support)
     return entries.sum(-1).mean()
 
 

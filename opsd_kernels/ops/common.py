@@ -83,7 +83,7 @@ def backend_of(name: str) -> ModuleType:
     """The module of a backend by its name in a plan."""
     if name == "triton":  # imported only here: Triton may not be installed
         return importlib.import_module("opsd_kernels.backends.triton_backend")
-    return cpp_backend if name == "cpp" else blocked_torch
+    return {"cpp": cpp_backend, "torch": blocked_torch}[name]
 
 
 @functools.cache

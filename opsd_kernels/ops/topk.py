@@ -64,7 +64,7 @@ def topk_tokens(
         if labels is not None:
             p.keep = checks.labels_in_vocabulary("shift_labels", labels, keep, vocab_size)
         chosen = plan_for("topk", p.head, largest, p.execution, None, GradsNeeded(), k=k)
-        found: tuple[Tensor, Tensor, Tensor] = backend_of(chosen).topk(p, chosen)
+        found: tuple[Tensor, Tensor, Tensor] = backend_of(chosen.backend).topk(p, chosen)
         return found
 
 

@@ -187,10 +187,9 @@ def linear_topk(
         temperature=temperature,
     )
     top = z.argsort(dim=-1, descending=True, stable=True)[..., :k]
-    chosen = keep.unsqueeze(-1).expand(*keep.shape, k)
-    logprob = spread(z.log_softmax(-1).gather(-1, top), chosen)
-    ids = torch.full(chosen.shape, ignore_index, device=input.device)
-    return logprob, ids.masked_scatter(chosen, top), spread(z.logsumexp(-1), keep)
+    logprob = spread(z.log_softmax(-1).gather(-1, top), keep)
+    ids = torch.where(keep.unsqueeze(-1), spread(top, keep), ignore_index)
+    return logprob, ids, spread(z.logsumexp(-1), keep)
 
 
 def linear_cross_entropy(
