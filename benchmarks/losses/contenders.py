@@ -83,8 +83,6 @@ def _ours(case: Case, device: torch.device) -> list[Contender]:
     """
     chosen = our_plan(case, device)
     found = [Contender(OURS, "ours", our_call)]
-    if case.operation == "topk":  # teacher and student each have a plan of their own
-        return found
     for schedule, precision in ways(case, device):
         if (schedule, precision) != (chosen.schedule, chosen.precision):
             name = (
@@ -123,10 +121,15 @@ def our_plan(
     precision: str = "auto",
     workspace: int | None = None,
 ) -> Plan:
-    """Our plan for the case, as the operators make it. Raises ValueError if it is not possible."""
+    """Our plan for the case, as the operators make it; of "topk" the teacher's.
+
+    Raises ValueError if it is not possible.
+    """
+    topk = case.operation == "topk"
     return plan(
         case.tokens, case.shape.hidden, case.shape.vocab,
-        loss="divergence" if case.operation in BETA else "logprob",
+        loss="topk" if topk else "divergence" if case.operation in BETA else "logprob",
+        k=TOP_K if topk else 0,
         dtype=case.torch_dtype, device=device,
         backend=backend_name(torch.empty(0, dtype=case.torch_dtype, device=device)),
         grad_input=case.differentiated, grad_weight=case.trained,
@@ -161,8 +164,8 @@ def our_call(
         )
         return -(x.upstream * logprob).mean()
     if operation == "topk":
-        teacher_logprob, ids, _ = fused_linear_topk(*teacher, TOP_K)
-        student_logprob = fused_linear_logprob(x.student, x.head, ids)
+        teacher_logprob, ids, _ = fused_linear_topk(*teacher, TOP_K, schedule=schedule)
+        student_logprob = fused_linear_logprob(x.student, x.head, ids, schedule=schedule)
         return topk_divergence(student_logprob, teacher_logprob, beta=0.0).mean()
     advantage, logprob = fused_linear_advantage(
         x.student, x.head, *teacher, x.labels, schedule=schedule
