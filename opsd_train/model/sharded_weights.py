@@ -8,7 +8,8 @@ reads them, one decoder layer at a time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,7 +83,8 @@ def read_weights(
         for name, tensor in _tensors(core).items()
         if not tensor.is_meta
     }
-    core.to_empty(device=device)
+    with _tied_weights_kept():
+        core.to_empty(device=device)
     groups: dict[str, dict[str, Tensor]] = {}
     prefixes = {id(module): name for name, module in core.named_modules()}
     within = [f"{prefixes[id(layer)]}." for layer in layers]
@@ -95,6 +97,17 @@ def read_weights(
     reader = HuggingFaceStorageReader(str(folder))
     for tensors in groups.values():
         load(tensors, storage_reader=reader, no_dist=True)
+
+
+@contextmanager
+def _tied_weights_kept() -> Iterator[None]:
+    """Context in which a module that moves changes its parameters instead of replacing them."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
 
 
 def _tensors(core: nn.Module) -> dict[str, Tensor]:
