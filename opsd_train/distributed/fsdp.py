@@ -8,17 +8,25 @@ would pass for the whole vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 
 from opsd_train.distributed.context import DistributedContext
+
+Result = TypeVar("Result")
 
 
 def shard(
@@ -56,6 +64,23 @@ def shard_layers(layers: Iterable[nn.Module], context: DistributedContext) -> No
     mesh = init_device_mesh(context.device.type, (context.size,))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def inside_forward(core: nn.Module, function: Callable[[], Result]) -> Result:
+    """`function()` where the head and the embeddings of a sharded causal LM are full tensors.
+
+    Every rank calls it with a function that makes the same forward passes.
+    """
+
+    def call() -> Result:
+        return function()
+
+    cast(Any, core)._inside_forward = call
+    register_fsdp_forward_method(core, "_inside_forward")
+    try:
+        return cast(Any, core)._inside_forward()
+    finally:
+        del core._inside_forward
 
 
 def set_last_backward(core: nn.Module, last: bool) -> None:

@@ -31,7 +31,7 @@ from opsd_train.config.schema import Config
 from opsd_train.data.chat_tokens import warn_if_turn_ends_differ
 from opsd_train.data.layout import PADDED, Batch, Layout, make_batch
 from opsd_train.distributed.context import DistributedContext, resolve_device
-from opsd_train.distributed.fsdp import full_parameters, shard, shard_layers
+from opsd_train.distributed.fsdp import full_parameters, inside_forward, shard, shard_layers
 from opsd_train.model.adapters import add_adapters, frozen_weight_warnings
 from opsd_train.model.families import (
     batch_layout,
@@ -40,6 +40,12 @@ from opsd_train.model.families import (
     decoder_layers,
 )
 from opsd_train.model.recompute import recompute_activations
+from opsd_train.model.sharded_weights import (
+    empty_weights,
+    read_weights,
+    weights_folder,
+    without_weights,
+)
 
 # peft 0.21 reads an attribute that transformers 5 renamed; users cannot act on the warning.
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
@@ -142,10 +148,9 @@ def load_policy(
     """
     dtype = getattr(torch, config.dtype)
     trained_dtype = torch.float32 if lora is None else dtype
-    core = _load_on(context.device, config, tokenizer, trained_dtype)
+    core, folder = _load(config, tokenizer, trained_dtype, context)
     recompute_activations(core, config.gradient_checkpointing)
-    check_logits(core, config.name_or_path, tokenizer.pad_token_id)
-    layout = batch_layout(core, tokenizer.pad_token_id)
+    layout = None if folder else _checked_layout(core, config.name_or_path, tokenizer.pad_token_id)
     model: PreTrainedModel | PeftModel = core
     if lora is not None:
         model = adapted = add_adapters(core, lora)
@@ -153,9 +158,18 @@ def load_policy(
             print(f"warning: {line}", file=sys.stderr)
     if config.gradient_checkpointing:
         _checkpoint_activations(core)
+    if folder:
+        empty_weights(core)
     if context.size > 1:
         shard(core, decoder_layers(core), context, shard_mode, dtype)
-    return Policy(model, tokenizer.pad_token_id, dtype, layout)
+    policy = Policy(model, tokenizer.pad_token_id, dtype, layout or PADDED)
+    if folder:
+        read_weights(core, decoder_layers(core), folder, context.device)
+        with policy.without_adapters():
+            policy.layout = inside_forward(
+                core, lambda: _checked_layout(core, config.name_or_path, tokenizer.pad_token_id)
+            )
+    return policy
 
 
 def load_teacher(
@@ -178,12 +192,15 @@ def load_teacher(
     if context.is_main:
         warn_if_turn_ends_differ(tokenizer, own, settings.teacher)
     dtype = getattr(torch, settings.dtype)
-    model = _load_on(context.device, model_config, tokenizer, dtype)
+    model, folder = _load(model_config, tokenizer, dtype, context)
     model.eval().requires_grad_(False)
-    check_logits(model, settings.teacher, tokenizer.pad_token_id)
-    layout = batch_layout(model, tokenizer.pad_token_id)
+    if folder:
+        empty_weights(model)
     if context.size > 1 and shard_mode == "full":
         shard_layers(decoder_layers(model), context)
+    if folder:
+        read_weights(model, decoder_layers(model), folder, context.device)
+    layout = _checked_layout(model, settings.teacher, tokenizer.pad_token_id)
     return Policy(model, tokenizer.pad_token_id, dtype, layout)
 
 
@@ -248,11 +265,31 @@ def unpack(config: schema.ModelConfig, tokenizer: Any, dtype: torch.dtype, folde
     tokenizer.save_pretrained(folder)
 
 
-def _load_on(
-    device: torch.device, config: schema.ModelConfig, tokenizer: Any, dtype: torch.dtype
-) -> PreTrainedModel:
+def _load(
+    config: schema.ModelConfig, tokenizer: Any, dtype: torch.dtype, context: DistributedContext
+) -> tuple[PreTrainedModel, Path | None]:
+    """The causal LM on this process's device; with several, its weights may be left to be read.
+
+    Then the second is the folder that `read_weights` reads them from.
+    """
+    folder = None
+    if context.size > 1 and config.name_or_path != PACKAGED:
+        folder = weights_folder(config.name_or_path)
+    if folder:
+        found = load_model_config(config)
+        core = without_weights(found, folder, dtype, attention(config))
+        if core is not None:
+            core.generation_config = load_generation_config(config)
+            check_vocabulary(core, tokenizer)
+            return core, folder
     model: Any = load_model(config, tokenizer, dtype)  # transformers annotates no usable `to`
-    return model.to(device)
+    return model.to(context.device), None
+
+
+def _checked_layout(core: PreTrainedModel, name: str, pad_id: int) -> Layout:
+    """How sequences lie in the model's batches, once its logits are checked."""
+    check_logits(core, name, pad_id)
+    return batch_layout(core, pad_id)
 
 
 def _checkpoint_activations(core: PreTrainedModel) -> None:
