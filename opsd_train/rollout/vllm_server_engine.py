@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,6 +109,7 @@ class VllmServerEngine:
             server.lost = outcome.lost[server.url]
             if server.url in outcome.probes:
                 self._check_weights(server, outcome.probes[server.url])
+                self._servers.report_back(server)
         self._servers.refuse_none()
         self._adapters.remove_old()
 
@@ -140,31 +142,25 @@ class VllmServerEngine:
         self, folder: Path, adapter: str, lost: Sequence[dict[str, str | None]]
     ) -> _Handover:
         """On rank 0: have every server load the adapter. `lost`: of each rank."""
-        back = [server for server in self._servers.all if self._is_back(server, lost)]
+        for server in self._servers.all:
+            reason = next((part[server.url] for part in lost if part[server.url]), None)
+            if reason is not None:
+                server.lose(reason)
+                self._servers.report(server, 0)
+                self._try_again(server)
         probes = self._servers.each(partial(self._load, folder=folder, adapter=adapter))
-        for server in back:
-            if server in probes:
-                self._say(f"{server.url} is back")
         return _Handover(
             adapter,
             {server.url: server.lost for server in self._servers.all},
             {server.url: probe for server, probe in probes.items() if probe is not None},
         )
 
-    def _is_back(self, server: VllmServer, lost: Sequence[dict[str, str | None]]) -> bool:
-        """Whether a server that some rank has lost answers again: it is checked anew then."""
-        reason = next((part[server.url] for part in lost if part[server.url]), None)
-        if reason is None:
-            return False
-        server.lose(reason)
-        self._servers.report(server, 0)
-        try:
+    def _try_again(self, server: VllmServer) -> None:
+        """Use a lost server if it answers; it is checked anew."""
+        with suppress(ServerLost, Refused):
             server.check_health(_RETURN)
-        except (ServerLost, Refused):
-            return False
-        server.lost = None
-        self._checked.discard(server)
-        return True
+            server.lost = None
+            self._checked.discard(server)
 
     def _load(self, server: VllmServer, folder: Path, adapter: str) -> _Probe | None:
         """Have a server load the adapter and forget older ones; a probe if it is new."""
@@ -232,8 +228,8 @@ class VllmServerEngine:
         if gap <= ROUNDING[self._policy.dtype]:
             return
         fault = (
-            f"it serves {probe.weights}, whose log-probabilities are {gap:.2g} nats a token from "
-            f"those of model.name_or_path={self._model_name}"
+            f"it serves {probe.weights}, whose log-probabilities are not those of "
+            f"model.name_or_path={self._model_name}"
         )
         if not self._started:
             raise UserError(f"{server.url}: {fault}; start it with that model")

@@ -113,13 +113,16 @@ class VllmServers:
 
     def report(self, server: VllmServer, moved: int) -> None:
         """If the server is lost, say so once, and how many requests have `moved` to the others."""
-        if server.lost is None:
-            self._said.pop(server, None)
-        elif self._said.get(server) != server.lost and self.live:
+        if server.lost is not None and server.lost != self._said.get(server) and self.live:
             self._said[server] = server.lost
             requests = f"its {moved} requests go" if moved != 1 else "its 1 request goes"
             tail = f"; {requests} to the others" if moved else ""
             self._say(f"{server.url} is gone: {server.lost}{tail}")
+
+    def report_back(self, server: VllmServer) -> None:
+        """If the server was said to be lost and is not, say so."""
+        if server.lost is None and self._said.pop(server, None):
+            self._say(f"{server.url} is back")
 
     def refuse_none(self) -> None:
         """Raises UserError if no server is left."""
