@@ -57,9 +57,13 @@ class VllmServer:
 
     def model(self) -> ServedModel:
         """The base model. Raises ServerLost if the server does not answer."""
-        models = json.loads(self._ask("GET", "/v1/models", None, PATIENCE))["data"]
-        base = next(model for model in models if model.get("parent") is None)
-        return ServedModel(base["id"], base["root"], base["max_model_len"])
+        answer = self._ask("GET", "/v1/models", None, PATIENCE)
+        try:
+            models = json.loads(answer)["data"]
+            base = next(model for model in models if model.get("parent") is None)
+            return ServedModel(base["id"], base["root"], base["max_model_len"])
+        except (ValueError, LookupError, TypeError, StopIteration):
+            raise UserError(f"{self.url} is not a vLLM server: its /v1/models says none") from None
 
     def complete(self, **body: Any) -> dict[str, Any]:
         """The only choice of a request to /v1/completions, with `token_ids`.

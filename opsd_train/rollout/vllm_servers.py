@@ -5,9 +5,9 @@ from __future__ import annotations
 import resource
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from queue import Empty, SimpleQueue
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from queue import SimpleQueue
 from threading import Event, Thread
 from typing import Any, TypeVar
 
@@ -39,8 +39,7 @@ class VllmServers:
         self.all = [VllmServer(url) for url in urls]
         self._say, self._interval, self._patience = say, interval, patience
         self._said: dict[VllmServer, str] = {}  # of the lost ones, why
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._room = max(1, min(IN_FLIGHT, files // 2 // len(urls)))  # each request has a socket
+        self._room = _room(len(urls))
 
     @property
     def live(self) -> list[VllmServer]:
@@ -58,6 +57,7 @@ class VllmServers:
         results: dict[int, Result] = {}
         waiting = deque(range(len(items)))
         running, moved = Counter[VllmServer](), Counter[VllmServer]()
+        futures: list[Future] = []
         ended: SimpleQueue[tuple[VllmServer, int, Any]] = SimpleQueue()
 
         def work(server: VllmServer, index: int) -> None:
@@ -72,7 +72,7 @@ class VllmServers:
             try:
                 while len(results) < len(items):
                     for server, index in self._assign(waiting, running):
-                        pool.submit(work, server, index)
+                        futures.append(pool.submit(work, server, index))
                     server, index, outcome = ended.get()
                     running[server] -= 1
                     if isinstance(outcome, ServerLost):
@@ -86,7 +86,7 @@ class VllmServers:
                     else:
                         results[index] = outcome
             finally:
-                _end(running, ended)
+                self._end(futures)
         for server in self.all:
             self.report(server, 0)
         return [results[index] for index in range(len(items))]
@@ -121,7 +121,7 @@ class VllmServers:
 
     def report_back(self, server: VllmServer) -> None:
         """If the server was said to be lost and is not, say so."""
-        if server.lost is None and self._said.pop(server, None):
+        if server.lost is None and self._said.pop(server, ""):
             self._say(f"{server.url} is back")
 
     def refuse_none(self) -> None:
@@ -166,12 +166,17 @@ class VllmServers:
         finally:
             over.set()
 
+    def _end(self, futures: Sequence[Future]) -> None:
+        """After an error or Ctrl-C: end what is in flight. A request may begin after an abort."""
+        while wait(futures, timeout=0).not_done:
+            for server in self.all:
+                server.abort()
+            wait(futures, timeout=0.05)
 
-def _end(running: Counter[VllmServer], ended: SimpleQueue) -> None:
-    """After an error or Ctrl-C: end what is in flight. A request may begin after an abort."""
-    while running.total() > 0:
-        for server in running:
-            server.abort()
-        with suppress(Empty):
-            server, *_ = ended.get(timeout=0.05)
-            running[server] -= 1
+
+def _room(servers: int) -> int:
+    """Requests of this process at each server: a request has a socket, and so has a check."""
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return IN_FLIGHT
+    return max(1, min(IN_FLIGHT, files // 2 // servers))

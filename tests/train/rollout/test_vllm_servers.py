@@ -1,6 +1,7 @@
 """Requests spread over servers that die, hang, come back or refuse: doubles in threads."""
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -214,3 +215,24 @@ def test_adapters_of_a_server(doubles, tmp_path) -> None:
     server.unload_adapter("a")
     server.unload_adapter("a")  # it has none: nothing to do
     assert not doubles[0].adapters
+
+
+@pytest.mark.parametrize("text", [b"<html>", b"{}", b'{"data": [{"id": "gpt"}]}', b'{"data": []}'])
+def test_what_is_no_vllm_server(doubles, monkeypatch, text: bytes) -> None:
+    def send(handler: Any) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(text)
+
+    monkeypatch.setattr("tests.helpers.vllm_double._Handler.do_GET", send)
+    with pytest.raises(UserError, match=r"http://\S+ is not a vLLM server"):
+        VllmServer(doubles[0].url).model()
+
+
+@pytest.mark.parametrize(
+    ("files", "count", "room"),
+    [(1024, 1, 256), (1024, 4, 128), (64, 40, 1), (resource.RLIM_INFINITY, 9, 256)],
+)
+def test_there_are_sockets_for_all_requests(monkeypatch, files: int, count: int, room: int) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (files, files))
+    assert VllmServers([f"http://a:{n}" for n in range(count)], print)._room == room
