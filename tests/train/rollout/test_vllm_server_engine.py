@@ -16,10 +16,9 @@ from opsd_train import cli
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import RolloutConfig
 from opsd_train.model.policy import Policy
-from opsd_train.rollout import Completion, Request, Sampling, vllm_server_engine
+from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine
 from opsd_train.rollout.vllm_server_engine import VllmServerEngine
-from opsd_train.rollout.vllm_servers import VllmServers
 from tests.helpers.pair import alone
 from tests.helpers.tiny import config, make_model, make_tokenizer, recipe
 from tests.helpers.vllm_double import TinyModel, VllmDouble
@@ -28,12 +27,6 @@ PROMPTS = [[7, 30, 91], [5], [40, 2, 200, 13, 77, 120, 9], [61, 62, 63, 64], [99
 GREEDY = Sampling(12)
 SAMPLED = Sampling(12, temperature=1.2, top_p=0.9, top_k=50)
 LENGTHS = {"max_new_tokens": 12, "batch_tokens": 1000}
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = partial(VllmServers, interval=0.05, patience=0.5)
-    monkeypatch.setattr(vllm_server_engine, "VllmServers", short)
 
 
 def tokenizer() -> Any:

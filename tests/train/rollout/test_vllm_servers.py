@@ -17,7 +17,7 @@ from opsd_train.rollout.vllm_client import Refused, ServerLost, VllmServer
 from opsd_train.rollout.vllm_servers import VllmServers
 from tests.helpers.vllm_double import VllmDouble, made_up
 
-QUICK = {"interval": 0.05, "patience": 0.3}
+QUICK = {"interval": 0.05, "patience": 0.8}  # seconds: a busy machine answers within
 NOWHERE = "http://127.0.0.1:9"
 
 
@@ -87,7 +87,7 @@ def test_a_killed_server_loses_nothing(doubles) -> None:
     start = time.perf_counter()
     found = servers(doubles, lines)
     assert found.spread(range(20), ask) == wanted(20)
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 5
     gone = f"{doubles[1].url} is gone: connection lost; its 10 requests go to the others"
     assert lines == [gone]
     assert numbers(doubles[0]) == [*range(20)] and not doubles[1].bodies
@@ -107,8 +107,8 @@ def test_a_server_that_hangs_is_noticed(doubles) -> None:
     doubles[0].hung.set()
     start = time.perf_counter()
     assert servers(doubles, lines, **QUICK).spread(range(8), ask) == wanted(8)
-    assert 0.3 < time.perf_counter() - start < 3
-    reason = "no answer for 0.3 s; its 4 requests go to the others"
+    assert 0.8 < time.perf_counter() - start < 5
+    reason = "no answer for 0.8 s; its 4 requests go to the others"
     assert lines == [f"{doubles[0].url} is gone: {reason}"]
 
 
@@ -120,7 +120,7 @@ def test_by_default_a_server_that_hangs_is_noticed_within_ten_seconds() -> None:
 def test_a_long_generation_is_no_fault(doubles) -> None:
     lines: list[str] = []
     doubles[0].held.set()
-    Timer(1.0, doubles[0].held.clear).start()
+    Timer(1.5, doubles[0].held.clear).start()
     assert servers(doubles, lines, **QUICK).spread(range(8), ask) == wanted(8)
     assert numbers(doubles[0]) == [0, 1, 2, 3] and not lines
 
@@ -144,7 +144,7 @@ def test_none_left_is_one_line(doubles, how: str) -> None:
     text = str(error.value)
     assert all(double.url in text for double in doubles) and "--resume" in text
     assert "\n" not in text and len(text) < 300
-    assert ("no answer for 0.3 s" if how == "hung" else "connection refused") in text
+    assert ("no answer for 0.8 s" if how == "hung" else "connection refused") in text
 
 
 def test_a_wrong_request_ends_the_call_at_once(doubles) -> None:
@@ -156,7 +156,7 @@ def test_a_wrong_request_ends_the_call_at_once(doubles) -> None:
     start = time.perf_counter()
     with pytest.raises(Refused, match=r"HTTP 400.*maximum context length") as error:
         servers(doubles).spread(range(8), too_long)
-    assert error.value.status == 400 and time.perf_counter() - start < 3
+    assert error.value.status == 400 and time.perf_counter() - start < 5
 
 
 def test_ctrl_c_does_not_wait_for_requests(doubles) -> None:
@@ -166,7 +166,7 @@ def test_ctrl_c_does_not_wait_for_requests(doubles) -> None:
     start = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         servers(doubles).spread(range(8), ask)
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 5
 
 
 def test_each_asks_all_and_leaves_out_who_is_lost(doubles) -> None:
@@ -177,7 +177,7 @@ def test_each_asks_all_and_leaves_out_who_is_lost(doubles) -> None:
     doubles[0].hung.set()
     models = found.each(lambda server: server.complete(**body(1))["token_ids"])
     assert models == {found.all[1]: made_up(body(1)).tokens}
-    assert lines == [f"{doubles[0].url} is gone: no answer for 0.3 s"]
+    assert lines == [f"{doubles[0].url} is gone: no answer for 0.8 s"]
     doubles[1].kill()
     with pytest.raises(UserError, match="no vLLM server is left"):
         found.each(lambda server: server.model())
