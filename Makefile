@@ -109,7 +109,7 @@ vllm: $(VENV_VLLM)/.ready
 
 test-vllm: $(VENV_VLLM)/.ready
 	$(VENV_VLLM)/bin/python -m pytest -q -s tests/train/rollout/test_vllm.py \
-		tests/train/evaluation/test_evaluate_vllm.py
+		tests/train/rollout/test_vllm_server.py tests/train/evaluation/test_evaluate_vllm.py
 
 $(VENV_VLLM)/.ready: pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	$(PYTHON) -m venv $(VENV_VLLM)

@@ -23,6 +23,7 @@ FREE = (
     "model.gradient_checkpointing",
     "rollout.batch_tokens",
     "rollout.vllm_memory",
+    "rollout.servers",
 )
 """Keys, and sections (with a final dot), that may have other values in a resumed run."""
 

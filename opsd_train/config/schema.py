@@ -1,25 +1,19 @@
 """Sections of the configuration; `python -m opsd_train --help` prints the docstring of each key."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveReal = Annotated[float, Field(gt=0)]
-NonNegativeReal = Annotated[float, Field(ge=0)]
-UnitInterval = Annotated[float, Field(ge=0, le=1)]
-
-Section = TypeVar("Section")
-
-
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
-def section(cls: type[Section]) -> type[Section]:
-    """Make a frozen pydantic dataclass; the string below each field becomes its description."""
-    settings = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-    return cast(type[Section], dataclass(frozen=True, kw_only=True, config=settings)(cls))
+from opsd_train.config.engine_schema import RolloutConfig
+from opsd_train.config.section import (
+    Count,
+    NonNegativeReal,
+    Positive,
+    PositiveReal,
+    UnitInterval,
+    section,
+)
 
 
 @section
@@ -204,39 +198,6 @@ class PromptsConfig:
     """Longest reference solution to train on (sft, off-policy distill), in tokens; null: any."""
     overlong: Literal["error", "skip"] = "error"
     """Longer problems: stop with an error, or skip them and print how many."""
-
-
-@section
-class EngineConfig:
-    """The engine and its sampling: the keys that rollouts and evaluations share."""
-
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """Engine that generates the completions."""
-    max_new_tokens: Positive
-    """Longest completion, in tokens."""
-    temperature: NonNegativeReal = 1.0
-    """Sampling temperature; 0: greedy decoding."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus sampling: the smallest set of tokens with this probability; 1: all tokens."""
-    top_k: Count = 0
-    """Sample from this many most likely tokens; 0: all tokens."""
-    stop_tokens: list[str] = Field(default_factory=list)
-    """Tokens that end a completion, besides the model's own end tokens."""
-    batch_tokens: Positive
-    """engine=transformers: largest batch, in tokens of prompts plus max_new_tokens for each."""
-    vllm_memory: Annotated[float, Field(gt=0, lt=1)]
-    """engine=vllm: fraction of the GPU's memory that vLLM may take."""
-
-
-@section
-class RolloutConfig(EngineConfig):
-    """Generation of completions to train on."""
-
-    samples_per_prompt: Positive = 1
-    """Completions per problem and step."""
-    temperature: PositiveReal = 1.0
-    """Sampling temperature."""
-    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
 
 
 @section

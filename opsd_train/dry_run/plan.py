@@ -62,7 +62,7 @@ def dry_run(config: Config, shard: str = "full") -> str:
             f"{max(step.tokens, step.teacher_tokens)} tokens; {sizes.trained:,} trained parameters",
             f"loss plan: {loss_plan}",
             *_memory(sizes, step, setup),
-            *_vllm(config),
+            *_engine(config),
         ]
     )
 
@@ -93,11 +93,14 @@ def _table(phases: dict[str, PhaseMemory]) -> list[str]:
     return lines
 
 
-def _vllm(config: Config) -> list[str]:
-    if config.rollout.engine != "vllm":
-        return []
-    share = f"{config.rollout.vllm_memory:.0%}"
-    return [f"  vLLM takes another {share} of the device while it generates"]
+def _engine(config: Config) -> list[str]:
+    """Where vLLM generates."""
+    rollout = config.rollout
+    if rollout.engine == "vllm":
+        return [f"  vLLM takes another {rollout.vllm_memory:.0%} of the device while it generates"]
+    if rollout.engine == "vllm-server":
+        return [f"rollouts: on {', '.join(rollout.servers)}; they take no memory here"]
+    return []
 
 
 def _processes() -> int:

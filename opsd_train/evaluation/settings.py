@@ -7,14 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from opsd_train.config.schema import (
-    EngineConfig,
-    ModelConfig,
-    Positive,
-    PositiveReal,
-    PromptsConfig,
-    section,
-)
+from opsd_train.config.engine_schema import EngineConfig
+from opsd_train.config.schema import ModelConfig, PromptsConfig
+from opsd_train.config.section import Positive, PositiveReal, section
 from opsd_train.data.files import is_data_file
 
 
@@ -54,6 +49,8 @@ class EvalPromptsConfig:
 class SamplingConfig(EngineConfig):
     """How completions are sampled, and how many of each problem."""
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Engine that generates the completions."""
     samples: Positive
     """Completions of each problem."""
     vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.9

@@ -33,7 +33,23 @@ def check_agreement(
     forward pass gathers sharded weights. `engine`: its name, for the error.
     """
     index = max(range(len(completions)), key=lambda i: len(completions[i].tokens))
-    tokens = completions[index].tokens[:TOKENS]
+    gap = logprob_gap(policy, requests[index].prompt, completions[index], sampling)
+    if not gap <= ROUNDING[policy.dtype]:
+        raise UserError(
+            f"rollout.engine={engine} samples from another distribution than the trainer computes: "
+            f"{gap:.2g} nats a token apart; do not train {type(policy.core).__name__} with it, "
+            "and please report it"
+        )
+
+
+def logprob_gap(
+    policy: Policy, prompt: list[int], completion: Completion, sampling: Sampling
+) -> float:
+    """Mean difference of sampler's and trainer's log-probabilities, in nats a token.
+
+    Over the completion's first TOKENS tokens; at most 1 is counted for one. Every rank calls it.
+    """
+    tokens = completion.tokens[:TOKENS]
 
     def own_logprobs(hidden: Tensor, head: LmHead, target: Tensor) -> Tensor:
         return logprobs_of(head_logits(hidden, head), target, sampling)
@@ -41,13 +57,7 @@ def check_agreement(
     training = policy.model.training
     policy.model.eval()
     with torch.no_grad():
-        own = policy.run([requests[index].prompt], [tokens], own_logprobs)
+        own = policy.run([prompt], [tokens], own_logprobs)
     policy.model.train(training)
-    sampled = torch.tensor(completions[index].logprobs[:TOKENS]).to(own)
-    gap = (own - sampled).abs().clamp(max=_MOST).mean().item()
-    if not gap <= ROUNDING[policy.dtype]:
-        raise UserError(
-            f"rollout.engine={engine} samples from another distribution than the trainer computes: "
-            f"{gap:.2g} nats a token apart; do not train {type(policy.core).__name__} with it, "
-            "and please report it"
-        )
+    sampled = torch.tensor(completion.logprobs[:TOKENS]).to(own)
+    return (own - sampled).abs().clamp(max=_MOST).mean().item()

@@ -12,6 +12,7 @@ from opsd_train.rollout import Engine
 from opsd_train.rollout.context_checks import context_of
 from opsd_train.rollout.transformers_engine import TransformersEngine
 from opsd_train.rollout.vllm_engine import VllmEngine
+from opsd_train.rollout.vllm_server_engine import VllmServerEngine
 
 
 def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolder) -> Engine:
@@ -19,19 +20,29 @@ def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolde
 
     Raises UserError if the engine cannot serve the model, or is not installed.
     """
+    longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
+    longest += config.prompts.max_prompt_tokens
+    # vLLM refuses a longer one than the model's context; prompts were checked to fit.
+    max_model_len = min(longest, context_of(policy.core.config) or longest)
     if config.rollout.engine == "vllm":
-        longest = max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens)
-        longest += config.prompts.max_prompt_tokens
-        # vLLM refuses a longer one than the model's context; prompts were checked to fit.
-        context = context_of(policy.core.config) or longest
         return VllmEngine(
             policy.model,
             tokenizer,
             config.rollout,
             model_config=config.model,
             scratch=folder.scratch,
-            max_model_len=min(longest, context),
+            max_model_len=max_model_len,
             seed=config.seed,
+        )
+    if config.rollout.engine == "vllm-server":
+        return VllmServerEngine(
+            policy,
+            tokenizer,
+            config.rollout,
+            model_name=config.model.name_or_path,
+            scratch=folder.scratch,
+            max_model_len=max_model_len,
+            context=folder.context,
         )
     engine = TransformersEngine(policy, tokenizer, config.rollout)
     if METHODS[config.method].source(config) != "solution" or config.evaluation.problems:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from opsd_train.config.schema import EngineConfig
+from opsd_train.config.engine_schema import EngineConfig
 
 
 @dataclass(frozen=True)

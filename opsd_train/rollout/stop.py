@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from opsd_train.config.engine_schema import EngineConfig
 from opsd_train.config.errors import UserError
-from opsd_train.config.schema import EngineConfig
 from opsd_train.data.chat_tokens import turn_end
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from opsd_kernels.integrations.heads import LmHead, lm_head, probe_tokens, rounding_tolerance
+from opsd_train.config.engine_schema import EngineConfig
 from opsd_train.config.errors import UserError
-from opsd_train.config.schema import EngineConfig
 from opsd_train.data.batches import token_batches
 from opsd_train.model.families import batching_tolerance
 from opsd_train.model.policy import Policy

@@ -70,8 +70,7 @@ class VllmModel:
 
         Raises UserError if a prompt and max_new_tokens exceed max_model_len.
         """
-        for request in requests:
-            self._check_length(len(request.prompt), sampling.max_new_tokens)
+        check_lengths(requests, sampling, self._max_model_len)
         if not requests:
             return []
         if self._sleeps:
@@ -106,23 +105,36 @@ class VllmModel:
             ) from error
 
     def _sampling_params(self, request: Request, sampling: Sampling) -> Any:
-        greedy = sampling.temperature == 0
-        return self._vllm.SamplingParams(
-            seed=request.seed,
-            max_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=1.0 if greedy else sampling.top_p,
-            top_k=-1 if greedy or sampling.top_k == 0 else sampling.top_k,
-            stop_token_ids=self._stop_ids,
-            logprobs=0 if self._logprobs else None,  # 0: of the sampled token only
-            detokenize=False,
-        )
+        options = sampling_options(request, sampling, self._stop_ids)
+        if not self._logprobs:
+            options["logprobs"] = None
+        return self._vllm.SamplingParams(**options, detokenize=False)
 
-    def _check_length(self, prompt: int, completion: int) -> None:
-        if prompt + completion > self._max_model_len:
+
+def sampling_options(
+    request: Request, sampling: Sampling, stop_ids: Sequence[int]
+) -> dict[str, Any]:
+    """vLLM's sampling parameters of a request; its Python and HTTP interfaces share the names."""
+    greedy = sampling.temperature == 0
+    return {
+        "seed": request.seed,
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": 1.0 if greedy else sampling.top_p,
+        "top_k": -1 if greedy or sampling.top_k == 0 else sampling.top_k,
+        "stop_token_ids": list(stop_ids),
+        "logprobs": 0,  # of the sampled token only
+    }
+
+
+def check_lengths(requests: Sequence[Request], sampling: Sampling, max_model_len: int) -> None:
+    """Raises UserError if a prompt and max_new_tokens exceed max_model_len."""
+    for request in requests:
+        prompt, completion = len(request.prompt), sampling.max_new_tokens
+        if prompt + completion > max_model_len:
             raise UserError(
                 f"a prompt of {prompt} tokens and a completion of up to {completion} do not fit "
-                f"into vLLM's {self._max_model_len}; raise prompts.max_prompt_tokens"
+                f"into vLLM's {max_model_len}; raise prompts.max_prompt_tokens"
             )
 
 

@@ -173,6 +173,13 @@ def test_vllm_has_its_own_share(tiny_folder: Path) -> None:
     assert expected(vllm).keys() == {"load", "teacher", "student", "optimizer"}
 
 
+def test_rollouts_on_servers_take_no_memory_here(tiny_folder: Path) -> None:
+    urls = "rollout.servers=[http://a:8000,http://b:8000]"
+    served = config(tiny_folder, "rollout.engine=vllm-server", urls)
+    assert "rollouts: on http://a:8000, http://b:8000; they take no memory here" in dry_run(served)
+    assert expected(served).keys() == {"load", "teacher", "student", "optimizer"}
+
+
 METHODS = {
     "opsd": {"rollout", "teacher"},
     "sft": set(),

