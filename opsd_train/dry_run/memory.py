@@ -80,7 +80,7 @@ class Setup:
     """Dtypes, sharding and teacher of a run."""
 
     itemsize: int  # bytes of the compute dtype
-    file_itemsize: int  # bytes of the dtype in the model's file
+    file_itemsize: int  # bytes of the dtype in the model's file; 0: processes read their parts
     checkpointing: bool
     loss: dict[str, Any]  # options of opsd_kernels.plan
     teacher: Sizes | None = None  # the model that `precompute` runs, if any
@@ -161,6 +161,7 @@ def _file(sizes: Sizes, setup: Setup) -> dict[str, int]:
     """On a CPU weights in the file's dtype are the mapped file itself, others are copies."""
     wanted = _FP32 if sizes.rank == 0 else setup.itemsize
     converted = setup.loss["device"].type == "cpu" and setup.file_itemsize != wanted
+    # A process that reads its part reads a layer at a time: little beside the rest.
     return {"the file": setup.file_itemsize * sizes.weights} if converted else {}
 
 

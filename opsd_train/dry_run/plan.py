@@ -38,7 +38,7 @@ from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.families import shared_layout
-from opsd_train.model.policy import attention, load_model_config, load_tokenizer
+from opsd_train.model.policy import PACKAGED, attention, load_model_config, load_tokenizer
 from opsd_train.rollout.context_checks import check_batch_tokens, check_context, heldout_texts
 
 _MIB = 2**20
@@ -199,9 +199,10 @@ def _setup(config: Config, shard: str) -> tuple[Setup, Sizes]:
     sizes = _sizes(config.model, config.lora)
     stored = load_model_config(config.model).dtype or torch.float32
     processes, full = _processes(), config.lora is None
+    whole_file = processes == 1 or config.model.name_or_path == PACKAGED
     setup = Setup(
         itemsize=dtype.itemsize,
-        file_itemsize=stored.itemsize,
+        file_itemsize=stored.itemsize if whole_file else 0,
         checkpointing=config.model.gradient_checkpointing,
         loss={
             "loss": "divergence" if _heads(config) == 2 else "logprob",

@@ -125,9 +125,8 @@ def _has_tensors(core: nn.Module, folder: Path) -> bool:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             shapes |= {name: file.get_slice(name).get_shape() for name in file.keys()}
-    wanted = dict(core.named_parameters())
     saved = core.state_dict(keep_vars=True)
-    wanted |= {name: b for name, b in core.named_buffers() if name in saved}
+    wanted = {name: t for name, t in _tensors(core).items() if name in saved}
     return all(shapes.get(name) == list(tensor.shape) for name, tensor in wanted.items())
 
 
