@@ -274,7 +274,8 @@ def _load(
     """
     folder = None
     if context.size > 1 and config.name_or_path != PACKAGED:
-        folder = weights_folder(config.name_or_path)
+        with suppress(OSError, ValueError):  # load_model says what is wrong with the name
+            folder = weights_folder(config.name_or_path)
     if folder:
         found = load_model_config(config)
         core = without_weights(found, folder, dtype, attention(config))
