@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import opsd_kernels as k
+from tests.helpers.forked import forking
 from tests.helpers.vocabulary_shards import SIZES, TOKENS, VOCAB, inputs, losses
 
 
@@ -59,7 +60,9 @@ def rank_main(rank: int, sizes: tuple[int, ...], names: list[str], folder: str) 
 )
 def test_shards_equal_the_whole(ranks: int, names: list[str], tmp_path: Path) -> None:
     sizes = SIZES[ranks]
-    mp.spawn(rank_main, (sizes, names, str(tmp_path)), nprocs=ranks)
+    forking()
+    arguments = (sizes, names, str(tmp_path))
+    mp.start_processes(rank_main, arguments, nprocs=ranks, start_method="forkserver")
     whole = gradients(inputs(), names, None)
     shards = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)]
     for index, truth in enumerate(whole):
