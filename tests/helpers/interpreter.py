@@ -1,7 +1,9 @@
 """Triton's interpreter, made faster, and in Triton 3.6 to clamp as compiled kernels do."""
 
+import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -22,6 +24,10 @@ def prepare() -> None:
     """To be called once Triton is imported for its interpreter, in each process."""
     interpreter.InterpreterBuilder.create_clampf = _clamp
     _patch_once()
+    _types_once()
+    # Every sum of integers is checked for overflow, and the result dropped unless Triton debugs.
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def _clamp(
@@ -66,3 +72,37 @@ def _patch_once() -> None:
 
     interpreter._patch_lang = lay_once
     interpreter.GridExecutor.__call__ = launch
+
+
+def _types_once() -> None:
+    """Types of blocks, and shapes of tensors, are checked and described once for each shape.
+
+    Each operation on a block makes both again, which is a third of what a kernel's test takes.
+    """
+    core, describe, numpy_type = tl.core, tl.block_type.__init__, interpreter._get_np_dtype
+    known: dict[tuple[object, ...], dict[str, object]] = {}
+    numpy_types: dict[str, np.dtype] = {}
+
+    def block_type(self: tl.block_type, element: tl.dtype, shape: list[int]) -> None:
+        key = (element.name, *map(core._unwrap_if_constexpr, shape))
+        if key not in known:
+            describe(self, element, shape)
+            known[key] = dict(vars(self))
+        vars(self).update(known[key], element_ty=element)
+
+    @functools.cache
+    def sizes(shape: tuple[int, ...]) -> tuple[tl.tuple, tl.constexpr]:
+        return core.tuple([tl.constexpr(n) for n in shape]), tl.constexpr(math.prod(shape))
+
+    def tensor(self: tl.tensor, handle: interpreter.TensorHandle, kind: tl.dtype) -> None:
+        self.handle, self.type, self.dtype = handle, kind, kind.scalar
+        self.shape, self.numel = sizes(tuple(kind.shape) if kind.is_block() else ())
+
+    def of_numpy(kind: tl.dtype) -> np.dtype:
+        name = kind.scalar.name
+        if name not in numpy_types:
+            numpy_types[name] = numpy_type(kind)
+        return numpy_types[name]
+
+    tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
+    interpreter._get_np_dtype = of_numpy

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import traceback
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from opsd_train.distributed.context import DistributedContext, init_distributed
+from tests.helpers.forked import forking
 
 SIZE = 2
 PATIENCE = 120  # seconds until a rank that gives no result counts as hung
@@ -47,7 +47,7 @@ class Pair:
         self._ranks = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forking()
         port = _free_port()
         for rank in range(SIZE):
             pipe, other = context.Pipe()

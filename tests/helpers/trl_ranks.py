@@ -1,14 +1,17 @@
 """Two ranks train with TRL, transformers and FSDP2, plain and fused; each writes what it computed.
 
-torchrun --nproc-per-node 2 -m tests.helpers.trl_ranks FOLDER
+python -m tests.helpers.trl_ranks FOLDER
 """
 
+import gc
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 import transformers
 from torch.distributed.fsdp import fully_shard
 
@@ -16,6 +19,7 @@ from opsd_kernels.integrations.transformers import fuse_loss
 from opsd_kernels.integrations.trl import fused
 from tests.helpers.trl_runs import TRAINERS, Record, build, make_causal_lm, run
 
+RANKS = 2
 KINDS = ("sft", "grpo", "distillation", "gkd", "sdft", "sdpo")
 
 
@@ -56,10 +60,11 @@ def fsdp2_run(is_fused: bool) -> Record:
     return record
 
 
-def main() -> None:
+def run_rank(rank: int, port: int, folder: Path) -> None:
     """Each kind, plain then fused, in one process group."""
-    folder, rank = Path(sys.argv[1]), os.environ["RANK"]
     torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
     for is_fused in (False, True):
         for kind in (*KINDS, "transformers", "fsdp2"):
             name = f"{kind}-{'fused' if is_fused else 'plain'}"
@@ -73,6 +78,15 @@ def main() -> None:
                 options = {"source": folder / "model", "gradient_accumulation_steps": 2}
                 record = run(*build(kind, "qwen3", own, trainer, **options))
             torch.save({"grads": record.grads, "logs": record.logs}, folder / f"{name}-{rank}.pt")
+
+
+def main() -> None:
+    """Fork the ranks from this process, which has imported everything and run nothing."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    gc.freeze()
+    mp.start_processes(run_rank, (port, Path(sys.argv[1])), nprocs=RANKS, start_method="fork")
 
 
 if __name__ == "__main__":

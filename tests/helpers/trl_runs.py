@@ -1,6 +1,8 @@
 """Short runs of TRL's trainers on tiny random models, and what they computed."""
 
+import functools
 import random
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,6 +125,14 @@ def save(family: str, folder: Path) -> Path:
     return folder
 
 
+@functools.cache
+def saved(family: str) -> tempfile.TemporaryDirectory:
+    """The folder of `save`, once a process."""
+    folder = tempfile.TemporaryDirectory()
+    save(family, Path(folder.name))
+    return folder
+
+
 def letters(completions: list, **_: Any) -> list[float]:
     """A reward that differs between completions."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
@@ -178,7 +188,7 @@ def build(
 ) -> tuple[Any, Record]:
     """A trainer and its record; `options` are those of the trainer's config.
 
-    `source`: a folder that `save` filled; by default one is made inside `folder`.
+    `source`: a folder that `save` filled; by default that of `saved`.
     """
     own_class, config_class = (TRAINERS | PREFERENCES)[kind]
     settings = {
@@ -198,7 +208,7 @@ def build(
         more["peft_config"] = peft.LoraConfig(
             r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False
         )
-    source = source or save(family, folder / "model")
+    source = source or Path(saved(family).name)
     random.seed(0)
     torch.manual_seed(0)
     trainer = (trainer_class or own_class)(

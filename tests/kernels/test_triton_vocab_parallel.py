@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from opsd_kernels.testing import cast
+from tests.helpers.forked import forking
 from tests.helpers.topk_cases import compare_topk, shard_topk
 from tests.helpers.vocabulary_shards import SIZES, compare_shards, gradients, inputs
 
@@ -39,7 +40,9 @@ def rank_main(rank: int, sizes: tuple[int, ...], folder: str) -> None:
 def test_shards_equal_the_whole(ranks: int, tmp_path: Path) -> None:
     """Both schedules in the same processes, which take longer to start than to compute."""
     pytest.importorskip("triton")
-    mp.spawn(rank_main, (SIZES[ranks], str(tmp_path)), nprocs=ranks)
+    forking()
+    arguments = (SIZES[ranks], str(tmp_path))
+    mp.start_processes(rank_main, arguments, nprocs=ranks, start_method="forkserver")
     for schedule in SCHEDULES:
         shards = [torch.load(tmp_path / f"{schedule}{rank}.pt") for rank in range(ranks)]
         compare_shards(shards)

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import opsd_kernels as k
+from tests.helpers.forked import forking
 from tests.helpers.topk_cases import compare_topk, shard_topk
 from tests.helpers.vocabulary_shards import SIZES, TOKENS, VOCAB, inputs, losses
 
@@ -63,7 +64,9 @@ def rank_main(rank: int, sizes: tuple[int, ...], names: list[str], folder: str) 
 )
 def test_shards_equal_the_whole(ranks: int, names: list[str], tmp_path: Path) -> None:
     sizes = SIZES[ranks]
-    mp.spawn(rank_main, (sizes, names, str(tmp_path)), nprocs=ranks)
+    forking()
+    arguments = (sizes, names, str(tmp_path))
+    mp.start_processes(rank_main, arguments, nprocs=ranks, start_method="forkserver")
     for ranks_top in zip(
         *(torch.load(tmp_path / f"topk{i}.pt") for i in range(ranks)), strict=True
     ):

@@ -17,10 +17,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.dist
 def test_two_ranks(tmp_path: Path) -> None:
     save("qwen3", tmp_path / "model")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
-        *("-m", "tests.helpers.trl_ranks", str(tmp_path)),
-    ]
+    command = [sys.executable, "-m", "tests.helpers.trl_ranks", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
