@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from opsd_train.config.load import config_from, load_recipe
-from opsd_train.config.schema import Positive, PositiveReal, section
+from opsd_train.config.section import Positive, PositiveReal, section
 
 RECIPES = Path(__file__).parent / "recipes"
 Changes = list[str]  # "key=value", as on the command line

@@ -112,7 +112,7 @@ def config_from(
 ) -> Any:
     """Apply overrides such as "optim.lr=3e-4" to a recipe and check the result.
 
-    `cls`: Config, or another dataclass made with schema.section. Raises UserError with one line
+    `cls`: Config, or another dataclass made with config.section. Raises UserError with one line
     about the first mistake.
     """
     merged, text_keys = json.loads(_as_json(recipe)), _text_keys(cls)

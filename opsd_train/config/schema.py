@@ -1,25 +1,12 @@
 """Sections of the configuration; `python -m opsd_train --help` prints the docstring of each key."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar, cast, dataclass_transform
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, model_validator
-from pydantic.dataclasses import dataclass
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Count = Annotated[int, Field(ge=0)]
-PositiveReal = Annotated[float, Field(gt=0)]
-NonNegativeReal = Annotated[float, Field(ge=0)]
-UnitInterval = Annotated[float, Field(ge=0, le=1)]
-
-Section = TypeVar("Section")
-
-
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
-def section(cls: type[Section]) -> type[Section]:
-    """Make a frozen pydantic dataclass; the string below each field becomes its description."""
-    settings = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-    return cast(type[Section], dataclass(frozen=True, kw_only=True, config=settings)(cls))
+from opsd_train.config.method_schema import DistillConfig, GrpoConfig, LossConfig, OpsdConfig
+from opsd_train.config.section import Count, NonNegativeReal, Positive, PositiveReal, section
 
 
 @section
@@ -50,60 +37,6 @@ class LoraConfig:
     """Dropout probability on the adapter's input."""
     target_modules: Annotated[list[str], Field(min_length=1)] | Literal["all-linear"]
     """Names of the linear layers that get an adapter; "all-linear": every one but the head."""
-
-
-@section
-class VerifyConfig:
-    """Loss weights of a trajectory, by the check of its answer."""
-
-    correct: NonNegativeReal = 1.0
-    """Loss weight of the tokens of a trajectory with a correct answer."""
-    wrong: NonNegativeReal = 0.0
-    """Loss weight of the tokens of a trajectory with a wrong answer; 0 leaves it out."""
-
-
-@section
-class OpsdConfig:
-    """Method opsd: on-policy self-distillation."""
-
-    teacher: Literal["initial", "ema", "current"] = "initial"
-    """Teacher's weights: the initial ones, a moving average of the student's, or the student's."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    """teacher=ema: average = decay * average + (1 - decay) * student after each optimizer step."""
-    verify_weight: VerifyConfig | None = None
-    """Weight trajectories by their answer check (the paper's Appendix A); null: all weigh 1."""
-
-
-@section
-class DistillConfig:
-    """Method distill: distillation from another model."""
-
-    teacher: str
-    """Folder or hub name of the teacher; any size, but with the student's tokenizer."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the teacher's weights and computation."""
-    on_policy: bool = True
-    """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2)."""
-
-
-@section
-class GrpoConfig:
-    """Method grpo: group-relative policy optimisation."""
-
-    clip_low: NonNegativeReal = 0.2
-    """Lower clip of the probability ratio new / old policy: 1 - clip_low."""
-    clip_high: NonNegativeReal = 0.28
-    """Upper clip of the probability ratio: 1 + clip_high."""
-    kl_weight: NonNegativeReal = 0.0
-    """Weight of the KL divergence from the initial policy (estimator k3)."""
-    updates: Positive = 1
-    """Optimizer steps on the samples of one rollout."""
-    normalise_std: bool = True
-    """Divide a group's advantages by the standard deviation of its rewards."""
-    mask_truncated: bool = True
-    """Leave completions that were cut off at rollout.max_new_tokens out of the loss."""
-    importance_cap: PositiveReal | None = 2.0
-    """Truncated importance sampling: cap on a token's ratio trainer / sampler; null: none."""
 
 
 @section
@@ -237,26 +170,6 @@ class RolloutConfig(EngineConfig):
     temperature: PositiveReal = 1.0
     """Sampling temperature."""
     vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
-
-
-@section
-class LossConfig:
-    """The divergence between student and teacher (opsd, distill)."""
-
-    objective: Literal["full_vocabulary", "sampled_token"] = "full_vocabulary"
-    """Divergence over the full vocabulary (Eq. 6-8) or sampled-token policy gradient (Eq. 9)."""
-    beta: UnitInterval = 0.5
-    """0: forward KL, 1: reverse KL, in between: generalised Jensen-Shannon divergence."""
-    temperature: PositiveReal = 1.0
-    """Temperature that divides the logits of student and teacher in the loss."""
-    token_clip: PositiveReal | None = None
-    """Cap on the contribution of each vocabulary entry to a token's divergence; null: none."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "LossConfig":
-        if self.objective == "sampled_token" and self.token_clip is not None:
-            raise ValueError("loss.token_clip works with loss.objective=full_vocabulary only")
-        return self
 
 
 @section

@@ -12,14 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opsd_kernels import plan
 from opsd_train.config.load import to_yaml
-from opsd_train.config.schema import (
-    Config,
-    DistillConfig,
-    GrpoConfig,
-    LoraConfig,
-    ModelConfig,
-    OpsdConfig,
-)
+from opsd_train.config.method_schema import DistillConfig, GrpoConfig, OpsdConfig
+from opsd_train.config.schema import Config, LoraConfig, ModelConfig
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.layout import PADDED
 from opsd_train.data.problems import Problem, load_problems

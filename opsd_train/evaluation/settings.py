@@ -7,14 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from opsd_train.config.schema import (
-    EngineConfig,
-    ModelConfig,
-    Positive,
-    PositiveReal,
-    PromptsConfig,
-    section,
-)
+from opsd_train.config.schema import EngineConfig, ModelConfig, PromptsConfig
+from opsd_train.config.section import Positive, PositiveReal, section
 from opsd_train.data.files import is_data_file
 
 

@@ -15,7 +15,7 @@ from opsd_kernels import (
     policy_gradient_loss,
 )
 from opsd_kernels.integrations.heads import LmHead
-from opsd_train.config.schema import LossConfig
+from opsd_train.config.method_schema import LossConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Stats
 from opsd_train.model.policy import LossFn, Policy

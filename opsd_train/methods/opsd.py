@@ -15,7 +15,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from opsd_kernels.integrations.heads import LmHead
-from opsd_train.config.schema import Config, OpsdConfig
+from opsd_train.config.method_schema import OpsdConfig
+from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import distillation, teacher_hidden

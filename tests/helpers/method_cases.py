@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from opsd_train.config.schema import Config, GrpoConfig, LoraConfig, LossConfig
+from opsd_train.config.method_schema import GrpoConfig, LossConfig
+from opsd_train.config.schema import Config, LoraConfig
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem
 from opsd_train.methods import METHODS

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsd_train.config.schema import GrpoConfig
+from opsd_train.config.method_schema import GrpoConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.grpo import FixedLogprobs, surrogate
 from tests.helpers.method_cases import (

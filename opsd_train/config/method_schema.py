@@ -1,0 +1,87 @@
+"""Sections of the methods and of their loss."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from opsd_train.config.section import (
+    NonNegativeReal,
+    Positive,
+    PositiveReal,
+    UnitInterval,
+    section,
+)
+
+
+@section
+class VerifyConfig:
+    """Loss weights of a trajectory, by the check of its answer."""
+
+    correct: NonNegativeReal = 1.0
+    """Loss weight of the tokens of a trajectory with a correct answer."""
+    wrong: NonNegativeReal = 0.0
+    """Loss weight of the tokens of a trajectory with a wrong answer; 0 leaves it out."""
+
+
+@section
+class OpsdConfig:
+    """Method opsd: on-policy self-distillation."""
+
+    teacher: Literal["initial", "ema", "current"] = "initial"
+    """Teacher's weights: the initial ones, a moving average of the student's, or the student's."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """teacher=ema: average = decay * average + (1 - decay) * student after each optimizer step."""
+    verify_weight: VerifyConfig | None = None
+    """Weight trajectories by their answer check (the paper's Appendix A); null: all weigh 1."""
+
+
+@section
+class DistillConfig:
+    """Method distill: distillation from another model."""
+
+    teacher: str
+    """Folder or hub name of the teacher; any size, but with the student's tokenizer."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the teacher's weights and computation."""
+    on_policy: bool = True
+    """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2)."""
+
+
+@section
+class GrpoConfig:
+    """Method grpo: group-relative policy optimisation."""
+
+    clip_low: NonNegativeReal = 0.2
+    """Lower clip of the probability ratio new / old policy: 1 - clip_low."""
+    clip_high: NonNegativeReal = 0.28
+    """Upper clip of the probability ratio: 1 + clip_high."""
+    kl_weight: NonNegativeReal = 0.0
+    """Weight of the KL divergence from the initial policy (estimator k3)."""
+    updates: Positive = 1
+    """Optimizer steps on the samples of one rollout."""
+    normalise_std: bool = True
+    """Divide a group's advantages by the standard deviation of its rewards."""
+    mask_truncated: bool = True
+    """Leave completions that were cut off at rollout.max_new_tokens out of the loss."""
+    importance_cap: PositiveReal | None = 2.0
+    """Truncated importance sampling: cap on a token's ratio trainer / sampler; null: none."""
+
+
+@section
+class LossConfig:
+    """The divergence between student and teacher (opsd, distill)."""
+
+    objective: Literal["full_vocabulary", "sampled_token"] = "full_vocabulary"
+    """Divergence over the full vocabulary (Eq. 6-8) or sampled-token policy gradient (Eq. 9)."""
+    beta: UnitInterval = 0.5
+    """0: forward KL, 1: reverse KL, in between: generalised Jensen-Shannon divergence."""
+    temperature: PositiveReal = 1.0
+    """Temperature that divides the logits of student and teacher in the loss."""
+    token_clip: PositiveReal | None = None
+    """Cap on the contribution of each vocabulary entry to a token's divergence; null: none."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LossConfig":
+        if self.objective == "sampled_token" and self.token_clip is not None:
+            raise ValueError("loss.token_clip works with loss.objective=full_vocabulary only")
+        return self
