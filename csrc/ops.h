@@ -26,12 +26,15 @@ Tensor large_empty(at::IntArrayRef shape, at::ScalarType dtype, bool workspace);
 // is an index into the whole vocabulary, of which this shard starts at `offset`; softcap 0 is none.
 // class_weight (cols,) float32 weighs the columns of the smoothed sums; `predicted` keeps the first
 // column of the maximum, counted from this shard's first.
-// `logits` (heads, rows, cols) receives the logits, unless it is empty.
+// `logits` (heads, rows, cols) receives the logits, unless it is empty. top_logit and top_column
+// (rows, k) receive each row's k largest logits, and their columns in this shard, the largest first
+// and the lower column first where two are equal: of one head.
 void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& weight,
                 const std::vector<MaybeTensor>& bias, const std::vector<double>& softcap,
                 const std::vector<double>& temperature, const MaybeTensor& label, int64_t offset,
                 bool entropy, bool smoothed, bool predicted, const MaybeTensor& class_weight,
-                int64_t kind, Tensor& logits, Tensor& out);
+                int64_t kind, Tensor& logits, Tensor& out, const MaybeTensor& top_logit,
+                const MaybeTensor& top_column);
 
 // Merges statistics (K, count, rows) of `count` spans of the vocabulary, in order, into (K, rows).
 void merge(const Tensor& parts, int64_t heads, bool entropy, bool smoothed, bool label,

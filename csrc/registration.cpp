@@ -11,7 +11,8 @@ TORCH_LIBRARY(opsd_cpu, m) {
   m.def(
       "statistics(Tensor[] hidden, Tensor[] weight, Tensor?[] bias, float[] softcap, "
       "float[] temperature, Tensor? label, int offset, bool entropy, bool smoothed, "
-      "bool predicted, Tensor? class_weight, int kind, Tensor(a!) logits, Tensor(b!) out) -> ()");
+      "bool predicted, Tensor? class_weight, int kind, Tensor(a!) logits, Tensor(b!) out, "
+      "Tensor(c!)? top_logit=None, Tensor(d!)? top_column=None) -> ()");
   m.def(
       "merge(Tensor parts, int heads, bool entropy, bool smoothed, bool label, bool predicted, "
       "int kind, Tensor(a!) out) -> ()");
@@ -47,10 +48,11 @@ void statistics(at::TensorList hidden, at::TensorList weight,
                 const c10::List<MaybeTensor>& bias, at::ArrayRef<double> softcap,
                 at::ArrayRef<double> temperature, const MaybeTensor& label, int64_t offset,
                 bool entropy, bool smoothed, bool predicted, const MaybeTensor& class_weight,
-                int64_t kind, Tensor& logits, Tensor& out) {
+                int64_t kind, Tensor& logits, Tensor& out, const MaybeTensor& top_logit,
+                const MaybeTensor& top_column) {
   opsd::statistics(hidden.vec(), weight.vec(), {bias.begin(), bias.end()}, softcap.vec(),
                    temperature.vec(), label, offset, entropy, smoothed, predicted, class_weight,
-                   kind, logits, out);
+                   kind, logits, out, top_logit, top_column);
 }
 
 }  // namespace

@@ -49,6 +49,23 @@ struct RowState {
   float infinite;
 };
 
+// The largest logits of one row among the columns that have passed, and others that came since the
+// last choice, in the order of the columns.
+struct RowLargest {
+  int32_t* order;  // see order_of
+  int32_t* column;
+  int32_t size;
+  float least;  // what a further logit must exceed
+};
+
+// The logit of a place in the order of integers.
+inline float logit_of(int32_t order) {
+  order ^= (order >> 31) & 0x7fffffff;
+  float logit;
+  memcpy(&logit, &order, sizeof logit);
+  return logit;
+}
+
 // One tile of one or two heads, to be folded into its rows' statistics.
 struct Fold {
   Layout layout;
@@ -60,6 +77,8 @@ struct Fold {
   const int64_t* label;  // (rows,) column of the label, or null
   const float* class_weight;  // (V,) of a smoothed loss, or null: all 1
   RowState* state;       // (rows,)
+  RowLargest* largest;   // (rows,) or null: none are chosen
+  int64_t largest_count, largest_limit;  // chosen anew where there are more than the limit
 };
 
 // A row of both heads' logits, and what is known of it.

@@ -4,7 +4,9 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <mutex>
 
+#include "largest.h"
 #include "ops.h"
 #include "products.h"
 
@@ -23,12 +25,14 @@ struct Pass {
   const int64_t* label;
   const float* class_weight;
   int64_t rows, cols, chunks;
-  float* parts;  // (K, chunks, rows)
+  int64_t count;  // largest logits to choose of each row
+  float* parts;   // (K, chunks, rows)
 };
 
 // Buffers of one thread.
 struct ThreadBuffers {
-  explicit ThreadBuffers(const Pass& pass) : state(pass.rows) {
+  ThreadBuffers(const Pass& pass, int64_t chunks) : state(pass.rows) {
+    if (pass.count) largest = Largest(pass.rows, pass.count, chunks * CHUNK_COLS);
     for (const Weight& weight : pass.weight)
       packed.push_back(at::empty({weight.tile_bytes()}, at::kByte));
     logits = at::empty({2, TILE_ROWS, TILE_COLS}, at::kFloat);
@@ -39,6 +43,7 @@ struct ThreadBuffers {
   std::vector<Tensor> packed;
   Tensor logits;
   float* raw[2];
+  Largest largest;
 };
 
 void fold_chunk(const Pass& pass, int64_t chunk, ThreadBuffers& buffers) {
@@ -57,6 +62,7 @@ void fold_chunk(const Pass& pass, int64_t chunk, ThreadBuffers& buffers) {
       fold.label = pass.label ? pass.label + row : nullptr;
       fold.class_weight = pass.class_weight;
       fold.state = buffers.state.data() + row;
+      if (pass.count) buffers.largest.attach(fold, row);
       for (int64_t i = 0; i < pass.layout.heads; ++i) {
         fold.transform[i] = pass.transform[i];
         fold.raw[i] = buffers.raw[i];
@@ -144,13 +150,20 @@ void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& we
                 const std::vector<MaybeTensor>& bias, const std::vector<double>& softcap,
                 const std::vector<double>& temperature, const MaybeTensor& label, int64_t offset,
                 bool entropy, bool smoothed, bool predicted, const MaybeTensor& class_weight,
-                int64_t kind, Tensor& logits, Tensor& out) {
+                int64_t kind, Tensor& logits, Tensor& out, const MaybeTensor& top_logit,
+                const MaybeTensor& top_column) {
   Pass pass{};
   const int64_t heads = hidden.size();
   pass.layout = {heads, entropy, smoothed, label.has_value(), predicted, kind};
   pass.rows = hidden[0].size(0), pass.cols = weight[0].size(0);
   TORCH_CHECK(out.size(0) == pass.layout.count() && out.size(1) == pass.rows && out.stride(1) == 1,
               "statistics: out does not fit the layout");
+  pass.count = top_logit ? top_logit->size(1) : 0;
+  TORCH_CHECK(!pass.count || (heads == 1 && pass.count <= pass.cols && top_column &&
+                              top_logit->is_contiguous() && top_column->is_contiguous() &&
+                              top_logit->size(0) == pass.rows &&
+                              top_column->sizes() == top_logit->sizes()),
+              "statistics: top_logit and top_column do not fit the logits");
   std::vector<Tensor> kept;  // what the pointers below point into
   for (int64_t i = 0; i < heads; ++i) {
     pass.hidden.emplace_back(hidden[i]);
@@ -168,11 +181,16 @@ void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& we
   pass.chunks = (pass.cols + CHUNK_COLS - 1) / CHUNK_COLS;
   const Tensor parts = at::empty({pass.layout.count(), pass.chunks, pass.rows}, at::kFloat);
   pass.parts = parts.data_ptr<float>();
+  std::vector<Largest> largest;
+  std::mutex mutex;
   at::parallel_for(0, pass.chunks, 1, [&](int64_t begin, int64_t end) {
-    ThreadBuffers buffers(pass);
+    ThreadBuffers buffers(pass, end - begin);
     for (int64_t chunk = begin; chunk < end; ++chunk) fold_chunk(pass, chunk, buffers);
     for (const Hidden& h : pass.hidden) h.release();
+    const std::lock_guard<std::mutex> lock(mutex);
+    largest.push_back(std::move(buffers.largest));
   });
+  if (pass.count) store_largest(largest, *top_logit, *top_column);
   merge_into(parts, pass.layout, out);
 }
 

@@ -19,6 +19,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t HalfAnywhere __attribute__((may_alias));
 typedef uint32_t WordsAnywhere __attribute__((vector_size(4 * LANES), aligned(1), may_alias));
+typedef int32_t IntsAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef float FloatsAnywhere __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t HalvesAnywhere __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 

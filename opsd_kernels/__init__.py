@@ -7,6 +7,8 @@ Losses:
     fused_linear_cross_entropy  cross-entropy, with label smoothing, class weights and z-loss
     fused_linear_logprob        log-probability of each token, entropy and log-sum-exp
     fused_linear_advantage      log t(y) - log s(y) of sampled tokens, for policy_gradient_loss
+    fused_linear_topk           the k most likely ids of each token, for sparse teachers
+    topk_divergence             divergence over those k entries and the rest of the vocabulary
     FusedLinearJSD              fused_linear_jsd as a module
 
 How they are computed:
@@ -22,7 +24,9 @@ from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import FusedLinearJSD, fused_linear_jsd
 from opsd_kernels.fused_kl import fused_linear_forward_kl, fused_linear_reverse_kl
 from opsd_kernels.fused_logprob import fused_linear_logprob
+from opsd_kernels.fused_topk import fused_linear_topk
 from opsd_kernels.plan import Plan, plan
+from opsd_kernels.sparse_divergence import topk_divergence
 
 __version__ = "0.2.0"  # pyproject.toml reads it
 
@@ -36,6 +40,8 @@ __all__ = [
     "fused_linear_jsd",
     "fused_linear_logprob",
     "fused_linear_reverse_kl",
+    "fused_linear_topk",
     "plan",
     "policy_gradient_loss",
+    "topk_divergence",
 ]

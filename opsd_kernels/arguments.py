@@ -15,6 +15,7 @@ from opsd_kernels.problem import (
     Execution,
     Head,
     LogprobProblem,
+    TopkProblem,
     stat_dtype,
 )
 from opsd_kernels.transforms import reverse_mode_only
@@ -66,8 +67,7 @@ def divergence_problem(
     if teacher_weight is student_weight:
         teacher.weight = student.weight  # one cast under autocast, and backends see one head
     _trim_to_vocabulary([student, teacher], vocab_size, execution)
-    teacher.hidden, teacher.weight = teacher.hidden.detach(), teacher.weight.detach()
-    teacher.bias = None if teacher.bias is None else teacher.bias.detach()
+    _detach(teacher)
     keep = flat_labels = None
     if shift_labels is not None:
         flat_labels = checks.flat_labels(
@@ -157,6 +157,34 @@ def several_targets(
     return head, checks.several_targets(target, input.shape[:-1], input.device)
 
 
+def topk_problem(
+    input: Tensor,
+    weight: Tensor,
+    k: int,
+    shift_labels: Tensor | None,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    vocab_size: int | None,
+    execution: Execution,
+) -> TopkProblem:
+    """Validate the arguments of `fused_topk.fused_linear_topk`; the operator compares k with V."""
+    checks.refuse_in_capture(input, shift_labels=shift_labels, process_group=execution.group_name)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"k: expected an integer from 1 to the vocabulary's size, got {k!r}")
+    head = _head("", input, weight, bias, softcap, logit_scale, temperature)
+    _trim_to_vocabulary([head], vocab_size, execution)
+    _detach(head)
+    labels = keep = None
+    if shift_labels is not None:
+        labels = checks.flat_labels("shift_labels", shift_labels, input.shape[:-1], input.device)
+        keep = labels != ignore_index
+    return TopkProblem(head, labels, keep, k, ignore_index, execution)
+
+
 def kept_tokens(
     keep: Tensor | None,
     token_weight: Tensor | None,
@@ -209,6 +237,11 @@ def _head(
         softcap = float(softcap) / float(logit_scale)
     temperature = float(temperature) / float(logit_scale)
     return Head(hidden.reshape(-1, hidden.shape[-1]), weight, bias, softcap, temperature)
+
+
+def _detach(head: Head) -> None:
+    head.hidden, head.weight = head.hidden.detach(), head.weight.detach()
+    head.bias = None if head.bias is None else head.bias.detach()
 
 
 def _check_shapes(input_name: str, hidden: Tensor, weight_name: str, weight: Tensor) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from opsd_kernels.layouts import MIB, ONE_BLOCK, BlockLayout, Work, size_in_words
 
 # A tile of about 1 MiB of fp32 keeps the row arithmetic inside a core's L2 cache.
@@ -14,6 +16,8 @@ _TILE_SHARE = 4
 # Converting this much of a 16-bit head to fp32 at a time keeps a GEMM busy; at most 1/16 of the
 # workspace.
 _WIDENED_BYTES, _WIDENED_SHARE = 4 * MIB, 16
+# C++: a thread takes a multiple of this many columns.
+_CHUNK_COLUMNS = 1024
 # Beyond 256 rows a GEMM gains nothing on a CPU, and the logits start to leave the L3 cache.
 _FROZEN_ROWS = 256
 # C++: with this many rows, packing a tile of the head costs little. More rows need larger buffers,
@@ -27,6 +31,13 @@ def dz_waits(tokens: int, depth: int) -> bool:
     2 N V <= 4 D V bytes. It then waits for one product, rounded once, instead of a sum of products.
     """
     return tokens <= 2 * depth
+
+
+def _candidate_bytes(k: int, vocab: int) -> int:
+    """C++: bytes of a row's largest logits, kept by each thread among its columns (largest.cpp)."""
+    threads = torch.get_num_threads()
+    columns = _CHUNK_COLUMNS * -(-vocab // (_CHUNK_COLUMNS * threads))
+    return 8 * threads * min(k + max(64, k), columns)
 
 
 def torch_layout(x: Work) -> BlockLayout:
@@ -73,6 +84,8 @@ def cpp_layout(x: Work, dz_bytes: int, rounds_once: bool) -> BlockLayout:
     per_row = (x.gradients - 1) * vocab * dz_bytes
     if again:
         per_row += x.heads * vocab * 4
+    if x.chosen:
+        per_row += _candidate_bytes(x.chosen, vocab)
     fitting = x.budget // per_row if per_row else max(1, tokens)
     if fitting < 1:
         raise x.too_small(per_row)

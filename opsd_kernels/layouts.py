@@ -63,6 +63,7 @@ class Work:
     clipped: bool
     workspace_bytes: int | None
     default_bytes: int
+    chosen: int = 0  # logits of each row, which its pass chooses; 0: none
     processors: int = cost.PROCESSORS  # of the GPU
 
     @property
@@ -174,7 +175,7 @@ def triton_layout(x: Work, schedule: str, precision: str) -> BlockLayout:
         found += _differences(x)
     if schedule in ("auto", "tiled") and precision != "difference":
         found += _tiled(x)
-    if schedule in ("auto", "streaming") and precision != "difference":
+    if schedule in ("auto", "streaming") and precision != "difference" and not x.chosen:
         found += _streaming(x)
     if not found:
         raise x.too_small(_bytes_of_a_row(x, _LEAST_COLUMNS, 0))

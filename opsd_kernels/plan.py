@@ -11,6 +11,7 @@ from opsd_kernels.cost import PROCESSORS
 from opsd_kernels.cpu_layouts import cpp_layout, dz_waits, torch_layout
 from opsd_kernels.layouts import MIB, Work, size_in_words, triton_layout
 
+LOSSES = ("divergence", "logprob", "topk")
 SCHEDULES = ("auto", "blocked", "tiled", "streaming")
 BACKENDS = ("triton", "cpp", "torch")
 PRECISIONS = ("auto", "fp32", "difference")
@@ -20,7 +21,7 @@ PRECISIONS = ("auto", "fp32", "difference")
 class Plan:
     """How a loss will be computed. `print(plan)` says it in a sentence."""
 
-    loss: str  # "divergence" or "logprob"
+    loss: str  # "divergence", "logprob" or "topk"
     backend: str  # of BACKENDS
     schedule: str  # of SCHEDULES, but "auto"
     precision: str  # of logits between passes: "fp32", or "difference" for 16-bit differences
@@ -74,6 +75,7 @@ def plan(
     entropy_grad: bool = False,
     two_passes: bool = True,
     clipped: bool = False,
+    k: int = 0,
     workspace_bytes: int | None = None,
     schedule: str = "auto",
     precision: str = "auto",
@@ -83,7 +85,8 @@ def plan(
 
     Args:
         num_tokens, hidden_size, vocab_size: N, D and V.
-        loss: "divergence" (student and teacher) or "logprob" (one head).
+        loss: "divergence" (student and teacher), "logprob" or "topk" (one head). The last has no
+            gradient.
         dtype, teacher_dtype: of the inputs; the teacher's defaults to `dtype`.
         device: a CUDA device need not be present; it is then planned for as an H100.
         grad_input, grad_weight, grad_bias: which gradients are needed.
@@ -92,6 +95,7 @@ def plan(
         two_passes: a divergence that reads its logits twice before the gradient: a JSD, or with a
             clip.
         clipped: there is a clip.
+        k: of "topk".
         workspace_bytes: limit on the memory for logits and other buffers. By default 256 MiB on a
             CPU and 512 MiB on a GPU. A trained head may use as much as its gradient in fp32 takes:
             on a GPU for up to 1,152 rows; on a CPU that multiplies bfloat16 if one block then holds
@@ -107,8 +111,10 @@ def plan(
         ValueError: for an unknown loss, schedule, precision or backend, for one that does not
             support these inputs, and for a workspace too small for one row.
     """
-    if loss not in ("divergence", "logprob"):
-        raise ValueError(f'loss: expected "divergence" or "logprob", got {loss!r}')
+    if loss not in LOSSES:
+        raise ValueError(f"loss: expected one of {LOSSES}, got {loss!r}")
+    if (loss == "topk") != (k > 0):
+        raise ValueError(f'k: expected at least 1 for loss "topk", 0 for others, got {k} of {loss}')
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule: expected one of {SCHEDULES}, got {schedule!r}")
     if precision not in PRECISIONS:
@@ -122,6 +128,13 @@ def plan(
             f"schedule: {schedule!r} needs a CUDA device and inputs of 32 or 16 bits, got "
             f"{dtype} on {device}; use 'blocked' or 'auto'"
         )
+    if schedule == "streaming" and loss == "topk":
+        raise ValueError(
+            "schedule: 'streaming' stores no logits to choose the largest from; use 'tiled', "
+            "'blocked' or 'auto'"
+        )
+    if loss == "topk":
+        grad_input = grad_weight = grad_bias = False
     work = Work(
         shape=(num_tokens, hidden_size, vocab_size),
         heads=2 if loss == "divergence" else 1,
@@ -133,6 +146,7 @@ def plan(
         reduced=reduced,
         two_passes=two_passes and loss == "divergence",
         clipped=clipped,
+        chosen=k,
         workspace_bytes=workspace_bytes,
         default_bytes=default_workspace(device),
         processors=processors_of(device),

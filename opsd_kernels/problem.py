@@ -96,6 +96,21 @@ class LogprobProblem:
         self.target, self.keep = self.target.contiguous(), _contiguous(self.keep)
 
 
+@dataclass
+class TopkProblem:
+    """The k largest log-probabilities of each token under one head."""
+
+    head: Head
+    labels: Tensor | None  # (N,) int64, for `keep` and its check alone
+    keep: Tensor | None  # (N,) bool
+    k: int
+    ignore_index: int  # the ids of tokens that are dropped
+    execution: Execution
+
+    def __post_init__(self) -> None:
+        self.labels, self.keep = _contiguous(self.labels), _contiguous(self.keep)
+
+
 @dataclass(frozen=True)
 class GradsNeeded:
     """Which gradients to compute."""

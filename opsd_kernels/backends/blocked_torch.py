@@ -22,6 +22,7 @@ from torch import Tensor
 
 from opsd_kernels.backends import row_math
 from opsd_kernels.backends.context import LossContext, same_head, store_stats
+from opsd_kernels.backends.largest import Largest, largest_of, topk_of
 from opsd_kernels.backends.logprob_terms import rates_of, rates_with_lse, value_of
 from opsd_kernels.layouts import even_blocks
 from opsd_kernels.plan import Plan
@@ -33,6 +34,7 @@ from opsd_kernels.problem import (
     Head,
     LogprobProblem,
     Result,
+    TopkProblem,
     stat_dtype,
 )
 
@@ -217,6 +219,24 @@ def _parts_of(ids: Tensor, depth: int) -> Iterator[tuple[slice, slice]]:
     for row in range(0, tokens, height):
         for column in range(0, count, width):
             yield slice(row, row + height), slice(column, column + width)
+
+
+def topk(p: TopkProblem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities (N, k), ids (N, k), lse (N,)) of the k largest logits."""
+    run = _Pass(p.head, plan, p.keep, GradsNeeded(), p.execution.group_name, None)
+    return topk_of(run, p, _largest(p, run))
+
+
+def _largest(p: TopkProblem, run: _Pass) -> Iterator[Largest]:
+    """The largest logits of each tile of kept rows, in order."""
+    logits = run.logits(p.head, 1)
+    for rows in run.blocks():
+        run.multiply(p.head.hidden[rows], p.head.weight, logits[: len(rows)])
+        for z in logits[: len(rows)].split(run.plan.tile_rows):
+            row_math.to_logits_(z, p.head, None)
+            z.clamp_(min=row_math.LOG_ZERO)
+            logit, ids = largest_of(z, min(p.k, z.shape[1]))
+            yield Largest(logit, ids, z.sub_(logit[:, :1]).exp_().sum(-1).log_())
 
 
 class _Pass(LossContext):

@@ -14,9 +14,11 @@ from torch import Tensor
 
 from opsd_kernels import extension
 from opsd_kernels.backends import blocked_torch, two_pass
+from opsd_kernels.backends.largest import Largest, topk_of
 from opsd_kernels.backends.passes import JSD, BlockedPass, Gradient, Layout, gathered
 from opsd_kernels.cpu_layouts import dz_waits
-from opsd_kernels.problem import Head
+from opsd_kernels.plan import Plan
+from opsd_kernels.problem import GradsNeeded, Head, TopkProblem
 
 _AMX_COLUMNS = 32
 # A float16 head is converted to fp32 so much at a time.
@@ -149,13 +151,7 @@ class _Tiles:
         out: Tensor,
         group: dist.ProcessGroup | None,
     ) -> None:
-        heads = self.heads
-        torch.ops.opsd_cpu.statistics(
-            self.hidden, [x.weight for x in heads[:1] if self.shared] or [x.weight for x in heads],
-            [x.bias for x in heads], self.softcaps, self.temperatures,
-            label if layout.label else None, offset, layout.entropy, layout.smoothed,
-            layout.predicted, heads[0].class_weight, layout.kind, self.logits, out,
-        )  # fmt: skip
+        self._first_pass(layout, label, offset, out)
         if layout.predicted:
             out[layout.names.index("argmax")] += offset
         if group is not None:
@@ -163,6 +159,27 @@ class _Tiles:
                 gathered(out, group), layout.heads, layout.entropy, layout.smoothed, layout.label,
                 layout.predicted, layout.kind, out,
             )  # fmt: skip
+
+    def _first_pass(
+        self, layout: Layout, label: Tensor | None, offset: int, out: Tensor, *top: Tensor
+    ) -> None:
+        """Fill `out` (K, rows), and `top`, logits and ids (rows, k), if it is given."""
+        heads = self.heads
+        torch.ops.opsd_cpu.statistics(
+            self.hidden, [x.weight for x in heads[:1] if self.shared] or [x.weight for x in heads],
+            [x.bias for x in heads], self.softcaps, self.temperatures,
+            label if layout.label else None, offset, layout.entropy, layout.smoothed,
+            layout.predicted, heads[0].class_weight, layout.kind, self.logits, out, *top,
+        )  # fmt: skip
+
+    def largest(self, k: int) -> Largest:
+        """The k largest logits of each row, chosen in the pass that makes the log-sum-exp."""
+        rows = len(self.hidden[0])
+        out = self.logits.new_empty(2, rows)
+        logit = out.new_empty(rows, k)
+        ids = logit.new_empty(rows, k, dtype=torch.int64)
+        self._first_pass(Layout(1, False, False, False, JSD), None, 0, out, logit, ids)
+        return Largest(logit, ids, out[1].log())
 
     def sums(
         self,
@@ -247,6 +264,13 @@ def add_target_sums(out: Tensor, factors: Tensor, weight: Tensor, ids: Tensor) -
 def _reads_rows(*operands: Tensor) -> bool:
     """Whether the C++ operators read single rows of these; of float16 they read none."""
     return all(x.stride(1) == 1 and x.dtype != torch.float16 for x in operands)
+
+
+def topk(p: TopkProblem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities (N, k), ids (N, k), lse (N,)) of the k largest logits."""
+    run = _Pass(p.head, plan, p.keep, GradsNeeded(), p.execution.group_name, None)
+    k, blocks = min(p.k, len(p.head.weight)), run.blocks()
+    return topk_of(run, p, (run.tiles([p.head], x, False, False).largest(k) for x in blocks))
 
 
 divergence = functools.partial(two_pass.divergence, _Pass)

@@ -17,17 +17,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels.backends import two_pass
+from opsd_kernels.backends.largest import Largest, merged, topk_of
 from opsd_kernels.backends.passes import BlockedPass, Gradient, Layout
 from opsd_kernels.backends.triton_columns import ColumnTiles
 from opsd_kernels.backends.triton_config import device_of, resident_blocks
 from opsd_kernels.backends.triton_differences_launch import DifferenceTiles
+from opsd_kernels.backends.triton_largest import largest_logits, without_epilogue
 from opsd_kernels.backends.triton_launch import FusedTiles, Source
 from opsd_kernels.backends.triton_math import FP16_BOOST
 from opsd_kernels.backends.triton_rows_launch import StoredTiles
 from opsd_kernels.backends.triton_slices import LogitSlice, multiply
 from opsd_kernels.backends.triton_targets import add_target_sums, store_entries, target_products
 from opsd_kernels.layouts import padded_columns
-from opsd_kernels.problem import DivergenceProblem, Head, Result
+from opsd_kernels.plan import Plan
+from opsd_kernels.problem import DivergenceProblem, GradsNeeded, Head, Result, TopkProblem
 
 _Tiles = FusedTiles | StoredTiles | ColumnTiles | DifferenceTiles
 
@@ -103,6 +106,20 @@ class _Pass(BlockedPass[_Tiles]):
             else:
                 torch.index_select(head.hidden, 0, self.kept[block], out=out)
         return list(outs)
+
+    def largest(self, head: Head, k: int, block: slice) -> Largest:
+        """The block's k largest logits, from one slice of the vocabulary after the other."""
+        hidden, width = self.operands([head], block), self.plan.slice_columns
+        z = self.buffer("logits", len(hidden[0]), padded_columns(width))
+        slices = functools.partial(self.cut, [without_epilogue(head)], len(z), False)
+        vocab, found = len(head.weight), None
+        for first in range(0, vocab, width):
+            part = slices(slice(first, min(first + width, vocab)))
+            part.multiply(hidden)
+            made = largest_logits(z, part, head, k)
+            found = made if found is None else merged([found, made], k)
+        assert found is not None  # a head has rows
+        return found
 
     @property
     def resident(self) -> bool:
@@ -214,7 +231,13 @@ class _Pass(BlockedPass[_Tiles]):
         return [*dz, self.buffer("dz 1", size, width, dtype)] if self.needed.entropy else dz
 
 
-__all__ = ["add_target_sums", "divergence", "logprob", "target_products"]
+def topk(p: TopkProblem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities (N, k), ids (N, k), lse (N,)) of the k largest logits."""
+    run = _Pass(p.head, plan, p.keep, GradsNeeded(), p.execution.group_name, None)
+    return topk_of(run, p, (run.largest(p.head, p.k, block) for block in run.blocks()))
+
+
+__all__ = ["add_target_sums", "divergence", "logprob", "target_products", "topk"]
 
 divergence = functools.partial(two_pass.divergence, _Pass)
 logprob = functools.partial(two_pass.logprob, _Pass)

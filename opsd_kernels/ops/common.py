@@ -109,6 +109,7 @@ def plan_for(
     teacher: Head | None = None,
     two_passes: bool = True,
     clipped: bool = False,
+    k: int = 0,
     from_forward: Kept | None = None,
 ) -> Plan:
     """The plan of one operator call: that of the forward pass whose logits it goes on from."""
@@ -123,7 +124,7 @@ def plan_for(
         backend=backend_name(head.hidden, None if teacher is None else teacher.hidden),
         grad_input=needed.hidden, grad_weight=needed.weight, grad_bias=needed.bias,
         reduced=row_scale is not None, entropy_grad=needed.entropy, two_passes=two_passes,
-        clipped=clipped, workspace_bytes=e.workspace_bytes,
+        clipped=clipped, k=k, workspace_bytes=e.workspace_bytes,
         schedule=e.schedule, precision=e.precision,
     )  # fmt: skip
 

@@ -1,6 +1,7 @@
 """Every loss and gradient of the package in plain PyTorch over full logits: the tests' reference.
 
-No operator calls these functions, and they are not fast. They compute in the dtype of their inputs:
+No operator calls these functions, and they are not fast; only `topk_divergence`, which is plain
+PyTorch, takes `divergence` from here. They compute in the dtype of their inputs:
 with float64 they are the truth, with bfloat16 they are what a user would write by hand. `ls` and
 `lt` are log-probabilities of student and teacher, (..., V).
 
@@ -23,6 +24,7 @@ from opsd_kernels.reference.losses import (
     linear_cross_entropy,
     linear_jsd,
     linear_logprob,
+    linear_topk,
     reduce_tokens,
     spread,
 )
@@ -69,6 +71,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_jsd",
     "linear_logprob",
+    "linear_topk",
     "log_mixture",
     "log_probs",
     "logits",

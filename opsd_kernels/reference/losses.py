@@ -13,6 +13,7 @@ from opsd_kernels.reference.rows import (
     divergence,
     entropy,
     log_probs,
+    logits,
     logprob,
 )
 
@@ -159,6 +160,37 @@ def linear_logprob(
         return torch.where(valid, spread(ls.gather(-1, ids), keep), 0.0)
     chosen = spread(logprob(ls, target[keep]), keep)
     return (chosen, spread(entropy(ls), keep)) if return_entropy else chosen
+
+
+def linear_topk(
+    input: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    vocab_size: int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fused_linear_topk` over full logits: a stable sort has the lower of two equal ids first."""
+    keep = kept_rows(input.shape[:-1], shift_labels, ignore_index, None, input.device)
+    bias = None if bias is None else bias[:vocab_size]
+    z = logits(
+        input[keep],
+        weight[:vocab_size],
+        bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+    )
+    top = z.argsort(dim=-1, descending=True, stable=True)[..., :k]
+    chosen = keep.unsqueeze(-1).expand(*keep.shape, k)
+    logprob = spread(z.log_softmax(-1).gather(-1, top), chosen)
+    ids = torch.full(chosen.shape, ignore_index, device=input.device)
+    return logprob, ids.masked_scatter(chosen, top), spread(z.logsumexp(-1), keep)
 
 
 def linear_cross_entropy(

@@ -1,0 +1,73 @@
+"""What the tests of `fused_linear_topk` share: inputs with ties, and comparison with float64."""
+
+import torch
+from torch import Tensor
+
+from opsd_kernels import reference
+from opsd_kernels.fused_topk import fused_linear_topk
+from opsd_kernels.testing import assert_close, cast, make_pair, single
+from tests.helpers.kernel_cases import move
+
+NAMES = ("logprob", "ids", "lse")
+
+
+def random_case(tokens: int, hidden: int, vocab: int, seed: int = 0) -> dict[str, Tensor]:
+    case = single(make_pair(tokens, hidden, vocab, masked=tokens // 8, seed=seed))
+    case["shift_labels"] = case.pop("target")
+    return case
+
+
+def integer_case(tokens: int, hidden: int, vocab: int, seed: int = 0) -> dict[str, Tensor]:
+    """Logits are small integers, exact in any dtype, so most are equal to others; some are -inf."""
+    g = torch.Generator().manual_seed(seed)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-2, 3, shape, generator=g).double()
+
+    bias = integers(vocab)
+    bias[torch.randperm(vocab, generator=g)[: vocab // 4]] = -torch.inf
+    return {"input": integers(tokens, hidden), "weight": integers(vocab, hidden), "bias": bias}
+
+
+def check(
+    case: dict[str, Tensor],
+    k: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    only_ours: dict[str, object] | None = None,
+    **options: object,
+) -> None:
+    """Error against float64 at most twice that of PyTorch in fp32; ids as a stable sort has them.
+
+    Where two of the truth's logits are too close for fp32, either may come first.
+    """
+    there = move(cast(case, dtype), device)
+    found = fused_linear_topk(**there, k=k, **options, **(only_ours or {}))
+    exact = cast(cast(case, dtype), torch.float64)
+    true = reference.linear_topk(**exact, k=k, **options)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    plain = reference.linear_topk(**cast(exact, wide), k=k, **options)
+    ours = [x.cpu() for x in found]
+    assert ours[0].dtype == ours[2].dtype == wide and ours[1].dtype == torch.int64
+    for name, a, t, p in zip(NAMES, ours, true, plain, strict=True):
+        if name == "ids":
+            assert_ids(a, t, exact, options)
+        else:
+            assert_close(a, t, p, max_factor=4.0, name=name)
+
+
+def assert_ids(
+    ids: Tensor, true: Tensor, exact: dict[str, Tensor], options: dict[str, object]
+) -> None:
+    assert ids.shape == true.shape
+    names = ("softcap", "logit_scale", "temperature")
+    how = {name: options[name] for name in names if name in options}
+    z = reference.logits(exact["input"], exact["weight"], exact.get("bias"), **how)
+    kept = true[..., 0] != options.get("ignore_index", -100)
+    assert torch.equal(ids[~kept], true[~kept])
+    ids, true, z = ids[kept], true[kept], z[kept]
+    in_order = ids.sort(-1).values
+    assert (in_order[..., 1:] > in_order[..., :-1]).all(), "an id comes twice"
+    other, same = z.gather(-1, ids), z.gather(-1, true)
+    wrong = (ids != true) & ~((other - same).abs() < 1e-5) | (ids != true) & (other == same)
+    assert not wrong.any(), f"ids {ids[wrong]}, truth {true[wrong]}"
