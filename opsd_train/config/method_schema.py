@@ -12,6 +12,9 @@ from opsd_train.config.section import (
     section,
 )
 
+TOP_K = 64
+"""Default of loss.top_k."""
+
 
 @section
 class VerifyConfig:
@@ -71,8 +74,11 @@ class GrpoConfig:
 class LossConfig:
     """The divergence between student and teacher (opsd, distill)."""
 
-    objective: Literal["full_vocabulary", "sampled_token"] = "full_vocabulary"
-    """Divergence over the full vocabulary (Eq. 6-8) or sampled-token policy gradient (Eq. 9)."""
+    objective: Literal["full_vocabulary", "top_k", "sampled_token"] = "full_vocabulary"
+    """Divergence over the full vocabulary (Eq. 6-8), over the teacher's most likely tokens and the
+    rest as one outcome, or sampled-token policy gradient (Eq. 9)."""
+    top_k: Positive = TOP_K
+    """objective=top_k: how many of the teacher's most likely tokens; at most the vocabulary."""
     beta: UnitInterval = 0.5
     """0: forward KL, 1: reverse KL, in between: generalised Jensen-Shannon divergence."""
     temperature: PositiveReal = 1.0
@@ -82,6 +88,8 @@ class LossConfig:
 
     @model_validator(mode="after")
     def _fits_together(self) -> "LossConfig":
-        if self.objective == "sampled_token" and self.token_clip is not None:
+        if self.objective != "full_vocabulary" and self.token_clip is not None:
             raise ValueError("loss.token_clip works with loss.objective=full_vocabulary only")
+        if self.objective != "top_k" and self.top_k != TOP_K:
+            raise ValueError(f"loss.top_k={self.top_k} needs loss.objective=top_k")
         return self

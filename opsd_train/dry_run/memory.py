@@ -17,6 +17,7 @@ from opsd_kernels import plan
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NOT_IN_LAYERS = ("embed_tokens", "lm_head")
 _FP32 = 4  # bytes
+_TOP_TOKEN = 12  # bytes of a teacher's likely token: an id and a log-probability
 # Bytes per vocabulary entry of a sampled row: float32 logits twice, probabilities, float64 sums.
 _SAMPLING = 20
 
@@ -86,6 +87,7 @@ class Setup:
     teacher: Sizes | None = None  # the model that `precompute` runs, if any
     teacher_itemsize: int = 0  # bytes of its dtype; 0: the teacher is the policy's own model
     keeps_states: bool = False  # the teacher's hidden states are kept for the student's pass
+    top_k: int = 0  # or so many of its most likely tokens at each completion token; 0: none
     copied: bool = False  # the trained weights have a copy: an older policy
     shards: int = 1  # processes that the weights are sharded over
     processes: int = 1
@@ -213,19 +215,31 @@ def _teacher(sizes: Sizes, teacher: Sizes, step: LargestStep, setup: Setup) -> d
     else:
         item, stream, cast = setup.itemsize, _stream(sizes, setup), _cast(sizes, setup)
     layer = step.teacher_tokens * _forward(teacher, item, stream)
+    layer += _scores(teacher, step.teacher_tokens, step.longest, item)
     return {
         "weights in the compute type": cast,
-        "hidden states of all micro-batches": _states(step, setup),
-        "a layer's forward": layer + _scores(teacher, step.teacher_tokens, step.longest, item),
+        **_kept(step, setup),
+        "a layer's forward, or the top tokens": max(layer, _choosing(teacher, step, setup)),
     }
 
 
-def _states(step: LargestStep, setup: Setup) -> int:
-    """The teacher's hidden states at the completion tokens, kept for the student's pass."""
-    if setup.teacher is None or not setup.keeps_states:
+def _choosing(teacher: Sizes, step: LargestStep, setup: Setup) -> int:
+    """The workspace of the teacher's logits, to choose its most likely tokens from."""
+    if not setup.top_k:
         return 0
+    options = {name: setup.loss[name] for name in ("dtype", "device", "workspace_bytes")}
+    shape = step.loss_tokens, teacher.hidden, teacher.vocab
+    return plan(*shape, loss="topk", k=setup.top_k, grad_input=False, **options).workspace_bytes
+
+
+def _kept(step: LargestStep, setup: Setup) -> dict[str, int]:
+    """What the student's pass needs of the teacher at the completion tokens."""
+    if setup.top_k:
+        return {"the teacher's top tokens": step.all_loss_tokens * setup.top_k * _TOP_TOKEN}
+    if setup.teacher is None or not setup.keeps_states:
+        return {}
     item = setup.teacher_itemsize or _stream(setup.teacher, setup)
-    return step.all_loss_tokens * setup.teacher.hidden * item
+    return {"the teacher's hidden states": step.all_loss_tokens * setup.teacher.hidden * item}
 
 
 def _student(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
@@ -247,7 +261,7 @@ def _student(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
     head = loss.accumulator_bytes
     return {
         "weights in the compute type": _cast(sizes, setup),
-        "the teacher's hidden states": _states(step, setup),
+        **_kept(step, setup),
         "activations kept for backward": saved,
         "the loss's workspace, or a layer's backward": max(loss.workspace_bytes + head, backward),
     }

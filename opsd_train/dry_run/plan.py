@@ -204,21 +204,26 @@ def _setup(config: Config, shard: str) -> tuple[Setup, Sizes]:
         shards=processes if shard == "full" else 1,
         processes=processes,
     )
-    return replace(setup, **_teacher_setup(config, sizes)), sizes
+    return replace(setup, **_teacher_setup(config, sizes), top_k=_top_k(config, sizes)), sizes
+
+
+def _top_k(config: Config, sizes: Sizes) -> int:
+    """How many of the teacher's tokens are kept at each completion token; 0: its hidden states."""
+    return min(config.loss.top_k, sizes.vocab) if config.loss.objective == "top_k" else 0
 
 
 def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
     """The fields of Setup about the model that `precompute` runs; `sizes` are the policy's."""
-    full = config.lora is None
+    full, keeps_states = config.lora is None, config.loss.objective != "top_k"
     if config.method == "opsd":
         weights = (config.opsd or OpsdConfig()).teacher
         copied = weights == "ema" or (weights == "initial" and full)
-        return {"teacher": sizes, "keeps_states": True, "copied": copied}
+        return {"teacher": sizes, "keeps_states": keeps_states, "copied": copied}
     if config.distill is not None:
         return {
             "teacher": _sizes(_teacher_model(config, config.distill), None),
             "teacher_itemsize": getattr(torch, config.distill.dtype).itemsize,
-            "keeps_states": True,
+            "keeps_states": keeps_states,
         }
     if config.method == "grpo":
         grpo = config.grpo or GrpoConfig()

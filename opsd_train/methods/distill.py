@@ -11,7 +11,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Source, Stats
-from opsd_train.methods.common import distillation, teacher_hidden
+from opsd_train.methods.distillation import Distribution, distillation, teacher_distribution
 from opsd_train.model.policy import Policy
 
 
@@ -37,21 +37,27 @@ class Distill(Method):
         assert config.distill is not None
         return "student" if config.distill.on_policy else "solution"
 
-    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Tensor]:
-        """The teacher's hidden states (N, D_t) for each micro-batch, without gradient.
+    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Distribution]:
+        """The teacher's distributions for each micro-batch, without gradient.
 
         Raises UserError if a completion has a token that one of the models does not have.
         """
         for sample in (sample for group in groups for sample in group):
             self._check_tokens(sample)
-        return [teacher_hidden(self.teacher, group, prompt="student") for group in groups]
+        head = lm_head(self.teacher.core)  # whole on every rank: only the layers are sharded
+        shared = min(self._vocab_sizes.values())
+        return [
+            teacher_distribution(
+                self.teacher, group, "student", self.config.loss, head=head, vocab_size=shared
+            )
+            for group in groups
+        ]
 
     def loss(
-        self, samples: Sequence[Sample], precomputed: Tensor, num_tokens: int
+        self, samples: Sequence[Sample], precomputed: Distribution, num_tokens: int
     ) -> tuple[Tensor, Stats]:
-        """Divergence or sampled-token loss of one micro-batch; see `distillation`."""
-        head = lm_head(self.teacher.core)  # whole on every rank: only the layers are sharded
-        return distillation(self.policy, samples, precomputed, head, self.config.loss, num_tokens)
+        """The objective over one micro-batch; see `distillation`."""
+        return distillation(self.policy, samples, precomputed, self.config.loss, num_tokens)
 
     def _check_tokens(self, sample: Sample) -> None:
         """A student can sample an id from the padding of its vocabulary that the teacher lacks."""

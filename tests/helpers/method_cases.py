@@ -28,12 +28,17 @@ CASES = {
     "opsd JSD": ("loss.beta=0.5", "loss.temperature=1.3"),
     "opsd reverse KL": ("loss.beta=1.0",),
     "opsd clipped": ("loss.beta=0.0", "loss.token_clip=0.05"),
+    "opsd top k": ("loss.objective=top_k", "loss.top_k=8", "loss.temperature=1.3"),
     "opsd sampled token": ("loss.objective=sampled_token", "loss.temperature=1.3"),
     "sft": ("method=sft",),
     "star": ("method=star",),
     "context_distill": ("method=context_distill",),
     "grpo": (*GRPO, "grpo.kl_weight=0.05", "grpo.updates=2"),
     "distill": ("method=distill", "distill.teacher=t", "loss.beta=0.5"),
+    "distill top k": (
+        *("method=distill", "distill.teacher=t", "loss.beta=0.0"),
+        *("loss.objective=top_k", "loss.top_k=8"),
+    ),
     "distill sampled token": (
         *("method=distill", "distill.teacher=t", "loss.objective=sampled_token"),
     ),
@@ -182,6 +187,8 @@ def divergence(ls: Tensor, lt: Tensor, y: list[int], loss: LossConfig) -> Tensor
     """Equations 6-9 per token."""
     if loss.objective == "sampled_token":
         return -(chosen(lt, y) - chosen(ls, y)).detach() * chosen(ls, y)
+    if loss.objective == "top_k" and loss.top_k < VOCAB:
+        ls, lt = (top_and_rest(log_p, lt, loss.top_k) for log_p in (ls, lt))
     s, t = ls.exp(), lt.exp()
     if loss.beta == 0:
         entries = t * (lt - ls)
@@ -191,6 +198,13 @@ def divergence(ls: Tensor, lt: Tensor, y: list[int], loss: LossConfig) -> Tensor
         lm = (loss.beta * t + (1 - loss.beta) * s).log()
         entries = loss.beta * t * (lt - lm) + (1 - loss.beta) * s * (ls - lm)
     return entries.clamp(max=loss.token_clip or math.inf).sum(-1)
+
+
+def top_and_rest(log_p: Tensor, teacher: Tensor, k: int) -> Tensor:
+    """(T, k + 1) log-probabilities of the teacher's k most likely tokens and of all the others."""
+    order = teacher.argsort(-1, descending=True)
+    kept, others = (log_p.gather(-1, ids) for ids in (order[:, :k], order[:, k:]))
+    return torch.cat([kept, others.logsumexp(-1, keepdim=True)], -1)
 
 
 def surrogate(

@@ -85,6 +85,7 @@ def compare(pair: Pair, course: Course) -> tuple[Outcome, list[Outcome]]:
         ("untied", "full", (FULL, CHECKPOINTING)),
         ("tied", "none", (FULL, "opsd.teacher=ema", "opsd.ema_decay=0.5", SMALL)),
         ("tied", "full", (FULL, "opsd.teacher=current", "loss.token_clip=0.01")),
+        ("tied", "full", (FULL, "opsd.teacher=ema", "loss.objective=top_k", "loss.top_k=8")),
         ("tied", "full", (FULL, SMALL, "method=sft")),
         ("tied", "full", (*GRPO, FULL, "grpo.updates=2", "grpo.kl_weight=0.1")),
     ],

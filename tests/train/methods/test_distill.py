@@ -31,8 +31,13 @@ ON_POLICY = CASES["distill"]
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "all weights"])
 @pytest.mark.parametrize(
     "overrides",
-    [ON_POLICY, (*ON_POLICY, "loss.beta=0.0"), CASES["distill sampled token"]],
-    ids=["JSD", "forward KL", "sampled token"],
+    [
+        ON_POLICY,
+        (*ON_POLICY, "loss.beta=0.0"),
+        CASES["distill top k"],
+        CASES["distill sampled token"],
+    ],
+    ids=["JSD", "forward KL", "top k", "sampled token"],
 )
 def test_loss_and_gradient_equal_full_logits(overrides: tuple[str, ...], lora: bool) -> None:
     config, policy, samples = settings(*overrides), make_policy(lora), make_samples()
