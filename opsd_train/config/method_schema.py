@@ -46,6 +46,8 @@ class DistillConfig:
     """Folder or hub name of the teacher; any size, but with the student's tokenizer."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the teacher's weights and computation."""
+    prompt: Literal["student", "teacher"] = "student"
+    """The prompt that the teacher reads: the student's, or prompts.teacher, with the solution."""
     on_policy: bool = True
     """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2)."""
 

@@ -117,7 +117,10 @@ def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     own_engine = rollout.engine == "transformers"  # vLLM has memory of its own
     generates = own_engine and source != "solution"
     lengths = [len(getattr(s, f"{source}_prompt")) for s in samples] if generates else []
-    sides = ("student_prompt", "teacher_prompt" if method.teacher_prompt else "student_prompt")
+    sides = (
+        "student_prompt",
+        "teacher_prompt" if method.teacher_prompt(config) else "student_prompt",
+    )
     student, teacher = ([_read(group, side) for group in groups] for side in sides)
     step = LargestStep(
         tokens=max(layout.tokens(*texts) for texts in student),
@@ -174,7 +177,7 @@ def _sample(builder: PromptBuilder, problem: Problem, config: Config) -> Sample:
     """A sample of this problem with the longest completion possible."""
     method = METHODS[config.method]
     on_solution = method.source(config) == "solution"
-    teacher = builder.teacher(problem) if method.teacher_prompt else None
+    teacher = builder.teacher(problem) if method.teacher_prompt(config) else None
     new = builder.solution(problem) if on_solution else [0] * config.rollout.max_new_tokens
     return Sample(problem, builder.student(problem), teacher, new)
 

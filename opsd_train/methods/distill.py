@@ -16,7 +16,7 @@ from opsd_train.model.policy import Policy
 
 
 class Distill(Method):
-    """Divergence from a frozen teacher that reads the student's prompt.
+    """Divergence from a frozen teacher that reads the student's prompt, or its own.
 
     The teacher may have another hidden size and another padding of the vocabulary, but must have
     the student's tokenizer.
@@ -37,6 +37,12 @@ class Distill(Method):
         assert config.distill is not None
         return "student" if config.distill.on_policy else "solution"
 
+    @classmethod
+    def teacher_prompt(cls, config: Config) -> bool:
+        """The teacher reads its own prompt with `distill.prompt=teacher`."""
+        assert config.distill is not None
+        return config.distill.prompt == "teacher"
+
     def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Distribution]:
         """The teacher's distributions for each micro-batch, without gradient.
 
@@ -44,12 +50,12 @@ class Distill(Method):
         """
         for sample in (sample for group in groups for sample in group):
             self._check_tokens(sample)
+        assert self.config.distill is not None
+        prompt, loss = self.config.distill.prompt, self.config.loss
         head = lm_head(self.teacher.core)  # whole on every rank: only the layers are sharded
         shared = min(self._vocab_sizes.values())
         return [
-            teacher_distribution(
-                self.teacher, group, "student", self.config.loss, head=head, vocab_size=shared
-            )
+            teacher_distribution(self.teacher, group, prompt, loss, head=head, vocab_size=shared)
             for group in groups
         ]
 

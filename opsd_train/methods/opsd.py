@@ -28,8 +28,12 @@ class Opsd(Method):
     """Divergence from the teacher, or the sampled token's advantage; the recipe's `loss.objective`
     picks which."""
 
-    teacher_prompt = True
     divergence = True
+
+    @classmethod
+    def teacher_prompt(cls, config: Config) -> bool:
+        """The teacher reads its own prompt."""
+        return True
 
     def __init__(self, config: Config, policy: Policy) -> None:
         super().__init__(config, policy)

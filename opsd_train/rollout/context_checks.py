@@ -34,7 +34,7 @@ class LongestSequence:
 def heldout_texts(config: Config) -> tuple[str, ...]:
     """The sides ("student", "teacher") under whose prompts held-out problems are read."""
     kind, evaluation = METHODS[config.method], config.evaluation
-    divergence = kind.divergence and kind.teacher_prompt and evaluation.divergence
+    divergence = kind.divergence and kind.teacher_prompt(config) and evaluation.divergence
     return ("student", "teacher") if evaluation.teacher or divergence else ("student",)
 
 
@@ -47,10 +47,13 @@ def check_context(
     `train` has the lengths of the texts that the method requires, `heldout` those of
     `heldout_texts`; it may be empty.
     """
-    found = [*_training(config, train), *_evaluation(config, heldout)]
-    longest = max(found, key=lambda sequence: sequence.total)
     for role, model_config in readers.items():
-        check_fits(longest, model_config, role)
+        in_training, in_evaluation = _prompts_read(config, role)
+        found = [
+            *_training(config, train, in_training),
+            *_evaluation(config, heldout, in_evaluation),
+        ]
+        check_fits(max(found, key=lambda sequence: sequence.total), model_config, role)
 
 
 def check_fits(longest: LongestSequence, model_config: Any, role: str = "model") -> None:
@@ -88,22 +91,34 @@ def context_of(model_config: Any) -> int | None:
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
-def _training(config: Config, train: Measured) -> Iterator[LongestSequence]:
+def _prompts_read(config: Config, role: str) -> tuple[set[str], set[str]]:
+    """The sides whose prompts the model in this role reads: in training, and in evaluations."""
+    evaluation = config.evaluation
+    if config.distill is None:  # the model is its own teacher
+        return {"student", "teacher"}, {"student", "teacher"}
+    if role == "model":
+        return {"student"}, {"student", *["teacher"] * evaluation.teacher}
+    prompt = config.distill.prompt
+    return {prompt}, {prompt} if evaluation.divergence else set()
+
+
+def _training(config: Config, train: Measured, sides: set[str]) -> Iterator[LongestSequence]:
     kind = METHODS[config.method]
-    if kind.source(config) == "solution":
-        tokens, problem = train.longest("student", "solution")
-        yield LongestSequence(f"prompt and solution of {problem.id} have", tokens)
-        return
     # A teacher reads, or writes, the same completions after its own prompt.
-    for side in kind.required_texts(config):
+    for side in [side for side in kind.required_texts(config) if side in sides]:
+        if kind.source(config) == "solution":
+            tokens, problem = train.longest(side, "solution")
+            yield LongestSequence(f"{side} prompt and solution of {problem.id} have", tokens)
+            continue
         tokens, problem = train.longest(side)
         new = config.rollout.max_new_tokens
         what = f"{side} prompt of {problem.id} has"
         yield LongestSequence(what, tokens, "rollout.max_new_tokens", new)
 
 
-def _evaluation(config: Config, heldout: Measured) -> Iterator[LongestSequence]:
-    for side in heldout_texts(config) if heldout.problems else ():
+def _evaluation(config: Config, heldout: Measured, sides: set[str]) -> Iterator[LongestSequence]:
+    read = [side for side in heldout_texts(config) if side in sides]
+    for side in read if heldout.problems else ():
         tokens, problem = heldout.longest(side)
         new = config.evaluation.max_new_tokens
         what = f"{side} prompt of the held-out {problem.id} has"

@@ -38,7 +38,7 @@ class Trajectories:
     ) -> None:
         self._config, self._source, self._prompts = config, method.source(config), prompts
         self.engine, self._tokenizer = engine, tokenizer
-        self._teacher_prompt, self._imitates = method.teacher_prompt, method.imitates
+        self._teacher_prompt, self._imitates = method.teacher_prompt(config), method.imitates
         self._policy = method.policy
         self._agrees = False  # sampler and trainer; checked on the first rollout
         rollout = config.rollout

@@ -37,7 +37,7 @@ CASES = {
     "distill": ("method=distill", "distill.teacher=t", "loss.beta=0.5"),
     "distill top k": (
         *("method=distill", "distill.teacher=t", "loss.beta=0.0"),
-        *("loss.objective=top_k", "loss.top_k=8"),
+        *("loss.objective=top_k", "loss.top_k=8", "distill.prompt=teacher"),
     ),
     "distill sampled token": (
         *("method=distill", "distill.teacher=t", "loss.objective=sampled_token"),
@@ -242,7 +242,8 @@ def plain_loss(
             temperature = config.loss.temperature
             ls = read(model, prompt, temperature=temperature)
             with torch.no_grad(), reference():
-                theirs = sample.teacher_prompt if config.method == "opsd" else prompt
+                privileged = config.distill is None or config.distill.prompt == "teacher"
+                theirs = sample.teacher_prompt if privileged else prompt
                 lt = read(teacher or model, theirs, temperature=temperature)
             value = divergence(ls, lt.to(ls.dtype), y, config.loss)
         elif config.method == "grpo":

@@ -72,7 +72,7 @@ def test_the_teacher_reads_the_students_prompt() -> None:
     method = make_method(config, policy)
     blind = [replace(sample, teacher_prompt=None) for sample in samples]
     assert run(method, samples).loss == pytest.approx(run(method, blind).loss, rel=1e-5)
-    assert not method.teacher_prompt
+    assert not method.teacher_prompt(config)
 
 
 def test_trajectories_on_and_off_policy() -> None:

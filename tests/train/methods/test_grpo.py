@@ -144,7 +144,7 @@ def test_statistics_are_those_of_the_sampled_distribution() -> None:
 def test_it_reads_the_students_samples() -> None:
     config = settings(*GRPO)
     method = make_method(config, make_policy())
-    assert method.source(config) == "student" and not method.teacher_prompt
+    assert method.source(config) == "student" and not method.teacher_prompt(config)
 
 
 # ----------------------------------------------------------------------------------- the surrogate

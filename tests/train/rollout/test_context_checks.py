@@ -51,7 +51,7 @@ OFFLINE = ("method=distill", "distill={teacher: t, on_policy: false}")
 CASES = {
     # solutions: the longest prompt and solution of one problem, 30 + 40; nothing is generated
     "sft": (["method=sft", NONE], 70, "max_solution_tokens, with prompts.overlong=skip"),
-    "distill off-policy": ([*OFFLINE, NONE], 70, "prompt and solution of p-0 have 70"),
+    "distill off-policy": ([*OFFLINE, NONE], 70, "student prompt and solution of p-0 have 70"),
     # rollouts: the prompts of whoever writes or reads them, and rollout.max_new_tokens
     "opsd": ([NONE], 70, "teacher prompt of p-1 has 60 tokens and with rollout.max_new_tokens=10"),
     "context_distill": (["method=context_distill", NONE], 70, "teacher prompt of p-1"),
