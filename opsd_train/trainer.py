@@ -31,6 +31,7 @@ from opsd_train.evaluation.rewards import Rewards, failures, grading_processes, 
 from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
 from opsd_train.methods.distill import Distill
+from opsd_train.methods.teachers import LocalTeacher
 from opsd_train.model.policy import load_policy, load_tokenizer
 from opsd_train.reporting.collapse import CollapseMonitor
 from opsd_train.reporting.run_folder import RunFolder
@@ -71,7 +72,15 @@ class Trainer:
 
         torch.manual_seed(config.seed)  # every rank initialises the same adapters
         self.policy = load_policy(config.model, config.lora, self.tokenizer, context, shard_mode)
-        self.method = make_method(config, self.policy, self.tokenizer, context, shard_mode)
+        self.method = make_method(
+            config,
+            self.policy,
+            self.tokenizer,
+            self.problems,
+            self.data_fingerprint,
+            context,
+            shard_mode,
+        )
         check_context(config, self._model_configs(), train_lengths, heldout_lengths)
         engine = make_engine(config, self.policy, self.tokenizer, folder)
         self.trajectories = Trajectories(config, self.method, self.prompts, engine, self.tokenizer)
@@ -203,8 +212,8 @@ class Trainer:
     def _model_configs(self) -> dict[str, Any]:
         """The transformers configurations of the models that read completions."""
         configs = {"model": self.policy.core.config}
-        if isinstance(self.method, Distill):
-            configs["teacher"] = self.method.teacher.core.config
+        if isinstance(self.method, Distill) and isinstance(self.method.teacher, LocalTeacher):
+            configs["teacher"] = self.method.teacher.policy.core.config
         return configs
 
     def _refuse_more_ranks_than_samples(self) -> None:

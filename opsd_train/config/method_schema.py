@@ -48,6 +48,9 @@ class DistillConfig:
     """Dtype of the teacher's weights and computation."""
     prompt: Literal["student", "teacher"] = "student"
     """The prompt that the teacher reads: the student's, or prompts.teacher, with the solution."""
+    cache: str | None = None
+    """Folder of the teacher's most likely tokens, which cache-teacher writes: its model is not
+    loaded then. Needs loss.objective=top_k and on_policy=false; null: none."""
     on_policy: bool = True
     """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2)."""
 

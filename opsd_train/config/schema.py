@@ -293,6 +293,8 @@ class Config:
                 yield f"{name}.* are settings of method {name}; this recipe uses {self.method}"
         if self.method == "distill" and self.distill is None:
             yield "method=distill needs distill.teacher"
+        if self.distill is not None and self.distill.cache is not None:
+            yield from self._cache_conflicts(self.distill)
         if self.method not in ("opsd", "distill") and self.loss != LossConfig():
             yield f"loss.* sets the divergence of opsd and distill; method={self.method} has none"
         offline = self.method == "sft" or (self.distill and not self.distill.on_policy)
@@ -302,6 +304,17 @@ class Config:
             yield "rollout.samples_per_prompt must be 1: this recipe trains on solutions, one each"
         if self.method == "grpo":
             yield from self._grpo_conflicts(self.grpo or GrpoConfig())
+
+    def _cache_conflicts(self, distill: DistillConfig) -> Iterator[str]:
+        if self.loss.objective != "top_k":
+            yield "distill.cache has the teacher's most likely tokens: set loss.objective=top_k"
+        if distill.on_policy:
+            yield "distill.cache is of the reference solutions: set distill.on_policy=false"
+        if self.evaluation.problems and self.evaluation.divergence:
+            yield (
+                "distill.cache has no divergence of held-out completions: set "
+                "evaluation.divergence=false"
+            )
 
     def _grpo_conflicts(self, grpo: GrpoConfig) -> Iterator[str]:
         if self.rollout.samples_per_prompt < 2:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,9 +16,11 @@ from opsd_train.config.load import to_yaml
 from opsd_train.config.method_schema import DistillConfig, GrpoConfig, OpsdConfig
 from opsd_train.config.schema import Config, LoraConfig, ModelConfig
 from opsd_train.data.batches import Sample, micro_batches
+from opsd_train.data.fingerprint import Fingerprint, fingerprint
 from opsd_train.data.layout import PADDED
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.data.prompts import Measured, PromptBuilder
+from opsd_train.data.teacher_cache import WRITE, TeacherCache
 from opsd_train.distributed.context import resolve_device
 from opsd_train.dry_run.memory import (
     GenerationBatch,
@@ -30,6 +33,7 @@ from opsd_train.dry_run.memory import (
 )
 from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
+from opsd_train.methods.teachers import open_cache
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.families import shared_layout
 from opsd_train.model.policy import attention, load_model_config, load_tokenizer
@@ -57,6 +61,7 @@ def dry_run(config: Config, shard: str = "full") -> str:
             f"loss plan: {loss_plan}",
             *_memory(sizes, step, setup),
             *_vllm(config),
+            *_cache(config),
         ]
     )
 
@@ -94,6 +99,18 @@ def _vllm(config: Config) -> list[str]:
     return [f"  vLLM takes another {share} of the device while it generates"]
 
 
+def _cache(config: Config) -> list[str]:
+    if config.distill is None or config.distill.cache is None:
+        return []
+    state = "its weights are not loaded" if _cache_exists(config) else f"not there yet: {WRITE}"
+    return [f"the teacher is read from {config.distill.cache}; {state}"]
+
+
+def _cache_exists(config: Config) -> bool:
+    cache = config.distill.cache if config.distill else None
+    return cache is not None and TeacherCache(Path(cache), ()).exists
+
+
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -103,6 +120,7 @@ def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     method, (train, heldout) = METHODS[config.method], load_problems(config.data)
     builder = PromptBuilder(load_tokenizer(config.model), config.prompts)
     train_lengths = builder.measure(train, method.required_texts(config))
+    _check_cache(config, builder.tokenizer, train_lengths.problems, fingerprint(train, heldout))
     heldout = heldout[: config.evaluation.problems]
     heldout_lengths = builder.measure(heldout, heldout_texts(config))
     check_context(config, _model_configs(config), train_lengths, heldout_lengths)
@@ -117,10 +135,8 @@ def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     own_engine = rollout.engine == "transformers"  # vLLM has memory of its own
     generates = own_engine and source != "solution"
     lengths = [len(getattr(s, f"{source}_prompt")) for s in samples] if generates else []
-    sides = (
-        "student_prompt",
-        "teacher_prompt" if method.teacher_prompt(config) else "student_prompt",
-    )
+    its_own = method.teacher_prompt(config)
+    sides = ("student_prompt", "teacher_prompt" if its_own else "student_prompt")
     student, teacher = ([_read(group, side) for group in groups] for side in sides)
     step = LargestStep(
         tokens=max(layout.tokens(*texts) for texts in student),
@@ -135,10 +151,20 @@ def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     return step, len(train_lengths.problems), max(map(max, prompts))
 
 
+def _check_cache(
+    config: Config, tokenizer: Any, problems: Sequence[Problem], data: Fingerprint
+) -> None:
+    """Raises UserError if there is a teacher's cache, but not a whole one of this recipe."""
+    if _cache_exists(config):
+        assert config.distill is not None
+        rows = load_model_config(config.model).get_text_config().vocab_size
+        open_cache(config, config.distill, tokenizer, problems, data, rows)
+
+
 def _model_configs(config: Config) -> dict[str, Any]:
     """The transformers configurations of the models that read completions."""
     configs = {"model": load_model_config(config.model)}
-    if config.distill is not None:
+    if config.distill is not None and config.distill.cache is None:
         configs["teacher"] = load_model_config(_teacher_model(config, config.distill))
     return configs
 
@@ -222,7 +248,7 @@ def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
         weights = (config.opsd or OpsdConfig()).teacher
         copied = weights == "ema" or (weights == "initial" and full)
         return {"teacher": sizes, "keeps_states": keeps_states, "copied": copied}
-    if config.distill is not None:
+    if config.distill is not None and config.distill.cache is None:
         return {
             "teacher": _sizes(_teacher_model(config, config.distill), None),
             "teacher_itemsize": getattr(torch, config.distill.dtype).itemsize,

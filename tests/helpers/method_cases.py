@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from opsd_kernels.integrations.heads import lm_head
 from opsd_train.config.method_schema import GrpoConfig, LossConfig
 from opsd_train.config.schema import Config, LoraConfig
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem
 from opsd_train.methods import METHODS
 from opsd_train.methods.base import Method, Stats
+from opsd_train.methods.teachers import LocalTeacher
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
 from tests.helpers.tiny import config, make_model
@@ -75,7 +77,11 @@ def make_teacher(dtype: torch.dtype = torch.float32, vocab_size: int = TEACHER_V
 def make_method(config: Config, policy: Policy, teacher: Policy | None = None) -> Method:
     kind = METHODS[config.method]
     if config.method == "distill":
-        return kind(config, policy, teacher or make_teacher())
+        rows = lm_head(policy.core).weight.shape[0]
+        prompt = config.distill.prompt
+        return kind(
+            config, policy, LocalTeacher(teacher or make_teacher(), prompt, config.loss, rows)
+        )
     return kind(config, policy)
 
 

@@ -100,6 +100,17 @@ def test_the_teacher_of_another_model_has_a_context_too() -> None:
     assert "than the teacher's context of 69" in check(70, *OFFLINE, NONE, teacher=69)
 
 
+def test_a_student_need_not_read_the_prompt_of_another_teacher() -> None:
+    privileged = ("method=distill", "distill={teacher: t, prompt: teacher}", NONE)
+    assert check(40, *privileged, teacher=70) is None
+    assert "student prompt of p-0" in check(39, *privileged, teacher=70)
+    found = check(40, *privileged, teacher=69)
+    assert "teacher prompt of p-1 has 60 tokens" in found and "the teacher's context of 69" in found
+    offline = ("method=distill", "distill={teacher: t, prompt: teacher, on_policy: false}", NONE)
+    assert check(70, *offline, teacher=105) is None
+    assert "teacher prompt and solution of p-1 have 105" in check(70, *offline, teacher=104)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
