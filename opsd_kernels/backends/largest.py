@@ -52,7 +52,9 @@ def largest_of(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def merged(parts: Sequence[Largest], k: int) -> Largest:
     """The k largest of adjacent parts of the vocabulary, whose ids count from its first entry."""
-    logit, order = torch.cat([x.logit for x in parts], -1).sort(dim=-1, descending=True, stable=True)
+    logit, order = torch.cat([x.logit for x in parts], -1).sort(
+        dim=-1, descending=True, stable=True
+    )
     ids = torch.cat([x.ids for x in parts], -1).gather(-1, order)
     sums = torch.stack([x.logit[:, 0] - logit[:, 0] + x.log_sum for x in parts])
     return Largest(logit[:, :k], ids[:, :k], sums.logsumexp(0))

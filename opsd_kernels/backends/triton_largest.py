@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from opsd_kernels.backends import row_math
+from opsd_kernels.backends import row_math, triton_rows
 from opsd_kernels.backends.largest import Largest, by_size
 from opsd_kernels.backends.passes import JSD, Layout
 from opsd_kernels.backends.triton_slices import LogitSlice
@@ -43,7 +41,7 @@ def largest_logits(
     values = z.topk(k, -1).values
     least = values[:, -1].contiguous()
     ids = torch.empty_like(values, dtype=torch.int64)
-    row_columns[(rows,)](
+    triton_rows.row_largest[(rows,)](
         z, least, (values == least[:, None]).sum(-1), ids, part.count, z.stride(0), k,
         BLOCK_V=tiles.blocks.columns, num_warps=tiles.blocks.warps,
     )  # fmt: skip
@@ -51,26 +49,3 @@ def largest_logits(
     # In float64, since slice after slice is merged with those before.
     log_sum = out[1].double().log()
     return Largest(logit.clamp(min=row_math.LOG_ZERO), ids + columns.start, log_sum)
-
-
-@triton.jit
-def row_columns(z, least, equals, out, cols, stride, k, BLOCK_V: tl.constexpr):
-    """The k columns, ascending, whose logits are above `least`, or the first `equals` equal to it.
-
-    NaN is above everything, as in torch.topk.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    least_logit, wanted = tl.load(least + row), tl.load(equals + row)
-    found, equal_found = 0, 0
-    for start in range(0, cols, BLOCK_V):
-        o_v = start + tl.arange(0, BLOCK_V)
-        inside = o_v < cols
-        b_z = tl.load(z + row * stride + o_v, inside, 0.0)
-        equal = inside & (b_z == least_logit)
-        rank = equal_found + tl.cumsum(equal.to(tl.int32), 0)
-        above = inside & ((b_z > least_logit) | (b_z != b_z))
-        take = above | (equal & (rank <= wanted))
-        place = found + tl.cumsum(take.to(tl.int32), 0) - 1
-        tl.store(out + row * k + place, o_v.to(tl.int64), take & (place < k))
-        found += tl.sum(take.to(tl.int32), 0)
-        equal_found += tl.sum(equal.to(tl.int32), 0)

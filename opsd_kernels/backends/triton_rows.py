@@ -1,4 +1,4 @@
-"""Kernels over rows of logits that a GEMM left in memory: row statistics and divergence sums.
+"""Kernels over rows of logits that a GEMM left in memory: statistics, sums, the largest logits.
 
 A program owns one row and a span of the vocabulary, which it reads BLOCK_V columns at a time. Each
 thread keeps statistics of the columns it loads, 4 at a time, and the threads of a program combine
@@ -318,3 +318,26 @@ def row_divergence_sums(
     tl.store(p_out + sum_stride, tl.sum(sum_share, 0))
     if clip is not None:
         tl.store(p_out + 2 * sum_stride, tl.sum(unclipped, 0))
+
+
+@triton.jit(do_not_specialize=["cols", "k"])
+def row_largest(z, least, equals, out, cols, stride, k, BLOCK_V: tl.constexpr):
+    """The k columns whose logits are above `least` or among the first `equals` equal to it.
+
+    They ascend. NaN is above everything, as in torch.topk.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    least_logit, wanted = tl.load(least + row), tl.load(equals + row)
+    found, equal_found = 0, 0
+    for start in range(0, cols, BLOCK_V):
+        o_v = start + tl.arange(0, BLOCK_V)
+        inside = o_v < cols
+        b_z = tl.load(z + row * stride + o_v, inside, 0.0)
+        equal = inside & (b_z == least_logit)
+        rank = equal_found + tl.cumsum(equal.to(tl.int32), 0)
+        above = inside & ((b_z > least_logit) | (b_z != b_z))
+        take = above | (equal & (rank <= wanted))
+        place = found + tl.cumsum(take.to(tl.int32), 0) - 1
+        tl.store(out + row * k + place, o_v.to(tl.int64), take & (place < k))
+        found += tl.sum(take.to(tl.int32), 0)
+        equal_found += tl.sum(equal.to(tl.int32), 0)

@@ -17,8 +17,15 @@ from opsd_kernels import plan, reference
 from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import fused_linear_jsd
 from opsd_kernels.fused_logprob import fused_linear_logprob
+from opsd_kernels.fused_topk import fused_linear_topk
 
 SECONDS = 300  # one call takes at most
+K = 64  # of "topk"; their log-probabilities and ids are 12 bytes each
+
+LOSSES = {
+    **dict.fromkeys(("logprob", "cross_entropy", "targets"), "logprob"),
+    "topk": "topk",
+}
 
 
 def inputs(
@@ -31,6 +38,8 @@ def inputs(
     w = (torch.randn(vocab, hidden) * spread).to(dtype)
     h.requires_grad_(args.wrt != "nothing")
     w.requires_grad_(args.wrt == "head")
+    if args.op == "topk":
+        return {"input": h, "weight": w}
     labels = torch.randint(0, vocab - 8, (tokens,))
     if args.op == "targets":
         ids = torch.stack([torch.randperm(vocab)[:32] for _ in range(tokens)])
@@ -51,6 +60,9 @@ def call(args: argparse.Namespace, tensors: dict[str, torch.Tensor]) -> None:
     options = {} if args.op == "reference" else {"workspace_bytes": args.workspace_mib << 20}
     if args.op == "padded":
         options["vocab_size"] = tensors["student_weight"].shape[0] - 8
+    if args.op == "topk":
+        fused_linear_topk(**tensors, k=K, **options)
+        return
     if args.op == "logprob":
         logprob, entropy = fused_linear_logprob(**tensors, return_entropy=True, **options)
         loss = logprob + entropy
@@ -77,7 +89,8 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
         args.tokens,
         args.hidden,
         args.vocab,
-        loss="divergence" if "teacher_input" in tensors else "logprob",
+        loss=LOSSES.get(args.op, "divergence"),
+        k=K if args.op == "topk" else 0,
         dtype=getattr(torch, args.dtype),
         grad_input=args.wrt != "nothing",
         grad_weight=args.wrt == "head",

@@ -1,6 +1,7 @@
 """What the tests of `fused_linear_topk` share: inputs with ties, and comparison with float64."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from opsd_kernels import reference
@@ -71,3 +72,36 @@ def assert_ids(
     other, same = z.gather(-1, ids), z.gather(-1, true)
     wrong = (ids != true) & ~((other - same).abs() < 1e-5) | (ids != true) & (other == same)
     assert not wrong.any(), f"ids {ids[wrong]}, truth {true[wrong]}"
+
+
+# -------------------------------------------------------------------------- shards of a vocabulary
+
+SHARDED = {"k": 64, "ignore_index": 3, "softcap": 6.0, "temperature": 0.7}
+
+
+def sharded_case(vocab: int) -> dict[str, Tensor]:
+    case = integer_case(13, 8, vocab)
+    case["weight"][0] += 0.125  # not all logits are equal to others
+    return {**case, "shift_labels": torch.arange(13) % 5}
+
+
+def shard_topk(
+    rank: int, sizes: tuple[int, ...], group: dist.ProcessGroup, dtype: torch.dtype, **how: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a rank finds that holds `sizes[rank]` rows of the head; k may exceed them."""
+    case, first = sharded_case(sum(sizes)), sum(sizes[:rank])
+    for name in ("weight", "bias"):
+        case[name] = case[name][first : first + sizes[rank]].clone()
+    return fused_linear_topk(**cast(case, dtype), **SHARDED, **how, process_group=group)
+
+
+def compare_topk(ranks: list[tuple[Tensor, Tensor, Tensor]], sizes: tuple[int, ...]) -> None:
+    """Each rank has the same, and what the whole vocabulary has."""
+    case = sharded_case(sum(sizes))
+    true = reference.linear_topk(**case, **SHARDED)
+    plain = reference.linear_topk(**cast(case, torch.float32), **SHARDED)
+    for found in ranks:
+        assert all(torch.equal(a, b) for a, b in zip(found, ranks[0], strict=True))
+    assert torch.equal(ranks[0][1], true[1])
+    for i in (0, 2):
+        assert_close(ranks[0][i], true[i], plain[i], max_factor=4.0, name=NAMES[i])

@@ -68,6 +68,8 @@ def bound(found: dict[str, int], workspace: int = WORKSPACE) -> int:
         ("targets", "input", "none", "bfloat16"),
         ("targets", "head", "none", "float32"),
         ("cross_entropy", "head", "mean", "bfloat16"),
+        ("topk", "nothing", "none", "bfloat16"),
+        ("topk", "nothing", "none", "float64"),
         # PyTorch's backend, which converts the heads to fp32.
         ("jsd", "input", "none", "float16"),
         pytest.param("logprob", "head", "none", "float16", marks=pytest.mark.exhaustive),

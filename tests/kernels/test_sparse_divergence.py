@@ -37,7 +37,9 @@ def divergence(s: Tensor, t: Tensor, beta: float) -> Tensor:
 def value_and_gradient(fn: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     z = z.clone().requires_grad_()
     value = fn(z)
-    (grad,) = torch.autograd.grad((value * torch.arange(1.0, 1 + value.numel()).view_as(value)).sum(), z)
+    (grad,) = torch.autograd.grad(
+        (value * torch.arange(1.0, 1 + value.numel()).view_as(value)).sum(), z
+    )
     return value.detach(), grad
 
 
@@ -132,9 +134,14 @@ def test_impossible_entries(tail: bool, beta: float) -> None:
     s, t = log_s.exp(), log_t.exp()
     if tail:
         s, t = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1) for p in (s, t))
-    torch.testing.assert_close(value.detach(), divergence(s.clamp(min=1e-300), t.clamp(min=1e-300), beta))
+    torch.testing.assert_close(
+        value.detach(), divergence(s.clamp(min=1e-300), t.clamp(min=1e-300), beta)
+    )
     # Possible on one side alone: infinite for the KL that cannot do without, else finite.
-    for a, b, infinite in (([0.5, 0.0], [0.4, 0.1], beta == 0), ([0.4, 0.1], [0.5, 0.0], beta == 1)):
+    for a, b, infinite in (
+        ([0.5, 0.0], [0.4, 0.1], beta == 0),
+        ([0.4, 0.1], [0.5, 0.0], beta == 1),
+    ):
         leaf = torch.tensor(a).double().log().requires_grad_()
         value = topk_divergence(leaf, torch.tensor(b).double().log(), beta, tail)
         value.backward()

@@ -67,7 +67,9 @@ def test_leading_shapes_strides_and_vocab_size() -> None:
     shaped["shift_labels"] = case["shift_labels"].view(2, 3, 4)
     shaped["weight"] = case["weight"].t().contiguous().t()
     shaped["bias"] = case["bias"].repeat_interleave(2)[::2]
-    for name, a, b in zip("lis", fused_linear_topk(**shaped, k=7, vocab_size=80), flat, strict=True):
+    for name, a, b in zip(
+        "lis", fused_linear_topk(**shaped, k=7, vocab_size=80), flat, strict=True
+    ):
         assert a.shape == (2, 3, 4, *b.shape[1:]) and a.is_contiguous()
         torch.testing.assert_close(a.flatten(0, 2), b, msg=name)
     assert (flat[1][case["shift_labels"] != -100] < 80).all()

@@ -1,6 +1,5 @@
-"""fused_linear_topk in Triton: schedules on a device or in the interpreter, shards, compilation."""
+"""fused_linear_topk in Triton: both of its schedules, on a device or in the interpreter."""
 
-import importlib
 import os
 import subprocess
 import sys
@@ -8,16 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from opsd_kernels import layouts, plan, reference
 from opsd_kernels.fused_topk import fused_linear_topk
-from opsd_kernels.testing import assert_close, cast
+from opsd_kernels.testing import cast
 from tests.helpers.kernel_cases import move, workspace_for
 from tests.helpers.topk_cases import check, integer_case, random_case
 from tests.helpers.triton_cases import DTYPES
-from tests.helpers.vocabulary_shards import SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 301
@@ -87,11 +83,11 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from opsd_kernels.backends.triton_largest import row_columns
+from opsd_kernels.backends.triton_rows import row_largest
 
 types = {"z": "*fp32", "least": "*fp32", "equals": "*i64", "out": "*i64"}
 types |= {"cols": "i32", "stride": "i32", "k": "i32", "BLOCK_V": "constexpr"}
-source = ASTSource(row_columns, types, {(7,): 2048}, {(0,): [["tt.divisibility", 16]]})
+source = ASTSource(row_largest, types, {(7,): 2048}, {(0,): [["tt.divisibility", 16]]})
 for target in (80, 90, 100):
     made = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": 8})
     assert "ld.global" in made.asm["ptx"] and made.metadata.shared < 48 * 1024
@@ -104,64 +100,3 @@ def test_the_kernel_compiles() -> None:
     command = [sys.executable, "-c", COMPILE]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-# ------------------------------------------------------------------ all backends, head by head rows
-
-K = 64  # more than the rows of any shard
-BACKENDS = {"torch": torch.float64, "cpp": torch.float32, "triton": torch.float32}
-
-
-def sharded_case() -> dict[str, torch.Tensor]:
-    case = integer_case(13, 8, sum(SIZES[3]))
-    case["shift_labels"] = torch.arange(13) % 5
-    case["weight"][0] += 0.125  # not all logits are equal to others
-    return case
-
-
-def rank_main(rank: int, sizes: tuple[int, ...], folder: str) -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    importlib.import_module("opsd_kernels.backends.triton_backend")
-    importlib.import_module("tests.helpers.interpreter").prepare()
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=len(sizes))
-    case, first = sharded_case(), sum(sizes[:rank])
-    for name in ("weight", "bias"):
-        case[name] = case[name][first : first + sizes[rank]].clone()
-    made: dict[str, object] = {}
-    for backend, dtype in BACKENDS.items():
-        if backend != "triton":
-            os.environ.pop("TRITON_INTERPRET", None)
-        else:
-            os.environ["TRITON_INTERPRET"] = "1"
-        run = {"ignore_index": 3, "process_group": dist.group.WORLD, **OPTIONS}
-        made[backend] = fused_linear_topk(**cast(case, dtype), k=K, **run)
-    try:
-        fused_linear_topk(**cast(case, torch.float64), k=102, process_group=dist.group.WORLD)
-    except ValueError as error:
-        made["message"] = str(error)
-    torch.save(made, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.dist
-@pytest.mark.skipif(torch.cuda.is_available(), reason="CPU tensors in the interpreter")
-def test_shards_equal_the_whole(tmp_path: Path) -> None:
-    """Of every backend in the same processes, which take longer to start than to compute."""
-    pytest.importorskip("triton")
-    mp.spawn(rank_main, (SIZES[3], str(tmp_path)), nprocs=3)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(3)]
-    case = sharded_case()
-    true = reference.linear_topk(**case, k=K, ignore_index=3, **OPTIONS)
-    plain = reference.linear_topk(
-        **cast(case, torch.float32), k=K, ignore_index=3, **OPTIONS
-    )
-    for backend in BACKENDS:
-        for rank in ranks:
-            logprob, ids, lse = rank[backend]
-            assert torch.equal(ids, true[1]), backend
-            assert_close(logprob, true[0], plain[0], name=backend)
-            assert_close(lse, true[2], plain[2], name=backend)
-            assert all(torch.equal(a, b) for a, b in zip(rank[backend], ranks[0][backend]))
-    assert all("k:" in rank["message"] and "101" in rank["message"] for rank in ranks)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from opsd_kernels.testing import cast
+from tests.helpers.topk_cases import compare_topk, shard_topk
 from tests.helpers.vocabulary_shards import SIZES, compare_shards, gradients, inputs
 
 SCHEDULES = ("streaming", "blocked")
@@ -27,6 +28,8 @@ def rank_main(rank: int, sizes: tuple[int, ...], folder: str) -> None:
     for schedule in SCHEDULES:
         made = gradients(dict(p), dist.group.WORLD, schedule)
         torch.save(made, Path(folder) / f"{schedule}{rank}.pt")
+    top = shard_topk(rank, sizes, dist.group.WORLD, torch.float32, schedule="blocked")
+    torch.save(top, Path(folder) / f"topk{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -40,3 +43,4 @@ def test_shards_equal_the_whole(ranks: int, tmp_path: Path) -> None:
     for schedule in SCHEDULES:
         shards = [torch.load(tmp_path / f"{schedule}{rank}.pt") for rank in range(ranks)]
         compare_shards(shards)
+    compare_topk([torch.load(tmp_path / f"topk{rank}.pt") for rank in range(ranks)], SIZES[ranks])

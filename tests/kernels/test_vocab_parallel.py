@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 import opsd_kernels as k
+from tests.helpers.topk_cases import compare_topk, shard_topk
 from tests.helpers.vocabulary_shards import SIZES, TOKENS, VOCAB, inputs, losses
 
 
@@ -33,6 +34,9 @@ def rank_main(rank: int, sizes: tuple[int, ...], names: list[str], folder: str) 
     for name in ("student_weight", "teacher_weight", "student_bias"):
         p[name] = p[name][first : first + sizes[rank]].clone()
     made = gradients(p, names, dist.group.WORLD)
+    dtypes = (torch.float64, torch.float32)
+    top = [shard_topk(rank, sizes, dist.group.WORLD, dtype) for dtype in dtypes]
+    torch.save(top, Path(folder) / f"topk{rank}.pt")
     message = ""
     try:
         k.fused_linear_jsd(
@@ -60,6 +64,10 @@ def rank_main(rank: int, sizes: tuple[int, ...], names: list[str], folder: str) 
 def test_shards_equal_the_whole(ranks: int, names: list[str], tmp_path: Path) -> None:
     sizes = SIZES[ranks]
     mp.spawn(rank_main, (sizes, names, str(tmp_path)), nprocs=ranks)
+    for ranks_top in zip(
+        *(torch.load(tmp_path / f"topk{i}.pt") for i in range(ranks)), strict=True
+    ):
+        compare_topk(list(ranks_top), sizes)
     whole = gradients(inputs(), names, None)
     shards = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(ranks)]
     for index, truth in enumerate(whole):
