@@ -39,20 +39,65 @@ class OpsdConfig:
 
 
 @section
-class DistillConfig:
-    """Method distill: distillation from another model."""
+class TeacherOptions:
+    """How a teacher of method distill is read."""
 
-    teacher: str
-    """Folder or hub name of the teacher; any size, but with the student's tokenizer."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Dtype of the teacher's weights and computation."""
     prompt: Literal["student", "teacher"] = "student"
     """The prompt that the teacher reads: the student's, or prompts.teacher, with the solution."""
     cache: str | None = None
     """Folder of the teacher's most likely tokens, which cache-teacher writes: its model is not
-    loaded then. Needs loss.objective=top_k and on_policy=false; null: none."""
+    loaded then. Needs loss.objective=top_k and distill.on_policy=false; null: none."""
+
+
+@section
+class TeacherConfig(TeacherOptions):
+    """One of several teachers."""
+
+    teacher: str
+    """Folder or hub name of the teacher."""
+
+
+@section
+class DistillConfig(TeacherOptions):
+    """Method distill: distillation from another model, or from several."""
+
+    teacher: str | None = None
+    """Folder or hub name of the teacher; any size, but with the student's tokenizer."""
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    """Several teachers instead, by the names in the column data.columns.teacher of the problems:
+    {NAME: {teacher: ..., dtype: ..., prompt: ..., cache: ...}, ...}."""
     on_policy: bool = True
     """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DistillConfig":
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError(
+                "distill.teacher names the teacher, or distill.teachers several: set one of them, "
+                "and the other to null"
+            )
+        alone = TeacherOptions()
+        for name in ("dtype", "prompt", "cache") if self.teachers else ():
+            if getattr(self, name) != getattr(alone, name):
+                raise ValueError(
+                    f"distill.{name} is of distill.teacher: with several teachers set "
+                    f"distill.teachers.NAME.{name}"
+                )
+        caches = [teacher.cache for teacher in self.teachers.values() if teacher.cache]
+        if len(set(caches)) < len(caches):
+            raise ValueError("distill.teachers: two teachers have the same cache")
+        return self
+
+    def by_name(self) -> dict[str | None, TeacherConfig]:
+        """The teachers by the name that a problem's `teacher` has; a single one's is None."""
+        if self.teacher is None:
+            return dict(self.teachers.items())
+        own = TeacherConfig(
+            teacher=self.teacher, dtype=self.dtype, prompt=self.prompt, cache=self.cache
+        )
+        return {None: own}
 
 
 @section

@@ -61,6 +61,8 @@ class ColumnsConfig:
     """Column of the answer that completions are checked against."""
     solution: str | None = "solution"
     """Column of the reference solution, which only the teacher sees; null: the answer."""
+    teacher: str | None = None
+    """Column of the name of a problem's teacher in distill.teachers; null: there is one teacher."""
 
 
 @section
@@ -293,8 +295,7 @@ class Config:
                 yield f"{name}.* are settings of method {name}; this recipe uses {self.method}"
         if self.method == "distill" and self.distill is None:
             yield "method=distill needs distill.teacher"
-        if self.distill is not None and self.distill.cache is not None:
-            yield from self._cache_conflicts(self.distill)
+        yield from self._teacher_conflicts()
         if self.method not in ("opsd", "distill") and self.loss != LossConfig():
             yield f"loss.* sets the divergence of opsd and distill; method={self.method} has none"
         offline = self.method == "sft" or (self.distill and not self.distill.on_policy)
@@ -304,6 +305,19 @@ class Config:
             yield "rollout.samples_per_prompt must be 1: this recipe trains on solutions, one each"
         if self.method == "grpo":
             yield from self._grpo_conflicts(self.grpo or GrpoConfig())
+
+    def _teacher_conflicts(self) -> Iterator[str]:
+        distill, column = self.distill, self.data.columns.teacher
+        several = distill is not None and bool(distill.teachers)
+        if several and (column is None or self.data.source == "reasoning_gym"):
+            yield (
+                "distill.teachers needs data.columns.teacher, the column that names a problem's "
+                "teacher, and data.source=file or hub"
+            )
+        if column is not None and not several:
+            yield f"data.columns.teacher={column} chooses among distill.teachers: set them"
+        if distill and any(teacher.cache for teacher in distill.by_name().values()):
+            yield from self._cache_conflicts(distill)
 
     def _cache_conflicts(self, distill: DistillConfig) -> Iterator[str]:
         if self.loss.objective != "top_k":

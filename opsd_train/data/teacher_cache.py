@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 
 from opsd_train.config.errors import UserError
-from opsd_train.config.method_schema import DistillConfig
+from opsd_train.config.method_schema import TeacherConfig
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.data.files import shorten, shorten_path
@@ -56,7 +56,7 @@ class CacheKey:
     def of(
         cls,
         config: Config,
-        teacher: DistillConfig,
+        teacher: TeacherConfig,
         tokenizer: Any,
         data: Fingerprint,
         *,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opsd_kernels import plan
 from opsd_train.config.load import to_yaml
-from opsd_train.config.method_schema import DistillConfig, GrpoConfig, OpsdConfig
+from opsd_train.config.method_schema import GrpoConfig, OpsdConfig, TeacherConfig
 from opsd_train.config.schema import Config, LoraConfig, ModelConfig
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.fingerprint import Fingerprint, fingerprint
@@ -25,6 +25,7 @@ from opsd_train.distributed.context import resolve_device
 from opsd_train.dry_run.memory import (
     GenerationBatch,
     LargestStep,
+    OtherTeacher,
     PhaseMemory,
     Setup,
     Sizes,
@@ -33,7 +34,7 @@ from opsd_train.dry_run.memory import (
 )
 from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
-from opsd_train.methods.teachers import open_cache
+from opsd_train.methods.teachers import open_cache, problems_of, refuse_unknown_teachers
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.families import shared_layout
 from opsd_train.model.policy import attention, load_model_config, load_tokenizer
@@ -61,7 +62,7 @@ def dry_run(config: Config, shard: str = "full") -> str:
             f"loss plan: {loss_plan}",
             *_memory(sizes, step, setup),
             *_vllm(config),
-            *_cache(config),
+            *_caches(config),
         ]
     )
 
@@ -73,7 +74,7 @@ def expected(config: Config, shard: str = "full") -> dict[str, PhaseMemory]:
 
 
 def _memory(sizes: Sizes, step: LargestStep, setup: Setup) -> list[str]:
-    unknown = sizes.unknown or (setup.teacher.unknown if setup.teacher else ())
+    unknown = next(filter(None, [x.unknown for x in (sizes, *(o.sizes for o in setup.others))]), ())
     if unknown:
         return [f"memory: not predicted; only layers like Llama's are, not {', '.join(unknown)}"]
     heading = f"memory expected on {setup.loss['device']}, without Python and the libraries:"
@@ -99,15 +100,17 @@ def _vllm(config: Config) -> list[str]:
     return [f"  vLLM takes another {share} of the device while it generates"]
 
 
-def _cache(config: Config) -> list[str]:
-    if config.distill is None or config.distill.cache is None:
-        return []
-    state = "its weights are not loaded" if _cache_exists(config) else f"not there yet: {WRITE}"
-    return [f"the teacher is read from {config.distill.cache}; {state}"]
+def _caches(config: Config) -> list[str]:
+    return [
+        f"the teacher {teacher.teacher} is read from {teacher.cache}; "
+        + ("it is not loaded" if _is_there(teacher.cache) else f"not there yet: {WRITE}")
+        for teacher in _teachers(config).values()
+        if teacher.cache is not None
+    ]
 
 
-def _cache_exists(config: Config) -> bool:
-    cache = config.distill.cache if config.distill else None
+def _is_there(cache: str | None) -> bool:
+    """Whether this folder has a teacher's cache, or the beginning of one."""
     return cache is not None and TeacherCache(Path(cache), ()).exists
 
 
@@ -118,12 +121,14 @@ def _processes() -> int:
 def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     """The largest possible step, the number of problems, the tokens of the longest prompt."""
     method, (train, heldout) = METHODS[config.method], load_problems(config.data)
+    refuse_unknown_teachers(config, [*train, *heldout])
     builder = PromptBuilder(load_tokenizer(config.model), config.prompts)
     train_lengths = builder.measure(train, method.required_texts(config))
-    _check_cache(config, builder.tokenizer, train_lengths.problems, fingerprint(train, heldout))
+    _check_caches(config, builder.tokenizer, train_lengths.problems, fingerprint(train, heldout))
     heldout = heldout[: config.evaluation.problems]
     heldout_lengths = builder.measure(heldout, heldout_texts(config))
-    check_context(config, _model_configs(config), train_lengths, heldout_lengths)
+    model_config = load_model_config(config.model)
+    check_context(config, model_config, _teacher_configs(config), train_lengths, heldout_lengths)
 
     source, rollout = method.source(config), config.rollout
     samples_per_problem = 1 if source == "solution" else rollout.samples_per_prompt
@@ -151,27 +156,32 @@ def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     return step, len(train_lengths.problems), max(map(max, prompts))
 
 
-def _check_cache(
+def _check_caches(
     config: Config, tokenizer: Any, problems: Sequence[Problem], data: Fingerprint
 ) -> None:
-    """Raises UserError if there is a teacher's cache, but not a whole one of this recipe."""
-    if _cache_exists(config):
-        assert config.distill is not None
-        rows = load_model_config(config.model).get_text_config().vocab_size
-        open_cache(config, config.distill, tokenizer, problems, data, rows)
+    """Raises UserError if a teacher's cache is there, but not whole or not of this recipe."""
+    rows = load_model_config(config.model).get_text_config().vocab_size
+    for name, teacher in _teachers(config).items():
+        if _is_there(teacher.cache):
+            open_cache(config, teacher, tokenizer, problems_of(name, problems), data, rows)
 
 
-def _model_configs(config: Config) -> dict[str, Any]:
-    """The transformers configurations of the models that read completions."""
-    configs = {"model": load_model_config(config.model)}
-    if config.distill is not None and config.distill.cache is None:
-        configs["teacher"] = load_model_config(_teacher_model(config, config.distill))
-    return configs
+def _teacher_configs(config: Config) -> dict[str | None, Any]:
+    """The transformers configurations of other models in memory, by the teacher's name."""
+    return {
+        name: load_model_config(_teacher_model(config, teacher))
+        for name, teacher in _teachers(config).items()
+        if teacher.cache is None
+    }
 
 
-def _teacher_model(config: Config, distill: DistillConfig) -> ModelConfig:
+def _teachers(config: Config) -> dict[str | None, TeacherConfig]:
+    return config.distill.by_name() if config.distill else {}
+
+
+def _teacher_model(config: Config, teacher: TeacherConfig) -> ModelConfig:
     # mypy does not see that the sections of a recipe are dataclasses.
-    return replace(cast(Any, config.model), name_or_path=distill.teacher)
+    return replace(cast(Any, config.model), name_or_path=teacher.teacher)
 
 
 def _longest(train: Measured, count: int) -> list[Problem]:
@@ -242,18 +252,22 @@ def _top_k(config: Config, sizes: Sizes) -> int:
 
 
 def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
-    """The fields of Setup about the model that `precompute` runs; `sizes` are the policy's."""
+    """The fields of Setup about the models that `precompute` runs; `sizes` are the policy's."""
     full, keeps_states = config.lora is None, config.loss.objective != "top_k"
     if config.method == "opsd":
         weights = (config.opsd or OpsdConfig()).teacher
         copied = weights == "ema" or (weights == "initial" and full)
         return {"teacher": sizes, "keeps_states": keeps_states, "copied": copied}
-    if config.distill is not None and config.distill.cache is None:
-        return {
-            "teacher": _sizes(_teacher_model(config, config.distill), None),
-            "teacher_itemsize": getattr(torch, config.distill.dtype).itemsize,
-            "keeps_states": keeps_states,
-        }
+    if config.distill is not None:
+        others = [
+            OtherTeacher(
+                _sizes(_teacher_model(config, teacher), None),
+                getattr(torch, teacher.dtype).itemsize,
+            )
+            for teacher in _teachers(config).values()
+            if teacher.cache is None
+        ]
+        return {"others": tuple(others), "keeps_states": keeps_states}
     if config.method == "grpo":
         grpo = config.grpo or GrpoConfig()
         kl = grpo.kl_weight > 0

@@ -16,7 +16,7 @@ from opsd_train.methods.grpo import Grpo
 from opsd_train.methods.opsd import Opsd
 from opsd_train.methods.sft import Sft
 from opsd_train.methods.star import Star
-from opsd_train.methods.teachers import make_teacher
+from opsd_train.methods.teachers import make_teachers
 from opsd_train.model.policy import Policy
 
 METHODS: dict[str, type[Method]] = {
@@ -38,8 +38,8 @@ def make_method(
     context: DistributedContext,
     shard_mode: str,
 ) -> Method:
-    """Build the recipe's method; for `distill`, its teacher too: see `make_teacher`."""
+    """Build the recipe's method; for `distill`, its teachers too: see `make_teachers`."""
     if config.distill is None:
         return METHODS[config.method](config, policy)
-    teacher = make_teacher(config, policy, tokenizer, problems, data, context, shard_mode)
-    return Distill(config, policy, teacher)
+    teachers = make_teachers(config, policy, tokenizer, problems, data, context, shard_mode)
+    return Distill(config, policy, teachers)

@@ -35,6 +35,7 @@ class FullDistribution:
 
     hidden: Tensor  # (N, D_t), at the completion tokens
     head: LmHead | None  # None: the student's head serves both
+    tokens: Tensor | None = None  # (N,) int64, which of a micro-batch's tokens; None: all
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,11 @@ class TopTokens:
     ids: Tensor  # (N, k) int64
     logprob: Tensor  # (N, k) float32, largest first
     vocab_size: int  # entries of the vocabulary that the probabilities are over
+    tokens: Tensor | None = None  # as above
 
 
 Distribution = FullDistribution | TopTokens
-"""What a teacher says of the N completion tokens of a micro-batch."""
+"""What a teacher predicts at N completion tokens of a micro-batch."""
 
 
 def teacher_distribution(
@@ -79,14 +81,15 @@ def teacher_distribution(
 def distillation(
     policy: Policy,
     samples: Sequence[Sample],
-    teacher: Distribution,
+    teachers: Sequence[Distribution],
     config: LossConfig,
     num_tokens: int,
 ) -> tuple[Tensor, Stats]:
     """Divergence (Eq. 6-7), over the vocabulary or the teacher's top k, or sampled-token loss
     (Eq. 9) of the student.
 
-    teacher     its distributions at the samples' completion tokens
+    teachers    one distribution at all of the samples' completion tokens, or several that share
+                them out
     num_tokens  the step's loss tokens, which the sum over tokens is divided by
 
     Returns the scalar loss and (N,) statistics. `divergence` among them is the divergence that is
@@ -94,13 +97,29 @@ def distillation(
     """
     weights = token_weights(samples, policy.device)
 
-    def loss_fn(hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
+    def against(
+        teacher: Distribution, hidden: Tensor, head: LmHead, target: Tensor, weights: Tensor | None
+    ) -> tuple[Tensor, Stats]:
         student = (hidden, head, target, weights)
         if isinstance(teacher, TopTokens):
             return _top_k(*student, teacher, config, num_tokens)
         if config.objective == "full_vocabulary":
             return _full_vocabulary(*student, teacher, config, num_tokens)
         return _sampled_token(*student, teacher, config, num_tokens)
+
+    def loss_fn(hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
+        if teachers[0].tokens is None:
+            return against(teachers[0], hidden, head, target, weights)
+        losses: list[Tensor] = []
+        stats: Stats = {}
+        for teacher in teachers:
+            own = teacher.tokens
+            its_weights = None if weights is None else weights[own]
+            loss, columns = against(teacher, hidden[own], head, target[own], its_weights)
+            losses.append(loss)
+            for name, column in columns.items():
+                stats.setdefault(name, column.new_zeros(len(target)))[own] = column
+        return torch.stack(losses).sum(), stats
 
     return student_run(policy, samples, loss_fn)
 

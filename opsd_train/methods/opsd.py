@@ -64,7 +64,7 @@ class Opsd(Method):
         self, samples: Sequence[Sample], precomputed: Distribution, num_tokens: int
     ) -> tuple[Tensor, Stats]:
         """The objective over one micro-batch; see `distillation` for the statistics."""
-        return distillation(self.policy, samples, precomputed, self.config.loss, num_tokens)
+        return distillation(self.policy, samples, [precomputed], self.config.loss, num_tokens)
 
     def after_step(self) -> None:
         """Update the teacher's moving average."""

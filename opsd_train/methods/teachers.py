@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from opsd_kernels.integrations.heads import lm_head
-from opsd_train.config.method_schema import DistillConfig, LossConfig
+from opsd_train.config.errors import UserError, suggest
+from opsd_train.config.method_schema import LossConfig, TeacherConfig
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
+from opsd_train.data.files import shorten
 from opsd_train.data.fingerprint import Fingerprint
 from opsd_train.data.problems import Problem
 from opsd_train.data.teacher_cache import (
@@ -24,6 +26,7 @@ from opsd_train.data.teacher_cache import (
     TeacherCache,
 )
 from opsd_train.distributed.context import DistributedContext
+from opsd_train.distributed.fsdp import fsdp_modules
 from opsd_train.methods.distillation import Distribution, TopTokens, teacher_distribution
 from opsd_train.model.policy import Policy, load_teacher
 from opsd_train.model.weight_digest import weight_digest
@@ -34,12 +37,11 @@ class Teacher(Protocol):
 
     vocab_size: int
     """Entries of its vocabulary, padding included."""
+    sharded: bool
+    """Whether every rank has to call `distribution` equally often."""
 
     def distribution(self, samples: Sequence[Sample]) -> Distribution:
-        """Its predictions at the samples' completion tokens, without gradient.
-
-        With several processes every rank makes the same number of calls.
-        """
+        """Its predictions at the samples' completion tokens, without gradient."""
 
 
 class LocalTeacher:
@@ -55,6 +57,7 @@ class LocalTeacher:
         self.policy, self._prompt, self._loss = policy, prompt, loss
         self._head = lm_head(policy.core)  # whole on every rank: only the layers are sharded
         self.vocab_size = self._head.weight.shape[0]
+        self.sharded = bool(fsdp_modules(policy.core))
         self._shared = min(self.vocab_size, student_vocab)
 
     def distribution(self, samples: Sequence[Sample]) -> Distribution:
@@ -66,6 +69,8 @@ class LocalTeacher:
 
 class CachedTeacher:
     """The predictions that `cache-teacher` has written; no model is in memory."""
+
+    sharded = False
 
     def __init__(self, cache: TeacherCache, top_k: int, device: torch.device) -> None:
         self._cache, self._top_k, self._device = cache, top_k, device
@@ -84,7 +89,7 @@ class CachedTeacher:
         )
 
 
-def make_teacher(
+def make_teachers(
     config: Config,
     policy: Policy,
     tokenizer: Any,
@@ -92,36 +97,59 @@ def make_teacher(
     data: Fingerprint,
     context: DistributedContext,
     shard_mode: str,
-) -> Teacher:
-    """The recipe's teacher.
+) -> dict[str | None, Teacher]:
+    """The recipe's teachers by the name that a problem's `teacher` has.
 
     policy     the student
     tokenizer  the student's
     problems   those that are trained on
     data       the fingerprint of all problems
 
-    Raises UserError if the teacher cannot be loaded, or if its cache is not of this recipe.
+    Raises UserError if a teacher cannot be loaded, or if its cache is not of this recipe.
     """
-    settings = config.distill
-    assert settings is not None  # Config requires it for method=distill
+    assert config.distill is not None  # Config requires it for method=distill
     rows = lm_head(policy.core).weight.shape[0]
-    if settings.cache is not None:
-        cache = open_cache(config, settings, tokenizer, problems, data, rows)
-        return CachedTeacher(cache, config.loss.top_k, policy.device)
-    teacher = load_teacher(config, tokenizer, context, shard_mode)
-    return LocalTeacher(teacher, settings.prompt, config.loss, rows)
+    teachers: dict[str | None, Teacher] = {}
+    for name, settings in config.distill.by_name().items():
+        if settings.cache is not None:
+            own = problems_of(name, problems)
+            cache = open_cache(config, settings, tokenizer, own, data, rows)
+            teachers[name] = CachedTeacher(cache, config.loss.top_k, policy.device)
+        else:
+            teacher = load_teacher(config, settings, tokenizer, context, shard_mode)
+            teachers[name] = LocalTeacher(teacher, settings.prompt, config.loss, rows)
+    return teachers
+
+
+def problems_of(name: str | None, problems: Sequence[Problem]) -> list[Problem]:
+    """Those of the problems that the teacher of this name reads."""
+    return [problem for problem in problems if problem.teacher == name]
+
+
+def refuse_unknown_teachers(config: Config, problems: Sequence[Problem]) -> None:
+    """Raise UserError if a problem names a teacher that the recipe does not have."""
+    known = config.distill.by_name() if config.distill else {}
+    for problem in problems if config.distill else ():
+        if problem.teacher not in known:
+            names = sorted(str(name) for name in known)
+            raise UserError(
+                f"problem {problem.id} names the teacher {shorten(problem.teacher)} in column "
+                f"{shorten(config.data.columns.teacher)}; distill.teachers has "
+                f"{', '.join(names)}{suggest(str(problem.teacher), names)}"
+            )
 
 
 def open_cache(
     config: Config,
-    settings: DistillConfig,
+    settings: TeacherConfig,
     tokenizer: Any,
     problems: Sequence[Problem],
     data: Fingerprint,
     student_vocab: int,
 ) -> TeacherCache:
-    """The cache of `distill.cache`. Raises UserError if it is not whole, or not of this recipe.
+    """The cache of `settings`. Raises UserError if it is not whole, or not of this recipe.
 
+    problems  that this teacher reads
     The teacher's weights are compared with the cache's where their files are on this machine.
     """
     assert settings.cache is not None

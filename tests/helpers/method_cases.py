@@ -79,9 +79,8 @@ def make_method(config: Config, policy: Policy, teacher: Policy | None = None) -
     if config.method == "distill":
         rows = lm_head(policy.core).weight.shape[0]
         prompt = config.distill.prompt
-        return kind(
-            config, policy, LocalTeacher(teacher or make_teacher(), prompt, config.loss, rows)
-        )
+        made = LocalTeacher(teacher or make_teacher(), prompt, config.loss, rows)
+        return kind(config, policy, {None: made})
     return kind(config, policy)
 
 

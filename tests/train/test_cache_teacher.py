@@ -122,10 +122,38 @@ def test_the_beginning_of_a_completion(models: Path, written: Path) -> None:
         alone(), Course(models, "student", (*overrides, f"distill.cache={written}"))
     )
     (sample,) = trainer.trajectories.make(1, trainer.trajectories.requests(trainer.problems[9:10]))
-    (whole,) = trainer.method.precompute([[sample]])
-    (first,) = trainer.method.precompute([[replace(sample, completion=sample.completion[:1])]])
+    ((whole,),) = trainer.method.precompute([[sample]])
+    start = replace(sample, completion=sample.completion[:1])
+    ((first,),) = trainer.method.precompute([[start]])
     assert len(whole.ids) == len(sample.completion) > 1
     assert torch.equal(first.ids, whole.ids[:1]) and torch.equal(first.logprob, whole.logprob[:1])
+
+
+def test_two_teachers_each_with_a_cache_of_its_problems(models: Path, tmp_path: Path) -> None:
+    lines = [
+        {"question": f"{n} + 1?", "answer": f"{n + 1}", "solution": f"It is {n + 1}.", "by": by}
+        for n, by in enumerate(["wide", "own", "own", "wide", "own"])
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    teachers = {
+        "wide": {"teacher": str(models / "teacher"), "dtype": "float32"},
+        "own": {"teacher": str(models / "student"), "dtype": "float32", "prompt": "teacher"},
+    }
+    cached = {name: {**of, "cache": str(tmp_path / name)} for name, of in teachers.items()}
+    both = [
+        f"distill={json.dumps({'teachers': chosen, 'on_policy': False})}"
+        for chosen in (teachers, cached)
+    ]
+    data = ("data.source=file", f"data.path={tmp_path / 'p.jsonl'}", "data.columns.teacher=by")
+    more = (*data, "data.train_size=null", "data.heldout_size=0", "problems_per_step=5")
+    cache_teacher(recipe(models, tmp_path, *more, both[1]))
+    k = "loss.top_k=8"
+    assert_same_steps(steps(models, k, *more, both[0]), steps(models, k, *more, both[1]))
+    sizes = [len(contents(tmp_path / name)) for name in teachers]
+    assert sizes == [2, 2]
+    (tmp_path / "own" / PARTS[0]).unlink()
+    with pytest.raises(UserError, match="own is not whole"):
+        dry_run(recipe(models, tmp_path, *more, both[1]))
 
 
 # ------------------------------------------------------------------------------- written in parts
@@ -315,6 +343,6 @@ def test_a_dry_run_has_no_teacher_in_memory(models: Path, written: Path, tmp_pat
     for phase in expected(cached).values():
         assert "the teacher's weights" not in phase.parts
     assert expected(cached)["student"].parts["the teacher's top tokens"] > 0
-    assert f"is read from {written}; its weights are not loaded" in dry_run(cached)
+    assert f"is read from {written}; it is not loaded" in dry_run(cached)
     later = recipe(models, tmp_path / "later", f"distill.teacher={tmp_path / 'elsewhere'}")
     assert "later; not there yet: python -m opsd_train cache-teacher" in dry_run(later)

@@ -109,7 +109,8 @@ def folders(tiny_folder: Path, tmp_path_factory) -> dict[str, Path]:
 def loaded(folders: dict[str, Path], teacher: str) -> Policy:
     config = settings(*ON_POLICY[:1], f"distill.teacher={folders[teacher]}")
     config = replace(config, model=replace(config.model, name_or_path=str(folders["student"])))
-    return load_teacher(config, load_tokenizer(config.model), CPU, "none")
+    (settings_of_it,) = config.distill.by_name().values()
+    return load_teacher(config, settings_of_it, load_tokenizer(config.model), CPU, "none")
 
 
 def test_load_teacher_freezes_it(folders: dict[str, Path]) -> None:

@@ -32,10 +32,9 @@ def check(limit: int | None, *overrides: str, teacher: int | None = None) -> str
     asked = measured(heldout_texts(config))
     if config.evaluation.problems == 0:
         asked = Measured([], asked.tokens)
-    limits = {"model": limit} | ({"teacher": teacher} if teacher else {})
-    readers = {name: reader(value) for name, value in limits.items()}
+    teachers = {None: reader(teacher)} if teacher else {}
     try:
-        check_context(config, readers, train, asked)
+        check_context(config, reader(limit), teachers, train, asked)
     except UserError as error:
         return str(error)
     return None
