@@ -8,6 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from opsd_train.config.load import alternatives, descriptions
 from opsd_train.config.schema import Config
 from opsd_train.evaluation.settings import EvalConfig
 
@@ -33,12 +34,11 @@ def _table(config: type) -> str:
 
 def _rows(section: type, prefix: str) -> list[str]:
     """A row for each key; a section has one too if it says something of itself."""
-    rows = []
+    rows, texts = [], descriptions(section)
     for name, field in section.__pydantic_fields__.items():
-        alternatives = typing.get_args(field.annotation) or (field.annotation,)
-        inner = next(filter(dataclasses.is_dataclass, alternatives), None)
-        if inner is None or field.description:
-            meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        inner = next(filter(dataclasses.is_dataclass, alternatives(field.annotation)), None)
+        if inner is None or texts[name]:
+            meaning = " ".join(texts[name].split()).replace("|", "\\|")
             rows.append(f"| `{prefix}{name}` | {_default(field)} | {meaning}{_choices(field)} |")
         if inner is not None:
             rows += _rows(inner, f"{prefix}{name}.")

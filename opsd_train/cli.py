@@ -54,6 +54,9 @@ python -m opsd_train RECIPE --dry-run         print the resolved config and the 
 python -m opsd_train RECIPE ... --resume      continue after the newest checkpoint in output_dir
 torchrun --nproc_per_node N -m opsd_train RECIPE ... [--shard full|none]
                                               N processes: weights sharded (FSDP2) or copied to each
+python -m opsd_train cache-teacher RECIPE KEY=VALUE ...
+                                              write what the recipe's teacher predicts of the
+                                              solutions to distill.cache; continues if interrupted
 python -m opsd_train eval MODEL_OR_RUN --set SET,SET [--recipe RECIPE] KEY=VALUE ...
                                               generate, grade and score; continues if interrupted
     SET: aime24 aime25 hmmt25 amo-bench math-500, heldout (of the run) or a run's folder, a task of
@@ -153,6 +156,13 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _cache_teacher(options: argparse.Namespace) -> None:
+    _, config = _config(options.words)
+    from opsd_train.cache_teacher import cache_teacher
+
+    cache_teacher(config)
+
+
 def _recipes(options: argparse.Namespace) -> None:
     _expect_words(options.words, "recipes", 0)
     print(_recipe_list())
@@ -236,6 +246,7 @@ COMMANDS = {
             "--shard": {"choices": ("full", "none"), "default": "full"},
         },
     ),
+    "cache-teacher": Command(_cache_teacher, {}),
     "eval": Command(
         _eval,
         {"--set": {}, "--recipe": {"default": "paper/eval"}, "--against": {}, "--regrade": _FLAG},

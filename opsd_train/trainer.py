@@ -31,6 +31,7 @@ from opsd_train.evaluation.rewards import Rewards, failures, grading_processes, 
 from opsd_train.learning_rate import make_schedule
 from opsd_train.methods import METHODS, make_method
 from opsd_train.methods.distill import Distill
+from opsd_train.methods.teachers import LocalTeacher, refuse_unknown_teachers
 from opsd_train.model.policy import load_policy, load_tokenizer
 from opsd_train.reporting.collapse import CollapseMonitor
 from opsd_train.reporting.run_folder import RunFolder
@@ -60,6 +61,7 @@ class Trainer:
     ) -> None:
         self.config, self.context, self.folder, self.timer = config, context, folder, timer
         train, heldout = load_problems(config.data)
+        refuse_unknown_teachers(config, [*train, *heldout])
         self.data_fingerprint = fingerprint(train, heldout)
         self.tokenizer = load_tokenizer(config.model)
         self.prompts = PromptBuilder(self.tokenizer, config.prompts)
@@ -71,8 +73,22 @@ class Trainer:
 
         torch.manual_seed(config.seed)  # every rank initialises the same adapters
         self.policy = load_policy(config.model, config.lora, self.tokenizer, context, shard_mode)
-        self.method = make_method(config, self.policy, self.tokenizer, context, shard_mode)
-        check_context(config, self._model_configs(), train_lengths, heldout_lengths)
+        self.method = make_method(
+            config,
+            self.policy,
+            self.tokenizer,
+            self.problems,
+            self.data_fingerprint,
+            context,
+            shard_mode,
+        )
+        check_context(
+            config,
+            self.policy.core.config,
+            self._teacher_configs(),
+            train_lengths,
+            heldout_lengths,
+        )
         engine = make_engine(config, self.policy, self.tokenizer, folder)
         self.trajectories = Trajectories(config, self.method, self.prompts, engine, self.tokenizer)
         self._refuse_more_ranks_than_samples()
@@ -200,12 +216,15 @@ class Trainer:
         """End the grading processes."""
         self.grader.close()
 
-    def _model_configs(self) -> dict[str, Any]:
-        """The transformers configurations of the models that read completions."""
-        configs = {"model": self.policy.core.config}
-        if isinstance(self.method, Distill):
-            configs["teacher"] = self.method.teacher.core.config
-        return configs
+    def _teacher_configs(self) -> dict[str | None, Any]:
+        """The transformers configurations of other models in memory, by the teacher's name."""
+        if not isinstance(self.method, Distill):
+            return {}
+        return {
+            name: teacher.policy.core.config
+            for name, teacher in self.method.teachers.items()
+            if isinstance(teacher, LocalTeacher)
+        }
 
     def _refuse_more_ranks_than_samples(self) -> None:
         per_problem = len(self.trajectories.requests(self.problems[:1]))

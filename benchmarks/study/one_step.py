@@ -31,8 +31,8 @@ from opsd_train.data.batches import Sample
 from opsd_train.data.problems import load_problems
 from opsd_train.data.prompts import PromptBuilder
 from opsd_train.distributed.context import DistributedContext, resolve_device
-from opsd_train.methods import make_method
 from opsd_train.methods.base import Method
+from opsd_train.methods.opsd import Opsd
 from opsd_train.model.policy import Policy, load_policy, load_tokenizer
 
 StepMethod = Literal["ours", "plain"]
@@ -115,7 +115,7 @@ def load_step(config: Config) -> Step:
     context = DistributedContext(resolve_device(config.model.device))
     tokenizer = load_tokenizer(config.model)
     policy = load_policy(config.model, config.lora, tokenizer, context, "none")
-    return Step(config, tokenizer, policy, make_method(config, policy, tokenizer, context, "none"))
+    return Step(config, tokenizer, policy, Opsd(config, policy))
 
 
 def growth(work: Callable[[], Any], device: torch.device) -> int:

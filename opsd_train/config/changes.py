@@ -13,6 +13,7 @@ from opsd_train.config.errors import UserError
 FREE = (
     # where and how often things are written, measured and warned of
     "output_dir",
+    "distill.cache",  # what is in it is compared
     "checkpoint.",
     "evaluation.",
     "report.",

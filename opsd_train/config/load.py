@@ -135,10 +135,10 @@ def to_yaml(config: Any) -> str:
 def known_keys(cls: type[Any] = Config, prefix: str = "") -> dict[str, str]:
     """Every key with its description, sections flattened: {"optim.lr": "Peak learning rate.", …}"""
     keys: dict[str, str] = {}
-    texts = _descriptions(cls)
+    texts = descriptions(cls)
     for name, field in cls.__pydantic_fields__.items():
         # "Section | None" is a section too; its own description says what null means.
-        section = _section(typing.get_args(field.annotation) or (field.annotation,))
+        section = _section(alternatives(field.annotation))
         if section is None or texts[name]:
             keys[prefix + name] = texts[name]
         if section is not None:
@@ -146,7 +146,13 @@ def known_keys(cls: type[Any] = Config, prefix: str = "") -> dict[str, str]:
     return keys
 
 
-def _descriptions(cls: type[Any]) -> dict[str, str]:
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types that a key may have."""
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def descriptions(cls: type[Any]) -> dict[str, str]:
     """Each key's description; pydantic has those of a section's own keys, not of inherited ones."""
     texts: dict[str, str] = {}
     for section in reversed(cls.__mro__):
@@ -211,8 +217,7 @@ def _text_keys(cls: type[Any], prefix: str = "") -> dict[str, bool]:
     """The keys whose value is text, with whether it may be null."""
     keys: dict[str, bool] = {}
     for name, field in cls.__pydantic_fields__.items():
-        union = typing.get_origin(field.annotation) in (typing.Union, types.UnionType)
-        kinds = typing.get_args(field.annotation) if union else (field.annotation,)
+        kinds = alternatives(field.annotation)
         if (section := _section(kinds)) is not None:
             keys |= _text_keys(section, f"{prefix}{name}.")
         if str in kinds:

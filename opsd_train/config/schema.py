@@ -6,14 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from opsd_train.config.engine_schema import RolloutConfig
-from opsd_train.config.section import (
-    Count,
-    NonNegativeReal,
-    Positive,
-    PositiveReal,
-    UnitInterval,
-    section,
-)
+from opsd_train.config.method_schema import DistillConfig, GrpoConfig, LossConfig, OpsdConfig
+from opsd_train.config.section import Count, NonNegativeReal, Positive, PositiveReal, section
 
 
 @section
@@ -47,60 +41,6 @@ class LoraConfig:
 
 
 @section
-class VerifyConfig:
-    """Loss weights of a trajectory, by the check of its answer."""
-
-    correct: NonNegativeReal = 1.0
-    """Loss weight of the tokens of a trajectory with a correct answer."""
-    wrong: NonNegativeReal = 0.0
-    """Loss weight of the tokens of a trajectory with a wrong answer; 0 leaves it out."""
-
-
-@section
-class OpsdConfig:
-    """Method opsd: on-policy self-distillation."""
-
-    teacher: Literal["initial", "ema", "current"] = "initial"
-    """Teacher's weights: the initial ones, a moving average of the student's, or the student's."""
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
-    """teacher=ema: average = decay * average + (1 - decay) * student after each optimizer step."""
-    verify_weight: VerifyConfig | None = None
-    """Weight trajectories by their answer check (the paper's Appendix A); null: all weigh 1."""
-
-
-@section
-class DistillConfig:
-    """Method distill: distillation from another model."""
-
-    teacher: str
-    """Folder or hub name of the teacher; any size, but with the student's tokenizer."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of the teacher's weights and computation."""
-    on_policy: bool = True
-    """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2)."""
-
-
-@section
-class GrpoConfig:
-    """Method grpo: group-relative policy optimisation."""
-
-    clip_low: NonNegativeReal = 0.2
-    """Lower clip of the probability ratio new / old policy: 1 - clip_low."""
-    clip_high: NonNegativeReal = 0.28
-    """Upper clip of the probability ratio: 1 + clip_high."""
-    kl_weight: NonNegativeReal = 0.0
-    """Weight of the KL divergence from the initial policy (estimator k3)."""
-    updates: Positive = 1
-    """Optimizer steps on the samples of one rollout."""
-    normalise_std: bool = True
-    """Divide a group's advantages by the standard deviation of its rewards."""
-    mask_truncated: bool = True
-    """Leave completions that were cut off at rollout.max_new_tokens out of the loss."""
-    importance_cap: PositiveReal | None = 2.0
-    """Truncated importance sampling: cap on a token's ratio trainer / sampler; null: none."""
-
-
-@section
 class CurriculumConfig:
     """Problems drawn by the student's success rate."""
 
@@ -122,6 +62,8 @@ class ColumnsConfig:
     """Column of the answer that completions are checked against."""
     solution: str | None = "solution"
     """Column of the reference solution, which only the teacher sees; null: the answer."""
+    teacher: str | None = None
+    """Column of the name of a problem's teacher in distill.teachers; null: there is one teacher."""
 
 
 @section
@@ -198,26 +140,6 @@ class PromptsConfig:
     """Longest reference solution to train on (sft, off-policy distill), in tokens; null: any."""
     overlong: Literal["error", "skip"] = "error"
     """Longer problems: stop with an error, or skip them and print how many."""
-
-
-@section
-class LossConfig:
-    """The divergence between student and teacher (opsd, distill)."""
-
-    objective: Literal["full_vocabulary", "sampled_token"] = "full_vocabulary"
-    """Divergence over the full vocabulary (Eq. 6-8) or sampled-token policy gradient (Eq. 9)."""
-    beta: UnitInterval = 0.5
-    """0: forward KL, 1: reverse KL, in between: generalised Jensen-Shannon divergence."""
-    temperature: PositiveReal = 1.0
-    """Temperature that divides the logits of student and teacher in the loss."""
-    token_clip: PositiveReal | None = None
-    """Cap on the contribution of each vocabulary entry to a token's divergence; null: none."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "LossConfig":
-        if self.objective == "sampled_token" and self.token_clip is not None:
-            raise ValueError("loss.token_clip works with loss.objective=full_vocabulary only")
-        return self
 
 
 @section
@@ -341,6 +263,7 @@ class Config:
                 yield f"{name}.* are settings of method {name}; this recipe uses {self.method}"
         if self.method == "distill" and self.distill is None:
             yield "method=distill needs distill.teacher"
+        yield from self._teacher_conflicts()
         if self.method not in ("opsd", "distill") and self.loss != LossConfig():
             yield f"loss.* sets the divergence of opsd and distill; method={self.method} has none"
         offline = self.method == "sft" or (self.distill and not self.distill.on_policy)
@@ -350,6 +273,30 @@ class Config:
             yield "rollout.samples_per_prompt must be 1: this recipe trains on solutions, one each"
         if self.method == "grpo":
             yield from self._grpo_conflicts(self.grpo or GrpoConfig())
+
+    def _teacher_conflicts(self) -> Iterator[str]:
+        distill, column = self.distill, self.data.columns.teacher
+        several = distill is not None and bool(distill.teachers)
+        if several and (column is None or self.data.source == "reasoning_gym"):
+            yield (
+                "distill.teachers needs data.columns.teacher, the column that names a problem's "
+                "teacher, and data.source=file or hub"
+            )
+        if column is not None and not several:
+            yield f"data.columns.teacher={column} chooses among distill.teachers: set them"
+        if distill and any(teacher.cache for teacher in distill.by_name().values()):
+            yield from self._cache_conflicts(distill)
+
+    def _cache_conflicts(self, distill: DistillConfig) -> Iterator[str]:
+        if self.loss.objective != "top_k":
+            yield "distill.cache has the teacher's most likely tokens: set loss.objective=top_k"
+        if distill.on_policy:
+            yield "distill.cache is of the reference solutions: set distill.on_policy=false"
+        if self.evaluation.problems and self.evaluation.divergence:
+            yield (
+                "distill.cache has no divergence of held-out completions: set "
+                "evaluation.divergence=false"
+            )
 
     def _grpo_conflicts(self, grpo: GrpoConfig) -> Iterator[str]:
         if self.rollout.samples_per_prompt < 2:

@@ -54,7 +54,7 @@ def is_data_file(name: str) -> bool:
 
 
 def role_columns(present: list[str], columns: ColumnsConfig, place: str) -> dict[str, str]:
-    """The column of each role: question, answer, solution.
+    """The column of each role: question, answer, solution, and teacher if problems have one.
 
     With data.columns.solution=null the solution is the answer. If the question column is missing
     and there is a column `messages`, that gives question and solution, and the answer too if the
@@ -65,9 +65,11 @@ def role_columns(present: list[str], columns: ColumnsConfig, place: str) -> dict
         "answer": columns.answer,
         "solution": columns.answer if columns.solution is None else columns.solution,
     }
+    if columns.teacher is not None:
+        names["teacher"] = columns.teacher
     if MESSAGES in present and columns.question not in present:
         answer = columns.answer if columns.answer in present else MESSAGES
-        return {"question": MESSAGES, "answer": answer, "solution": MESSAGES}
+        names |= {"question": MESSAGES, "answer": answer, "solution": MESSAGES}
     for role, column in names.items():
         if column not in present:
             or_null = " (null: use the answer)" if role == "solution" else ""

@@ -19,7 +19,8 @@ Fingerprint = dict[str, str]
 
 
 def fingerprint(train: Sequence[Problem], heldout: Sequence[Problem]) -> Fingerprint:
-    """The fingerprint of the problems' texts, split, order and ids; can be written as JSON."""
+    """The fingerprint of the problems' texts, teachers, split, order and ids; can be written as
+    JSON."""
     ids = blake2b("\0".join(p.id for p in (*train, *heldout)).encode(), digest_size=16)
     return {"train": _hashes(train), "heldout": _hashes(heldout), "ids": ids.hexdigest()}
 
@@ -57,7 +58,10 @@ def _sizes(of: dict[str, list[bytes]]) -> str:
 
 
 def _hashes(problems: Sequence[Problem]) -> str:
-    texts = ("\0".join((p.question, p.answer, p.solution)) for p in problems)
+    texts = (
+        "\0".join((p.question, p.answer, p.solution, *([p.teacher] if p.teacher else [])))
+        for p in problems
+    )
     hashes = (blake2b(text.encode(), digest_size=_BYTES).digest() for text in texts)
     return base64.b64encode(b"".join(hashes)).decode()
 

@@ -19,6 +19,7 @@ from opsd_train.data.rows import texts_from_rows
 class Problem:
     """One problem. `solution` is the reference that only the teacher sees; it may be the answer.
 
+    `teacher` is the name of its teacher in distill.teachers; None where there is one teacher.
     A problem of a reasoning_gym `task` keeps the `entry` and settings that the task's scorer needs.
     """
 
@@ -29,6 +30,7 @@ class Problem:
     task: str | None = None
     entry: dict[str, Any] | None = field(default=None, hash=False, repr=False)
     task_config: dict[str, Any] | None = field(default=None, hash=False, repr=False)
+    teacher: str | None = None
 
 
 def load_problems(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
@@ -166,4 +168,5 @@ def _solution(metadata: dict[str, Any], answer: str) -> str:
 def problems_from_rows(config: DataConfig, incomplete: Counter[str]) -> Iterator[Problem]:
     """Problems of the complete rows; see `texts_from_rows` for the others."""
     for name, texts in texts_from_rows(config, incomplete):
-        yield Problem(name, texts["question"], texts["answer"], texts["solution"])
+        own = (texts["question"], texts["answer"], texts["solution"])
+        yield Problem(name, *own, teacher=texts.get("teacher"))

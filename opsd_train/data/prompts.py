@@ -36,6 +36,14 @@ class Measured:
         index = max(range(len(sums)), key=sums.__getitem__)
         return sums[index], self.problems[index]
 
+    def of_teacher(self, name: str | None) -> Measured:
+        """Those of the problems that this teacher of distill.teachers reads."""
+        kept = [index for index, problem in enumerate(self.problems) if problem.teacher == name]
+        tokens = {
+            s: array("i", map(lengths.__getitem__, kept)) for s, lengths in self.tokens.items()
+        }
+        return Measured([self.problems[index] for index in kept], tokens)
+
 
 class PromptBuilder:
     """Builds the prompts of student and teacher, and reference solutions, as token ids.

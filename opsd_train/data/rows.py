@@ -19,7 +19,7 @@ from opsd_train.data.files import (
 )
 
 Texts = dict[str, str]
-"""The texts of a problem by role: question, answer, solution."""
+"""The texts of a problem by role: question, answer, solution, and teacher if it has one."""
 
 
 class Fault(NamedTuple):
@@ -90,8 +90,7 @@ def _texts_of_chat(row: Row, columns: dict[str, str], cells: dict[str, Any]) -> 
         )
     question, solution = (turn.get("content") for turn in turns)
     answer = solution if columns["answer"] == MESSAGES else cells["answer"]
-    columns = {"question": MESSAGES, "answer": columns["answer"], "solution": MESSAGES}
-    texts = {"question": question, "answer": answer, "solution": solution}
+    texts = cells | {"question": question, "answer": answer, "solution": solution}
     return _texts_of_cells(row, columns, texts)
 
 

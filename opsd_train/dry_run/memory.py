@@ -17,6 +17,7 @@ from opsd_kernels import plan
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NOT_IN_LAYERS = ("embed_tokens", "lm_head")
 _FP32 = 4  # bytes
+_TOP_TOKEN = 12  # bytes of a teacher's likely token: an id and a log-probability
 # Bytes per vocabulary entry of a sampled row: float32 logits twice, probabilities, float64 sums.
 _SAMPLING = 20
 
@@ -76,6 +77,14 @@ class LargestStep:
 
 
 @dataclass(frozen=True)
+class OtherTeacher:
+    """A teacher that is a model of its own."""
+
+    sizes: Sizes
+    itemsize: int  # bytes of its dtype
+
+
+@dataclass(frozen=True)
 class Setup:
     """Dtypes, sharding and teacher of a run."""
 
@@ -83,9 +92,10 @@ class Setup:
     file_itemsize: int  # bytes of the dtype in the model's file; 0: processes read their parts
     checkpointing: bool
     loss: dict[str, Any]  # options of opsd_kernels.plan
-    teacher: Sizes | None = None  # the model that `precompute` runs, if any
-    teacher_itemsize: int = 0  # bytes of its dtype; 0: the teacher is the policy's own model
+    teacher: Sizes | None = None  # the policy's own model, if `precompute` runs it
+    others: tuple[OtherTeacher, ...] = ()
     keeps_states: bool = False  # the teacher's hidden states are kept for the student's pass
+    top_k: int = 0  # or so many of its most likely tokens at each completion token; 0: none
     copied: bool = False  # the trained weights have a copy: an older policy
     shards: int = 1  # processes that the weights are sharded over
     processes: int = 1
@@ -150,8 +160,8 @@ def predict(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, PhaseMem
         phases["evaluation"] = held | moments | _generate(sizes, step.evaluation, setup)
     if step.rollout is not None:
         phases["rollout"] = held | moments | _generate(sizes, step.rollout, setup)
-    if setup.teacher is not None:
-        phases["teacher"] = held | moments | _teacher(sizes, setup.teacher, step, setup)
+    if setup.teacher is not None or setup.others:
+        phases["teacher"] = held | moments | _teacher(sizes, step, setup)
     phases["student"] = held | moments | gradients | _student(sizes, step, setup)
     phases["optimizer"] = held | moments | gradients | _update(sizes, setup)
     return {name: PhaseMemory(parts) for name, parts in phases.items()}
@@ -181,12 +191,12 @@ def _held(sizes: Sizes, setup: Setup) -> dict[str, int]:
             else 0
         )
         parts["copy of the trained weights"] = _FP32 * sizes.trained // setup.shards + head
-    teacher = setup.teacher
-    if teacher is not None and setup.teacher_itemsize:
-        head = teacher.vocab * teacher.hidden  # not sharded
-        layers = (teacher.weights - head) // setup.shards
-        parts["the teacher's weights"] = setup.teacher_itemsize * (head + layers)
-    return parts
+    weights = 0
+    for other in setup.others:
+        head = other.sizes.vocab * other.sizes.hidden  # not sharded
+        layers = (other.sizes.weights - head) // setup.shards
+        weights += other.itemsize * (head + layers)
+    return parts | ({"the teacher's weights": weights} if weights else {})
 
 
 def _generate(sizes: Sizes, batch: GenerationBatch, setup: Setup) -> dict[str, int]:
@@ -207,26 +217,45 @@ def _generate(sizes: Sizes, batch: GenerationBatch, setup: Setup) -> dict[str, i
     }
 
 
-def _teacher(sizes: Sizes, teacher: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
-    if setup.teacher_itemsize:
-        item = stream = setup.teacher_itemsize
-        cast = 0
-    else:
-        item, stream, cast = setup.itemsize, _stream(sizes, setup), _cast(sizes, setup)
-    layer = step.teacher_tokens * _forward(teacher, item, stream)
+def _teacher(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
+    tokens = step.teacher_tokens
+    forward = 0
+    for reader, item, stream in _readers(sizes, setup):
+        layer = tokens * _forward(reader, item, stream) + _scores(
+            reader, tokens, step.longest, item
+        )
+        forward = max(forward, layer, _choosing(reader, step, setup))
     return {
-        "weights in the compute type": cast,
-        "hidden states of all micro-batches": _states(step, setup),
-        "a layer's forward": layer + _scores(teacher, step.teacher_tokens, step.longest, item),
+        "weights in the compute type": _cast(sizes, setup) if setup.teacher else 0,
+        **_kept(sizes, step, setup),
+        "a layer's forward, or the top tokens": forward,
     }
 
 
-def _states(step: LargestStep, setup: Setup) -> int:
-    """The teacher's hidden states at the completion tokens, kept for the student's pass."""
-    if setup.teacher is None or not setup.keeps_states:
+def _readers(sizes: Sizes, setup: Setup) -> list[tuple[Sizes, int, int]]:
+    """The models that `precompute` runs, with the bytes of the compute dtype and of the residual
+    stream's."""
+    own = [(setup.teacher, setup.itemsize, _stream(sizes, setup))] if setup.teacher else []
+    return own + [(other.sizes, other.itemsize, other.itemsize) for other in setup.others]
+
+
+def _choosing(teacher: Sizes, step: LargestStep, setup: Setup) -> int:
+    """The workspace of the teacher's logits, to choose its most likely tokens from."""
+    if not setup.top_k:
         return 0
-    item = setup.teacher_itemsize or _stream(setup.teacher, setup)
-    return step.all_loss_tokens * setup.teacher.hidden * item
+    options = {name: setup.loss[name] for name in ("dtype", "device", "workspace_bytes")}
+    shape = step.loss_tokens, teacher.hidden, teacher.vocab
+    return plan(*shape, loss="topk", k=setup.top_k, grad_input=False, **options).workspace_bytes
+
+
+def _kept(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
+    """What the student's pass needs of the teacher at the completion tokens."""
+    if setup.top_k:
+        return {"the teacher's top tokens": step.all_loss_tokens * setup.top_k * _TOP_TOKEN}
+    if not setup.keeps_states:
+        return {}
+    state = max(reader.hidden * stream for reader, _, stream in _readers(sizes, setup))
+    return {"the teacher's hidden states": step.all_loss_tokens * state}
 
 
 def _student(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
@@ -248,7 +277,7 @@ def _student(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
     head = loss.accumulator_bytes
     return {
         "weights in the compute type": _cast(sizes, setup),
-        "the teacher's hidden states": _states(step, setup),
+        **_kept(sizes, step, setup),
         "activations kept for backward": saved,
         "the loss's workspace, or a layer's backward": max(loss.workspace_bytes + head, backward),
     }

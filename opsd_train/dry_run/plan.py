@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,22 +13,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from opsd_kernels import plan
 from opsd_train.config.load import to_yaml
-from opsd_train.config.schema import (
-    Config,
-    DistillConfig,
-    GrpoConfig,
-    LoraConfig,
-    ModelConfig,
-    OpsdConfig,
-)
+from opsd_train.config.method_schema import GrpoConfig, OpsdConfig, TeacherConfig
+from opsd_train.config.schema import Config, LoraConfig, ModelConfig
 from opsd_train.data.batches import Sample, micro_batches
+from opsd_train.data.fingerprint import Fingerprint, fingerprint
 from opsd_train.data.layout import PADDED
 from opsd_train.data.problems import Problem, load_problems
 from opsd_train.data.prompts import Measured, PromptBuilder
+from opsd_train.data.teacher_cache import WRITE, TeacherCache
 from opsd_train.distributed.context import resolve_device
 from opsd_train.dry_run.memory import (
     GenerationBatch,
     LargestStep,
+    OtherTeacher,
     PhaseMemory,
     Setup,
     Sizes,
@@ -36,6 +34,7 @@ from opsd_train.dry_run.memory import (
 )
 from opsd_train.methods import METHODS
 from opsd_train.methods.common import workspace_bytes
+from opsd_train.methods.teachers import open_cache, problems_of, refuse_unknown_teachers
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.families import shared_layout
 from opsd_train.model.policy import PACKAGED, attention, load_model_config, load_tokenizer
@@ -63,6 +62,7 @@ def dry_run(config: Config, shard: str = "full") -> str:
             f"loss plan: {loss_plan}",
             *_memory(sizes, step, setup),
             *_engine(config),
+            *_caches(config),
         ]
     )
 
@@ -74,7 +74,7 @@ def expected(config: Config, shard: str = "full") -> dict[str, PhaseMemory]:
 
 
 def _memory(sizes: Sizes, step: LargestStep, setup: Setup) -> list[str]:
-    unknown = sizes.unknown or (setup.teacher.unknown if setup.teacher else ())
+    unknown = next(filter(None, [x.unknown for x in (sizes, *(o.sizes for o in setup.others))]), ())
     if unknown:
         return [f"memory: not predicted; only layers like Llama's are, not {', '.join(unknown)}"]
     heading = f"memory expected on {setup.loss['device']}, without Python and the libraries:"
@@ -103,6 +103,20 @@ def _engine(config: Config) -> list[str]:
     return []
 
 
+def _caches(config: Config) -> list[str]:
+    return [
+        f"the teacher {teacher.teacher} is read from {teacher.cache}; "
+        + ("it is not loaded" if _is_there(teacher.cache) else f"not there yet: {WRITE}")
+        for teacher in _teachers(config).values()
+        if teacher.cache is not None
+    ]
+
+
+def _is_there(cache: str | None) -> bool:
+    """Whether this folder has a teacher's cache, or the beginning of one."""
+    return cache is not None and TeacherCache(Path(cache), ()).exists
+
+
 def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -110,11 +124,14 @@ def _processes() -> int:
 def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     """The largest possible step, the number of problems, the tokens of the longest prompt."""
     method, (train, heldout) = METHODS[config.method], load_problems(config.data)
+    refuse_unknown_teachers(config, [*train, *heldout])
     builder = PromptBuilder(load_tokenizer(config.model), config.prompts)
     train_lengths = builder.measure(train, method.required_texts(config))
+    _check_caches(config, builder.tokenizer, train_lengths.problems, fingerprint(train, heldout))
     heldout = heldout[: config.evaluation.problems]
     heldout_lengths = builder.measure(heldout, heldout_texts(config))
-    check_context(config, _model_configs(config), train_lengths, heldout_lengths)
+    model_config = load_model_config(config.model)
+    check_context(config, model_config, _teacher_configs(config), train_lengths, heldout_lengths)
 
     source, rollout = method.source(config), config.rollout
     samples_per_problem = 1 if source == "solution" else rollout.samples_per_prompt
@@ -126,7 +143,8 @@ def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     own_engine = rollout.engine == "transformers"  # vLLM has memory of its own
     generates = own_engine and source != "solution"
     lengths = [len(getattr(s, f"{source}_prompt")) for s in samples] if generates else []
-    sides = ("student_prompt", "teacher_prompt" if method.teacher_prompt else "student_prompt")
+    its_own = method.teacher_prompt(config)
+    sides = ("student_prompt", "teacher_prompt" if its_own else "student_prompt")
     student, teacher = ([_read(group, side) for group in groups] for side in sides)
     step = LargestStep(
         tokens=max(layout.tokens(*texts) for texts in student),
@@ -141,17 +159,32 @@ def _largest_step(config: Config) -> tuple[LargestStep, int, int]:
     return step, len(train_lengths.problems), max(map(max, prompts))
 
 
-def _model_configs(config: Config) -> dict[str, Any]:
-    """The transformers configurations of the models that read completions."""
-    configs = {"model": load_model_config(config.model)}
-    if config.distill is not None:
-        configs["teacher"] = load_model_config(_teacher_model(config, config.distill))
-    return configs
+def _check_caches(
+    config: Config, tokenizer: Any, problems: Sequence[Problem], data: Fingerprint
+) -> None:
+    """Raises UserError if a teacher's cache is there, but not whole or not of this recipe."""
+    rows = load_model_config(config.model).get_text_config().vocab_size
+    for name, teacher in _teachers(config).items():
+        if _is_there(teacher.cache):
+            open_cache(config, teacher, tokenizer, problems_of(name, problems), data, rows)
 
 
-def _teacher_model(config: Config, distill: DistillConfig) -> ModelConfig:
+def _teacher_configs(config: Config) -> dict[str | None, Any]:
+    """The transformers configurations of other models in memory, by the teacher's name."""
+    return {
+        name: load_model_config(_teacher_model(config, teacher))
+        for name, teacher in _teachers(config).items()
+        if teacher.cache is None
+    }
+
+
+def _teachers(config: Config) -> dict[str | None, TeacherConfig]:
+    return config.distill.by_name() if config.distill else {}
+
+
+def _teacher_model(config: Config, teacher: TeacherConfig) -> ModelConfig:
     # mypy does not see that the sections of a recipe are dataclasses.
-    return replace(cast(Any, config.model), name_or_path=distill.teacher)
+    return replace(cast(Any, config.model), name_or_path=teacher.teacher)
 
 
 def _longest(train: Measured, count: int) -> list[Problem]:
@@ -183,7 +216,7 @@ def _sample(builder: PromptBuilder, problem: Problem, config: Config) -> Sample:
     """A sample of this problem with the longest completion possible."""
     method = METHODS[config.method]
     on_solution = method.source(config) == "solution"
-    teacher = builder.teacher(problem) if method.teacher_prompt else None
+    teacher = builder.teacher(problem) if method.teacher_prompt(config) else None
     new = builder.solution(problem) if on_solution else [0] * config.rollout.max_new_tokens
     return Sample(problem, builder.student(problem), teacher, new)
 
@@ -214,22 +247,31 @@ def _setup(config: Config, shard: str) -> tuple[Setup, Sizes]:
         shards=processes if shard == "full" else 1,
         processes=processes,
     )
-    return replace(setup, **_teacher_setup(config, sizes)), sizes
+    return replace(setup, **_teacher_setup(config, sizes), top_k=_top_k(config, sizes)), sizes
+
+
+def _top_k(config: Config, sizes: Sizes) -> int:
+    """How many of the teacher's tokens are kept at each completion token; 0: its hidden states."""
+    return min(config.loss.top_k, sizes.vocab) if config.loss.objective == "top_k" else 0
 
 
 def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
-    """The fields of Setup about the model that `precompute` runs; `sizes` are the policy's."""
-    full = config.lora is None
+    """The fields of Setup about the models that `precompute` runs; `sizes` are the policy's."""
+    full, keeps_states = config.lora is None, config.loss.objective != "top_k"
     if config.method == "opsd":
         weights = (config.opsd or OpsdConfig()).teacher
         copied = weights == "ema" or (weights == "initial" and full)
-        return {"teacher": sizes, "keeps_states": True, "copied": copied}
+        return {"teacher": sizes, "keeps_states": keeps_states, "copied": copied}
     if config.distill is not None:
-        return {
-            "teacher": _sizes(_teacher_model(config, config.distill), None),
-            "teacher_itemsize": getattr(torch, config.distill.dtype).itemsize,
-            "keeps_states": True,
-        }
+        others = [
+            OtherTeacher(
+                _sizes(_teacher_model(config, teacher), None),
+                getattr(torch, teacher.dtype).itemsize,
+            )
+            for teacher in _teachers(config).values()
+            if teacher.cache is None
+        ]
+        return {"others": tuple(others), "keeps_states": keeps_states}
     if config.method == "grpo":
         grpo = config.grpo or GrpoConfig()
         kl = grpo.kl_weight > 0

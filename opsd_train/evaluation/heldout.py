@@ -73,4 +73,5 @@ class HeldOut:
         return self._context.sum(mean * total) / self._context.sum(total)
 
     def _teacher(self, problem: Problem) -> list[int] | None:
-        return self._prompts.teacher(problem) if self._method.teacher_prompt else None
+        needed = self._method.teacher_prompt(self._config)
+        return self._prompts.teacher(problem) if needed else None

@@ -28,8 +28,6 @@ class Method(ABC):
     after_step      after each optimizer step
     """
 
-    teacher_prompt: bool = False
-    """Whether the method needs the teacher's prompt."""
     divergence: bool = False
     """Whether the statistics include a divergence from a teacher."""
     imitates: bool = False
@@ -50,10 +48,15 @@ class Method(ABC):
         return "student"
 
     @classmethod
+    def teacher_prompt(cls, config: Config) -> bool:
+        """Whether the method needs the teacher's prompt."""
+        return False
+
+    @classmethod
     def required_texts(cls, config: Config) -> tuple[str, ...]:
         """The texts of a problem ("student", "teacher", "solution") whose length is limited."""
-        solution = cls.source(config) == "solution"
-        return ("student", *["teacher"] * cls.teacher_prompt, *["solution"] * solution)
+        teacher, solution = cls.teacher_prompt(config), cls.source(config) == "solution"
+        return ("student", *["teacher"] * teacher, *["solution"] * solution)
 
     def __init__(self, config: Config, policy: Policy) -> None:
         self.config, self.policy = config, policy

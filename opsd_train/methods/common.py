@@ -1,39 +1,18 @@
-"""Losses that several methods share: they pass a micro-batch's hidden states to opsd_kernels."""
+"""What the methods' losses share: they pass a micro-batch's hidden states to opsd_kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from opsd_kernels import (
-    fused_linear_advantage,
-    fused_linear_cross_entropy,
-    fused_linear_jsd,
-    policy_gradient_loss,
-)
+from opsd_kernels import fused_linear_cross_entropy
 from opsd_kernels.integrations.heads import LmHead
-from opsd_train.config.schema import LossConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Stats
 from opsd_train.model.policy import LossFn, Policy
-
-
-def teacher_hidden(
-    policy: Policy, samples: Sequence[Sample], prompt: Literal["student", "teacher"] = "teacher"
-) -> Tensor:
-    """The teacher's hidden states (N, D) at the completion tokens, without gradient or logits.
-
-    `prompt`: whose prompt the teacher reads.
-    """
-    if prompt == "student":
-        prompts = [sample.student_prompt for sample in samples]
-    else:
-        prompts = [_teacher_prompt(sample) for sample in samples]
-    with torch.no_grad():
-        return policy.run(prompts, [s.completion for s in samples], lambda hidden, *_: hidden)
 
 
 def workspace_bytes(device: torch.device, trained: bool) -> int | None:
@@ -52,47 +31,6 @@ def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor | N
     weights = torch.tensor([sample.weight for sample in samples])
     lengths = torch.tensor([len(sample.completion) for sample in samples])
     return weights.repeat_interleave(lengths).to(device)
-
-
-def distillation(
-    policy: Policy,
-    samples: Sequence[Sample],
-    hidden: Tensor,
-    teacher: LmHead | None,
-    config: LossConfig,
-    num_tokens: int,
-) -> tuple[Tensor, Stats]:
-    """Divergence (Eq. 6-7) or sampled-token loss (Eq. 9) of the student against a teacher.
-
-    hidden      (N, D_t) the teacher's hidden states at the completion tokens
-    teacher     the teacher's LM head; None: the student's head serves both
-    num_tokens  the step's loss tokens, which the sum over tokens is divided by
-
-    Returns the scalar loss and (N,) statistics. `divergence` among them is the divergence that is
-    trained on; with the sampled token it is log s(y) - log t(y), an estimate of the reverse KL.
-    """
-    weights = token_weights(samples, policy.device)
-
-    def loss_fn(student_hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
-        teacher_head = teacher or head
-        inputs = (student_hidden, head.weight, hidden, teacher_head.weight, target)
-        options = _pair_options(head, teacher_head, config.temperature)
-        if config.objective == "full_vocabulary":
-            loss, stats = fused_linear_jsd(
-                *inputs,
-                beta=config.beta,
-                token_clip=config.token_clip,
-                token_weight=weights,
-                num_tokens=num_tokens,
-                return_stats=True,
-                **options,
-            )
-            return loss, stats
-        advantage, logprob = fused_linear_advantage(*inputs, **options)
-        loss = policy_gradient_loss(advantage, logprob, token_weight=weights, num_tokens=num_tokens)
-        return loss, {"divergence": -advantage, "logprob": logprob.detach()}
-
-    return student_run(policy, samples, loss_fn)
 
 
 def cross_entropy(
@@ -137,7 +75,7 @@ def head_options(head: LmHead) -> dict[str, Any]:
     }
 
 
-def _pair_options(student: LmHead, teacher: LmHead, temperature: float) -> dict[str, Any]:
+def pair_options(student: LmHead, teacher: LmHead, temperature: float) -> dict[str, Any]:
     """The options to an opsd_kernels loss with two heads.
 
     Heads that are padded to different sizes are compared over the rows that both have.
@@ -155,8 +93,3 @@ def _pair_options(student: LmHead, teacher: LmHead, temperature: float) -> dict[
         "vocab_size": min(sizes) if len(sizes) > 1 else None,
         "workspace_bytes": workspace_bytes(student.weight.device, trained),
     }
-
-
-def _teacher_prompt(sample: Sample) -> list[int]:
-    assert sample.teacher_prompt is not None, "the method has teacher_prompt = False"
-    return sample.teacher_prompt

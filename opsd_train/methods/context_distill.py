@@ -19,13 +19,17 @@ from opsd_train.methods.common import cross_entropy
 class ContextDistill(Method):
     """Mean cross-entropy under the student's prompt of samples drawn under the teacher's prompt."""
 
-    teacher_prompt = True
     imitates = True
 
     @classmethod
     def source(cls, config: Config) -> Source:
         """Completions are sampled under the teacher's prompt."""
         return "teacher"
+
+    @classmethod
+    def teacher_prompt(cls, config: Config) -> bool:
+        """Completions are sampled under it."""
+        return True
 
     def loss(
         self, samples: Sequence[Sample], precomputed: None, num_tokens: int

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from opsd_kernels import fused_linear_logprob
 from opsd_kernels.integrations.heads import LmHead
-from opsd_train.config.schema import Config, GrpoConfig
+from opsd_train.config.method_schema import GrpoConfig
+from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import head_options, student_run

@@ -2,9 +2,10 @@
 
 The student samples the completions; student and teacher both read them.
 Full vocabulary (Eq. 6-8): the mean over completion tokens of a divergence between the student's and
-the teacher's next-token distributions. Sampled token (Eq. 9): the mean of -A log s(y), where
-A = log t(y) - log s(y) is held constant; s and t are the student's and the teacher's probability of
-the sampled token y.
+the teacher's next-token distributions. Top k: the same over the teacher's k most likely tokens and
+one outcome for the rest. Sampled token (Eq. 9): the mean of -A log s(y), where A = log t(y) -
+log s(y) is held constant; s and t are the student's and the teacher's probability of the sampled
+token y.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from opsd_kernels.integrations.heads import LmHead
-from opsd_train.config.schema import Config, OpsdConfig
+from opsd_train.config.method_schema import OpsdConfig
+from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
-from opsd_train.methods.common import distillation, teacher_hidden
+from opsd_train.methods.distillation import Distribution, distillation, teacher_distribution
 from opsd_train.methods.ref_policy import RefPolicy
 from opsd_train.model.policy import Policy
-
-Precomputed = tuple[Tensor, LmHead | None]
-"""The teacher's hidden states (N, D), and its LM head; None if the student's head serves both."""
 
 
 class Opsd(Method):
     """Divergence from the teacher, or the sampled token's advantage; the recipe's `loss.objective`
     picks which."""
 
-    teacher_prompt = True
     divergence = True
+
+    @classmethod
+    def teacher_prompt(cls, config: Config) -> bool:
+        """The teacher reads its own prompt."""
+        return True
 
     def __init__(self, config: Config, policy: Policy) -> None:
         super().__init__(config, policy)
@@ -47,17 +49,22 @@ class Opsd(Method):
             return samples
         return [replace(s, weight=verify.correct if s.correct else verify.wrong) for s in samples]
 
-    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Precomputed]:
+    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Distribution]:
         """The teacher's forward pass over each micro-batch, without gradient."""
+        loss = self.config.loss
         with self.teacher.active():
-            head = self.teacher.head()
-            return [(teacher_hidden(self.policy, group), head) for group in groups]
+            # The top tokens are found inside the forward pass; hidden states are read later.
+            head = None if loss.objective == "top_k" else self.teacher.head()
+            return [
+                teacher_distribution(self.policy, group, "teacher", loss, head=head)
+                for group in groups
+            ]
 
     def loss(
-        self, samples: Sequence[Sample], precomputed: Precomputed, num_tokens: int
+        self, samples: Sequence[Sample], precomputed: Distribution, num_tokens: int
     ) -> tuple[Tensor, Stats]:
-        """Eq. 6-8 or Eq. 9 over one micro-batch; see `distillation` for the statistics."""
-        return distillation(self.policy, samples, *precomputed, self.config.loss, num_tokens)
+        """The objective over one micro-batch; see `distillation` for the statistics."""
+        return distillation(self.policy, samples, [precomputed], self.config.loss, num_tokens)
 
     def after_step(self) -> None:
         """Update the teacher's moving average."""

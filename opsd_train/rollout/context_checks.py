@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,23 +34,38 @@ class LongestSequence:
 def heldout_texts(config: Config) -> tuple[str, ...]:
     """The sides ("student", "teacher") under whose prompts held-out problems are read."""
     kind, evaluation = METHODS[config.method], config.evaluation
-    divergence = kind.divergence and kind.teacher_prompt and evaluation.divergence
+    divergence = kind.divergence and kind.teacher_prompt(config) and evaluation.divergence
     return ("student", "teacher") if evaluation.teacher or divergence else ("student",)
 
 
 def check_context(
-    config: Config, readers: Mapping[str, Any], train: Measured, heldout: Measured
+    config: Config,
+    model: Any,
+    teachers: Mapping[str | None, Any],
+    train: Measured,
+    heldout: Measured,
 ) -> None:
     """Raises UserError if a sequence of training or evaluation is longer than a model reads.
 
-    `readers`: the models' configurations by their role, "model" and with distill "teacher".
-    `train` has the lengths of the texts that the method requires, `heldout` those of
-    `heldout_texts`; it may be empty.
+    model     configuration of the trained model
+    teachers  those of other models, by the teacher's name
+    train     has the lengths of the texts that the method requires
+    heldout   those of `heldout_texts`; it may be empty
     """
-    found = [*_training(config, train), *_evaluation(config, heldout)]
-    longest = max(found, key=lambda sequence: sequence.total)
-    for role, model_config in readers.items():
-        check_fits(longest, model_config, role)
+    evaluation = config.evaluation
+    both: tuple[str, ...] = ("student", "teacher")
+    trained, asked = both, both
+    if config.distill is not None:  # the model is not its own teacher
+        trained, asked = ("student",), ("student", *["teacher"] * evaluation.teacher)
+    own = [*_training(config, train, trained), *_evaluation(config, heldout, asked)]
+    _check_longest(own, model, "model")
+    for name, model_config in teachers.items():
+        assert config.distill is not None
+        sides = (config.distill.by_name()[name].prompt,)
+        read = [*_training(config, train.of_teacher(name), sides)]
+        if evaluation.divergence:
+            read += _evaluation(config, heldout.of_teacher(name), sides)
+        _check_longest(read, model_config, "teacher" if name is None else f"teacher {name}")
 
 
 def check_fits(longest: LongestSequence, model_config: Any, role: str = "model") -> None:
@@ -88,22 +103,31 @@ def context_of(model_config: Any) -> int | None:
     return getattr(model_config.get_text_config(), "max_position_embeddings", None)
 
 
-def _training(config: Config, train: Measured) -> Iterator[LongestSequence]:
+def _check_longest(sequences: Sequence[LongestSequence], model_config: Any, role: str) -> None:
+    if sequences:  # a teacher may have no problems
+        check_fits(max(sequences, key=lambda sequence: sequence.total), model_config, role)
+
+
+def _training(config: Config, train: Measured, sides: Sequence[str]) -> Iterator[LongestSequence]:
     kind = METHODS[config.method]
-    if kind.source(config) == "solution":
-        tokens, problem = train.longest("student", "solution")
-        yield LongestSequence(f"prompt and solution of {problem.id} have", tokens)
-        return
     # A teacher reads, or writes, the same completions after its own prompt.
-    for side in kind.required_texts(config):
+    read = [side for side in kind.required_texts(config) if side in sides]
+    for side in read if train.problems else ():
+        if kind.source(config) == "solution":
+            tokens, problem = train.longest(side, "solution")
+            yield LongestSequence(f"{side} prompt and solution of {problem.id} have", tokens)
+            continue
         tokens, problem = train.longest(side)
         new = config.rollout.max_new_tokens
         what = f"{side} prompt of {problem.id} has"
         yield LongestSequence(what, tokens, "rollout.max_new_tokens", new)
 
 
-def _evaluation(config: Config, heldout: Measured) -> Iterator[LongestSequence]:
-    for side in heldout_texts(config) if heldout.problems else ():
+def _evaluation(
+    config: Config, heldout: Measured, sides: Sequence[str]
+) -> Iterator[LongestSequence]:
+    read = [side for side in heldout_texts(config) if side in sides]
+    for side in read if heldout.problems else ():
         tokens, problem = heldout.longest(side)
         new = config.evaluation.max_new_tokens
         what = f"{side} prompt of the held-out {problem.id} has"

@@ -38,7 +38,7 @@ class Trajectories:
     ) -> None:
         self._config, self._source, self._prompts = config, method.source(config), prompts
         self.engine, self._tokenizer = engine, tokenizer
-        self._teacher_prompt, self._imitates = method.teacher_prompt, method.imitates
+        self._teacher_prompt, self._imitates = method.teacher_prompt(config), method.imitates
         self._policy = method.policy
         self._agrees = False  # sampler and trainer; checked on the first rollout
         rollout = config.rollout
@@ -64,7 +64,10 @@ class Trajectories:
     def make(self, step: int, wanted: Sequence[RolloutRequest]) -> list[Sample]:
         """A sample for each request, its answer not checked yet."""
         if self._source == "solution":
-            return [self._solution(request.problem) for request in wanted]
+            return [
+                solution_sample(self._prompts, request.problem, self._teacher_prompt)
+                for request in wanted
+            ]
         prompt = getattr(self._prompts, self._source)
         requests = [
             Request(
@@ -94,7 +97,7 @@ class Trajectories:
     def _sample(self, problem: Problem, completion: Completion) -> Sample:
         return Sample(
             problem,
-            *self._both_prompts(problem),
+            *_both_prompts(self._prompts, problem, self._teacher_prompt),
             completion.tokens,
             logprobs=completion.logprobs if self._comparable else None,
             finished=completion.finished,
@@ -108,9 +111,15 @@ class Trajectories:
         # The sampler drew another token, so its log-probabilities are not these tokens'.
         return replace(sample, completion=[*sample.completion[:-1], *end], logprobs=None)
 
-    def _solution(self, problem: Problem) -> Sample:
-        return Sample(problem, *self._both_prompts(problem), self._prompts.solution(problem))
 
-    def _both_prompts(self, problem: Problem) -> tuple[list[int], list[int] | None]:
-        teacher = self._prompts.teacher(problem) if self._teacher_prompt else None
-        return self._prompts.student(problem), teacher
+def solution_sample(prompts: PromptBuilder, problem: Problem, teacher_prompt: bool) -> Sample:
+    """The reference solution as a sample. `teacher_prompt`: it needs the teacher's prompt too."""
+    return Sample(
+        problem, *_both_prompts(prompts, problem, teacher_prompt), prompts.solution(problem)
+    )
+
+
+def _both_prompts(
+    prompts: PromptBuilder, problem: Problem, teacher_prompt: bool
+) -> tuple[list[int], list[int] | None]:
+    return prompts.student(problem), prompts.teacher(problem) if teacher_prompt else None

@@ -22,7 +22,10 @@ from opsd_kernels.fused_topk import fused_linear_topk
 SECONDS = 300  # one call takes at most
 K = 64  # of "topk"; their log-probabilities and ids are 12 bytes each
 
-LOSSES = dict.fromkeys(("logprob", "targets", "cross_entropy"), "logprob") | {"topk": "topk"}
+LOSSES = {
+    **dict.fromkeys(("logprob", "cross_entropy", "targets"), "logprob"),
+    "topk": "topk",
+}
 
 
 def inputs(

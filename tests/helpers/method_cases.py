@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from opsd_train.config.schema import Config, GrpoConfig, LoraConfig, LossConfig
+from opsd_kernels.integrations.heads import lm_head
+from opsd_train.config.method_schema import GrpoConfig, LossConfig
+from opsd_train.config.schema import Config, LoraConfig
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem
 from opsd_train.methods import METHODS
 from opsd_train.methods.base import Method, Stats
+from opsd_train.methods.teachers import LocalTeacher
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
 from tests.helpers.tiny import config, make_model
@@ -27,12 +30,17 @@ CASES = {
     "opsd JSD": ("loss.beta=0.5", "loss.temperature=1.3"),
     "opsd reverse KL": ("loss.beta=1.0",),
     "opsd clipped": ("loss.beta=0.0", "loss.token_clip=0.05"),
+    "opsd top k": ("loss.objective=top_k", "loss.top_k=8", "loss.temperature=1.3"),
     "opsd sampled token": ("loss.objective=sampled_token", "loss.temperature=1.3"),
     "sft": ("method=sft",),
     "star": ("method=star",),
     "context_distill": ("method=context_distill",),
     "grpo": (*GRPO, "grpo.kl_weight=0.05", "grpo.updates=2"),
     "distill": ("method=distill", "distill.teacher=t", "loss.beta=0.5"),
+    "distill top k": (
+        *("method=distill", "distill.teacher=t", "loss.beta=0.0"),
+        *("loss.objective=top_k", "loss.top_k=8", "distill.prompt=teacher"),
+    ),
     "distill sampled token": (
         *("method=distill", "distill.teacher=t", "loss.objective=sampled_token"),
     ),
@@ -69,7 +77,10 @@ def make_teacher(dtype: torch.dtype = torch.float32, vocab_size: int = TEACHER_V
 def make_method(config: Config, policy: Policy, teacher: Policy | None = None) -> Method:
     kind = METHODS[config.method]
     if config.method == "distill":
-        return kind(config, policy, teacher or make_teacher())
+        rows = lm_head(policy.core).weight.shape[0]
+        prompt = config.distill.prompt
+        made = LocalTeacher(teacher or make_teacher(), prompt, config.loss, rows)
+        return kind(config, policy, {None: made})
     return kind(config, policy)
 
 
@@ -181,6 +192,8 @@ def divergence(ls: Tensor, lt: Tensor, y: list[int], loss: LossConfig) -> Tensor
     """Equations 6-9 per token."""
     if loss.objective == "sampled_token":
         return -(chosen(lt, y) - chosen(ls, y)).detach() * chosen(ls, y)
+    if loss.objective == "top_k" and loss.top_k < VOCAB:
+        ls, lt = (top_and_rest(log_p, lt, loss.top_k) for log_p in (ls, lt))
     s, t = ls.exp(), lt.exp()
     if loss.beta == 0:
         entries = t * (lt - ls)
@@ -190,6 +203,13 @@ def divergence(ls: Tensor, lt: Tensor, y: list[int], loss: LossConfig) -> Tensor
         lm = (loss.beta * t + (1 - loss.beta) * s).log()
         entries = loss.beta * t * (lt - lm) + (1 - loss.beta) * s * (ls - lm)
     return entries.clamp(max=loss.token_clip or math.inf).sum(-1)
+
+
+def top_and_rest(log_p: Tensor, teacher: Tensor, k: int) -> Tensor:
+    """(T, k + 1) log-probabilities of the teacher's k most likely tokens and of all the others."""
+    order = teacher.argsort(-1, descending=True)
+    kept, others = (log_p.gather(-1, ids) for ids in (order[:, :k], order[:, k:]))
+    return torch.cat([kept, others.logsumexp(-1, keepdim=True)], -1)
 
 
 def surrogate(
@@ -227,7 +247,8 @@ def plain_loss(
             temperature = config.loss.temperature
             ls = read(model, prompt, temperature=temperature)
             with torch.no_grad(), reference():
-                theirs = sample.teacher_prompt if config.method == "opsd" else prompt
+                privileged = config.distill is None or config.distill.prompt == "teacher"
+                theirs = sample.teacher_prompt if privileged else prompt
                 lt = read(teacher or model, theirs, temperature=temperature)
             value = divergence(ls, lt.to(ls.dtype), y, config.loss)
         elif config.method == "grpo":

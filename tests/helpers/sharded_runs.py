@@ -13,7 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from opsd_kernels import fused_linear_cross_entropy
 from opsd_kernels.integrations.heads import LmHead, lm_head
+from opsd_train.cache_teacher import write_caches
 from opsd_train.config.errors import UserError
+from opsd_train.config.schema import Config
+from opsd_train.data import teacher_cache
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.evaluation.grading import Answer
 from opsd_train.reporting.step_stats import StepStats
@@ -147,6 +150,12 @@ def reductions(context: DistributedContext, course: Course) -> tuple[int, int]:
     trainer._accumulate = counting
     trainer.step(1)
     return len(calls), len(groups)
+
+
+def write_small_parts(context: DistributedContext, config: Config) -> None:
+    """A teacher's cache in parts of 3 problems, of which each rank writes some."""
+    with mock.patch.object(teacher_cache, "PART_PROBLEMS", 3):
+        write_caches(config, context)
 
 
 def refusal(context: DistributedContext, course: Course) -> str:

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from opsd_train import run
+from opsd_train.cache_teacher import cache_teacher
 from opsd_train.config.load import config_from, load_recipe, recipe_names
 from opsd_train.config.schema import Config
 from opsd_train.data.problems import Problem
@@ -200,6 +202,9 @@ def test_two_steps_of_the_demos(name: str, tiny_folder, stand_ins, tmp_path: Pat
         f"output_dir={tmp_path / 'run'}",
         *teacher,
     )
+    if config.distill and config.distill.cache:
+        config = replace(config, distill=replace(config.distill, cache=str(tmp_path / "cache")))
+        cache_teacher(config)
     rows = two_steps(config)
     # demo/distill uses one model as student and teacher, so its gradient may be 0.
     assert all(row["grad_norm"] > 0 for row in rows) or "demo/distill" in name

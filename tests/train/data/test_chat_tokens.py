@@ -269,7 +269,11 @@ def test_a_teacher_that_ends_turns_differently_warns(tiny_folder, tmp_path, caps
     template.write_text(template.read_text().replace("<|end|>", end))
     config = tiny.config(tiny_folder, tmp_path, "method=distill", f"distill.teacher={folder}")
     load_teacher(
-        config, load_tokenizer(config.model), DistributedContext(torch.device("cpu")), "none"
+        config,
+        config.distill.by_name()[None],
+        load_tokenizer(config.model),
+        DistributedContext(torch.device("cpu")),
+        "none",
     )
     said = capsys.readouterr().err
     if end == "<|end|>":

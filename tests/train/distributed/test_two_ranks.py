@@ -1,15 +1,20 @@
 """Two ranks match one process: samples, losses, metrics, gradients and weights of two steps."""
 
 import itertools
+import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from opsd_train.cache_teacher import write_caches
 from tests.helpers.pair import Pair, alone
+from tests.helpers.sharded_runs import write_small_parts
 from tests.helpers.steps import Course, Outcome, follow
+from tests.helpers.tiny import config
 
 pytestmark = pytest.mark.dist
 
@@ -85,6 +90,7 @@ def compare(pair: Pair, course: Course) -> tuple[Outcome, list[Outcome]]:
         ("untied", "full", (FULL, CHECKPOINTING)),
         ("tied", "none", (FULL, "opsd.teacher=ema", "opsd.ema_decay=0.5", SMALL)),
         ("tied", "full", (FULL, "opsd.teacher=current", "loss.token_clip=0.01")),
+        ("tied", "full", (FULL, "opsd.teacher=ema", "loss.objective=top_k", "loss.top_k=8")),
         ("tied", "full", (FULL, SMALL, "method=sft")),
         ("tied", "full", (*GRPO, FULL, "grpo.updates=2", "grpo.kl_weight=0.1")),
     ],
@@ -99,6 +105,40 @@ def test_same_course(
 
 def test_distill_with_a_sharded_teacher(pair: Pair, models: Path) -> None:
     compare(pair, Course(models, overrides=(*teacher(models), FULL, SMALL)))
+
+
+def test_two_sharded_teachers(pair: Pair, models: Path, tmp_path: Path) -> None:
+    """One of them has a problem in four: most micro-batches have none of its samples."""
+    lines = [
+        {"question": f"{n} + 1?", "answer": str(n), "by": "few" if n % 4 == 0 else "many"}
+        for n in range(12)
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    teachers = {
+        "few": {"teacher": str(models / "teacher"), "dtype": "float32", "prompt": "teacher"},
+        "many": {"teacher": str(models / "untied"), "dtype": "float32"},
+    }
+    overrides = (
+        *("method=distill", f"distill={json.dumps({'teachers': teachers})}", FULL, SMALL, UNEVEN),
+        *("data.source=file", f"data.path={tmp_path / 'p.jsonl'}", "data.columns.teacher=by"),
+        *("data.columns.solution=null", "data.train_size=null", "data.heldout_size=0"),
+    )
+    compare(pair, Course(models, overrides=overrides))
+
+
+def test_a_cache_that_two_ranks_write_and_read(pair: Pair, models: Path, tmp_path: Path) -> None:
+    top = ("loss.objective=top_k", "loss.top_k=8", "distill.on_policy=false")
+    overrides = (*teacher(models), *top, f"distill.cache={tmp_path / 'one'}")
+    made = config(models / "tied", tmp_path / "run", *overrides, "evaluation.problems=0")
+    two = replace(made, distill=replace(made.distill, cache=str(tmp_path / "two")))
+    write_small_parts(alone(), made)
+    pair.run(write_small_parts, two)
+    files = sorted(file.name for file in (tmp_path / "one").iterdir())
+    assert len(files) == 8  # 20 problems in parts of 3, and teacher.json
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    write_caches(replace(made, distill=replace(made.distill, cache=str(tmp_path / "c"))), alone())
+    compare(pair, Course(models, overrides=(*overrides, f"distill.cache={tmp_path / 'c'}", SMALL)))
 
 
 @pytest.mark.parametrize(

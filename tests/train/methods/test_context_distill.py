@@ -35,4 +35,4 @@ def test_the_privileged_prompt_is_not_read_in_the_loss() -> None:
 
 def test_it_draws_from_the_teacher() -> None:
     method = make_method(CONFIG, make_policy())
-    assert method.source(CONFIG) == "teacher" and method.teacher_prompt
+    assert method.source(CONFIG) == "teacher" and method.teacher_prompt(CONFIG)

@@ -31,8 +31,13 @@ ON_POLICY = CASES["distill"]
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "all weights"])
 @pytest.mark.parametrize(
     "overrides",
-    [ON_POLICY, (*ON_POLICY, "loss.beta=0.0"), CASES["distill sampled token"]],
-    ids=["JSD", "forward KL", "sampled token"],
+    [
+        ON_POLICY,
+        (*ON_POLICY, "loss.beta=0.0"),
+        CASES["distill top k"],
+        CASES["distill sampled token"],
+    ],
+    ids=["JSD", "forward KL", "top k", "sampled token"],
 )
 def test_loss_and_gradient_equal_full_logits(overrides: tuple[str, ...], lora: bool) -> None:
     config, policy, samples = settings(*overrides), make_policy(lora), make_samples()
@@ -67,7 +72,7 @@ def test_the_teacher_reads_the_students_prompt() -> None:
     method = make_method(config, policy)
     blind = [replace(sample, teacher_prompt=None) for sample in samples]
     assert run(method, samples).loss == pytest.approx(run(method, blind).loss, rel=1e-5)
-    assert not method.teacher_prompt
+    assert not method.teacher_prompt(config)
 
 
 def test_trajectories_on_and_off_policy() -> None:
@@ -104,7 +109,8 @@ def folders(tiny_folder: Path, tmp_path_factory) -> dict[str, Path]:
 def loaded(folders: dict[str, Path], teacher: str) -> Policy:
     config = settings(*ON_POLICY[:1], f"distill.teacher={folders[teacher]}")
     config = replace(config, model=replace(config.model, name_or_path=str(folders["student"])))
-    return load_teacher(config, load_tokenizer(config.model), CPU, "none")
+    (settings_of_it,) = config.distill.by_name().values()
+    return load_teacher(config, settings_of_it, load_tokenizer(config.model), CPU, "none")
 
 
 def test_load_teacher_freezes_it(folders: dict[str, Path]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsd_train.config.schema import GrpoConfig
+from opsd_train.config.method_schema import GrpoConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.grpo import FixedLogprobs, surrogate
 from tests.helpers.method_cases import (
@@ -144,7 +144,7 @@ def test_statistics_are_those_of_the_sampled_distribution() -> None:
 def test_it_reads_the_students_samples() -> None:
     config = settings(*GRPO)
     method = make_method(config, make_policy())
-    assert method.source(config) == "student" and not method.teacher_prompt
+    assert method.source(config) == "student" and not method.teacher_prompt(config)
 
 
 # ----------------------------------------------------------------------------------- the surrogate

@@ -122,7 +122,7 @@ def largest(monkeypatch) -> Iterator[Largest]:
             return whole(*args, **options)
 
     for module in (blocked_torch, cpp_backend):
-        for name in ("divergence", "logprob"):
+        for name in ("divergence", "logprob", "topk"):
             monkeypatch.setattr(module, name, functools.partial(watched, getattr(module, name)))
     monkeypatch.setattr(planning, "default_workspace", lambda device: WORKSPACE)
     monkeypatch.setattr(losses, "workspace_bytes", lambda device, trained: None)

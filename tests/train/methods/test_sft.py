@@ -94,4 +94,4 @@ def test_statistics_are_those_of_the_tokens() -> None:
 def test_it_reads_solutions() -> None:
     config = settings("method=sft")
     method = make_method(config, make_policy())
-    assert method.source(config) == "solution" and not method.teacher_prompt
+    assert method.source(config) == "solution" and not method.teacher_prompt(config)

@@ -47,4 +47,4 @@ def test_all_wrong_gives_no_gradient_at_all(lora: bool) -> None:
 
 def test_it_reads_the_students_samples() -> None:
     method = make_method(CONFIG, make_policy())
-    assert method.source(CONFIG) == "student" and not method.teacher_prompt
+    assert method.source(CONFIG) == "student" and not method.teacher_prompt(CONFIG)

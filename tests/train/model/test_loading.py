@@ -137,10 +137,10 @@ def test_student_and_teacher_are_checked(
     folder = save(tmp_path / "model", "granite")
     distill = ["method=distill", f"distill.teacher={folder}", "distill.dtype=float32"]
     made = config(tiny_folder, tmp_path / "run", *distill)
-    tokenizer = load_tokenizer(made.model)
-    load_teacher(made, tokenizer, ALONE, "none")
+    tokenizer, teacher = load_tokenizer(made.model), made.distill.by_name()[None]
+    load_teacher(made, teacher, tokenizer, ALONE, "none")
     monkeypatch.delitem(heads.FAMILIES, "granite")
     with pytest.raises(UserError, match=f"^model {folder} \\(GraniteForCausalLM\\)"):
-        load_teacher(made, tokenizer, ALONE, "none")
+        load_teacher(made, teacher, tokenizer, ALONE, "none")
     with pytest.raises(UserError, match=f"^model {folder} \\(GraniteForCausalLM\\)"):
         load_policy(config(folder, "runs/none").model, None, tokenizer, ALONE, "none")

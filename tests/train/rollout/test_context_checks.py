@@ -32,10 +32,9 @@ def check(limit: int | None, *overrides: str, teacher: int | None = None) -> str
     asked = measured(heldout_texts(config))
     if config.evaluation.problems == 0:
         asked = Measured([], asked.tokens)
-    limits = {"model": limit} | ({"teacher": teacher} if teacher else {})
-    readers = {name: reader(value) for name, value in limits.items()}
+    teachers = {None: reader(teacher)} if teacher else {}
     try:
-        check_context(config, readers, train, asked)
+        check_context(config, reader(limit), teachers, train, asked)
     except UserError as error:
         return str(error)
     return None
@@ -51,7 +50,7 @@ OFFLINE = ("method=distill", "distill={teacher: t, on_policy: false}")
 CASES = {
     # solutions: the longest prompt and solution of one problem, 30 + 40; nothing is generated
     "sft": (["method=sft", NONE], 70, "max_solution_tokens, with prompts.overlong=skip"),
-    "distill off-policy": ([*OFFLINE, NONE], 70, "prompt and solution of p-0 have 70"),
+    "distill off-policy": ([*OFFLINE, NONE], 70, "student prompt and solution of p-0 have 70"),
     # rollouts: the prompts of whoever writes or reads them, and rollout.max_new_tokens
     "opsd": ([NONE], 70, "teacher prompt of p-1 has 60 tokens and with rollout.max_new_tokens=10"),
     "context_distill": (["method=context_distill", NONE], 70, "teacher prompt of p-1"),
@@ -98,6 +97,17 @@ def test_a_prompt_that_fills_the_context_needs_another_key() -> None:
 def test_the_teacher_of_another_model_has_a_context_too() -> None:
     assert check(70, *OFFLINE, NONE, teacher=70) is None
     assert "than the teacher's context of 69" in check(70, *OFFLINE, NONE, teacher=69)
+
+
+def test_a_student_need_not_read_the_prompt_of_another_teacher() -> None:
+    privileged = ("method=distill", "distill={teacher: t, prompt: teacher}", NONE)
+    assert check(40, *privileged, teacher=70) is None
+    assert "student prompt of p-0" in check(39, *privileged, teacher=70)
+    found = check(40, *privileged, teacher=69)
+    assert "teacher prompt of p-1 has 60 tokens" in found and "the teacher's context of 69" in found
+    offline = ("method=distill", "distill={teacher: t, prompt: teacher, on_policy: false}", NONE)
+    assert check(70, *offline, teacher=105) is None
+    assert "teacher prompt and solution of p-1 have 105" in check(70, *offline, teacher=104)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,145 @@
+"""Sections of the methods and of their loss."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from opsd_train.config.section import (
+    NonNegativeReal,
+    Positive,
+    PositiveReal,
+    UnitInterval,
+    section,
+)
+
+TOP_K = 64
+"""Default of loss.top_k."""
+
+
+@section
+class VerifyConfig:
+    """Loss weights of a trajectory, by the check of its answer."""
+
+    correct: NonNegativeReal = 1.0
+    """Loss weight of the tokens of a trajectory with a correct answer."""
+    wrong: NonNegativeReal = 0.0
+    """Loss weight of the tokens of a trajectory with a wrong answer; 0 leaves it out."""
+
+
+@section
+class OpsdConfig:
+    """Method opsd: on-policy self-distillation."""
+
+    teacher: Literal["initial", "ema", "current"] = "initial"
+    """Teacher's weights: the initial ones, a moving average of the student's, or the student's."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    """teacher=ema: average = decay * average + (1 - decay) * student after each optimizer step."""
+    verify_weight: VerifyConfig | None = None
+    """Weight trajectories by their answer check (the paper's Appendix A); null: all weigh 1."""
+
+
+@section
+class TeacherOptions:
+    """How a teacher of method distill is read."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of the teacher's weights and computation."""
+    prompt: Literal["student", "teacher"] = "student"
+    """The prompt that the teacher reads: the student's, or prompts.teacher, with the solution."""
+    cache: str | None = None
+    """Folder of the teacher's most likely tokens, which cache-teacher writes: its model is not
+    loaded then. Needs loss.objective=top_k and distill.on_policy=false; null: none."""
+
+
+@section
+class TeacherConfig(TeacherOptions):
+    """One of several teachers."""
+
+    teacher: str
+    """Folder or hub name of the teacher."""
+
+
+@section
+class DistillConfig(TeacherOptions):
+    """Method distill: distillation from another model, or from several."""
+
+    teacher: str | None = None
+    """Folder or hub name of the teacher; any size, but with the student's tokenizer."""
+    teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
+    """Several teachers instead, by the names in the column data.columns.teacher of the problems:
+    {NAME: {teacher: ..., dtype: ..., prompt: ..., cache: ...}, ...}."""
+    on_policy: bool = True
+    """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2)."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "DistillConfig":
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError(
+                "distill.teacher names the teacher, or distill.teachers several: set one of them, "
+                "and the other to null"
+            )
+        alone = TeacherOptions()
+        for name in ("dtype", "prompt", "cache") if self.teachers else ():
+            if getattr(self, name) != getattr(alone, name):
+                raise ValueError(
+                    f"distill.{name} is of distill.teacher: with several teachers set "
+                    f"distill.teachers.NAME.{name}"
+                )
+        caches = [teacher.cache for teacher in self.teachers.values() if teacher.cache]
+        if len(set(caches)) < len(caches):
+            raise ValueError("distill.teachers: two teachers have the same cache")
+        return self
+
+    def by_name(self) -> dict[str | None, TeacherConfig]:
+        """The teachers by the name that a problem's `teacher` has; a single one's is None."""
+        if self.teacher is None:
+            return dict(self.teachers.items())
+        own = TeacherConfig(
+            teacher=self.teacher, dtype=self.dtype, prompt=self.prompt, cache=self.cache
+        )
+        return {None: own}
+
+
+@section
+class GrpoConfig:
+    """Method grpo: group-relative policy optimisation."""
+
+    clip_low: NonNegativeReal = 0.2
+    """Lower clip of the probability ratio new / old policy: 1 - clip_low."""
+    clip_high: NonNegativeReal = 0.28
+    """Upper clip of the probability ratio: 1 + clip_high."""
+    kl_weight: NonNegativeReal = 0.0
+    """Weight of the KL divergence from the initial policy (estimator k3)."""
+    updates: Positive = 1
+    """Optimizer steps on the samples of one rollout."""
+    normalise_std: bool = True
+    """Divide a group's advantages by the standard deviation of its rewards."""
+    mask_truncated: bool = True
+    """Leave completions that were cut off at rollout.max_new_tokens out of the loss."""
+    importance_cap: PositiveReal | None = 2.0
+    """Truncated importance sampling: cap on a token's ratio trainer / sampler; null: none."""
+
+
+@section
+class LossConfig:
+    """The divergence between student and teacher (opsd, distill)."""
+
+    objective: Literal["full_vocabulary", "top_k", "sampled_token"] = "full_vocabulary"
+    """Divergence over the full vocabulary (Eq. 6-8), over the teacher's most likely tokens and the
+    rest as one outcome, or sampled-token policy gradient (Eq. 9)."""
+    top_k: Positive = TOP_K
+    """objective=top_k: how many of the teacher's most likely tokens; at most the vocabulary."""
+    beta: UnitInterval = 0.5
+    """0: forward KL, 1: reverse KL, in between: generalised Jensen-Shannon divergence."""
+    temperature: PositiveReal = 1.0
+    """Temperature that divides the logits of student and teacher in the loss."""
+    token_clip: PositiveReal | None = None
+    """Cap on the contribution of each vocabulary entry to a token's divergence; null: none."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "LossConfig":
+        if self.objective != "full_vocabulary" and self.token_clip is not None:
+            raise ValueError("loss.token_clip works with loss.objective=full_vocabulary only")
+        if self.objective != "top_k" and self.top_k != TOP_K:
+            raise ValueError(f"loss.top_k={self.top_k} needs loss.objective=top_k")
+        return self
