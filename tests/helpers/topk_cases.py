@@ -77,7 +77,7 @@ def assert_ids(
 # -------------------------------------------------------------------------- shards of a vocabulary
 
 # More than the finite logits.
-SHARDED = {"k": 90, "ignore_index": 3, "softcap": 6.0, "temperature": 0.7}
+SHARDED = {"k": 90, "ignore_index": 3, "temperature": 0.7}
 
 
 def sharded_case(vocab: int) -> dict[str, Tensor]:
