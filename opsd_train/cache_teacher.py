@@ -128,6 +128,8 @@ def _write_parts(
     """This process's share of the missing parts, a line for each."""
     parts = cache.parts()
     missing = context.broadcast(cache.missing())  # as it was before any rank began
+    if context.is_main:
+        print(f"{cache.folder}: {len(missing)} of {len(parts)} parts to write", flush=True)
     own, start, tokens = missing[context.rank :: context.size], time.perf_counter(), 0
     for done, number in enumerate(own, 1):
         samples = [

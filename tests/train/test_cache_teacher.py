@@ -199,6 +199,7 @@ def test_a_kill_between_parts_leaves_the_same_bytes(
     assert contents(folder) == contents(written)
     assert "part 3 of 3: 4 problems; " in capsys.readouterr().out
     cache_teacher(recipe(models, folder))  # nothing is left to do
+    assert f"{folder}: 0 of 3 parts to write" in capsys.readouterr().out
     assert made == [1, 2]
     (folder / PARTS[0]).write_bytes(b"PAR1, but not for long")
     cache_teacher(recipe(models, folder))
