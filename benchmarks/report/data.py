@@ -198,6 +198,15 @@ class GpuReport:
         return [row for row in self.rows if outcome in row]
 
 
+@dataclass(frozen=True)
+class SparseTeacher:
+    """Losses of a teacher known at its k most likely tokens, beside those of the whole of it."""
+
+    settings: Json
+    rows: tuple[Json, ...]
+    source: Source
+
+
 @dataclass
 class Device:
     """All that was measured on one device; of a thing measured twice, the newest."""
@@ -211,9 +220,11 @@ class Device:
     integrations: list[Integrations] = field(default_factory=list)  # the newest last
     decodings: list[Decoding] = field(default_factory=list)  # the newest last
     neighbours: list[Neighbour] = field(default_factory=list)  # the newest last
+    sparse_teachers: list[SparseTeacher] = field(default_factory=list)  # the newest last
     gpu_reports: list[GpuReport] = field(default_factory=list)  # the newest last
 
     def sources(self) -> list[Source]:
         found = [*self.cases.values(), *self.steps.values(), *self.demos.values()]
         found += [*self.gpu_reports, *self.integrations, *self.decodings, *self.neighbours]
+        found += self.sparse_teachers
         return sorted({x.source.file: x.source for x in found}.values(), key=lambda s: s.file)

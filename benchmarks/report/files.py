@@ -23,6 +23,7 @@ from benchmarks.report.data import (
     ReportError,
     Share,
     Source,
+    SparseTeacher,
     Trainer,
     TrainStep,
 )
@@ -223,6 +224,11 @@ def _neighbour(device: Device, content: Json, source: Source) -> None:
     device.neighbours.append(Neighbour(dict(content["settings"]), rows, source))
 
 
+def _sparse_teacher(device: Device, content: Json, source: Source) -> None:
+    rows = tuple(content["rows"])
+    device.sparse_teachers.append(SparseTeacher(dict(content["settings"]), rows, source))
+
+
 _READERS = {
     "losses": _losses,
     "train_step": _train_step,
@@ -232,6 +238,7 @@ _READERS = {
     "integrations": _integrations,
     "decode": _decode,
     "neighbour": _neighbour,
+    "sparse_teacher": _sparse_teacher,
 }
 
 

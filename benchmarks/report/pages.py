@@ -31,6 +31,7 @@ from benchmarks.report.tables import (
     neighbour_table,
     overview_table,
     settings_text,
+    sparse_teacher_table,
     train_step_table,
 )
 from benchmarks.train_step.settings import command_of
@@ -132,6 +133,16 @@ def neighbour(devices: list[Device]) -> str:
     return _joined(_with_tables(found, what, neighbour_table), "neighbour")
 
 
+def sparse_teacher(devices: list[Device]) -> str:
+    def what(s: Json) -> str:
+        return (
+            f"SmolLM2-135M and itself with the solution in its prompt, {s['tokens']} tokens, fp32."
+        )
+
+    found = [device.sparse_teachers[-1] for device in devices if device.sparse_teachers]
+    return _joined(_with_tables(found, what, sparse_teacher_table), "sparse_teacher")
+
+
 def _with_tables(
     found: list[Any], what: Callable[[Json], str], table: Callable[[Any], Table]
 ) -> list[str]:
@@ -172,6 +183,7 @@ PARTS: dict[str, Callable[[list[Device]], str]] = {
     "integrations": integrations,
     "decode": decode,
     "neighbour": neighbour,
+    "sparse_teacher": sparse_teacher,
     "gpu_losses": gpu_losses,
     **{name: partial(gpu_part, name) for name in gpu.PARTS},
     "results": results,

@@ -17,6 +17,7 @@ from benchmarks.report.data import (
     Neighbour,
     Share,
     Source,
+    SparseTeacher,
     Trainer,
     TrainStep,
 )
@@ -294,6 +295,27 @@ def neighbour_table(measured: Neighbour) -> Table:
         for name, alone, beside in measured.rows
     )
     return Table(("", "alone", "beside a busy process", "beside / alone"), tuple(rows))
+
+
+def sparse_teacher_table(measured: SparseTeacher) -> Table:
+    """A divergence and k per row: value and gradient beside those over the whole vocabulary."""
+    rows = (
+        (
+            row["divergence"],
+            f"{row['k']:,}",
+            f"{row['teacher_mass']:.4f}",
+            f"{row['with']['value']:.3f}",
+            f"{100 * row['with']['grad_error']:.2g} %",
+            f"{row['with']['grad_cosine']:.4f}",
+            f"{100 * row['without']['grad_error']:.2g} %",
+        )
+        for row in measured.rows
+    )
+    header = (
+        *("divergence", "k", "teacher's mass in them", "value / whole", "gradient off by"),
+        *("its cosine", "off by, without the rest"),
+    )
+    return Table(header, tuple(rows))
 
 
 def _ratios(trainers: list[Trainer], reference: Trainer, name: str) -> list[str]:
