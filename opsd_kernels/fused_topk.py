@@ -37,8 +37,8 @@ def fused_linear_topk(
     `fused_linear_logprob` for the student it makes the two sides of `topk_divergence`.
 
     Args:
-        input, weight, bias: in float32, bfloat16, float16 or float64. Without a softcap a bias of -inf
-            bans an entry: its log-probability is -inf, and its id comes last, the lower first.
+        input, weight, bias: in float32, bfloat16, float16 or float64. Without a softcap a bias of
+            -inf bans an entry: its log-probability is -inf, and its id comes last, the lower first.
         k: 1 to V. With `process_group` it may exceed the rows of a shard.
         shift_labels: tokens equal to `ignore_index` are dropped before any product. The other
             labels are not used.
