@@ -38,7 +38,7 @@ def fused_linear_topk(
 
     Args:
         input, weight, bias: in float32, bfloat16, float16 or float64. Without a softcap a bias of
-            -inf bans an entry: its log-probability is -inf, its id comes last, the lower first.
+            -inf bans an entry: its log-probability is -inf, and its id comes last, the lower first.
         k: 1 to V. With `process_group` it may exceed the rows of a shard.
         shift_labels: tokens equal to `ignore_index` are dropped before any product. The other
             labels are not used.
