@@ -25,6 +25,7 @@ FREE = (
     "rollout.batch_tokens",
     "rollout.vllm_memory",
     "rollout.servers",
+    "distill.servers",
 )
 """Keys, and sections (with a final dot), that may have other values in a resumed run."""
 

@@ -1,6 +1,6 @@
 """Sections of the engine that generates: the keys of rollouts and evaluations, and of rollouts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -54,11 +54,16 @@ class RolloutConfig(EngineConfig):
             yield "rollout.engine=vllm-server needs rollout.servers, such as [http://host:8000]"
         if self.engine != "vllm-server" and self.servers:
             yield f"rollout.servers needs rollout.engine=vllm-server; this recipe has {self.engine}"
-        for url in self.servers:
-            if not _is_server(url):
-                yield f"rollout.servers: {url!r} is not of the form http://host:8000"
-        if len(set(self.servers)) < len(self.servers):
-            yield "rollout.servers names a server twice"
+        yield from server_faults("rollout.servers", self.servers)
+
+
+def server_faults(key: str, urls: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the URLs of servers."""
+    for url in urls:
+        if not _is_server(url):
+            yield f"{key}: {url!r} is not of the form http://host:8000"
+    if len(set(urls)) < len(urls):
+        yield f"{key} names a server twice"
 
 
 def _is_server(url: str) -> bool:

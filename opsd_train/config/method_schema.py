@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from opsd_train.config.engine_schema import server_faults
 from opsd_train.config.section import (
     NonNegativeReal,
     Positive,
@@ -49,6 +50,22 @@ class TeacherOptions:
     cache: str | None = None
     """Folder of the teacher's most likely tokens, which cache-teacher writes: its model is not
     loaded then. Needs loss.objective=top_k and distill.on_policy=false; null: none."""
+    servers: list[str] = Field(default_factory=list)
+    """URLs of vLLM servers of the teacher, such as http://host:8000: its model is not loaded here.
+    Needs loss.objective=top_k and loss.temperature=1."""
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the teacher's model is loaded."""
+        return self.cache is None and not self.servers
+
+    @model_validator(mode="after")
+    def _servers_fit(self) -> "TeacherOptions":
+        if self.cache is not None and self.servers:
+            raise ValueError("distill.cache and distill.servers: set one of them")
+        for reason in server_faults("distill.servers", self.servers):
+            raise ValueError(reason)
+        return self
 
 
 @section
@@ -67,7 +84,7 @@ class DistillConfig(TeacherOptions):
     """Folder or hub name of the teacher; any size, but with the student's tokenizer."""
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
     """Several teachers instead, by the names in the column data.columns.teacher of the problems:
-    {NAME: {teacher: ..., dtype: ..., prompt: ..., cache: ...}, ...}."""
+    {NAME: {teacher: ..., dtype: ..., prompt: ..., cache: ..., servers: ...}, ...}."""
     on_policy: bool = True
     """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2)."""
 
@@ -79,7 +96,7 @@ class DistillConfig(TeacherOptions):
                 "and the other to null"
             )
         alone = TeacherOptions()
-        for name in ("dtype", "prompt", "cache") if self.teachers else ():
+        for name in ("dtype", "prompt", "cache", "servers") if self.teachers else ():
             if getattr(self, name) != getattr(alone, name):
                 raise ValueError(
                     f"distill.{name} is of distill.teacher: with several teachers set "
@@ -95,8 +112,9 @@ class DistillConfig(TeacherOptions):
         if self.teacher is None:
             return dict(self.teachers.items())
         own = TeacherConfig(
-            teacher=self.teacher, dtype=self.dtype, prompt=self.prompt, cache=self.cache
-        )
+            teacher=self.teacher, dtype=self.dtype, prompt=self.prompt, cache=self.cache,
+            servers=self.servers,
+        )  # fmt: skip
         return {None: own}
 
 

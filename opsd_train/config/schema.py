@@ -286,6 +286,14 @@ class Config:
             yield f"data.columns.teacher={column} chooses among distill.teachers: set them"
         if distill and any(teacher.cache for teacher in distill.by_name().values()):
             yield from self._cache_conflicts(distill)
+        if distill and any(teacher.servers for teacher in distill.by_name().values()):
+            yield from self._server_conflicts()
+
+    def _server_conflicts(self) -> Iterator[str]:
+        if self.loss.objective != "top_k":
+            yield "distill.servers give the teacher's most likely tokens: set loss.objective=top_k"
+        if self.loss.temperature != 1:
+            yield "distill.servers give log-probabilities at temperature 1: set loss.temperature=1"
 
     def _cache_conflicts(self, distill: DistillConfig) -> Iterator[str]:
         if self.loss.objective != "top_k":

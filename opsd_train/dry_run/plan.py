@@ -62,7 +62,7 @@ def dry_run(config: Config, shard: str = "full") -> str:
             f"loss plan: {loss_plan}",
             *_memory(sizes, step, setup),
             *_engine(config),
-            *_caches(config),
+            *_elsewhere(config),
         ]
     )
 
@@ -103,8 +103,14 @@ def _engine(config: Config) -> list[str]:
     return []
 
 
-def _caches(config: Config) -> list[str]:
-    return [
+def _elsewhere(config: Config) -> list[str]:
+    """Where the teachers are that are not in memory."""
+    served = [
+        f"the teacher {teacher.teacher} is asked on {', '.join(teacher.servers)}; it is not loaded"
+        for teacher in _teachers(config).values()
+        if teacher.servers
+    ]
+    return served + [
         f"the teacher {teacher.teacher} is read from {teacher.cache}; "
         + ("it is not loaded" if _is_there(teacher.cache) else f"not there yet: {WRITE}")
         for teacher in _teachers(config).values()
@@ -174,7 +180,7 @@ def _teacher_configs(config: Config) -> dict[str | None, Any]:
     return {
         name: load_model_config(_teacher_model(config, teacher))
         for name, teacher in _teachers(config).items()
-        if teacher.cache is None
+        if teacher.in_memory
     }
 
 
@@ -269,7 +275,7 @@ def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
                 getattr(torch, teacher.dtype).itemsize,
             )
             for teacher in _teachers(config).values()
-            if teacher.cache is None
+            if teacher.in_memory
         ]
         return {"others": tuple(others), "keeps_states": keeps_states}
     if config.method == "grpo":

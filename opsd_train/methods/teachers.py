@@ -1,4 +1,4 @@
-"""Where a teacher's distributions come from: a model in memory, or a cache on disk."""
+"""Where a teacher's distributions come from: a model in memory, a cache on disk, or servers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ from opsd_train.data.teacher_cache import (
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.distributed.fsdp import fsdp_modules
 from opsd_train.methods.distillation import Distribution, TopTokens, teacher_distribution
-from opsd_train.model.policy import Policy, load_teacher
+from opsd_train.methods.served_teacher import ServedTeacher
+from opsd_train.model.policy import Policy, load_model_config, load_teacher, teacher_model
 from opsd_train.model.weight_digest import weight_digest
 
 
@@ -115,10 +116,37 @@ def make_teachers(
             own = problems_of(name, problems)
             cache = open_cache(config, settings, tokenizer, own, data, rows)
             teachers[name] = CachedTeacher(cache, config.loss.top_k, policy.device)
+        elif settings.servers:
+            teachers[name] = _served(config, settings, tokenizer, rows, policy.device, context)
         else:
             teacher = load_teacher(config, settings, tokenizer, context, shard_mode)
             teachers[name] = LocalTeacher(teacher, settings.prompt, config.loss, rows)
     return teachers
+
+
+def _served(
+    config: Config,
+    settings: TeacherConfig,
+    tokenizer: Any,
+    student_vocab: int,
+    device: torch.device,
+    context: DistributedContext,
+) -> ServedTeacher:
+    """The teacher of the recipe's servers, with the student's tokenizer."""
+    its_config = teacher_model(config, settings, tokenizer, context)
+
+    def say(line: str) -> None:
+        if context.is_main:
+            print(f"warning: {line}", flush=True)
+
+    return ServedTeacher(
+        settings,
+        config.loss.top_k,
+        vocab_size=load_model_config(its_config).get_text_config().vocab_size,
+        student_vocab=student_vocab,
+        device=device,
+        say=say,
+    )
 
 
 def problems_of(name: str | None, problems: Sequence[Problem]) -> list[Problem]:

@@ -185,15 +185,7 @@ def load_teacher(
     `tokenizer`: the student's. Raises UserError if the teacher's vocabulary differs from it, or if
     the teacher cannot be loaded or is not supported.
     """
-    model_config = replace(config.model, name_or_path=settings.teacher, dtype=settings.dtype)
-    own = load_tokenizer(model_config)
-    if own.get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"distill.teacher={settings.teacher} has another tokenizer than model.name_or_path="
-            f"{config.model.name_or_path}; choose a teacher with the same token ids"
-        )
-    if context.is_main:
-        warn_if_turn_ends_differ(tokenizer, own, settings.teacher)
+    model_config = teacher_model(config, settings, tokenizer, context)
     dtype = getattr(torch, settings.dtype)
     model, folder = _load(model_config, tokenizer, dtype, context)
     model.eval().requires_grad_(False)
@@ -205,6 +197,22 @@ def load_teacher(
         read_weights(model, decoder_layers(model), folder, context.device)
     layout = _checked_layout(model, settings.teacher, tokenizer.pad_token_id)
     return Policy(model, tokenizer.pad_token_id, dtype, layout)
+
+
+def teacher_model(
+    config: Config, settings: TeacherConfig, tokenizer: Any, context: DistributedContext
+) -> schema.ModelConfig:
+    """The teacher as a model. `tokenizer`: the student's; raises UserError if it has another."""
+    model_config = replace(config.model, name_or_path=settings.teacher, dtype=settings.dtype)
+    own = load_tokenizer(model_config)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"distill.teacher={settings.teacher} has another tokenizer than model.name_or_path="
+            f"{config.model.name_or_path}; choose a teacher with the same token ids"
+        )
+    if context.is_main:
+        warn_if_turn_ends_differ(tokenizer, own, settings.teacher)
+    return model_config
 
 
 def load_tokenizer(config: schema.ModelConfig) -> Any:

@@ -23,9 +23,9 @@ from opsd_train.rollout.adapter_folders import AdapterFolders
 from opsd_train.rollout.agreement import ROUNDING, logprob_gap
 from opsd_train.rollout.request import Completion, Request, Sampling
 from opsd_train.rollout.stop import stop_ids
-from opsd_train.rollout.vllm_client import Refused, ServerLost, VllmServer
 from opsd_train.rollout.vllm_model import check_lengths, sampling_options
-from opsd_train.rollout.vllm_servers import VllmServers
+from opsd_train.serving.vllm_client import Refused, ServerLost, VllmServer
+from opsd_train.serving.vllm_servers import VllmServers
 
 # The model's own defaults, which a server uses for what a request does not name.
 _NO_PENALTIES = {

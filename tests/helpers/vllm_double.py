@@ -59,6 +59,25 @@ class TinyModel:
         return TransformersEngine(policy, self._tokenizer, self._config)
 
 
+class Predictions:
+    """The log-probabilities of a prompt's tokens under a model, as vLLM's `prompt_logprobs`."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval()
+
+    @torch.no_grad()
+    def __call__(self, prompt: list[int], count: int) -> list[dict[str, Any] | None]:
+        with _ONE_AT_A_TIME:
+            logits = self._model(input_ids=torch.tensor([prompt])).logits[0]
+        rows: list[dict[str, Any] | None] = [None]  # nothing predicts the first token
+        for token, row in zip(prompt[1:], logits.float().log_softmax(-1), strict=False):
+            largest = row.topk(min(count, len(row)))
+            found = dict(zip(largest.indices.tolist(), largest.values.tolist(), strict=True))
+            found = {token: row[token].item(), **found}
+            rows.append({str(i): {"logprob": max(x, -9999.0)} for i, x in found.items()})
+        return rows
+
+
 class VllmDouble:
     """A server with its options, and a record of what it was asked."""
 
@@ -70,6 +89,8 @@ class VllmDouble:
         self.max_rank = options.get("max_rank", 64)
         self.sees_folders = options.get("sees_folders", True)
         self.processed = options.get("processed", True)
+        self.predict: Callable[[list[int], int], list[Any]] | None = options.get("predict")
+        self.max_logprobs = options.get("max_logprobs", 10**6)
         self.ends_with: str | None = None  # instead of the true finish_reason
         self.bodies: list[dict[str, Any]] = []  # of completions that were answered
         self.adapters: dict[str, str] = {}  # their folders by name
@@ -182,6 +203,13 @@ class _Handler(BaseHTTPRequestHandler):
         if body.get("top_k") == 1:
             logprobs = [0.0 if double.processed else -0.25 for _ in made.tokens]
         choice = {"token_ids": made.tokens, "finish_reason": reason}
+        count = body.get("prompt_logprobs")
+        if count is not None and count > double.max_logprobs:
+            message = f"Requested prompt logprobs of {count}, which is greater than max allowed"
+            self._send_error(400, message)
+            return
+        if count is not None and double.predict is not None:
+            choice["prompt_logprobs"] = double.predict(body["prompt"], count)
         double.bodies.append(body)
         self._send(200, {"choices": [choice | {"logprobs": {"token_logprobs": logprobs}}]})
 

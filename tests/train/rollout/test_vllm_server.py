@@ -21,8 +21,8 @@ from opsd_train.model.policy import Policy, load_model, load_tokenizer, unpack
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.rollout.agreement import logprob_gap
 from opsd_train.rollout.transformers_engine import TransformersEngine
-from opsd_train.rollout.vllm_client import ServerLost, VllmServer
 from opsd_train.rollout.vllm_server_engine import VllmServerEngine
+from opsd_train.serving.vllm_client import ServerLost, VllmServer
 from tests.helpers.pair import alone
 from tests.helpers.smollm import ALL_LINEAR, MODEL, adapted, prompts, set_adapter
 

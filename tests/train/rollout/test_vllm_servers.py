@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from opsd_train.config.errors import UserError
-from opsd_train.rollout import vllm_servers
-from opsd_train.rollout.vllm_client import Refused, ServerLost, VllmServer
-from opsd_train.rollout.vllm_servers import VllmServers
+from opsd_train.serving import vllm_servers
+from opsd_train.serving.vllm_client import Refused, ServerLost, VllmServer
+from opsd_train.serving.vllm_servers import VllmServers
 from tests.helpers.vllm_double import VllmDouble, made_up
 
 QUICK = {"interval": 0.05, "patience": 0.8}  # seconds: a busy machine answers within

@@ -12,7 +12,7 @@ from threading import Event, Thread
 from typing import Any, TypeVar
 
 from opsd_train.config.errors import UserError
-from opsd_train.rollout.vllm_client import PATIENCE, ServerLost, VllmServer
+from opsd_train.serving.vllm_client import PATIENCE, ServerLost, VllmServer
 
 IN_FLIGHT = 256  # requests of one process at a server: vLLM decodes so many at once on most GPUs
 
