@@ -25,7 +25,7 @@ Answer = Callable[[dict[str, Any], str | None], Completion]
 
 def made_up(body: dict[str, Any], _: str | None = None) -> Completion:
     """Tokens that follow from prompt and seed."""
-    numbers = random.Random(f"{body['prompt']} {body['seed']}")
+    numbers = random.Random(f"{body['prompt']} {body.get('seed')}")
     tokens = [numbers.randrange(100) for _ in range(body["max_tokens"])]
     return Completion(tokens, [-numbers.random() for _ in tokens], finished=False)
 

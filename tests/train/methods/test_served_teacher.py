@@ -17,7 +17,10 @@ from tests.helpers.steps import Course, Outcome, follow, make_trainer
 from tests.helpers.vllm_double import Predictions, VllmDouble
 
 VOCAB = 261
-METHOD = ("method=distill", "distill.on_policy=false", "loss.objective=top_k")
+METHOD = (
+    *("method=distill", "distill.on_policy=false", "distill.dtype=float32"),
+    "loss.objective=top_k",
+)
 
 
 @pytest.fixture(scope="module")

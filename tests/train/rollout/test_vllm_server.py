@@ -16,7 +16,11 @@ import pytest
 import torch
 
 from opsd_train.config.errors import UserError
+from opsd_train.config.method_schema import TeacherConfig
 from opsd_train.config.schema import RolloutConfig
+from opsd_train.data.batches import Sample
+from opsd_train.data.problems import Problem
+from opsd_train.methods.served_teacher import ServedTeacher
 from opsd_train.model.policy import Policy, load_model, load_tokenizer, unpack
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.rollout.agreement import logprob_gap
@@ -112,6 +116,7 @@ def served(tmp_path_factory) -> Iterator[SimpleNamespace]:
             own=TransformersEngine(policy, tokenizer, settings),
             prompts=prompts(tokenizer),
             processes=processes,
+            folder=folder / "model",
         )
     finally:
         for process in processes:
@@ -183,6 +188,34 @@ def test_any_server_gives_the_tokens_of_a_seed(served):
     assert one == two and len(set(map(tuple, one))) == 4
     assert one == tokens(engine.generate(requests(served), SAMPLED))[:4]
     assert one != tokens(engine.generate(requests(served, seed=50), SAMPLED))[:4]
+
+
+def test_a_teacher_behind_both_servers(served):
+    """Its most likely tokens, beside the full logits of transformers."""
+    completions = tokens(served.engine.generate(requests(served), GREEDY))
+    problem = Problem(id="p", question="", answer="", solution="")
+    samples = [
+        Sample(problem, prompt, None, completion)
+        for prompt, completion in zip(served.prompts, completions, strict=True)
+    ]
+    settings = TeacherConfig(
+        teacher=str(served.folder), servers=[process.url for process in served.processes]
+    )
+    rows = served.policy.core.get_input_embeddings().num_embeddings
+    teacher = ServedTeacher(
+        settings, 20, vocab_size=rows, student_vocab=rows, device=torch.device("cpu"), say=print
+    )
+    found = teacher.distribution(samples)
+
+    def log_probs(hidden, head, _):
+        return (hidden @ head.weight.T).log_softmax(-1)
+
+    with torch.no_grad(), served.policy.without_adapters():
+        wanted = served.policy.run(served.prompts, completions, log_probs)
+    error = (found.logprob - wanted.gather(-1, found.ids)).abs().max().item()
+    missed = (wanted.topk(20).values - found.logprob).abs().max().item()
+    print(f"{len(found.ids)} tokens: log-probabilities within {max(error, missed):.1e} nats")
+    assert max(error, missed) < 1e-3 and (found.logprob[:, 0] > -20).all()
 
 
 def test_kill_9_in_the_middle_of_a_rollout_loses_nothing(served, capsys):
