@@ -46,3 +46,7 @@ def pytest_collection_finish() -> None:
     """What the imports made stays: to look for garbage among it takes a trainer 0.4 s a run."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 
@@ -25,6 +26,7 @@ def prepare() -> None:
     interpreter.InterpreterBuilder.create_clampf = _clamp
     _patch_once()
     _types_once()
+    _shortcuts()
     # Every sum of integers is checked for overflow, and the result dropped unless Triton debugs.
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -106,3 +108,24 @@ def _types_once() -> None:
 
     tl.block_type.__init__, tl.tensor.__init__ = block_type, tensor
     interpreter._get_np_dtype = of_numpy
+
+
+def _shortcuts() -> None:
+    """Answers at once what nearly every operation asks of a plain value or of two equal shapes."""
+    unwrap, broadcast = tl.core._unwrap_if_constexpr, TritonSemantic.broadcast_impl_value
+
+    @functools.cache
+    def plain(kind: type) -> bool:
+        return not issubclass(kind, list | tuple | tl.tuple | tl.constexpr)
+
+    def unwrap_value(value: object) -> object:
+        return value if plain(type(value)) else unwrap(value)
+
+    def same_shape(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, ...]:
+        one, two = lhs.type, rhs.type
+        if one.is_block() and two.is_block() and one.shape.values == two.shape.values:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    tl.core._unwrap_if_constexpr = unwrap_value
+    TritonSemantic.broadcast_impl_value = same_shape

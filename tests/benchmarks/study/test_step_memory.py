@@ -1,7 +1,6 @@
 """The memory experiment: one loss in two ways, what a step takes, what is made of the points."""
 
 import json
-import multiprocessing
 import subprocess
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.methods.opsd import Opsd
 from opsd_train.model.policy import _checkpoint_activations
 from tests.helpers import tiny
+from tests.helpers.forked import forking
 from tests.helpers.method_cases import (
     Outcome,
     assert_same,
@@ -99,7 +99,7 @@ def nothing() -> None:
 
 def test_growth_is_the_peak_not_what_stays():
     # In a fresh process: what earlier tests freed would be taken again without any growth.
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, forking()) as pool:
         device = torch.device("cpu")
         worked, idle = (pool.submit(growth, f, device).result() for f in (some_work, nothing))
     assert worked / MIB == pytest.approx(48, abs=8)
