@@ -305,9 +305,9 @@ def sparse_teacher_table(measured: SparseTeacher) -> Table:
             f"{row['k']:,}",
             f"{row['teacher_mass']:.4f}",
             f"{row['with']['value']:.3f}",
-            f"{100 * row['with']['grad_error']:.2g} %",
+            f"{100 * row['with']['grad_error']:.3g} %",
             f"{row['with']['grad_cosine']:.4f}",
-            f"{100 * row['without']['grad_error']:.2g} %",
+            f"{100 * row['without']['grad_error']:.3g} %",
         )
         for row in measured.rows
     )

@@ -37,7 +37,7 @@ def kept_rows(
 def spread(values: Tensor, keep: Tensor) -> Tensor:
     """Values of the kept rows at their tokens (...) or (..., K), 0 elsewhere."""
     shape = (*keep.shape, *values.shape[1:])
-    mask = keep.view(*keep.shape, *[1] * (values.ndim - 1))
+    mask = keep.view((*keep.shape, *[1] * (values.ndim - 1)))
     return torch.zeros(shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
