@@ -46,19 +46,15 @@ def without_weights(
     """The causal LM of a transformers config without memory for its weights, but with its buffers.
 
     None if the files in `folder` hold other tensors than the model: quantised ones, or some that
-    transformers converts when it loads them. Adapters can be added to the model as to any other.
+    transformers converts when it loads them; or if the model leaves a buffer unfilled. Adapters
+    can be added to the model as to any other.
     """
     with torch.device("meta"):
         core = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     if getattr(config, "quantization_config", None) or not _has_tensors(core, folder):
         return None
-    for module in core.modules():
-        if module._non_persistent_buffers_set:
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = (
-                    None if buffer is None else torch.empty_like(buffer, device="cpu")
-                )
-            core._init_weights(module)  # as from_pretrained fills what no file has
+    if not _fill_buffers(core):
+        return None
     # One number in place of a weight: peft gives an adapter the device and dtype of its layer.
     _replace(core.modules(), lambda p: torch.zeros((), dtype=p.dtype).expand(p.shape))
     core.eval()
@@ -97,6 +93,32 @@ def read_weights(
     reader = HuggingFaceStorageReader(str(folder))
     for tensors in groups.values():
         load(tensors, storage_reader=reader, no_dist=True)
+
+
+def _fill_buffers(core: PreTrainedModel) -> bool:
+    """Make the buffers that no file has, as from_pretrained does; whether all are filled."""
+    for buffers, name in _own_buffers(core):
+        buffer = buffers[name]
+        buffers[name] = torch.full_like(buffer, _unset(buffer.dtype), device="cpu")
+    for module in core.modules():  # a model may fill those of its layers
+        core._init_weights(module)
+    made = (buffers[name] for buffers, name in _own_buffers(core))
+    return not any((b.isnan() | (b == _unset(b.dtype))).any() for b in made)
+
+
+def _own_buffers(core: nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where each buffer is that is saved in no file."""
+    for module in core.modules():
+        for name in module._non_persistent_buffers_set:
+            if module._buffers[name] is not None:
+                yield module._buffers, name
+
+
+def _unset(dtype: torch.dtype) -> float | int:
+    """A value that no buffer has by itself; of bool there is none, so True counts as unset."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return 1 if dtype == torch.bool else torch.iinfo(dtype).min
 
 
 @contextmanager
