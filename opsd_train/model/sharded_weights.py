@@ -97,10 +97,11 @@ def read_weights(
 
 def _fill_buffers(core: PreTrainedModel) -> bool:
     """Make the buffers that no file has, as from_pretrained does; whether all are filled."""
-    for buffers, name in _own_buffers(core):
+    found = list(_own_buffers(core))
+    for buffers, name in found:
         buffer = buffers[name]
         buffers[name] = torch.full_like(buffer, _unset(buffer.dtype), device="cpu")
-    for module in core.modules():  # a model may fill those of its layers
+    for module in core.modules() if found else ():  # a model may fill those of its layers
         core._init_weights(module)
     made = (buffers[name] for buffers, name in _own_buffers(core))
     return not any((b.isnan() | (b == _unset(b.dtype))).any() for b in made)
