@@ -208,7 +208,7 @@ const RowMath& OPSD_TABLE() {
   using namespace OPSD_ISA;
   static const RowMath table = {reset,         fold,        store_statistics, sums,
                                 kept_gradient, kl_gradient, logprob_gradient, pack,
-                                transpose_halves, add_rows,  dot,        add_scaled,
+                                transpose_halves, add_rows,  add_scaled,
                                 finish_streams};
   return table;
 }

@@ -10,7 +10,7 @@
 namespace opsd {
 namespace {
 
-// Beyond the limit: the lanes of the vector that exceeds it, and a whole vector's padding.
+// Beyond the limit: the logit that exceeds it, and the padding of a whole vector.
 constexpr int64_t MARGIN = 32;
 
 // Orders by logit, then by the lower column.

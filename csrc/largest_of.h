@@ -6,18 +6,20 @@
 namespace opsd {
 namespace OPSD_ISA {
 
-// Logits as integers in the same order; NaN has a place in it too.
-OPSD_INLINE Ints order_of(Floats z) {
-  const Ints bits = floats_to_bits(z + Floats{});  // -0 becomes 0, to which it is equal
+// A logit as an integer, in the same order; NaN has a place in it too.
+OPSD_INLINE int32_t order_of(float z) {
+  int32_t bits;
+  z += 0.0f;  // -0 becomes 0, to which it is equal
+  memcpy(&bits, &z, sizeof bits);
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
 OPSD_INLINE int64_t count_not_less(const int32_t* order, int64_t size, int32_t than) {
-  Ints found = {};
-  for (int64_t i = 0; i < size; i += LANES)
-    found -= *reinterpret_cast<const IntsAnywhere*>(order + i) >= Ints{} + than;
   int64_t count = 0;
-  for (int i = 0; i < LANES; ++i) count += found[i];
+  for (int64_t i = 0; i < size; i += LANES) {
+    const Ints x = *reinterpret_cast<const IntsAnywhere*>(order + i);
+    count += __builtin_popcount(bits_of(x >= Ints{} + than));
+  }
   return count;
 }
 
@@ -50,25 +52,21 @@ static void drop_all_but(int64_t count, RowLargest& row) {
   row.least = logit_of(least);
 }
 
-// Adds a tile's logits above the row's least; NaN is among them.
-OPSD_INLINE void keep_largest(const Fold& a, const Floats* x, RowLargest& row) {
-  Ints above = {};
-  for (int v = 0; v < TILE_COLS / LANES; ++v) above |= ~(x[v] <= splat(row.least));
-  if (!any(above)) return;
-  for (int v = 0; v < TILE_COLS / LANES; ++v) {
-    const int64_t left = a.cols - v * LANES;
-    const Ints present = lane_numbers() < Ints{} + static_cast<int32_t>(left);
-    const Ints wanted = ~(x[v] <= splat(row.least)) & present, order = order_of(x[v]);
-    if (!any(wanted)) continue;
-    int32_t size = row.size;
-    for (int i = 0; i < LANES; ++i) {  // a branch here would often be mispredicted
-      row.order[size] = order[i];
-      row.column[size] = static_cast<int32_t>(a.column) + v * LANES + i;
-      size -= wanted[i];
+// Adds a tile's logits above the row's least; NaN is among them. `raw` are the logits in memory.
+OPSD_INLINE void keep_largest(const Fold& a, const Floats* x, const float* raw, RowLargest& row) {
+  uint64_t above[TILE_COLS / 64] = {};
+  for (int v = 0; v < TILE_COLS / LANES; ++v)
+    above[v * LANES / 64] |= static_cast<uint64_t>(bits_of(~(x[v] <= splat(row.least))))
+                             << v * LANES % 64;
+  for (int word = 0; word < TILE_COLS / 64; ++word)
+    for (uint64_t left = above[word]; left; left &= left - 1) {
+      const int64_t column = word * 64 + __builtin_ctzll(left);
+      const float z = raw[column] < LOG_ZERO ? LOG_ZERO : raw[column];
+      if (column >= a.cols || z <= row.least) continue;  // it has risen since
+      row.order[row.size] = order_of(z);
+      row.column[row.size++] = static_cast<int32_t>(a.column + column);
+      if (row.size > a.largest_limit) drop_all_but(a.largest_count, row);
     }
-    row.size = size;
-    if (size > a.largest_limit) drop_all_but(a.largest_count, row);
-  }
 }
 
 }  // namespace OPSD_ISA

@@ -28,13 +28,15 @@ Tensor large_empty(at::IntArrayRef shape, at::ScalarType dtype, bool workspace);
 // column of the maximum, counted from this shard's first.
 // `logits` (heads, rows, cols) receives the logits, unless it is empty. top_logit and top_column
 // (rows, k) receive each row's k largest logits, and their columns in this shard, the largest first
-// and the lower column first where two are equal: of one head.
+// and the lower column first where two are equal: of one head. So does target_logit (rows, K) with
+// the logits at target_column (rows, K), 0 where this shard has no such column.
 void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& weight,
                 const std::vector<MaybeTensor>& bias, const std::vector<double>& softcap,
                 const std::vector<double>& temperature, const MaybeTensor& label, int64_t offset,
                 bool entropy, bool smoothed, bool predicted, const MaybeTensor& class_weight,
                 int64_t kind, Tensor& logits, Tensor& out, const MaybeTensor& top_logit,
-                const MaybeTensor& top_column);
+                const MaybeTensor& top_column, const MaybeTensor& target_column,
+                const MaybeTensor& target_logit);
 
 // Merges statistics (K, count, rows) of `count` spans of the vocabulary, in order, into (K, rows).
 void merge(const Tensor& parts, int64_t heads, bool entropy, bool smoothed, bool label,
@@ -74,11 +76,8 @@ void logprob_gradient(Tensor& logits, const Tensor& merged, const Tensor& label,
 void weight_gradient(const Tensor& dz, const Tensor& hidden, const MaybeTensor& sum, bool add,
                      const MaybeTensor& out);
 
-// The products of each row of hidden (rows, D) with some rows of the head, weight (cols, D):
-// out (rows, K) float32 = hidden[row] . weight[ids[row, k]]. Ids outside [0, cols) give 0.
-void target_products(const Tensor& hidden, const Tensor& weight, const Tensor& ids, Tensor& out);
-
-// out (rows, D) float32 += sum over k of factors[row, k] weight[ids[row, k]].
+// out (rows, D) float32 += sum over k of factors[row, k] weight[ids[row, k]], of weight (cols, D).
+// Ids outside [0, cols) add nothing.
 void target_sums(const Tensor& factors, const Tensor& weight, const Tensor& ids, Tensor& out);
 
 // dz (rows, cols), float32 or bfloat16: dz[row, ids[row, k]] = values[row, k].

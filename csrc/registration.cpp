@@ -12,7 +12,8 @@ TORCH_LIBRARY(opsd_cpu, m) {
       "statistics(Tensor[] hidden, Tensor[] weight, Tensor?[] bias, float[] softcap, "
       "float[] temperature, Tensor? label, int offset, bool entropy, bool smoothed, "
       "bool predicted, Tensor? class_weight, int kind, Tensor(a!) logits, Tensor(b!) out, "
-      "Tensor(c!)? top_logit=None, Tensor(d!)? top_column=None) -> ()");
+      "Tensor(c!)? top_logit=None, Tensor(d!)? top_column=None, Tensor? target_column=None, "
+      "Tensor(e!)? target_logit=None) -> ()");
   m.def(
       "merge(Tensor parts, int heads, bool entropy, bool smoothed, bool label, bool predicted, "
       "int kind, Tensor(a!) out) -> ()");
@@ -34,7 +35,6 @@ TORCH_LIBRARY(opsd_cpu, m) {
   m.def("has_bf16_products() -> bool", opsd::has_bf16_products);
   m.def(
       "weight_gradient(Tensor dz, Tensor hidden, Tensor(a!)? sum, bool add, Tensor(b!)? out) -> ()");
-  m.def("target_products(Tensor hidden, Tensor weight, Tensor ids, Tensor(a!) out) -> ()");
   m.def("target_sums(Tensor factors, Tensor weight, Tensor ids, Tensor(a!) out) -> ()");
   m.def("store_entries(Tensor values, Tensor ids, Tensor(a!) dz) -> ()");
 }
@@ -49,10 +49,11 @@ void statistics(at::TensorList hidden, at::TensorList weight,
                 at::ArrayRef<double> temperature, const MaybeTensor& label, int64_t offset,
                 bool entropy, bool smoothed, bool predicted, const MaybeTensor& class_weight,
                 int64_t kind, Tensor& logits, Tensor& out, const MaybeTensor& top_logit,
-                const MaybeTensor& top_column) {
+                const MaybeTensor& top_column, const MaybeTensor& target_column,
+                const MaybeTensor& target_logit) {
   opsd::statistics(hidden.vec(), weight.vec(), {bias.begin(), bias.end()}, softcap.vec(),
                    temperature.vec(), label, offset, entropy, smoothed, predicted, class_weight,
-                   kind, logits, out, top_logit, top_column);
+                   kind, logits, out, top_logit, top_column, target_column, target_logit);
 }
 
 }  // namespace
@@ -65,7 +66,6 @@ TORCH_LIBRARY_IMPL(opsd_cpu, CPU, m) {
   m.impl("divergence_gradient", opsd::divergence_gradient);
   m.impl("logprob_gradient", opsd::logprob_gradient);
   m.impl("weight_gradient", opsd::weight_gradient);
-  m.impl("target_products", opsd::target_products);
   m.impl("target_sums", opsd::target_sums);
   m.impl("store_entries", opsd::store_entries);
 }

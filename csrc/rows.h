@@ -139,9 +139,7 @@ struct RowMath {
   // `sum` as float or to `out` as bfloat16, whose rows are `to_stride` apart.
   void (*add_rows)(const float* x, int64_t stride, int64_t rows, int64_t cols, const float* added,
                    float* sum, uint16_t* out, int64_t to_stride);
-  // Product of two vectors of n floats, or bfloat16 (`bf16`).
-  float (*dot)(const void* a, const void* b, int64_t n, bool bf16);
-  // to (n) += scale * x, which holds floats or bfloat16.
+  // to (n) += scale * x, which holds floats or bfloat16 (`bf16`).
   void (*add_scaled)(float* to, const void* x, float scale, int64_t n, bool bf16);
   // What other threads read may have been stored past the cache: call it before they do.
   void (*finish_streams)();

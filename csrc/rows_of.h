@@ -137,7 +137,7 @@ OPSD_INLINE void fold_one(const Fold& a) {
     Floats x[VECTORS];
     load_logits(a, 0, row, x);
     if (a.layout.predicted) update_argmax(a, x, head);
-    if (a.largest) keep_largest(a, x, a.largest[row]);
+    if (a.largest) keep_largest(a, x, a.raw[0] + row * TILE_COLS, a.largest[row]);
     const Floats row_max = new_max(head, x), none = {};
     Floats sum_exp = {}, sum_exp_logit = {}, sum_logit = {}, sum_weight = {};  // the tile's own
     for (int v = 0; v < VECTORS; ++v) {

@@ -9,6 +9,7 @@
 #include "largest.h"
 #include "ops.h"
 #include "products.h"
+#include "targets.h"
 
 namespace opsd {
 namespace {
@@ -26,6 +27,7 @@ struct Pass {
   const float* class_weight;
   int64_t rows, cols, chunks;
   int64_t count;  // largest logits to choose of each row
+  const TargetColumns* targets;
   float* parts;   // (K, chunks, rows)
 };
 
@@ -54,6 +56,7 @@ void fold_chunk(const Pass& pass, int64_t chunk, ThreadBuffers& buffers) {
     const int64_t cols = std::min(TILE_COLS, end - col);
     for (size_t i = 0; i < pass.weight.size(); ++i)
       pass.weight[i].pack(col, cols, buffers.packed[i].data_ptr());
+    int64_t target = pass.targets->begin(col);
     for (int64_t row = 0; row < pass.rows; row += TILE_ROWS) {
       Fold fold{};
       fold.layout = pass.layout;
@@ -71,6 +74,7 @@ void fold_chunk(const Pass& pass, int64_t chunk, ThreadBuffers& buffers) {
         pass.hidden[i].multiply(row, tile.const_data_ptr(), fold.raw[i]);
       }
       math.fold(fold);
+      if (!pass.targets->empty()) pass.targets->read(fold, row, target);
     }
   }
   math.store_statistics(buffers.state.data(), pass.rows, pass.layout,
@@ -151,7 +155,8 @@ void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& we
                 const std::vector<double>& temperature, const MaybeTensor& label, int64_t offset,
                 bool entropy, bool smoothed, bool predicted, const MaybeTensor& class_weight,
                 int64_t kind, Tensor& logits, Tensor& out, const MaybeTensor& top_logit,
-                const MaybeTensor& top_column) {
+                const MaybeTensor& top_column, const MaybeTensor& target_column,
+                const MaybeTensor& target_logit) {
   Pass pass{};
   const int64_t heads = hidden.size();
   pass.layout = {heads, entropy, smoothed, label.has_value(), predicted, kind};
@@ -178,6 +183,10 @@ void statistics(const std::vector<Tensor>& hidden, const std::vector<Tensor>& we
     pass.label = kept.back().const_data_ptr<int64_t>();
   }
   pass.class_weight = class_weight ? class_weight->const_data_ptr<float>() : nullptr;
+  TORCH_CHECK(!target_column || (heads == 1 && target_column->size(0) == pass.rows),
+              "statistics: target_column does not fit the logits");
+  const TargetColumns targets(target_column, target_logit, pass.cols);
+  pass.targets = &targets;
   pass.chunks = (pass.cols + CHUNK_COLS - 1) / CHUNK_COLS;
   const Tensor parts = at::empty({pass.layout.count(), pass.chunks, pass.rows}, at::kFloat);
   pass.parts = parts.data_ptr<float>();

@@ -1,7 +1,10 @@
-// Several targets of a token: products with single rows of the head, and the entries of a gradient.
+// Several targets of a token: their logits, sums of rows of the head, and entries of a gradient.
+#include "targets.h"
+
 #include <ATen/Parallel.h>
 
-#include "ops.h"
+#include <algorithm>
+#include <numeric>
 
 namespace opsd {
 namespace {
@@ -25,21 +28,34 @@ struct HeadRows {
 
 }  // namespace
 
-void target_products(const Tensor& hidden, const Tensor& weight, const Tensor& ids, Tensor& out) {
-  const HeadRows head(weight);
-  TORCH_CHECK(hidden.stride(1) == 1 && hidden.scalar_type() == weight.scalar_type() &&
-                  ids.is_contiguous() && out.is_contiguous(),
-              "target_products: strided operands");
-  const HeadRows tokens(hidden);
-  const int64_t count = ids.size(1);
-  const int64_t* id = ids.const_data_ptr<int64_t>();
-  float* to = out.data_ptr<float>();
-  at::parallel_for(0, ids.size(0), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * count; i < end * count; ++i)
-      to[i] = head.has(id[i]) ? row_math().dot(tokens.row(i / count), head.row(id[i]), head.depth,
-                                               head.bf16)
-                              : 0.0f;
-  });
+TargetColumns::TargetColumns(const MaybeTensor& column, const MaybeTensor& logit, int64_t cols) {
+  if (!column) return;
+  TORCH_CHECK(logit && column->is_contiguous() && logit->is_contiguous() &&
+                  column->sizes() == logit->sizes(),
+              "statistics: target_logit does not fit target_column");
+  const int64_t* at = column->const_data_ptr<int64_t>();
+  const int64_t count = column->numel(), width = column->size(1);
+  out_ = logit->data_ptr<float>();
+  std::fill_n(out_, count, 0.0f);
+  const auto has = [cols](int64_t c) { return 0 <= c && c < cols; };
+  first_.resize((cols + TILE_COLS - 1) / TILE_COLS + 1);
+  for (int64_t i = 0; i < count; ++i)
+    if (has(at[i])) ++first_[at[i] / TILE_COLS + 1];
+  std::partial_sum(first_.begin(), first_.end(), first_.begin());
+  targets_.resize(first_.back());
+  std::vector<int64_t> next(first_.begin(), first_.end() - 1);
+  for (int64_t i = 0; i < count; ++i)
+    if (has(at[i]))
+      targets_[next[at[i] / TILE_COLS]++] = {i, static_cast<int32_t>(i / width),
+                                             static_cast<int32_t>(at[i] % TILE_COLS)};
+}
+
+void TargetColumns::read(const Fold& fold, int64_t row, int64_t& next) const {
+  const int64_t end = first_[fold.column / TILE_COLS + 1];
+  for (; next < end && targets_[next].row < row + fold.rows; ++next) {
+    const Target& x = targets_[next];
+    out_[x.to] = fold.raw[0][(x.row - row) * TILE_COLS + x.column];
+  }
 }
 
 void target_sums(const Tensor& factors, const Tensor& weight, const Tensor& ids, Tensor& out) {

@@ -1,4 +1,4 @@
-// Products with single rows of the head, compiled once for each instruction set.
+// Sums of single rows of the head, compiled once for each instruction set.
 #include "vec.h"
 
 namespace opsd {
@@ -18,25 +18,6 @@ OPSD_INLINE float as_float(HalfAnywhere x) {
   float y;
   memcpy(&y, &bits, sizeof y);
   return y;
-}
-
-template <class T>
-static float dot_of(const T* a, const T* b, int64_t n) {
-  Floats sums[4] = {};  // so many additions may wait for each other
-  int64_t i = 0;
-  for (; i + 4 * LANES <= n; i += 4 * LANES)
-    for (int v = 0; v < 4; ++v)
-      sums[v] += load_as_floats(a + i + v * LANES) * load_as_floats(b + i + v * LANES);
-  for (; i + LANES <= n; i += LANES) sums[0] += load_as_floats(a + i) * load_as_floats(b + i);
-  float left = 0.0f;
-  for (; i < n; ++i) left += as_float(a[i]) * as_float(b[i]);
-  return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) + left;
-}
-
-static float dot(const void* a, const void* b, int64_t n, bool bf16) {
-  if (bf16)
-    return dot_of(static_cast<const HalfAnywhere*>(a), static_cast<const HalfAnywhere*>(b), n);
-  return dot_of(static_cast<const float*>(a), static_cast<const float*>(b), n);
 }
 
 template <class T>

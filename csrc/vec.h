@@ -106,6 +106,19 @@ OPSD_INLINE bool any(Ints mask) {
   return found != 0;
 }
 
+// Bit i is set where lane i of a comparison holds.
+OPSD_INLINE uint32_t bits_of(Ints mask) {
+#if OPSD_STREAMS && OPSD_LANES == 16
+  return static_cast<uint16_t>(__builtin_ia32_cvtd2mask512(mask));
+#elif OPSD_STREAMS && OPSD_LANES == 8
+  return __builtin_ia32_movmskps256(bits_to_floats(mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < LANES; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // x = n log 2 + r with |r| <= log(2) / 2, for x from -88.3 to 88.
 struct Reduced {
   Floats r;

@@ -66,7 +66,7 @@ class KnownEntries:
     """
 
     ids: Tensor  # (N, K) int64, into the whole vocabulary, distinct in a row
-    dz: Tensor | None = None  # (N, K); None: 0
+    dz: Tensor | None = None  # (N, K); None: 0, and the logits are wanted
 
     def __post_init__(self) -> None:
         self.ids, self.dz = self.ids.contiguous(), _contiguous(self.dz)
@@ -151,6 +151,7 @@ class Result:
     grad_weight: Tensor | None = None  # (V, D), `weight_grad_dtype`, of fp32 sums
     grad_bias: Tensor | None = None  # (V,), fp32
     scale: Tensor | None = None  # ()
+    known_logits: Tensor | None = None  # (N, K) z, of known entries without dz; 0 for others' ids
     kept: Kept | None = None
 
 

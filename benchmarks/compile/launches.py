@@ -280,7 +280,7 @@ def _targets(kind: Kind) -> None:
     head, ids = kind.head(), torch.empty(kind.tokens, 64, dtype=torch.int64, device="meta")
     factors = torch.empty(kind.tokens, 64, dtype=torch.float32, device="meta")
     sums = torch.empty(kind.tokens, kind.hidden, dtype=torch.float32, device="meta")
-    triton_targets.target_products(head.hidden, head.weight, ids)
+    triton_targets.target_logits(head, head.hidden, ids)
     triton_targets.add_target_sums(sums, factors, head.weight, ids)
     triton_targets.store_entries(head.hidden, ids, factors)
 

@@ -23,6 +23,7 @@ from benchmarks.report.data import (
     ReportError,
     Share,
     Source,
+    SparseAccuracy,
     SparseTeacher,
     Trainer,
     TrainStep,
@@ -229,6 +230,11 @@ def _sparse_teacher(device: Device, content: Json, source: Source) -> None:
     device.sparse_teachers.append(SparseTeacher(dict(content["settings"]), rows, source))
 
 
+def _sparse_accuracy(device: Device, content: Json, source: Source) -> None:
+    rows = tuple((row["k"], _share(row["after"], "accuracy")) for row in content["rows"])
+    device.sparse_accuracies.append(SparseAccuracy(dict(content["settings"]), rows, source))
+
+
 _READERS = {
     "losses": _losses,
     "train_step": _train_step,
@@ -239,6 +245,7 @@ _READERS = {
     "decode": _decode,
     "neighbour": _neighbour,
     "sparse_teacher": _sparse_teacher,
+    "sparse_accuracy": _sparse_accuracy,
 }
 
 

@@ -31,6 +31,7 @@ from benchmarks.report.tables import (
     neighbour_table,
     overview_table,
     settings_text,
+    sparse_accuracy_table,
     sparse_teacher_table,
     train_step_table,
 )
@@ -143,6 +144,14 @@ def sparse_teacher(devices: list[Device]) -> str:
     return _joined(_with_tables(found, what, sparse_teacher_table), "sparse_teacher")
 
 
+def sparse_accuracy(devices: list[Device]) -> str:
+    def what(s: Json) -> str:
+        return f"`{s['recipe']}`, {s['steps']} steps, one seed; accuracy on held-out problems."
+
+    found = [device.sparse_accuracies[-1] for device in devices if device.sparse_accuracies]
+    return _joined(_with_tables(found, what, sparse_accuracy_table), "sparse_accuracy")
+
+
 def _with_tables(
     found: list[Any], what: Callable[[Json], str], table: Callable[[Any], Table]
 ) -> list[str]:
@@ -184,6 +193,7 @@ PARTS: dict[str, Callable[[list[Device]], str]] = {
     "decode": decode,
     "neighbour": neighbour,
     "sparse_teacher": sparse_teacher,
+    "sparse_accuracy": sparse_accuracy,
     "gpu_losses": gpu_losses,
     **{name: partial(gpu_part, name) for name in gpu.PARTS},
     "results": results,

@@ -17,6 +17,7 @@ from benchmarks.report.data import (
     Neighbour,
     Share,
     Source,
+    SparseAccuracy,
     SparseTeacher,
     Trainer,
     TrainStep,
@@ -316,6 +317,12 @@ def sparse_teacher_table(measured: SparseTeacher) -> Table:
         *("its cosine", "off by, without the rest"),
     )
     return Table(header, tuple(rows))
+
+
+def sparse_accuracy_table(measured: SparseAccuracy) -> Table:
+    """A k per row: the accuracy of a run on held-out problems, with its interval."""
+    rows = (_share_row("the whole" if k is None else str(k), x) for k, x in measured.rows)
+    return Table(("k", "accuracy after", "95 % interval"), tuple(rows))
 
 
 def _ratios(trainers: list[Trainer], reference: Trainer, name: str) -> list[str]:

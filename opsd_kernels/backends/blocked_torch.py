@@ -150,6 +150,8 @@ def _logprob_tile(
     columns = {}
     if p.with_predicted:
         columns["predicted"] = row_math.argmax(log_p, run.offset, run.group)
+    if run.known_logits is not None:
+        run.known_logits[rows] = row_math.logits_at(log_p, run.known_ids(rows))
     lse = row_math.log_softmax_(log_p, prob, run.group)
     target = p.target[rows, None]
     logprob = row_math.gather_label(log_p, target, run.offset, run.group)
@@ -186,20 +188,6 @@ def store_entries(dz: Tensor, ids: Tensor, values: Tensor) -> None:
     """dz[row, ids[row, k]] = values[row, k] (rows, K), where dz (rows, V) has the id."""
     row, k = ((ids >= 0) & (ids < dz.shape[1])).nonzero(as_tuple=True)
     dz[row, ids[row, k]] = values[row, k].to(dz.dtype)
-
-
-def target_products(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """(N, K) products of hidden[n] (N, D) with weight[ids[n, k]] (V, D), fp32 or fp64.
-
-    0 where an id is outside the head.
-    """
-    owned = (ids >= 0) & (ids < weight.shape[0])
-    found = torch.empty(ids.shape, dtype=stat_dtype(weight.dtype), device=ids.device)
-    for rows, columns in _parts_of(ids, weight.shape[1]):
-        vectors = weight[ids[rows, columns].clamp(0, weight.shape[0] - 1)].to(found.dtype)
-        h = hidden[rows].to(found.dtype)
-        found[rows, columns] = torch.einsum("nkd,nd->nk", vectors, h)
-    return torch.where(owned, found, 0)
 
 
 def add_target_sums(out: Tensor, factors: Tensor, weight: Tensor, ids: Tensor) -> None:

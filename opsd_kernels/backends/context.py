@@ -67,6 +67,9 @@ class LossContext:
             None if scale is None else scale.contiguous() for scale in scales
         )
         self.value = hidden.new_zeros(hidden.shape[0], dtype=self.dtype)
+        self.known_logits: Tensor | None = None  # (N, K)
+        if known is not None and known.dz is None:
+            self.known_logits = self.value.new_zeros(known.ids.shape)
         self.grad_hidden = _zeros(hidden) if needed.hidden else None
         self.grad_entropy = _zeros(hidden) if needed.entropy else None
         self.grad_weight = None
@@ -83,13 +86,14 @@ class LossContext:
             self.group = _resolve_process_group(GroupName(group_name))
             self.offset, self.vocab_size = vocabulary_shard(weight, group_name)[:2]
 
-    def known_entries(self, rows: Tensor | slice, first: int = 0) -> tuple[Tensor, Tensor]:
-        """Columns of some rows' known entries, counted from column `first`, and their values.
-
-        Both are (rows, K), in the scale of the row scales.
-        """
+    def known_ids(self, rows: Tensor | slice, first: int = 0) -> Tensor:
+        """(rows, K) columns of some rows' known entries, counted from the shard's `first`."""
         assert self.known is not None
-        ids = self.known.ids[rows] - (self.offset + first)
+        return self.known.ids[rows] - (self.offset + first)
+
+    def known_entries(self, rows: Tensor | slice, first: int = 0) -> tuple[Tensor, Tensor]:
+        """`known_ids`, and the entries' values in the scale of the row scales, both (rows, K)."""
+        ids = self.known_ids(rows, first)
         if self.known_dz is None:
             return ids, ids.new_zeros(ids.shape, dtype=self.dtype)
         return ids, self.known_dz[rows]
@@ -156,9 +160,9 @@ class LossContext:
 
     def result(self, stats: Tensor) -> Result:
         """What the operator returns: value and `stats` per token, and the gradients made so far."""
-        for grad in (self.grad_hidden, self.grad_entropy):
-            if self.group is not None and grad is not None:
-                dist.all_reduce(grad, group=self.group)  # each shard has its part of the sum
+        for part in (self.grad_hidden, self.grad_entropy, self.known_logits):
+            if self.group is not None and part is not None:
+                dist.all_reduce(part, group=self.group)  # each shard has its part of the sum
         grad_weight = self.grad_weight
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight_grad_dtype(self.head.weight))
@@ -170,6 +174,7 @@ class LossContext:
             grad_weight=grad_weight,
             grad_bias=self.grad_bias,
             scale=self.scale,
+            known_logits=self.known_logits,
         )
 
 

@@ -83,6 +83,7 @@ class _Pass(BlockedPass["_Tiles"]):
             shared,
             self.needed.any,
             self.optional_part(self.row_scale, block),
+            None if self.known_logits is None else self.known_ids(self._rows(block)),
         )
 
     def gradients(self, block: slice, tiles: _Tiles, gradient: Gradient) -> None:
@@ -92,13 +93,20 @@ class _Pass(BlockedPass["_Tiles"]):
             dz.append(self.buffer("entropy", len(h), vocab, dz[0].dtype))
         gradient(slice(0, vocab), dz)
         tiles.clear_beyond()
-        rows = block if self.kept is None else self.kept[block]
+        rows = self._rows(block)
         first = block.start == 0
         if h.dtype == torch.float16:
             width = max(1, _WIDENED_BYTES // (4 * h.shape[1]))
             self.add_widened_products(rows, h, dz, width, first=first)
         else:
             self.add_products(rows, h, dz, first=first)
+
+    def _rows(self, block: slice) -> Tensor | slice:
+        return block if self.kept is None else self.kept[block]
+
+    def target_logits(self, tiles: _Tiles, rows: Tensor | slice) -> Tensor:
+        assert tiles.target_logit is not None  # `tiles` was given the ids
+        return tiles.target_logit
 
     def store_entries(self, dz: Tensor, ids: Tensor, values: Tensor) -> None:
         torch.ops.opsd_cpu.store_entries(values, ids, dz)
@@ -115,9 +123,12 @@ class _Tiles:
         shared: bool,
         differentiated: bool,
         scale: Tensor | None,  # (rows,) of the gradient of the value
+        targets: Tensor | None,  # (rows, K) columns whose logits the first pass keeps
     ) -> None:
         self.heads, self.hidden, self.logits = heads, hidden, logits
         self.shared, self.differentiated, self.scale = shared, differentiated, scale
+        self.targets = targets
+        self.target_logit = None if targets is None else logits.new_empty(targets.shape)
         self.has_gradient = False
         self.softcaps = [head.softcap or 0.0 for head in heads]
         self.temperatures = [head.temperature for head in heads]
@@ -170,6 +181,7 @@ class _Tiles:
             [x.bias for x in heads], self.softcaps, self.temperatures,
             label if layout.label else None, offset, layout.entropy, layout.smoothed,
             layout.predicted, heads[0].class_weight, layout.kind, self.logits, out, *top,
+            target_column=self.targets, target_logit=self.target_logit,
         )  # fmt: skip
 
     def largest(self, k: int) -> Largest:
@@ -244,26 +256,12 @@ class _Tiles:
         )  # fmt: skip
 
 
-def target_products(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """As `blocked_torch.target_products`."""
-    if not _reads_rows(hidden, weight):
-        return blocked_torch.target_products(hidden, weight, ids)
-    out = hidden.new_empty(ids.shape, dtype=torch.float32)
-    torch.ops.opsd_cpu.target_products(hidden, weight, ids, out)
-    return out
-
-
 def add_target_sums(out: Tensor, factors: Tensor, weight: Tensor, ids: Tensor) -> None:
     """As `blocked_torch.add_target_sums`."""
-    if _reads_rows(weight):
+    if weight.stride(1) == 1 and weight.dtype != torch.float16:
         torch.ops.opsd_cpu.target_sums(factors, weight, ids, out)
     else:
         blocked_torch.add_target_sums(out, factors, weight, ids)
-
-
-def _reads_rows(*operands: Tensor) -> bool:
-    """Whether the C++ operators read single rows of these; of float16 they read none."""
-    return all(x.stride(1) == 1 and x.dtype != torch.float16 for x in operands)
 
 
 def topk(p: TopkProblem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:

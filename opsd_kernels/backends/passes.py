@@ -151,6 +151,10 @@ class BlockedPass(LossContext, ABC, Generic[AnyTiles]):
     def store_entries(self, dz: Tensor, ids: Tensor, values: Tensor) -> None:
         """dz[row, ids[row, k]] = values[row, k] (rows, K), where dz (rows, columns) has the id."""
 
+    @abstractmethod
+    def target_logits(self, tiles: AnyTiles, rows: Tensor | slice) -> Tensor:
+        """(rows, K) logits z of a block's known entries, once it has statistics; 0 outside."""
+
     def keeps_block(self, block: slice) -> bool:
         """Whether this block's logits stay for backward."""
         return self.keeps and block.start == 0

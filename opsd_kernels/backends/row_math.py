@@ -62,12 +62,16 @@ def entropy(log_prob: Tensor, prob: Tensor, work: Tensor, group: Group) -> Tenso
     return -_row_sum(torch.mul(log_prob, prob, out=work), group)
 
 
+def logits_at(z: Tensor, ids: Tensor) -> Tensor:
+    """(rows, K) entries of z (rows, V) at the ids (rows, K); 0 outside."""
+    owned = (ids >= 0) & (ids < z.shape[-1])
+    return torch.where(owned, z.gather(-1, torch.where(owned, ids, 0)), 0)
+
+
 def gather_label(log_prob: Tensor, label: Tensor, offset: int, group: Group) -> Tensor:
     """log p of each row's label, from the shard that holds it."""
-    local = label - offset
-    owned = (local >= 0) & (local < log_prob.shape[-1])
-    found = log_prob.gather(-1, torch.where(owned, local, 0))
-    return restore_infinity(reduce_columns(torch.where(owned, found, 0), "SUM", group))
+    found = logits_at(log_prob, label - offset)
+    return restore_infinity(reduce_columns(found, "SUM", group))
 
 
 def argmax(z: Tensor, offset: int, group: Group) -> Tensor:

@@ -27,7 +27,7 @@ from opsd_kernels.backends.triton_launch import FusedTiles, Source
 from opsd_kernels.backends.triton_math import FP16_BOOST
 from opsd_kernels.backends.triton_rows_launch import StoredTiles
 from opsd_kernels.backends.triton_slices import LogitSlice, multiply
-from opsd_kernels.backends.triton_targets import add_target_sums, store_entries, target_products
+from opsd_kernels.backends.triton_targets import add_target_sums, store_entries, target_logits
 from opsd_kernels.layouts import padded_columns
 from opsd_kernels.plan import Plan
 from opsd_kernels.problem import DivergenceProblem, GradsNeeded, Head, Result, TopkProblem
@@ -206,6 +206,9 @@ class _Pass(BlockedPass[_Tiles]):
         for i, grad in pairs:
             grad[rows] = sums[i].to(grad.dtype)
 
+    def target_logits(self, tiles: _Tiles, rows: Tensor | slice) -> Tensor:
+        return target_logits(self.head, tiles.hidden, self.known_ids(rows))
+
     def store_entries(self, dz: Tensor, ids: Tensor, values: Tensor) -> None:
         if dz.dtype == torch.float16:  # `result` divides by both
             values = values * (FP16_BOOST.value * self.head.temperature)
@@ -237,7 +240,7 @@ def topk(p: TopkProblem, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
     return topk_of(run, p, (run.largest(p.head, p.k, block) for block in run.blocks()))
 
 
-__all__ = ["add_target_sums", "divergence", "logprob", "target_products", "topk"]
+__all__ = ["add_target_sums", "divergence", "logprob", "topk"]
 
 divergence = functools.partial(two_pass.divergence, _Pass)
 logprob = functools.partial(two_pass.logprob, _Pass)

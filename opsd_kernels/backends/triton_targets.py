@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from opsd_kernels.problem import Head
+
 _TARGETS, _DEPTH = 16, 128  # of a step
 _SUM_TARGETS, _SUM_DEPTH = 8, 256
 
@@ -73,17 +75,21 @@ def _store(
     tl.store(p_dz, b_value.to(dz.dtype.element_ty), mask=(b_id >= 0) & (b_id < cols))
 
 
-def target_products(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """As `blocked_torch.target_products`."""
-    hidden, weight, ids = _row_major(hidden), _row_major(weight), ids.contiguous()
-    out = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
+def target_logits(head: Head, hidden: Tensor, ids: Tensor) -> Tensor:
+    """(rows, K) fp32 logits z of hidden (rows, D) at the ids (rows, K); 0 outside the head."""
+    hidden, weight = _row_major(hidden), _row_major(head.weight)
+    z = torch.empty(ids.shape, dtype=torch.float32, device=ids.device)
     (rows, count), (cols, depth) = ids.shape, weight.shape
     if rows:
         _products[rows, triton.cdiv(count, _TARGETS)](
-            hidden, weight, ids, out, count, cols, depth, hidden.stride(0), weight.stride(0),
-            BLOCK_K=_TARGETS, BLOCK_D=_DEPTH,
+            hidden, weight, ids.contiguous(), z, count, cols, depth, hidden.stride(0),
+            weight.stride(0), BLOCK_K=_TARGETS, BLOCK_D=_DEPTH,
         )  # fmt: skip
-    return out
+    if head.bias is not None:
+        z += torch.where((ids >= 0) & (ids < cols), head.bias[ids.clamp(0, cols - 1)], 0)
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
+    return z / head.temperature
 
 
 def add_target_sums(out: Tensor, factors: Tensor, weight: Tensor, ids: Tensor) -> None:

@@ -222,6 +222,9 @@ def _logprob_block(
     tiles: HeadTiles = run.tiles([p.head], block, False, again)
     target = run.part(p.target, block)
     run.statistics_of(tiles, layout, target, block, merged)
+    rows = block if run.kept is None else run.kept[block]
+    if run.known_logits is not None:
+        run.known_logits[rows] = run.target_logits(tiles, rows)
     if not run.needed.any:
         return
     head = layout.head(merged, 0)
@@ -240,16 +243,19 @@ def _logprob_block(
         run.offset,
     )  # fmt: skip
     if p.known is not None:
-        gradient = functools.partial(_with_known_entries, run, block, gradient)
+        gradient = functools.partial(_with_known_entries, run, rows, gradient)
     run.gradients(block, tiles, gradient)
 
 
 def _with_known_entries(
-    run: BlockedPass[Any], block: slice, gradient: Gradient, columns: slice, outs: list[Tensor]
+    run: BlockedPass[Any],
+    rows: Tensor | slice,
+    gradient: Gradient,
+    columns: slice,
+    outs: list[Tensor],
 ) -> None:
     """A slice's dz by `gradient`, then the entries that the caller has made."""
     gradient(columns, outs)
-    rows = block if run.kept is None else run.kept[block]
     ids, values = run.known_entries(rows, columns.start)
     run.store_entries(outs[0][:, : columns.stop - columns.start], ids, values)
 

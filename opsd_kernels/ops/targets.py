@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import GroupName
 
 from opsd_kernels import checks
 from opsd_kernels.backends.context import vocabulary_shard
+from opsd_kernels.backends.logprob_terms import restore_infinity
 from opsd_kernels.ops import kept
 from opsd_kernels.ops.common import (
     GRADS,
@@ -107,22 +108,6 @@ def _run(
     return result
 
 
-def _target_logits(head: Head, ids: Tensor, first: int, group_name: str | None) -> Tensor:
-    """(N, K) logits z of the targets, in the dtype of statistics; the shard starts at `first`."""
-    ids = ids - first
-    backend = backend_of(backend_name(head.hidden))
-    raw: Tensor = backend.target_products(head.hidden, head.weight, ids)
-    if head.bias is not None:
-        owned = (ids >= 0) & (ids < len(head.bias))
-        bias = head.bias[ids.clamp(0, len(head.bias) - 1)].to(raw.dtype)
-        raw = torch.where(owned, raw + bias, 0)
-    if group_name is not None:  # the shard that has the target adds its logit
-        dist.all_reduce(raw, group=_resolve_process_group(GroupName(group_name)))
-    if head.softcap is not None:
-        raw = head.softcap * torch.tanh(raw / head.softcap)
-    return raw / head.temperature
-
-
 # ---------------------------------------------------------------------------------------- operators
 
 
@@ -155,13 +140,14 @@ def targets_tokens(
     with backend_scope(input):
         checks.refuse_in_capture(input, target=target)
         e = Execution(schedule, workspace_bytes, group_name)
-        first, vocab_size, _ = whole_vocabulary(head, e)
+        _, vocab_size, _ = whole_vocabulary(head, e)
         checks.distinct_targets(target, valid, vocab_size)
         result = _run(a, valid.any(-1), None, None, needed, later)
         kept.put(result.kept)
         lse = result.stats[LOGPROB_STATS.index("lse")].clone()
-        z = _target_logits(head, torch.where(valid, target, -1), first, group_name)
-    logprob = torch.where(valid, z - lse.unsqueeze(-1), 0)
+    assert result.known_logits is not None  # there are no entries yet
+    logprob = restore_infinity(result.known_logits - lse.unsqueeze(-1))
+    logprob = torch.where(valid, logprob, 0)
     return logprob, lse, result.stats, or_empty(result.grad_hidden, lse)
 
 
