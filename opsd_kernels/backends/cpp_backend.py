@@ -123,7 +123,7 @@ class _Tiles:
         shared: bool,
         differentiated: bool,
         scale: Tensor | None,  # (rows,) of the gradient of the value
-        targets: Tensor | None,  # (rows, K) columns whose logits the first pass keeps
+        targets: Tensor | None = None,  # (rows, K) columns whose logits the first pass keeps
     ) -> None:
         self.heads, self.hidden, self.logits = heads, hidden, logits
         self.shared, self.differentiated, self.scale = shared, differentiated, scale

@@ -46,6 +46,19 @@ def test_values_and_gradients(count: int, wrt: tuple[str, ...], dtype: torch.dty
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("cpu_backend")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_many_tiles(dtype: torch.dtype) -> None:
+    """The logits are read from tiles of 64 rows and 128 columns, by chunks of 1,024 columns."""
+    case = cast16(inputs(37, 200, 24, 2500, ignored=5), dtype)
+    target, kept = case["target"], case["target"] >= 0
+    found = fused_linear_logprob(**case, temperature=0.7)
+    z = case["input"].double() @ case["weight"].double().t() + case["bias"].double()
+    true = (z / 0.7).log_softmax(-1).gather(-1, target.clamp(0))
+    torch.testing.assert_close(found[kept].double(), true[kept], rtol=0.0, atol=2e-5)
+    assert not found[~kept].any()
+
+
 @pytest.mark.parametrize("count", [1, 3, 40])
 @pytest.mark.parametrize("wrt", [FROZEN, TRAINED], ids=["frozen", "trained"])
 def test_every_place(wrt: tuple[str, ...], count: int, place: tuple[str, str]) -> None:
