@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import Tensor
 
 from opsd_train.distributed.context import DistributedContext
@@ -131,3 +132,16 @@ def _check(context: DistributedContext, right: str) -> Callable[[Answer], bool]:
         return {"even": number % 2 == 0, "first": number == 0, "none": False}[right]
 
     return check
+
+
+def assert_same_steps(one: Outcome, two: Outcome) -> None:
+    """The same losses and gradients, to rounding, of steps that have both."""
+    for row, other in zip(one.rows, two.rows, strict=True):
+        for name in ("loss", "divergence", "student_entropy", "grad_norm"):
+            assert other[name] == pytest.approx(row[name], rel=1e-4)
+        assert row["loss"] > 0.01
+    for gradients, others in zip(one.gradients, two.gradients, strict=True):
+        assert gradients.keys() == others.keys() and gradients
+        for name, gradient in gradients.items():
+            assert gradient.norm() > 0
+            assert (gradient - others[name]).norm() < 1e-4 * gradient.norm(), name

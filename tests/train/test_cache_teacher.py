@@ -18,7 +18,7 @@ from opsd_train.data.teacher_cache import TeacherCache
 from opsd_train.dry_run.plan import dry_run, expected
 from tests.helpers import tiny
 from tests.helpers.pair import alone
-from tests.helpers.steps import Course, Outcome, follow, make_trainer
+from tests.helpers.steps import Course, Outcome, assert_same_steps, follow, make_trainer
 
 VOCAB = 261  # the student's; the teacher's is padded to 270
 PARTS = ["part-00000.parquet", "part-00001.parquet", "part-00002.parquet"]
@@ -81,18 +81,6 @@ def steps(models: Path, *overrides: str) -> Outcome:
     overrides = (*METHOD, *TOP, teacher, "lora=null", *overrides)
     course = Course(models, "student", overrides, steps=1)
     return follow(alone(), course)
-
-
-def assert_same_steps(one: Outcome, two: Outcome) -> None:
-    for row, other in zip(one.rows, two.rows, strict=True):
-        for name in ("loss", "divergence", "student_entropy", "grad_norm"):
-            assert other[name] == pytest.approx(row[name], rel=1e-4)
-        assert row["loss"] > 0.01
-    for gradients, others in zip(one.gradients, two.gradients, strict=True):
-        assert gradients.keys() == others.keys() and gradients
-        for name, gradient in gradients.items():
-            assert gradient.norm() > 0
-            assert (gradient - others[name]).norm() < 1e-4 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("prompt", ["student", "teacher"])

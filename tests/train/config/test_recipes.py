@@ -185,7 +185,9 @@ def test_two_steps_of_the_papers_recipes(
 
 
 @pytest.mark.parametrize("name", DEMO)
-def test_two_steps_of_the_demos(name: str, tiny_folder, stand_ins, tmp_path: Path) -> None:
+def test_two_steps_of_the_demos(
+    name: str, tiny_folder, stand_ins, drawn: None, tmp_path: Path
+) -> None:
     teacher = [f"distill.teacher={tiny_folder}"] if "distill" in load_recipe(name) else []
     config = load(
         name,

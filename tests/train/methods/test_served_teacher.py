@@ -13,7 +13,7 @@ from opsd_train.config.schema import Config
 from opsd_train.dry_run.plan import dry_run, expected
 from tests.helpers import tiny
 from tests.helpers.pair import alone
-from tests.helpers.steps import Course, Outcome, follow, make_trainer
+from tests.helpers.steps import Course, Outcome, assert_same_steps, follow, make_trainer
 from tests.helpers.vllm_double import Predictions, VllmDouble
 
 VOCAB = 261
@@ -66,17 +66,6 @@ def recipe(models: Path, *more: str) -> Config:
 
 def urls(*servers: VllmDouble) -> str:
     return f"distill.servers=[{','.join(server.url for server in servers)}]"
-
-
-def assert_same_steps(one: Outcome, two: Outcome) -> None:
-    for row, other in zip(one.rows, two.rows, strict=True):
-        for name in ("loss", "divergence", "student_entropy", "grad_norm"):
-            assert other[name] == pytest.approx(row[name], rel=1e-4)
-        assert row["loss"] > 0.01
-    for gradients, others in zip(one.gradients, two.gradients, strict=True):
-        assert gradients.keys() == others.keys() and gradients
-        for name, gradient in gradients.items():
-            assert (gradient - others[name]).norm() < 1e-4 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("prompt", ["student", "teacher"])

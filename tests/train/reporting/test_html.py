@@ -13,6 +13,8 @@ from opsd_train.reporting.html import write_report
 from opsd_train.reporting.intervals import wilson
 from opsd_train.reporting.plots import position_means, smoothed, window_for, window_sizes
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 RESULT = {"accuracy": 0.4, "interval": [0.31, 0.5], "correct": 40, "problems": 100}
 SUMMARY = {
     "status": "finished",
