@@ -112,7 +112,7 @@ def save(context: DistributedContext, folder: Path, number: int, failing: str | 
 
 def load(context: DistributedContext, folder: Path) -> tuple[int, int]:
     loaded = Checkpoints(folder, 2, context).newest("steps: 1")
-    return loaded.step, loaded.rank_state["rank"]
+    return loaded.step, loaded.rank_states[context.rank]["rank"]
 
 
 def test_a_full_disk_on_one_rank_and_a_damaged_file(pair: Pair, tmp_path: Path) -> None:
