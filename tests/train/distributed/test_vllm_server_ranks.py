@@ -6,20 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from opsd_train.config.schema import RolloutConfig
 from opsd_train.rollout import Completion
 from tests.helpers.pair import Pair, alone
 from tests.helpers.steps import Course, Outcome, follow
-from tests.helpers.tiny import make_model, make_tokenizer
-from tests.helpers.vllm_double import TinyModel, VllmDouble
+from tests.helpers.vllm_double import VllmDouble, tiny
 
 pytestmark = pytest.mark.dist
-
-
-def tiny() -> TinyModel:
-    tokenizer = make_tokenizer()
-    tokenizer.eos_token = tokenizer.pad_token = "<|end|>"
-    return TinyModel(make_model, tokenizer, RolloutConfig(max_new_tokens=5, batch_tokens=400))
 
 
 @pytest.fixture
