@@ -18,6 +18,7 @@ from torch import Tensor
 from opsd_train import cli
 from opsd_train.config.errors import UserError
 from opsd_train.data.order import make_order
+from opsd_train.evaluation.grading import Answer
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.timers import PhaseTimer
 from opsd_train.rollout.ahead import Rollout
@@ -53,9 +54,14 @@ def served_by(*doubles: VllmDouble, ahead: int = 1) -> tuple[str, ...]:
     return (*engine, f"rollout.ahead={ahead}")
 
 
+def even(answer: Answer) -> bool:
+    """Some answers are right."""
+    return sum(answer.text.encode()) % 2 == 0
+
+
 def make_trainer(model: Path, folder: Path, *overrides: str) -> Trainer:
     made = config(model, folder, *BASE, *overrides)
-    with made_up(lambda answer: sum(answer.text.encode()) % 2 == 0):
+    with made_up(even):
         return Trainer(made, alone(), RunFolder(folder, alone()), PhaseTimer(), "full")
 
 
@@ -172,9 +178,12 @@ def run(folder: Path, name: str, *words: str) -> int:
 
 
 @pytest.fixture
-def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+def folder(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """With the tiny model; no reports, which take half of a run's time."""
+    monkeypatch.setattr("opsd_train.run.write_report", lambda _: None)
     (tmp_path / "model").symlink_to(tiny_folder)
-    return tmp_path
+    with made_up(even):
+        yield tmp_path
 
 
 METHODS = {
@@ -184,8 +193,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("how", ["killed", "SIGTERM"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, how", [*zip(METHODS, ["killed", "SIGTERM", "killed"], strict=True)]
+)
 def test_a_resumed_run_takes_the_same_steps(folder, monkeypatch, method, how) -> None:
     """Evaluations in between: they wait for the pending samples and change nothing."""
     words = (*METHODS[method], "evaluation.problems=2", "evaluation.every=1")
@@ -210,6 +220,9 @@ def test_a_resumed_run_takes_the_same_steps(folder, monkeypatch, method, how) ->
     asked = [len(double_.bodies) for double_ in (straight, first)]
     assert run(folder, "run", *words, *served_by(second), "--resume") == 0
     assert_same_course(folder / "run", folder / "straight")
+    found = rows(folder / "run")
+    assert [row["sample_age"] > 0 for row in found] == [False, True, True, True]
+    assert sum(row["grad_norm"] > 0 for row in found) >= 3
     # The samples of step 3 came out of the checkpoint: only those of step 4 were asked for.
     samples = 8 if method.startswith("grpo") else 4
     trained_on = [b for b in second.bodies if b["seed"] and b["max_tokens"] == 5]
@@ -230,7 +243,6 @@ def test_evaluations_are_of_the_present_weights(folder, doubles) -> None:
     assert abs(own[0]["divergence"] - own[1]["divergence"]) > 1e-3
     one, other = (rows(folder / name) for name in ("own", "ahead"))
     assert one[0]["loss"] == pytest.approx(other[0]["loss"], rel=1e-3)
-    assert one[1]["loss"] == pytest.approx(other[1]["loss"], rel=10)
     assert abs(one[1]["loss"] - other[1]["loss"]) > 1e-4  # on other samples
     assert "sample_age" not in one[0]
 
@@ -238,7 +250,7 @@ def test_evaluations_are_of_the_present_weights(folder, doubles) -> None:
 def test_servers_that_die_in_the_background(folder, doubles, capsys) -> None:
     """One line at the next step; what the steps before learnt is in the checkpoint."""
     for double_ in doubles:
-        double_.answer = dies_after(doubles, 2 + 4 + 4)  # in the samples of step 3
+        double_.answer = dies_after(doubles, 2 * 2 + 4 + 4)  # checks and two steps: in step 3's
     assert run(folder, "broken", *served_by(*doubles)) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: no vLLM server is left (http://") and "--resume" in line
@@ -299,7 +311,7 @@ def test_a_server_that_dies_in_the_background_loses_nothing(
     broken, own = VllmDouble(tiny()), tiny()
 
     def answer(body: dict, adapter: str | None) -> Any:
-        if len(broken.bodies) >= 2 + 2 + 1:  # two checks, half of step 1, one sample of step 2
+        if len(broken.bodies) >= 2 + 2:  # two checks and half of step 1: in step 2's
             broken.kill()
         return own(body, adapter)
 
