@@ -285,9 +285,9 @@ class Trainer:
         size, samples = self.context.size, [own for own, _ in parts]
         if pending is not None:
             generated = sum(len(sample.completion) for own in samples for sample in own)
-            metrics["tokens_per_second"] = generated / max(seconds for _, seconds in parts)
+            metrics |= {"tokens_per_second": generated / max(seconds for _, seconds in parts)}
         if self.config.rollout.ahead:
-            metrics["sample_age"] = made.steps_old * self.method.updates
+            metrics |= {"sample_age": made.steps_old * self.method.updates}
         ordered = [samples[index % size][index // size] for index in range(made.count)]
         return ordered, pending, metrics
 

@@ -207,6 +207,15 @@ class SparseTeacher:
     source: Source
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Steps of runs with `rollout.ahead` 0 and 1: medians over all that count."""
+
+    settings: Json
+    rows: tuple[tuple[int, float, float], ...]  # ahead, seconds, of them for samples
+    source: Source
+
+
 @dataclass
 class Device:
     """All that was measured on one device; of a thing measured twice, the newest."""
@@ -221,10 +230,11 @@ class Device:
     decodings: list[Decoding] = field(default_factory=list)  # the newest last
     neighbours: list[Neighbour] = field(default_factory=list)  # the newest last
     sparse_teachers: list[SparseTeacher] = field(default_factory=list)  # the newest last
+    aheads: list[Ahead] = field(default_factory=list)  # the newest last
     gpu_reports: list[GpuReport] = field(default_factory=list)  # the newest last
 
     def sources(self) -> list[Source]:
         found = [*self.cases.values(), *self.steps.values(), *self.demos.values()]
         found += [*self.gpu_reports, *self.integrations, *self.decodings, *self.neighbours]
-        found += self.sparse_teachers
+        found += [*self.sparse_teachers, *self.aheads]
         return sorted({x.source.file: x.source for x in found}.values(), key=lambda s: s.file)
