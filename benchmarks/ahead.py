@@ -1,7 +1,7 @@
 """What `rollout.ahead` saves: a vLLM server on one core, the trainer on the other.
 
     make vllm                    # once: the server's environment
-    python -m benchmarks.ahead   # about 20 minutes on 2 cores
+    python -m benchmarks.ahead   # about half an hour on 2 cores
 
 demo/opsd with its adapter, without evaluations. Runs with `rollout.ahead` 0 and 1 take turns, and
 in each round the other one begins. Of a run the first two steps do not count (nothing was begun
@@ -131,8 +131,8 @@ def main() -> None:
     python = ROOT / ".venv-vllm" / "bin" / "python"
     parser.add_argument("--vllm", type=Path, default=python, help=f"a Python with vLLM ({python})")
     parser.add_argument("--cores", type=int, nargs=2, default=(0, 1), help="trainer's, server's")
-    parser.add_argument("--steps", type=int, default=16, help="of a run (16)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each (3)")
+    parser.add_argument("--steps", type=int, default=9, help="of a run (9)")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each (2)")
     parser.add_argument("--out", type=Path, default=OUT, help=f"the figures as JSON ({OUT})")
     options = parser.parse_args()
     if not options.vllm.exists():
