@@ -21,7 +21,6 @@ from opsd_train.config.load import to_yaml
 from opsd_train.config.schema import Config
 from opsd_train.data.fingerprint import difference
 from opsd_train.data.problems import majority_answer
-from opsd_train.data.seeds import random_state, set_random_state
 from opsd_train.distributed.context import init_distributed
 from opsd_train.distributed.signals import stop_requests
 from opsd_train.evaluation.accuracy import over_checkpoints
@@ -97,9 +96,7 @@ class TrainingRun:
         tensors = training_tensors(trainer.policy, trainer.optimizer, trainer.method.state())
         checkpoint.load_tensors(tensors)
         restore_training(trainer.policy, trainer.optimizer, tensors)
-        trainer.load_state_dict(checkpoint.step, checkpoint.trainer_state)
-        if checkpoint.rank_state is not None:
-            set_random_state(checkpoint.rank_state["random"])
+        trainer.load_state_dict(checkpoint.step, checkpoint.trainer_state, checkpoint.rank_states)
         self._say(f"resuming after step {checkpoint.step} from {checkpoint.path}")
         return checkpoint.step
 
@@ -171,7 +168,7 @@ class TrainingRun:
             trainer.steps_done,
             training_tensors(trainer.policy, trainer.optimizer, trainer.method.state()),
             trainer.state_dict(),
-            {"random": random_state()},
+            trainer.rank_state(),
             self.recipe,
             write_adapter if trainer.policy.has_adapters else None,
         )

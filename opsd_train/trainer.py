@@ -21,7 +21,7 @@ from opsd_train.data.fingerprint import fingerprint
 from opsd_train.data.order import make_order
 from opsd_train.data.problems import load_problems
 from opsd_train.data.prompts import PromptBuilder
-from opsd_train.data.seeds import stable_seed
+from opsd_train.data.seeds import random_state, set_random_state, stable_seed
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.distributed.fsdp import full_tensor, set_last_backward
 from opsd_train.distributed.signals import StopRequest
@@ -37,6 +37,7 @@ from opsd_train.reporting.collapse import CollapseMonitor
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.step_stats import StepStats
 from opsd_train.reporting.timers import PhaseTimer, peak_memory_mib
+from opsd_train.rollout.ahead import Rollouts
 from opsd_train.rollout.context_checks import check_context, heldout_texts
 from opsd_train.rollout.engines import make_engine
 from opsd_train.rollout.trajectories import Trajectories
@@ -110,6 +111,7 @@ class Trainer:
             self.optimizer, config.optim, config.steps, self.method.updates
         )
         self.order = make_order(config, self.problems)
+        self.rollouts = Rollouts(config, self.order, self.trajectories, context)
         self.collapse_monitor = CollapseMonitor(config.collapse)
         self.steps_done = 0
         self.tokens_generated = 0  # in these steps
@@ -154,7 +156,7 @@ class Trainer:
         timer = self.timer
         start, seconds_before = time.perf_counter(), dict(timer.seconds)
         with timer.phase("rollout"):
-            samples, pending = self._rollout(step)
+            samples, pending, update = self._rollout(step)
         if pending is not None and self.method.needs_rewards:
             samples, pending = self._wait_for_grades(samples, pending), None
         samples = self.method.assign_weights(samples)
@@ -172,7 +174,7 @@ class Trainer:
             with timer.phase("student"):
                 stats = self._accumulate(groups, precomputed, max(num_tokens, 1))
             with timer.phase("optimizer"):
-                update = self._update(step, stats.loss, own)
+                update |= self._update(step, stats.loss, own)
 
         if self.context.is_main:
             stats.add_unscored([sample for sample in samples if sample.weight == 0])
@@ -202,8 +204,18 @@ class Trainer:
             "evaluations": self.evaluations,
         }
 
-    def load_state_dict(self, steps_done: int, state: dict[str, Any]) -> None:
-        """Continue after step `steps_done`, from what `state_dict` returned then."""
+    def rank_state(self) -> dict[str, Any]:
+        """The state of this rank alone; it waits for samples that are being generated."""
+        return {"random": random_state(), "rollouts": self.rollouts.state()}
+
+    def load_state_dict(
+        self, steps_done: int, state: dict[str, Any], ranks: Sequence[dict[str, Any]]
+    ) -> None:
+        """Continue after step `steps_done`, from what `state_dict` returned then.
+
+        `ranks`: what `rank_state` returned on each. On another number of ranks the random streams
+        begin anew.
+        """
         self.steps_done = steps_done
         self.schedule.load_state_dict(state["schedule"])
         self.order.load_state_dict(state["order"])
@@ -211,9 +223,13 @@ class Trainer:
         self.tokens_generated = state["tokens"]
         self.timer.add(state["seconds"])
         self.results, self.evaluations = state["results"], state["evaluations"]
+        self.rollouts.load_state([rank.get("rollouts", {}) for rank in ranks])
+        if len(ranks) == self.context.size:
+            set_random_state(ranks[self.context.rank]["random"])
 
     def close(self) -> None:
-        """End the grading processes."""
+        """End the grading processes, and samples that are being generated."""
+        self.rollouts.close()
         self.grader.close()
 
     def _teacher_configs(self) -> dict[str | None, Any]:
@@ -254,21 +270,26 @@ class Trainer:
         """Whether this many steps, a multiple of `every`, are done; never for 0."""
         return every > 0 and self.steps_done % every == 0
 
-    def _rollout(self, step: int) -> tuple[list[Sample], Pending | None]:
+    def _rollout(self, step: int) -> tuple[list[Sample], Pending | None, dict[str, Any]]:
         """The step's samples of all ranks, in the same order on every rank.
 
         The second result is the grading of this rank's completions, already started; None for
-        reference solutions.
+        reference solutions. The third are metrics of the rollout.
         """
-        rank, size = self.context.rank, self.context.size
-        requests = self.trajectories.requests(self.order.draw(step))
-        own = self.trajectories.make(step, requests[rank::size])
-        pending = None
+        made, pending = self.rollouts.take(step), None
+        metrics: dict[str, Any] = {}
         if self.method.source(self.config) != "solution":
-            problems = [sample.problem for sample in own]
-            pending = self.rewards.submit(problems, [sample.completion for sample in own])
-        parts = self.context.all_gather(own)
-        return [parts[index % size][index // size] for index in range(len(requests))], pending
+            problems = [sample.problem for sample in made.own]
+            pending = self.rewards.submit(problems, [sample.completion for sample in made.own])
+        parts = self.context.all_gather((made.own, made.seconds))
+        size, samples = self.context.size, [own for own, _ in parts]
+        if pending is not None:
+            generated = sum(len(sample.completion) for own in samples for sample in own)
+            metrics |= {"tokens_per_second": generated / max(seconds for _, seconds in parts)}
+        if self.config.rollout.ahead:
+            metrics |= {"sample_age": made.steps_old * self.method.updates}
+        ordered = [samples[index % size][index // size] for index in range(made.count)]
+        return ordered, pending, metrics
 
     def _wait_for_grades(self, samples: list[Sample], pending: Pending) -> list[Sample]:
         """The samples with their verdicts, once all ranks have graded theirs."""
@@ -322,7 +343,6 @@ class Trainer:
                 "accuracy": sum(verdicts) / len(verdicts),
                 "failed_checks": sum(sample.check_failed is not None for sample in samples),
                 "truncated": sum(not sample.finished for sample in samples) / len(samples),
-                "tokens_per_second": generated / update["seconds_rollout"],
             }
         row |= {
             "completion_length": sum(len(s.completion) for s in samples) / len(samples),

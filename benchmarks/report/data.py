@@ -216,6 +216,15 @@ class SparseAccuracy:
     source: Source
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """Steps of runs with `rollout.ahead` 0 and 1: medians over all that count."""
+
+    settings: Json
+    rows: tuple[tuple[int, float, float], ...]  # ahead, seconds, of them for samples
+    source: Source
+
+
 @dataclass
 class Device:
     """All that was measured on one device; of a thing measured twice, the newest."""
@@ -231,10 +240,11 @@ class Device:
     neighbours: list[Neighbour] = field(default_factory=list)  # the newest last
     sparse_teachers: list[SparseTeacher] = field(default_factory=list)  # the newest last
     sparse_accuracies: list[SparseAccuracy] = field(default_factory=list)  # the newest last
+    aheads: list[Ahead] = field(default_factory=list)  # the newest last
     gpu_reports: list[GpuReport] = field(default_factory=list)  # the newest last
 
     def sources(self) -> list[Source]:
         found = [*self.cases.values(), *self.steps.values(), *self.demos.values()]
         found += [*self.gpu_reports, *self.integrations, *self.decodings, *self.neighbours]
-        found += [*self.sparse_teachers, *self.sparse_accuracies]
+        found += [*self.sparse_teachers, *self.sparse_accuracies, *self.aheads]
         return sorted({x.source.file: x.source for x in found}.values(), key=lambda s: s.file)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report.data import (
+    Ahead,
     Case,
     Contender,
     DecodedBatch,
@@ -235,6 +236,15 @@ def _sparse_accuracy(device: Device, content: Json, source: Source) -> None:
     device.sparse_accuracies.append(SparseAccuracy(dict(content["settings"]), rows, source))
 
 
+def _ahead(device: Device, content: Json, source: Source) -> None:
+    def of_all(ahead: int, key: str) -> float:
+        runs = [row[key] for row in content["rows"] if row["ahead"] == ahead]
+        return statistics.median(value for run in runs for value in run)
+
+    rows = tuple((ahead, of_all(ahead, "seconds"), of_all(ahead, "rollout")) for ahead in (0, 1))
+    device.aheads.append(Ahead(dict(content["settings"]), rows, source))
+
+
 _READERS = {
     "losses": _losses,
     "train_step": _train_step,
@@ -246,6 +256,7 @@ _READERS = {
     "neighbour": _neighbour,
     "sparse_teacher": _sparse_teacher,
     "sparse_accuracy": _sparse_accuracy,
+    "ahead": _ahead,
 }
 
 

@@ -19,6 +19,7 @@ from benchmarks.report.results import memory_text, results_table
 from benchmarks.report.tables import (
     TIMES,
     Table,
+    ahead_table,
     case_text,
     decode_table,
     demo_table,
@@ -152,6 +153,17 @@ def sparse_accuracy(devices: list[Device]) -> str:
     return _joined(_with_tables(found, what, sparse_accuracy_table), "sparse_accuracy")
 
 
+def ahead(devices: list[Device]) -> str:
+    def what(s: Json) -> str:
+        return (
+            f"`{s['recipe']}` on one core, its vLLM server on the other; medians of the steps of "
+            f"{s['rounds']} runs each, the first two and the last step of a run left out."
+        )
+
+    found = [device.aheads[-1] for device in devices if device.aheads]
+    return _joined(_with_tables(found, what, ahead_table), "ahead")
+
+
 def _with_tables(
     found: list[Any], what: Callable[[Json], str], table: Callable[[Any], Table]
 ) -> list[str]:
@@ -194,6 +206,7 @@ PARTS: dict[str, Callable[[list[Device]], str]] = {
     "neighbour": neighbour,
     "sparse_teacher": sparse_teacher,
     "sparse_accuracy": sparse_accuracy,
+    "ahead": ahead,
     "gpu_losses": gpu_losses,
     **{name: partial(gpu_part, name) for name in gpu.PARTS},
     "results": results,

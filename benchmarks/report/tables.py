@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from benchmarks.report.data import (
+    Ahead,
     Case,
     Contender,
     Decoding,
@@ -323,6 +324,16 @@ def sparse_accuracy_table(measured: SparseAccuracy) -> Table:
     """A k per row: the accuracy of a run on held-out problems, with its interval."""
     rows = (_share_row("the whole" if k is None else str(k), x) for k, x in measured.rows)
     return Table(("k", "accuracy after", "95 % interval"), tuple(rows))
+
+
+def ahead_table(measured: Ahead) -> Table:
+    """A row for each value of `rollout.ahead`: a step, its wait for samples, and the speed-up."""
+    (_, without, _), _ = measured.rows
+    rows = (
+        (str(ahead), time_text(seconds), time_text(waiting), ratio_text(without / seconds))
+        for ahead, seconds, waiting in measured.rows
+    )
+    return Table(("rollout.ahead", "a step", "of it for samples", "times as fast"), tuple(rows))
 
 
 def _ratios(trainers: list[Trainer], reference: Trainer, name: str) -> list[str]:

@@ -46,8 +46,8 @@ class Checkpoint:
     path: Path
     trainer_state: dict[str, Any]
     """What `Trainer.state_dict` returned."""
-    rank_state: dict[str, Any] | None
-    """State of this rank only; None if the checkpoint is from another number of processes."""
+    rank_states: list[dict[str, Any]]
+    """State of each process that wrote it, by rank; there may have been another number."""
     single_process: bool
 
     def load_tensors(self, tensors: dict[str, Any]) -> None:
@@ -122,18 +122,18 @@ class Checkpoints:
             )
         refuse_changes((folder / "recipe.yaml").read_text(encoding="utf-8"), recipe, folder)
         ranks = len(list(folder.glob("rank_*.pt")))
-        same_ranks = ranks == self._context.size
-        if not same_ranks:
+        if ranks != self._context.size:
             self._say(
                 f"checkpoint {folder} is of {ranks} processes and continues on "
                 f"{self._context.size}: losses will differ a little from those of one run"
             )
-        own = folder / f"rank_{self._context.rank}.pt"
         return Checkpoint(
             step=_step(folder),
             path=folder,
             trainer_state=json.loads(state.read_text(encoding="utf-8")),
-            rank_state=torch.load(own, weights_only=True) if same_ranks else None,
+            rank_states=[
+                torch.load(folder / f"rank_{rank}.pt", weights_only=True) for rank in range(ranks)
+            ],
             single_process=self._context.size == 1,
         )
 

@@ -2,7 +2,8 @@
 
 checkpoints/step_000010/
   tensors/            trained weights, optimizer, the method's tensors (PyTorch's DCP format)
-  rank_0.pt ...       state of one process: its random number generators
+  rank_0.pt ...       state of one process: its random number generators, and with rollout.ahead
+                      its samples of the next step
   adapter/            the adapter in PEFT's format, if adapters are trained
   trainer_state.json  the rest of the trainer's state
   recipe.yaml         the resolved recipe

@@ -42,6 +42,9 @@ class RolloutConfig(EngineConfig):
     vllm_memory: Annotated[float, Field(gt=0, lt=1)] = 0.3
     servers: list[str] = Field(default_factory=list)
     """engine=vllm-server: URLs of the vLLM servers, such as http://host:8000."""
+    ahead: Literal[0, 1] = 0
+    """engine=vllm-server: 1 generates the next step's samples while a step trains; they are then of
+    the weights one step earlier. 0: each step waits for its own."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RolloutConfig":
@@ -54,6 +57,11 @@ class RolloutConfig(EngineConfig):
             yield "rollout.engine=vllm-server needs rollout.servers, such as [http://host:8000]"
         if self.engine != "vllm-server" and self.servers:
             yield f"rollout.servers needs rollout.engine=vllm-server; this recipe has {self.engine}"
+        if self.ahead and self.engine != "vllm-server":
+            yield (
+                f"rollout.ahead=1 needs rollout.engine=vllm-server, which generates while a step "
+                f"trains; this recipe has {self.engine}: set rollout.ahead=0"
+            )
         yield from server_faults("rollout.servers", self.servers)
 
 

@@ -15,6 +15,8 @@ from opsd_train.config.section import (
 
 TOP_K = 64
 """Default of loss.top_k."""
+IMPORTANCE_CAP = 2.0
+"""Default of grpo.importance_cap, and the cap of sampled tokens with rollout.ahead=1."""
 
 
 @section
@@ -134,7 +136,7 @@ class GrpoConfig:
     """Divide a group's advantages by the standard deviation of its rewards."""
     mask_truncated: bool = True
     """Leave completions that were cut off at rollout.max_new_tokens out of the loss."""
-    importance_cap: PositiveReal | None = 2.0
+    importance_cap: PositiveReal | None = IMPORTANCE_CAP
     """Truncated importance sampling: cap on a token's ratio trainer / sampler; null: none."""
 
 

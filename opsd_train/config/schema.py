@@ -271,8 +271,12 @@ class Config:
             yield "curriculum needs rollouts of the student; this recipe trains on solutions"
         if offline and self.rollout.samples_per_prompt > 1:
             yield "rollout.samples_per_prompt must be 1: this recipe trains on solutions, one each"
+        if offline and self.rollout.ahead:
+            yield "rollout.ahead must be 0: this recipe trains on solutions, nothing is generated"
         if self.method == "grpo":
             yield from self._grpo_conflicts(self.grpo or GrpoConfig())
+        if self.rollout.ahead and self.loss.objective == "sampled_token":
+            yield from self._stale_token_conflicts()
 
     def _teacher_conflicts(self) -> Iterator[str]:
         distill, column = self.distill, self.data.columns.teacher
@@ -313,4 +317,18 @@ class Config:
             yield (
                 "grpo.importance_cap: rollout.top_p and top_k change the sampler's probabilities; "
                 "set it to null, or sample from all tokens (top_p=1, top_k=0)"
+            )
+        if self.rollout.ahead and grpo.importance_cap is None:
+            yield (
+                "rollout.ahead=1 samples from older weights, which importance weights correct: set "
+                "grpo.importance_cap, such as 2.0, or rollout.ahead=0"
+            )
+
+    def _stale_token_conflicts(self) -> Iterator[str]:
+        """The weight of a sampled token compares it under loss.temperature with the sampler's."""
+        rollout = self.rollout
+        if rollout.temperature != self.loss.temperature or rollout.top_p < 1 or rollout.top_k > 0:
+            yield (
+                "rollout.ahead=1 with loss.objective=sampled_token weights tokens by their "
+                "probability: set rollout.temperature=loss.temperature, top_p=1 and top_k=0"
             )

@@ -99,7 +99,8 @@ def _engine(config: Config) -> list[str]:
     if rollout.engine == "vllm":
         return [f"  vLLM takes another {rollout.vllm_memory:.0%} of the device while it generates"]
     if rollout.engine == "vllm-server":
-        return [f"rollouts: on {', '.join(rollout.servers)}; they take no memory here"]
+        when = ", a step ahead" if rollout.ahead else ""
+        return [f"rollouts: on {', '.join(rollout.servers)}{when}; they take no memory here"]
     return []
 
 

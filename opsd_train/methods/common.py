@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,6 +32,27 @@ def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor | N
     weights = torch.tensor([sample.weight for sample in samples])
     lengths = torch.tensor([len(sample.completion) for sample in samples])
     return weights.repeat_interleave(lengths).to(device)
+
+
+def sampler_logprobs(samples: Sequence[Sample]) -> Tensor:
+    """(N,) fp32 log-probability of each completion token under the sampler, on the CPU."""
+    return torch.tensor([*chain.from_iterable(map(_own_logprobs, samples))])
+
+
+def _own_logprobs(sample: Sample) -> list[float]:
+    assert sample.logprobs is not None, "importance weights need the sampler's log-probabilities"
+    return sample.logprobs
+
+
+def importance_weight(logprob: Tensor, sampler: Tensor, cap: float) -> Tensor:
+    """(N,) min(p / q, cap), constant, with p the policy's and q the sampler's probability.
+
+    Truncated importance sampling: a policy gradient over samples of q, times p / q, is that over
+    samples of p; the cap trades some of it for less variance. Per token, as in IMPALA (Espeholt et
+    al., 2018) and in "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training" (Yao
+    et al., 2025).
+    """
+    return (logprob.detach() - sampler).exp().clamp(max=cap)
 
 
 def cross_entropy(

@@ -60,7 +60,10 @@ class Distill(Method):
         self, samples: Sequence[Sample], precomputed: list[Distribution], num_tokens: int
     ) -> tuple[torch.Tensor, Stats]:
         """The objective over one micro-batch; see `distillation`."""
-        return distillation(self.policy, samples, precomputed, self.config.loss, num_tokens)
+        stale = bool(self.config.rollout.ahead)
+        return distillation(
+            self.policy, samples, precomputed, self.config.loss, num_tokens, stale=stale
+        )
 
     def _distributions(self, group: Sequence[Sample]) -> list[Distribution]:
         """What each teacher predicts of its samples."""

@@ -19,10 +19,17 @@ from opsd_kernels import (
     topk_divergence,
 )
 from opsd_kernels.integrations.heads import LmHead
-from opsd_train.config.method_schema import LossConfig
+from opsd_train.config.method_schema import IMPORTANCE_CAP, LossConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Stats
-from opsd_train.methods.common import head_options, pair_options, student_run, token_weights
+from opsd_train.methods.common import (
+    head_options,
+    importance_weight,
+    pair_options,
+    sampler_logprobs,
+    student_run,
+    token_weights,
+)
 from opsd_train.model.policy import Policy
 
 IGNORED = -100
@@ -84,6 +91,8 @@ def distillation(
     teachers: Sequence[Distribution],
     config: LossConfig,
     num_tokens: int,
+    *,
+    stale: bool = False,
 ) -> tuple[Tensor, Stats]:
     """Divergence (Eq. 6-7), over the vocabulary or the teacher's top k, or sampled-token loss
     (Eq. 9) of the student.
@@ -91,34 +100,42 @@ def distillation(
     teachers    one distribution at all of the samples' completion tokens, or several that share
                 them out
     num_tokens  the step's loss tokens, which the sum over tokens is divided by
+    stale       the samples are of older weights. Of the losses only the sampled token's is an
+                estimate over samples of the present ones, so its tokens get an `importance_weight`;
+                a divergence is computed from the distributions at whatever was sampled
 
     Returns the scalar loss and (N,) statistics. `divergence` among them is the divergence that is
     trained on; with the sampled token it is log s(y) - log t(y), an estimate of the reverse KL.
+    With importance weights: `importance`.
     """
     weights = token_weights(samples, policy.device)
+    # The completions of an evaluation are greedy, and have none.
+    comparable = stale and config.objective == "sampled_token" and samples[0].logprobs is not None
+    sampler = sampler_logprobs(samples).to(policy.device) if comparable else None
 
     def against(
-        teacher: Distribution, hidden: Tensor, head: LmHead, target: Tensor, weights: Tensor | None
+        teacher: Distribution, hidden: Tensor, head: LmHead, target: Tensor
     ) -> tuple[Tensor, Stats]:
-        student = (hidden, head, target, weights)
+        own = slice(None) if teacher.tokens is None else teacher.tokens
+        its_weights = None if weights is None else weights[own]
+        student = (hidden[own], head, target[own], its_weights)
         if isinstance(teacher, TopTokens):
             return _top_k(*student, teacher, config, num_tokens)
         if config.objective == "full_vocabulary":
             return _full_vocabulary(*student, teacher, config, num_tokens)
-        return _sampled_token(*student, teacher, config, num_tokens)
+        its_sampler = None if sampler is None else sampler[own]
+        return _sampled_token(*student, its_sampler, teacher, config, num_tokens)
 
     def loss_fn(hidden: Tensor, head: LmHead, target: Tensor) -> tuple[Tensor, Stats]:
         if teachers[0].tokens is None:
-            return against(teachers[0], hidden, head, target, weights)
+            return against(teachers[0], hidden, head, target)
         losses: list[Tensor] = []
         stats: Stats = {}
         for teacher in teachers:
-            own = teacher.tokens
-            its_weights = None if weights is None else weights[own]
-            loss, columns = against(teacher, hidden[own], head, target[own], its_weights)
+            loss, columns = against(teacher, hidden, head, target)
             losses.append(loss)
             for name, column in columns.items():
-                stats.setdefault(name, column.new_zeros(len(target)))[own] = column
+                stats.setdefault(name, column.new_zeros(len(target)))[teacher.tokens] = column
         return torch.stack(losses).sum(), stats
 
     return student_run(policy, samples, loss_fn)
@@ -155,6 +172,7 @@ def _sampled_token(
     head: LmHead,
     target: Tensor,
     weights: Tensor | None,
+    sampler: Tensor | None,
     teacher: FullDistribution,
     config: LossConfig,
     num_tokens: int,
@@ -168,8 +186,12 @@ def _sampled_token(
         target,
         **pair_options(head, teacher_head, config.temperature),
     )
+    stats = {"divergence": -advantage, "logprob": logprob.detach()}
+    if sampler is not None:
+        stats["importance"] = importance_weight(logprob, sampler, IMPORTANCE_CAP)
+        weights = stats["importance"] if weights is None else stats["importance"] * weights
     loss = policy_gradient_loss(advantage, logprob, token_weight=weights, num_tokens=num_tokens)
-    return loss, {"divergence": -advantage, "logprob": logprob.detach()}
+    return loss, stats
 
 
 def _top_k(

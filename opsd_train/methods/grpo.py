@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -21,7 +20,12 @@ from opsd_train.config.method_schema import GrpoConfig
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
-from opsd_train.methods.common import head_options, student_run
+from opsd_train.methods.common import (
+    head_options,
+    importance_weight,
+    sampler_logprobs,
+    student_run,
+)
 from opsd_train.methods.ref_policy import RefPolicy
 from opsd_train.model.policy import Policy
 
@@ -154,8 +158,8 @@ def surrogate(
         "clipped": (clipped * advantage < ratio * advantage).float(),
     }
     if settings.importance_cap is not None:
-        sampler = torch.tensor([*chain.from_iterable(map(_sampler_logprobs, samples))]).to(logprob)
-        stats["importance"] = (old - sampler).exp().clamp(max=settings.importance_cap)
+        sampler = sampler_logprobs(samples).to(logprob)
+        stats["importance"] = importance_weight(old, sampler, settings.importance_cap)
         value = value * stats["importance"]
     if fixed.ref is not None:
         difference = fixed.ref - logprob
@@ -163,8 +167,3 @@ def surrogate(
         stats["kl"] = k3.detach()
         value = value + settings.kl_weight * k3
     return (value * weight).sum() / num_tokens, stats
-
-
-def _sampler_logprobs(sample: Sample) -> list[float]:
-    assert sample.logprobs is not None, "importance weights need the sampler's log-probabilities"
-    return sample.logprobs

@@ -64,7 +64,10 @@ class Opsd(Method):
         self, samples: Sequence[Sample], precomputed: Distribution, num_tokens: int
     ) -> tuple[Tensor, Stats]:
         """The objective over one micro-batch; see `distillation` for the statistics."""
-        return distillation(self.policy, samples, [precomputed], self.config.loss, num_tokens)
+        stale = bool(self.config.rollout.ahead)
+        return distillation(
+            self.policy, samples, [precomputed], self.config.loss, num_tokens, stale=stale
+        )
 
     def after_step(self) -> None:
         """Update the teacher's moving average."""

@@ -20,7 +20,10 @@ _ENTROPY_LOW = (
 _ENTROPY_HIGH = "the student's text is becoming random: lower optim.lr, or go back to a checkpoint"
 _DIVERGING = "the student moves away from its teacher: lower optim.lr, or set loss.token_clip"
 _CLIPPED = "more and more of the loss is clipped away: lower optim.lr, or raise loss.token_clip"
-_SAMPLER_DRIFT = "the sampler drifts away from the trainer: check that it has the newest adapter"
+_SAMPLER_DRIFT = (
+    "the sampler drifts away from the trainer: check that it has the newest adapter; with "
+    "rollout.ahead=1, lower optim.lr"
+)
 
 # The advice for each side of the band. A falling divergence is the aim of training: no warning.
 MONITORED = {

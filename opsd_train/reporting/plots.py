@@ -104,6 +104,9 @@ MACHINE = (
     Curves(
         "Sampler KL", "From sampler to trainer, estimator k3.", _one("sampler_kl"), size="small"
     ),
+    Curves(
+        "Sample age", "Optimizer updates since their weights.", _one("sample_age"), size="small"
+    ),
     Curves("Peak memory", "MiB.", _one("peak_mib"), size="small"),
 )
 

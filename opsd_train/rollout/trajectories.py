@@ -49,7 +49,7 @@ class Trajectories:
             and rollout.top_p == 1
             and rollout.top_k == 0
         )
-        self._sampling = Sampling.of(rollout)
+        self.sampling = Sampling.of(rollout)
 
     def requests(self, problems: Sequence[Problem]) -> list[RolloutRequest]:
         """The samples that a step needs, those of a problem side by side."""
@@ -68,20 +68,30 @@ class Trajectories:
                 solution_sample(self._prompts, request.problem, self._teacher_prompt)
                 for request in wanted
             ]
+        requests = self.prompted(step, wanted)
+        self.engine.sync()
+        completions = self.engine.generate(requests, self.sampling)
+        if not self._agrees:
+            engine = self._config.rollout.engine
+            check_agreement(self._policy, requests, completions, self.sampling, engine)
+            self._agrees = True
+        return self.samples(wanted, completions)
+
+    def prompted(self, step: int, wanted: Sequence[RolloutRequest]) -> list[Request]:
+        """What the engine is asked for; each completion has a seed of its own."""
         prompt = getattr(self._prompts, self._source)
-        requests = [
+        return [
             Request(
                 prompt(request.problem),
                 stable_seed(self._config.seed, step, request.position, request.number),
             )
             for request in wanted
         ]
-        self.engine.sync()
-        completions = self.engine.generate(requests, self._sampling)
-        if not self._agrees:
-            engine = self._config.rollout.engine
-            check_agreement(self._policy, requests, completions, self._sampling, engine)
-            self._agrees = True
+
+    def samples(
+        self, wanted: Sequence[RolloutRequest], completions: Sequence[Completion]
+    ) -> list[Sample]:
+        """The samples of these completions, one for each request."""
         samples = [
             self._sample(request.problem, completion)
             for request, completion in zip(wanted, completions, strict=True)

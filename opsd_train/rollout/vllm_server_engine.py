@@ -6,8 +6,10 @@ name at each sync. Each rank then spreads its own requests over all servers.
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -87,11 +89,18 @@ class VllmServerEngine:
         self._loaded: dict[VllmServer, list[str]] = {server: [] for server in self._servers.all}
         self._checked: set[VllmServer] = set()
         self._started = False  # from then on a server with a fault is left out
+        self._thread = ThreadPoolExecutor(1)
+        self._generating: Future[tuple[list[Completion], float]] | None = None  # in that thread
         self.sync()
         self._started = True
 
     def sync(self) -> None:
-        """Hand the adapter over as it is now, and use the servers that are back."""
+        """Hand the adapter over as it is now, and use the servers that are back.
+
+        It first waits for what `start` began, which needs the adapter that is unloaded here.
+        """
+        if self._generating is not None:
+            wait([self._generating])
         folder, number = self._adapters.write()
         lost = self._context.all_gather({server.url: server.lost for server in self._servers.all})
         outcome: _Handover | UserError | None = None
@@ -121,6 +130,23 @@ class VllmServerEngine:
         check_lengths(requests, sampling, self._max_model_len)
         complete = partial(self._complete, sampling=sampling, adapter=self._adapter)
         return self._servers.spread(requests, complete)
+
+    def start(
+        self, requests: Sequence[Request], sampling: Sampling
+    ) -> Future[tuple[list[Completion], float]]:
+        """`generate` in a thread, with the seconds it took; call it after a sync."""
+
+        def timed() -> tuple[list[Completion], float]:
+            start = time.perf_counter()
+            return self.generate(requests, sampling), time.perf_counter() - start
+
+        self._generating = self._thread.submit(timed)
+        return self._generating
+
+    def close(self) -> None:
+        """End what `start` began; the engine generates nothing more."""
+        self._servers.end()
+        self._thread.shutdown()
 
     def _complete(
         self, server: VllmServer, request: Request, sampling: Sampling, adapter: str

@@ -146,6 +146,13 @@ class VllmServers:
                 running[server] += 1
                 yield server, waiting.popleft()
 
+    def end(self) -> None:
+        """Ask no server any more: requests in flight end, and their calls raise UserError."""
+        for server in self.all:  # all first: no request may move to another server
+            server.lost = server.lost or "the run has ended"
+        for server in self.all:
+            server.abort()
+
     @contextmanager
     def _watched(self) -> Iterator[None]:
         """Within this context a server that hangs is lost."""

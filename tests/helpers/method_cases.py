@@ -25,6 +25,7 @@ from tests.helpers.tiny import config, make_model
 PAD, VOCAB, TEACHER_VOCAB = 0, 261, 288
 LORA = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
 GRPO = ("method=grpo", "rollout.samples_per_prompt=4", "rollout.temperature=1.2")
+AHEAD = ("rollout.engine=vllm-server", "rollout.servers=[http://a:1]", "rollout.ahead=1")
 CASES = {
     "opsd forward KL": ("loss.beta=0.0",),
     "opsd JSD": ("loss.beta=0.5", "loss.temperature=1.3"),
@@ -32,6 +33,7 @@ CASES = {
     "opsd clipped": ("loss.beta=0.0", "loss.token_clip=0.05"),
     "opsd top k": ("loss.objective=top_k", "loss.top_k=8", "loss.temperature=1.3"),
     "opsd sampled token": ("loss.objective=sampled_token", "loss.temperature=1.3"),
+    "opsd sampled token, ahead": (*AHEAD, "loss.objective=sampled_token"),
     "sft": ("method=sft",),
     "star": ("method=star",),
     "context_distill": ("method=context_distill",),
@@ -251,6 +253,9 @@ def plain_loss(
                 theirs = sample.teacher_prompt if privileged else prompt
                 lt = read(teacher or model, theirs, temperature=temperature)
             value = divergence(ls, lt.to(ls.dtype), y, config.loss)
+            if config.rollout.ahead and config.loss.objective == "sampled_token":
+                pairs = zip(chosen(ls, y).tolist(), sample.logprobs, strict=True)
+                value = value * torch.tensor([min(math.exp(own - q), 2.0) for own, q in pairs])
         elif config.method == "grpo":
             grpo, temperature = config.grpo or GrpoConfig(), config.rollout.temperature
             logprob = chosen(read(model, prompt, temperature=temperature), y)

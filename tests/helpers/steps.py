@@ -17,6 +17,7 @@ from opsd_train.distributed.fsdp import full_tensor
 from opsd_train.evaluation.grading import Answer
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.timers import PhaseTimer
+from opsd_train.rollout.ahead import Rollout
 from opsd_train.trainer import Trainer
 from tests.helpers.tiny import config
 from tests.helpers.verdicts import made_up
@@ -76,7 +77,7 @@ def follow(context: DistributedContext, course: Course) -> Outcome:
         outcome.gradients.append(_whole(gradients))
 
     trainer.optimizer.register_step_pre_hook(note_gradients)
-    trainer.trajectories.make = _noting(trainer.trajectories.make, outcome.samples)
+    trainer.rollouts.take = _noting(trainer.rollouts.take, outcome.samples)
     trainer.method.loss = _counting(trainer.method.loss, outcome)
     trainer.method.assign_weights = _limited(trainer.method.assign_weights, course.most_weighted)
     for step in range(1, course.steps + 1):
@@ -94,10 +95,10 @@ def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: full_tensor(tensor.detach()).clone() for name, tensor in tensors.items()}
 
 
-def _noting(make: Callable, samples: list) -> Callable:
-    def noting(*args: Any) -> list:
-        made = make(*args)
-        samples.append([(s.problem.id, s.completion, s.logprobs) for s in made])
+def _noting(take: Callable, samples: list) -> Callable:
+    def noting(step: int) -> Rollout:
+        made = take(step)
+        samples.append([(s.problem.id, s.completion, s.logprobs) for s in made.own])
         return made
 
     return noting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import socket
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from opsd_train.config.schema import RolloutConfig
 from opsd_train.model.policy import Policy
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.rollout.transformers_engine import TransformersEngine
+from tests.helpers.tiny import make_model, make_tokenizer
 
 Answer = Callable[[dict[str, Any], str | None], Completion]
 """From a request to /v1/completions and the folder of its adapter to a completion."""
@@ -30,15 +33,18 @@ def made_up(body: dict[str, Any], _: str | None = None) -> Completion:
     return Completion(tokens, [-numbers.random() for _ in tokens], finished=False)
 
 
-# Models are made from torch's global random generator, and computed by a few threads.
+# Models are computed by a few threads.
 _ONE_AT_A_TIME = Lock()
 
 
 class TinyModel:
-    """Answers as the transformers engine does, with a model and the adapter of each request."""
+    """Answers as the transformers engine does, with a model and the adapter of each request.
+
+    Threads of the server draw nothing from torch's global generator, which a trainer may be using.
+    """
 
     def __init__(self, make_model: Callable[[], Any], tokenizer: Any, config: Any) -> None:
-        self._make_model, self._tokenizer, self._config = make_model, tokenizer, config
+        self._model, self._tokenizer, self._config = make_model(), tokenizer, config
         self._engines: dict[str, TransformersEngine] = {}
 
     def __call__(self, body: dict[str, Any], folder: str | None) -> Completion:
@@ -54,9 +60,17 @@ class TinyModel:
         return made
 
     def _engine(self, folder: str) -> TransformersEngine:
-        model = PeftModel.from_pretrained(self._make_model(), folder)
+        base = copy.deepcopy(self._model)
+        model = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True)
         policy = Policy(model, self._tokenizer.pad_token_id, torch.float32)
         return TransformersEngine(policy, self._tokenizer, self._config)
+
+
+def tiny() -> TinyModel:
+    """The model of tests/helpers/tiny.py."""
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = "<|end|>"
+    return TinyModel(make_model, tokenizer, RolloutConfig(max_new_tokens=12, batch_tokens=1000))
 
 
 class Predictions:

@@ -21,6 +21,7 @@ from tests.helpers.course import timeless
 from tests.helpers.pair import Pair, alone
 from tests.helpers.tiny import config
 from tests.helpers.verdicts import made_up
+from tests.helpers.vllm_double import VllmDouble, tiny
 
 pytestmark = pytest.mark.dist
 
@@ -91,6 +92,23 @@ def test_goes_on(pair: Pair, models: Path, tmp_path: Path, capsys, shard, overri
         assert row["loss"] == pytest.approx(straight[0][1]["loss"], rel=1e-4)
 
 
+def test_goes_on_with_samples_a_step_ahead(pair: Pair, models: Path, tmp_path: Path) -> None:
+    """On one rank too: it takes the samples that both ranks had been given."""
+    double = VllmDouble(tiny())
+    served = ["rollout.engine=vllm-server", f"rollout.servers=[{double.url}]", "rollout.ahead=1"]
+    made_of = (models / "tied", tmp_path, [*served, "problems_per_step=5"], "full")
+    (before, row, after), _ = pair.run(train, *made_of)
+    (_, row_again, after_again), _ = pair.run(resume, *made_of)
+    _, row_alone, after_alone = resume(alone(), *made_of)
+    double.kill()
+    assert row == row_again and same(after, after_again) and not same(before, after)
+    assert row["sample_age"] == row_alone["sample_age"] == 1
+    for name in ("loss", "grad_norm", "sampler_mismatch", "completion_length"):
+        assert row_alone[name] == pytest.approx(row[name], rel=1e-4), name
+    for name, weight in after.items():
+        assert (weight - after_alone[name]).abs().max() < 2e-4, name
+
+
 def save(context: DistributedContext, folder: Path, number: int, failing: str | None) -> str | None:
     """Save on both ranks while rank 1's disk is full; returns the error message."""
 
@@ -112,7 +130,7 @@ def save(context: DistributedContext, folder: Path, number: int, failing: str | 
 
 def load(context: DistributedContext, folder: Path) -> tuple[int, int]:
     loaded = Checkpoints(folder, 2, context).newest("steps: 1")
-    return loaded.step, loaded.rank_state["rank"]
+    return loaded.step, loaded.rank_states[context.rank]["rank"]
 
 
 def test_a_full_disk_on_one_rank_and_a_damaged_file(pair: Pair, tmp_path: Path) -> None:

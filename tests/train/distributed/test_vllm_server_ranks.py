@@ -2,24 +2,17 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from opsd_train.config.schema import RolloutConfig
 from opsd_train.rollout import Completion
 from tests.helpers.pair import Pair, alone
 from tests.helpers.steps import Course, Outcome, follow
-from tests.helpers.tiny import make_model, make_tokenizer
-from tests.helpers.vllm_double import TinyModel, VllmDouble
+from tests.helpers.vllm_double import VllmDouble, tiny
 
 pytestmark = pytest.mark.dist
-
-
-def tiny() -> TinyModel:
-    tokenizer = make_tokenizer()
-    tokenizer.eos_token = tokenizer.pad_token = "<|end|>"
-    return TinyModel(make_model, tokenizer, RolloutConfig(max_new_tokens=5, batch_tokens=400))
 
 
 @pytest.fixture
@@ -55,6 +48,19 @@ def test_two_ranks_are_one_process(models: Path, pair: Pair, doubles, shard: str
         words = [event.split()[0] for event in double.events]
         assert words == ["load", "load", "unload", "load", "unload"]
         assert len(double.bodies) == 2 + 2 * 2  # two checks; of each step half the samples
+
+
+def test_two_ranks_are_one_process_with_samples_a_step_ahead(models: Path, pair: Pair, doubles):
+    course = served(models, doubles)
+    overrides = (*course.overrides, "rollout.ahead=1", "steps=3", "loss.objective=sampled_token")
+    course = replace(course, overrides=overrides, steps=3)
+    one, ranks = follow(alone(), course), pair.run(follow, course)
+    assert_same(one, ranks)
+    for name in ("loss", "importance", "sampler_mismatch"):
+        found = [[row[name] for row in outcome.rows] for outcome in (one, ranks[0])]
+        assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5), name
+    assert [row["sample_age"] for row in ranks[0].rows] == [0, 1, 1]
+    assert one.rows[2]["sampler_mismatch"] > 1e-3
 
 
 def test_a_server_that_dies_is_missed_by_both(models: Path, pair: Pair, doubles) -> None:

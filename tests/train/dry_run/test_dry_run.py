@@ -178,6 +178,8 @@ def test_rollouts_on_servers_take_no_memory_here(tiny_folder: Path) -> None:
     served = config(tiny_folder, "rollout.engine=vllm-server", urls)
     assert "rollouts: on http://a:8000, http://b:8000; they take no memory here" in dry_run(served)
     assert expected(served).keys() == {"load", "teacher", "student", "optimizer"}
+    ahead = config(tiny_folder, "rollout.engine=vllm-server", urls, "rollout.ahead=1")
+    assert "rollouts: on http://a:8000, http://b:8000, a step ahead; they" in dry_run(ahead)
 
 
 METHODS = {

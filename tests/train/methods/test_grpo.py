@@ -11,6 +11,7 @@ from opsd_train.config.method_schema import GrpoConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.grpo import FixedLogprobs, surrogate
 from tests.helpers.method_cases import (
+    AHEAD,
     GRPO,
     assert_same,
     change,
@@ -139,6 +140,25 @@ def test_statistics_are_those_of_the_sampled_distribution() -> None:
         truth_of_it = torch.cat(parts)
         torch.testing.assert_close(found.stats[name].double(), truth_of_it, rtol=1e-3, atol=1e-4)
     assert 0 < (found.stats["importance"] == 1.5).sum() < len(found.stats["importance"])
+
+
+def test_samples_of_older_weights_are_weighted() -> None:
+    """With one update a step; the ratio of the surrogate is 1, the weight is not."""
+    config, policy, samples = settings(*ALL, *AHEAD), make_policy(), []
+    for sample in make_samples():
+        own = log_probs(double(policy), sample.student_prompt, sample.completion, 1.2)
+        samples.append(replace(sample, logprobs=chosen(own, sample.completion).tolist()))
+    change(policy, 11, std=0.05)
+    method, model = make_method(config, policy), double(policy)
+    samples = method.assign_weights(samples)
+    found = run(method, samples)
+    assert_same(found, truth(config, model, samples))
+    weights = found.stats["importance"]
+    assert (weights == 2).sum() > 2 and (weights < 0.7).sum() > 2
+    assert (found.stats["ratio"] == 1).all()
+    dropped = truth(settings(*ALL, "grpo.importance_cap=null"), model, samples)
+    for name, grad in found.grads.items():
+        assert (grad - dropped.grads[name]).abs().max() > 0.1 * grad.abs().max(), name
 
 
 def test_it_reads_the_students_samples() -> None:

@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from tests.helpers.method_cases import (
+    AHEAD,
     CASES,
     assert_same,
     change,
+    chosen,
     counted,
     double,
     finish,
+    log_probs,
     make_method,
     make_policy,
     make_samples,
@@ -82,6 +85,38 @@ def test_sampled_token_with_a_trained_head() -> None:
     change(policy, 11)
     wanted = truth(config, double(policy), samples, teacher=initial)
     assert_same(run(method, samples), wanted)
+
+
+def test_tokens_of_older_weights_are_weighted() -> None:
+    """min(s / q, 2), q what the sampler's weights gave the token; without them the loss is another.
+
+    Weights, and so gradients, that are dropped, doubled or turned around are far from these.
+    """
+    config, policy, samples = settings(*CASES["opsd sampled token, ahead"]), make_policy(), []
+    for sample in make_samples():
+        own = log_probs(double(policy), sample.student_prompt, sample.completion)
+        samples.append(replace(sample, logprobs=chosen(own, sample.completion).tolist()))
+    change(policy, 11, std=0.05)
+    method, model = make_method(config, policy), double(policy)
+    found = run(method, samples)
+    assert_same(found, truth(config, model, samples))
+    weights = found.stats["importance"]
+    assert (weights == 2).sum() > 2 and (weights < 0.7).sum() > 2 and (weights <= 2).all()
+    fresh = truth(settings("loss.objective=sampled_token"), model, samples)
+    for name, grad in found.grads.items():
+        assert (grad - fresh.grads[name]).abs().max() > 0.1 * grad.abs().max(), name
+    # Held-out completions are greedy and have no weights.
+    greedy = [replace(sample, logprobs=None) for sample in samples]
+    assert_same(run(method, greedy), fresh)
+
+
+def test_divergences_take_samples_as_they_are() -> None:
+    for name in ("opsd JSD", "opsd top k"):
+        found, fresh = (
+            run(make_method(settings(*CASES[name], *more), make_policy()), make_samples())
+            for more in (AHEAD, ())
+        )
+        assert found.loss == fresh.loss and "importance" not in found.stats
 
 
 def test_state_brings_the_average_back() -> None:

@@ -18,6 +18,7 @@ from opsd_train.methods.teachers import LocalTeacher, refuse_unknown_teachers
 from opsd_train.model.policy import Policy
 from tests.helpers import tiny
 from tests.helpers.method_cases import (
+    AHEAD,
     PAD,
     VOCAB,
     Outcome,
@@ -37,6 +38,7 @@ OBJECTIVES = {
     "JSD": ("loss.beta=0.5", "loss.temperature=1.3"),
     "top k": ("loss.objective=top_k", "loss.top_k=8"),
     "sampled token": ("loss.objective=sampled_token",),
+    "sampled token, ahead": (*AHEAD, "loss.objective=sampled_token"),
 }
 
 

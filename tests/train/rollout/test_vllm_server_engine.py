@@ -21,7 +21,7 @@ from opsd_train.rollout.transformers_engine import TransformersEngine
 from opsd_train.rollout.vllm_server_engine import VllmServerEngine
 from tests.helpers.pair import alone
 from tests.helpers.tiny import config, make_model, make_tokenizer, recipe
-from tests.helpers.vllm_double import TinyModel, VllmDouble
+from tests.helpers.vllm_double import TinyModel, VllmDouble, tiny
 
 PROMPTS = [[7, 30, 91], [5], [40, 2, 200, 13, 77, 120, 9], [61, 62, 63, 64], [99, 18, 3], [8, 8]]
 GREEDY = Sampling(12)
@@ -33,10 +33,6 @@ def tokenizer() -> Any:
     made = make_tokenizer()
     made.eos_token = made.pad_token = "<|end|>"
     return made
-
-
-def tiny() -> TinyModel:
-    return TinyModel(make_model, tokenizer(), RolloutConfig(**LENGTHS))
 
 
 @pytest.fixture

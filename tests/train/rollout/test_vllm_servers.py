@@ -175,6 +175,22 @@ def test_ctrl_c_does_not_wait_for_requests(doubles) -> None:
     assert time.perf_counter() - start < 5
 
 
+def test_the_end_is_quick_and_quiet(doubles) -> None:
+    """Requests in flight end, none moves to another server, and none is sent any more."""
+    lines: list[str] = []
+    for double in doubles:
+        double.held.set()
+    found = servers(doubles, lines)
+    meanwhile(lambda: ([double.wait_for(4) for double in doubles], found.end()))
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="the run has ended"):
+        found.spread(range(8), ask)
+    with pytest.raises(UserError, match="the run has ended"):
+        found.spread([0], ask)
+    assert time.perf_counter() - start < 5 and not lines
+    assert not any(double.bodies for double in doubles)
+
+
 def test_each_asks_all_and_leaves_out_who_is_lost(doubles) -> None:
     lines: list[str] = []
     found = servers(doubles, lines, **QUICK)
