@@ -13,6 +13,10 @@ Sources:
   NCCL    NVIDIA/nccl at 5067397: src/graph/topo.h has what NVLink carries (SM80_NVLINK_BW and
           SM90_NVLINK_BW, 20.0 and 20.6 GB/s each of 12 and 18 links), src/graph/tuning.cc how long
           a ring takes: ncclTunerConstantsDefaults and ncclTopoTuneModel
+  step    ours: a whole OPSD step of Qwen3-1.7B's shape, 8 sequences at once, took 1.41 times the sum
+          of its operations: benchmarks/results/gpu_second_h100_2.json, stage "step"
+  titan   pytorch/torchtitan, docs/performance.md of 2024: Llama 3 70B on 64 A100s, FSDP2, 331
+          tokens/s on each, 1.14 times the sum
   FA      T. Dao, FlashAttention-2 (arXiv 2307.08691): 50-73 % of an A100's peak; J. Shah et al.,
           FlashAttention-3 (arXiv 2407.08608): FlashAttention-2 uses 35 % of an H100's
 """
@@ -83,6 +87,7 @@ class Device:
     node: int  # devices of a node
     protocols: tuple[Protocol, ...]
     kind: str = "cuda"  # torch's name
+    sustained: float = 1.0  # of these rates, what a whole training step holds
     overlaps: bool = True  # communication goes on beside computation
     reduction: float = 1.0  # a reduce-scatter's time over that of an all-gather of as many bytes
 
@@ -97,7 +102,7 @@ class Device:
                 arithmetic += flops
             else:
                 memory += moving
-        return Seconds(arithmetic, memory)
+        return Seconds(arithmetic / self.sustained, memory / self.sustained)
 
     def product(self, rows: float, inner: float, columns: float, itemsize: int) -> Seconds:
         """Seconds of a product (rows, inner) by (inner, columns)."""
@@ -106,7 +111,7 @@ class Device:
 
     def moving(self, size: float) -> Seconds:
         """Seconds to read or write so many bytes of memory."""
-        return Seconds(memory=size / self.bandwidth)
+        return Seconds(memory=size / self.bandwidth / self.sustained)
 
     def gathering(self, size: float, ranks: int) -> float:
         """Seconds of an all-gather over `ranks` devices that gives each `size` bytes.
@@ -142,6 +147,7 @@ DEVICES = {
         # Ours in bf16. fp32 is PyTorch's default, which is not TF32: the same share of the peak.
         products={2: 790e12, 4: 790 / 989.4 * 66.9e12},
         attention={2: 0.35 * 989.4e12, 4: 0.35 * 66.9e12},  # FA
+        sustained=1 / 1.41,  # step
         bandwidth=3.02e12,  # ours
         link=18 * 20.6e9,  # NCCL
         network=400e9 / 8,  # DGX
@@ -154,6 +160,7 @@ DEVICES = {
         # A100, by the share of the peak that an H100 reaches (ours).
         products={2: 790 / 989.4 * 312e12, 4: 790 / 989.4 * 19.5e12},
         attention={2: 0.6 * 312e12, 4: 0.6 * 19.5e12},  # FA, the middle
+        sustained=1 / 1.14,  # titan
         bandwidth=1.8e12,  # forum
         link=12 * 20.0e9,  # NCCL
         network=200e9 / 8,  # DGX
