@@ -150,9 +150,7 @@ def _sweep(found: dict[Any, Prediction]) -> str:
     heads = " | ".join(f"{ranks} GPUs" for ranks in SWEEP)
     lines = [f"| predicted | {heads} |", "|---" + "|---:" * len(SWEEP) + "|"]
     for model in MODELS:
-        rates = [
-            1 / (ranks * found[model, True, "h100", ranks].step_seconds) for ranks in SWEEP
-        ]
+        rates = [1 / (ranks * found[model, True, "h100", ranks].step_seconds) for ranks in SWEEP]
         shares = " | ".join(f"{rate / rates[0]:.0%}" for rate in rates)
         lines.append(f"| {model} | {shares} |")
     return "\n".join(lines) + "\n"

@@ -13,8 +13,8 @@ Sources:
   NCCL    NVIDIA/nccl at 5067397: src/graph/topo.h has what NVLink carries (SM80_NVLINK_BW and
           SM90_NVLINK_BW, 20.0 and 20.6 GB/s each of 12 and 18 links), src/graph/tuning.cc how long
           a ring takes: ncclTunerConstantsDefaults and ncclTopoTuneModel
-  step    ours: a whole OPSD step of Qwen3-1.7B's shape, 8 sequences at once, took 1.41 times the sum
-          of its operations: benchmarks/results/gpu_second_h100_2.json, stage "step"
+  step    ours: the layers of a whole OPSD step of Qwen3-1.7B's shape, 8 sequences at once, took
+          1.45 times the sum of their operations: benchmarks/results/gpu_second_h100_2.json, "step"
   titan   pytorch/torchtitan, docs/performance.md of 2024: Llama 3 70B on 64 A100s, FSDP2, 331
           tokens/s on each, 1.14 times the sum
   FA      T. Dao, FlashAttention-2 (arXiv 2307.08691): 50-73 % of an A100's peak; J. Shah et al.,
@@ -87,7 +87,7 @@ class Device:
     node: int  # devices of a node
     protocols: tuple[Protocol, ...]
     kind: str = "cuda"  # torch's name
-    sustained: float = 1.0  # of these rates, what a whole training step holds
+    sustained: float = 1.0  # of these rates, what the layers of a whole step hold
     overlaps: bool = True  # communication goes on beside computation
     reduction: float = 1.0  # a reduce-scatter's time over that of an all-gather of as many bytes
 
@@ -147,7 +147,7 @@ DEVICES = {
         # Ours in bf16. fp32 is PyTorch's default, which is not TF32: the same share of the peak.
         products={2: 790e12, 4: 790 / 989.4 * 66.9e12},
         attention={2: 0.35 * 989.4e12, 4: 0.35 * 66.9e12},  # FA
-        sustained=1 / 1.41,  # step
+        sustained=1 / 1.45,  # step
         bandwidth=3.02e12,  # ours
         link=18 * 20.6e9,  # NCCL
         network=400e9 / 8,  # DGX

@@ -20,7 +20,7 @@ from opsd_train.model.policy import PACKAGED, attention, load_model_config
 def setup_of(config: Config, shard: str, ranks: int, device: torch.device) -> tuple[Setup, Sizes]:
     """Dtypes, sharding and teacher of the recipe's run, and the trained model's sizes."""
     dtype = getattr(torch, config.model.dtype)
-    sizes = _sizes(config.model, config.lora)
+    sizes = sizes_without_weights(config.model, config.lora)
     stored = load_model_config(config.model).dtype or torch.float32
     full = config.lora is None
     whole_file = ranks == 1 or config.model.name_or_path == PACKAGED
@@ -74,7 +74,7 @@ def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
     if config.distill is not None:
         others = [
             OtherTeacher(
-                _sizes(teacher_model(config, teacher), None),
+                sizes_without_weights(teacher_model(config, teacher), None),
                 getattr(torch, teacher.dtype).itemsize,
             )
             for teacher in teachers_of(config).values()
@@ -94,7 +94,8 @@ def _heads(config: Config) -> int:
     return 2 if both else 1
 
 
-def _sizes(model: ModelConfig, lora: LoraConfig | None) -> Sizes:
+def sizes_without_weights(model: ModelConfig, lora: LoraConfig | None) -> Sizes:
+    """A model's sizes, with adapters if there are any."""
     core = core_of(model)
     with torch.device("meta"):
         adapted = core if lora is None else add_adapters(core, lora)

@@ -117,7 +117,7 @@ def _teacher_products(run: Run, reader: Reader, batch: MicroBatch) -> Seconds:
         options = {name: run.setup.loss[name] for name in ("dtype", "device", "workspace_bytes")}
         shape = batch.loss_tokens, reader.sizes.hidden, reader.sizes.vocab
         chosen = plan(*shape, loss="topk", k=run.setup.top_k, grad_input=False, **options)
-        return _loss(run.device, chosen, reader.itemsize, heads=1)
+        return loss_seconds(run.device, chosen, reader.itemsize, heads=1)
     if run.setup.keeps_states:
         return Seconds()
     product = batch.loss_tokens, reader.sizes.hidden, reader.sizes.vocab
@@ -139,7 +139,7 @@ def _student(run: Run) -> Seconds:
             batch.loss_tokens, sizes.hidden, sizes.vocab, grad_weight=sizes.rank == 0, **setup.loss
         )
         heads = 2 if made.loss == "divergence" else 1
-        seconds += _loss(device, made, reader.itemsize, heads)
+        seconds += loss_seconds(device, made, reader.itemsize, heads)
         if heads == 1 and setup.keeps_states:  # the teacher's log-probability of the sample
             shape = batch.loss_tokens, sizes.hidden, sizes.vocab
             seconds += device.product(*shape, reader.itemsize)
@@ -235,7 +235,7 @@ def _ends(reader: Reader, device: Device, tokens: int) -> Seconds:
     return device.moving(tokens * reader.sizes.hidden * (2 * reader.itemsize + 7 * _FP32))
 
 
-def _loss(device: Device, made: Plan, itemsize: int, heads: int) -> Seconds:
+def loss_seconds(device: Device, made: Plan, itemsize: int, heads: int) -> Seconds:
     """A loss as opsd_kernels plans it: its products, and its passes over the logits."""
     n, d, v = made.num_tokens, made.hidden_size, made.vocab_size
     products = device.product(n, d, v, itemsize) * made.gemms
@@ -243,4 +243,5 @@ def _loss(device: Device, made: Plan, itemsize: int, heads: int) -> Seconds:
     pairs = 2 * _FP32 * heads + (2 * itemsize if made.gemms > heads else 0)
     # A trained head's gradient is added up block by block.
     added = 2 * made.accumulator_bytes * (made.num_blocks - 1)
-    return products + device.moving(pairs * n * v + added)
+    # These products are large: an H100 ran them at its best rate in a whole step, too.
+    return (products + device.moving(pairs * n * v + added)) * device.sustained

@@ -10,7 +10,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,21 @@ from tests.helpers.phase_peaks import PeakTimer, settled
 from tests.helpers.verdicts import made_up
 
 REPEATS = 3
+
+
+class CpuTimer(PeakTimer):
+    """Also adds up the CPU seconds of all threads, which other processes do not add to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spent: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        with super().phase(name):
+            start = time.process_time()
+            yield
+            self.spent[name] += time.process_time() - start
 
 
 class Probes:
@@ -78,17 +96,17 @@ class Probes:
         dist.reduce_scatter_tensor(self.part, self.layer)
 
     def _time(self, call: Callable[[], None]) -> float:
-        """Mean seconds of a call, every rank at once."""
+        """Mean CPU seconds of a call, every rank at once."""
         self.context.barrier()
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(REPEATS):
             call()
-        return (time.perf_counter() - start) / REPEATS
+        return (time.process_time() - start) / REPEATS
 
 
 def run(config: Config, context: DistributedContext, steps: int, tokens: int) -> dict[str, Any]:
     """Seconds and rates of each step after a first one, and the peaks of the last."""
-    timer = PeakTimer()
+    timer = CpuTimer()
     folder = RunFolder(Path(config.output_dir), context)
     before = settled()
     with timer.phase("load"), made_up():
@@ -99,14 +117,14 @@ def run(config: Config, context: DistributedContext, steps: int, tokens: int) ->
     trainer.step(1)
     rates, seconds = [probes.measure()], []
     for step in range(2, steps + 2):
-        started = dict(timer.seconds)
+        started = dict(timer.spent)
         trainer.step(step)
-        seconds.append({n: s - started.get(n, 0.0) for n, s in timer.seconds.items()})
+        seconds.append({n: s - started.get(n, 0.0) for n, s in timer.spent.items()})
         rates.append(probes.measure())
     trainer.close()
     between = [
         {name: statistics.harmonic_mean([one[name], two[name]]) for name in one}
-        for one, two in zip(rates, rates[1:], strict=False)
+        for one, two in pairwise(rates)
     ]
     peaks = {name: peak - before - held for name, peak in timer.peaks.items() if name != "load"}
     return {"seconds": seconds, "rates": between, "peaks": peaks}
