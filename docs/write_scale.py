@@ -124,6 +124,11 @@ def _problems(folder: Path) -> Path:
     return path
 
 
+def row(folder: Path, model: str, device: str, ranks: int) -> str:
+    """A row of the table of `device` with LoRA."""
+    return _row(model, device, ranks, _predict(folder, model, True, device, ranks))
+
+
 def _table(found: dict[Any, Prediction], lora: bool, device: str) -> str:
     lines = [
         "| predicted | GPUs | fits | peak of a rank | micro-batches | step | tokens/s | "
@@ -132,18 +137,19 @@ def _table(found: dict[Any, Prediction], lora: bool, device: str) -> str:
     ]
     for model in MODELS:
         for ranks in RANKS:
-            x = found[model, lora, device, ranks]
-            room = DEVICES[device].memory
-            most, seconds = peak(x.most), x.step_seconds
-            waiting = sum(phase.communication for phase in x.seconds.values()) / seconds
-            rate = x.step.loss_tokens / seconds
-            fits = "yes" if most <= room else "**no**"
-            lines.append(
-                f"| {model} | {ranks} | {fits} | {most / 2**30:.1f} GiB | "
-                f"{len(x.step.micro_batches)} | {seconds:.2f} s | {rate:,.0f} | "
-                f"{rate / ranks:,.0f} | {waiting:.0%} |"
-            )
+            lines.append(_row(model, device, ranks, found[model, lora, device, ranks]))
     return "\n".join(lines) + "\n"
+
+
+def _row(model: str, device: str, ranks: int, x: Prediction) -> str:
+    most, seconds = peak(x.most), x.step_seconds
+    waiting = sum(phase.communication for phase in x.seconds.values()) / seconds
+    rate = x.step.loss_tokens / seconds
+    fits = "yes" if most <= DEVICES[device].memory else "**no**"
+    return (
+        f"| {model} | {ranks} | {fits} | {most / 2**30:.1f} GiB | {len(x.step.micro_batches)} | "
+        f"{seconds:.2f} s | {rate:,.0f} | {rate / ranks:,.0f} | {waiting:.0%} |"
+    )
 
 
 def _sweep(found: dict[Any, Prediction]) -> str:
