@@ -90,10 +90,10 @@ class Probes:
         one.pow(2)
 
     def _gather(self) -> None:
-        dist.all_gather_into_tensor(self.layer, self.part)
+        dist.all_gather_into_tensor(torch.empty_like(self.layer), self.part)  # as FSDP does
 
     def _scatter(self) -> None:
-        dist.reduce_scatter_tensor(self.part, self.layer)
+        dist.reduce_scatter_tensor(torch.empty_like(self.part), self.layer)
 
     def _time(self, call: Callable[[], None]) -> float:
         """Mean CPU seconds of a call, every rank at once."""
