@@ -51,6 +51,8 @@ USAGE = """\
 python -m opsd_train                          run the demo, recipe demo/opsd
 python -m opsd_train RECIPE KEY=VALUE ...     run a recipe (a name or a .yaml file) with overrides
 python -m opsd_train RECIPE --dry-run         print the resolved config and the plan, run nothing
+python -m opsd_train RECIPE --dry-run --ranks N --device h100|a100
+                                              and each rank's memory and a step's time on N of them
 python -m opsd_train RECIPE ... --resume      continue after the newest checkpoint in output_dir
 torchrun --nproc_per_node N -m opsd_train RECIPE ... [--shard full|none]
                                               N processes: weights sharded (FSDP2) or copied to each
@@ -145,6 +147,9 @@ def _refuse_other_commands_options(name: str, arguments: Sequence[str]) -> None:
 def _train(options: argparse.Namespace) -> int:
     name, config = _config(options.words)
     if not options.dry_run:
+        for option in ("ranks", "device"):
+            if getattr(options, option) is not None:
+                raise UserError(f"--{option} is for predictions; add --dry-run")
         if not sys.stdout.isatty() and _is_main():  # a log begins before torch is imported
             print(_plan(name, config), flush=True)
         from opsd_train.run import train
@@ -152,7 +157,7 @@ def _train(options: argparse.Namespace) -> int:
         return train(config, resume=options.resume, shard=options.shard)
     from opsd_train.dry_run.plan import dry_run
 
-    print(dry_run(config, options.shard))
+    print(dry_run(config, options.shard, options.ranks, options.device))
     return 0
 
 
@@ -228,6 +233,14 @@ def _eval(options: argparse.Namespace) -> None:
         print_difference(folder, options.against)
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"should be a whole number, got {text!r}")
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be at least 1, got {text}")
+    return int(text)
+
+
 @dataclass(frozen=True)
 class Command:
     """The function that runs a command, and its options with their argparse settings."""
@@ -242,6 +255,8 @@ COMMANDS = {
         _train,
         {
             "--dry-run": _FLAG,
+            "--ranks": {"type": _positive},
+            "--device": {"choices": ("h100", "a100")},
             "--resume": _FLAG,
             "--shard": {"choices": ("full", "none"), "default": "full"},
         },

@@ -16,7 +16,12 @@ import torch
 
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
-from opsd_train.data.batches import Sample, balanced_micro_batches, deal
+from opsd_train.data.batches import (
+    Sample,
+    balanced_micro_batches,
+    deal,
+    refuse_more_ranks_than_samples,
+)
 from opsd_train.data.fingerprint import fingerprint
 from opsd_train.data.order import make_order
 from opsd_train.data.problems import load_problems
@@ -92,7 +97,8 @@ class Trainer:
         )
         engine = make_engine(config, self.policy, self.tokenizer, folder)
         self.trajectories = Trajectories(config, self.method, self.prompts, engine, self.tokenizer)
-        self._refuse_more_ranks_than_samples()
+        per_problem = len(self.trajectories.requests(self.problems[:1]))
+        refuse_more_ranks_than_samples(config.problems_per_step, per_problem, context.size)
         self.grader = Grader(workers=grading_processes())
         self.rewards = Rewards(self.grader, self.tokenizer, context)
         self.heldout = HeldOut(
@@ -241,15 +247,6 @@ class Trainer:
             for name, teacher in self.method.teachers.items()
             if isinstance(teacher, LocalTeacher)
         }
-
-    def _refuse_more_ranks_than_samples(self) -> None:
-        per_problem = len(self.trajectories.requests(self.problems[:1]))
-        count = per_problem * self.config.problems_per_step
-        if count < self.context.size:
-            raise UserError(
-                f"problems_per_step={self.config.problems_per_step} gives {count} samples, fewer "
-                f"than the {self.context.size} processes; raise it"
-            )
 
     def _evaluation_is_due(self) -> bool:
         """Before training, every `evaluation.every` steps and at the end; once per step."""

@@ -102,16 +102,34 @@ def balanced_micro_batches(
 
 
 def deal(samples: Sequence[Sample], layout: Layout, context: DistributedContext) -> list[Sample]:
-    """This rank's samples, of about the same lengths on every rank.
+    """This rank's samples, of about the same lengths on every rank: see `deal_to_all`."""
+    return deal_to_all(samples, layout, context.size)[context.rank]
+
+
+def deal_to_all(samples: Sequence[Sample], layout: Layout, ranks: int) -> list[list[Sample]]:
+    """The samples of each of `ranks` ranks, of about the same lengths on every rank.
 
     Samples that share a prompt go to one rank while there is such a set for every rank; what is
     left is cut evenly.
     """
-    runs, rank, size = _runs(samples, layout), context.rank, context.size
-    whole = len(runs) // size * size
+    runs = _runs(samples, layout)
+    whole = len(runs) // ranks * ranks
     rest = [*chain.from_iterable(runs[whole:])]
-    first, end = (-(-len(rest) * number // size) for number in (rank, rank + 1))
-    return [*chain.from_iterable(runs[rank:whole:size]), *rest[first:end]]
+    cuts = [-(-len(rest) * number // ranks) for number in range(ranks + 1)]
+    return [
+        [*chain.from_iterable(runs[rank:whole:ranks]), *rest[cuts[rank] : cuts[rank + 1]]]
+        for rank in range(ranks)
+    ]
+
+
+def refuse_more_ranks_than_samples(problems_per_step: int, per_problem: int, ranks: int) -> None:
+    """Raises UserError if a step has fewer samples than there are ranks."""
+    count = problems_per_step * per_problem
+    if count < ranks:
+        raise UserError(
+            f"problems_per_step={problems_per_step} gives {count} samples, fewer than the {ranks} "
+            "processes; raise it"
+        )
 
 
 def _runs(samples: Iterable[Sample], layout: Layout) -> list[list[Sample]]:

@@ -204,6 +204,7 @@ def _generate(sizes: Sizes, batch: GenerationBatch, setup: Setup) -> dict[str, i
     whole = 0
     if setup.processes > 1:
         whole = item * (sizes.weights + (sizes.trained if sizes.rank else 0))
+        whole += _last_gathered(sizes, setup)
     elif item < _FP32:  # float32 weights are cast to the compute dtype
         whole = item * sizes.trained
     one_layer = 2 * rows * (batch.prompt + batch.new) * sizes.keys * item
@@ -283,10 +284,19 @@ def _student(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, int]:
     }
 
 
+def _last_gathered(sizes: Sizes, setup: Setup) -> int:
+    """FSDP keeps a layer as it was gathered until the next is, beside the copies in its tensors."""
+    layers = sizes.linear - sizes.vocab * sizes.hidden
+    return setup.itemsize * layers // sizes.layers if setup.shards > 1 else 0
+
+
 def _update(sizes: Sizes, setup: Setup) -> dict[str, int]:
     # The denominator and its square root: on a CPU tensor by tensor, on a GPU all tensors at once.
     tensors = sizes.trained if setup.loss["device"].type == "cuda" else sizes.largest
-    return {"AdamW's temporaries": 2 * _FP32 * tensors // setup.shards}
+    return {
+        "AdamW's temporaries": 2 * _FP32 * tensors // setup.shards,
+        "the last layer that FSDP gathered": _last_gathered(sizes, setup),
+    }
 
 
 def saved_per_token(sizes: Sizes, item: int, stream: int, checkpointing: bool) -> int:
@@ -338,9 +348,10 @@ def _stream(sizes: Sizes, setup: Setup) -> int:
 
 def _cast(sizes: Sizes, setup: Setup) -> int:
     """Copies of weights in the compute dtype: autocast's casts, or what FSDP gathers."""
-    if setup.processes > 1:  # the root's parameters and two gathered layers
-        root = sizes.weights - (sizes.linear - sizes.vocab * sizes.hidden)
-        return setup.itemsize * (root + 2 * (sizes.weights - root) // sizes.layers)
+    if setup.processes > 1:  # the root's parameters and two gathered layers, one of them twice
+        layers = sizes.linear - sizes.vocab * sizes.hidden
+        gathered = setup.itemsize * (sizes.weights - layers + 2 * layers // sizes.layers)
+        return gathered + _last_gathered(sizes, setup)
     if setup.itemsize == _FP32:
         return 0
     return setup.itemsize * (sizes.trained if sizes.rank else sizes.linear)

@@ -158,7 +158,7 @@ def load_policy(
         for line in frozen_weight_warnings(adapted, lora) if context.is_main else []:
             print(f"warning: {line}", file=sys.stderr)
     if config.gradient_checkpointing:
-        _checkpoint_activations(core)
+        checkpoint_activations(core)
     if folder:
         empty_weights(core)
     if context.size > 1:
@@ -304,7 +304,8 @@ def _checked_layout(core: PreTrainedModel, name: str, pad_id: int) -> Layout:
     return batch_layout(core, pad_id)
 
 
-def _checkpoint_activations(core: PreTrainedModel) -> None:
+def checkpoint_activations(core: PreTrainedModel) -> None:
+    """Keep only each layer's input for backward, which runs the layer again; in place."""
     # transformers 5.2x renamed the method and warns about the old name.
     enable = getattr(core, "activation_checkpointing_enable", core.gradient_checkpointing_enable)
     enable({"use_reentrant": False})

@@ -161,5 +161,7 @@ def _made_again(tensor: Tensor, make: Callable[[], Tensor]) -> AbstractContextMa
     return torch.autograd.graph.saved_tensors_hooks(remade.pack, remade.unpack)
 
 
-def _key(tensor: Tensor) -> tuple[int, int, torch.dtype]:
-    return tensor.data_ptr(), tensor.numel(), tensor.dtype
+def _key(tensor: Tensor) -> tuple[Any, ...]:
+    # Not data_ptr(), which a dry run's tensors do not have.
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tensor.numel(), tensor.dtype

@@ -5,6 +5,7 @@ import fnmatch
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -90,10 +91,28 @@ def test_the_tree_is_that_of_the_packages() -> None:
 
 
 def test_the_keys_are_those_of_the_recipes() -> None:
-    spec = importlib.util.spec_from_file_location("write_keys", DOCS / "write_keys.py")
+    assert script("write_keys").page() == text_of(DOCS / "keys.md"), "run python docs/write_keys.py"
+
+
+@pytest.mark.slow
+def test_the_scale_page_is_what_the_predictions_say(tmp_path: Path) -> None:
+    written = script("write_scale").page(tmp_path)
+    assert written == text_of(DOCS / "scale.md"), "run python docs/write_scale.py"
+
+
+def test_a_row_of_the_scale_page(tmp_path: Path) -> None:
+    """The test above, of one prediction."""
+    scale = script("write_scale")
+    row = scale.row(tmp_path, "8B", "a100", 512)
+    assert f"\n{row}\n" in text_of(DOCS / "scale.md"), "run python docs/write_scale.py"
+
+
+def script(name: str) -> ModuleType:
+    """A script that writes a page."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.page() == text_of(DOCS / "keys.md"), "run python docs/write_keys.py"
+    return module
 
 
 def test_every_metric_is_explained() -> None:

@@ -37,12 +37,18 @@ class PeakTimer(PhaseTimer):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what small tensors of the last phase left
+        settled()
         resident.reset_peak()
         with super().phase(name):
             yield
         self.peaks[name] = resident.peak()
+
+
+def settled() -> int:
+    """The resident set in bytes, once what small tensors left is given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident.resident()
 
 
 def measure(config: Config, steps: int) -> dict[str, int]:

@@ -194,11 +194,13 @@ def test_grading_again_and_the_difference(evaluation):
 
 def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
     module = types.ModuleType("opsd_train.dry_run.plan")
-    module.dry_run = lambda config, shard: f"plan for {config.steps} steps, {shard}"
+    module.dry_run = lambda config, *rest: f"plan for {config.steps} steps, {rest}"
     monkeypatch.setitem(sys.modules, "opsd_train.dry_run.plan", module)
     monkeypatch.setattr(opsd_train, "dry_run", module, raising=False)
     assert main(["demo/opsd", "--dry-run", "steps=900"]) == 0
-    assert capsys.readouterr().out == "plan for 900 steps, full\n"
+    assert capsys.readouterr().out == "plan for 900 steps, ('full', None, None)\n"
+    assert main(["--dry-run", "steps=9", "--ranks", "8", "--device", "h100"]) == 0
+    assert capsys.readouterr().out == "plan for 9 steps, ('full', 8, 'h100')\n"
     assert trainer.seen == []
 
 
@@ -210,6 +212,11 @@ def test_dry_run_anywhere_on_the_line(trainer, monkeypatch, capsys):
         (["demo/opsd", "fast"], "expected key=value, got 'fast'"),
         (["demo/opsd", "steps=many"], "steps: should be a valid integer, got 'many'"),
         (["--dryrun"], "unrecognized arguments: --dryrun"),
+        (["--ranks", "8"], "--ranks is for predictions; add --dry-run"),
+        (["--device", "h100"], "--device is for predictions; add --dry-run"),
+        (["--dry-run", "--ranks", "0"], "--ranks: should be at least 1, got 0"),
+        (["--dry-run", "--ranks", "two"], "--ranks: should be a whole number, got 'two'"),
+        (["--dry-run", "--device", "v100"], "--device: invalid choice: 'v100'"),
         (["eval", "--dry-run"], "--dry-run is an option of python -m opsd_train RECIPE, not of e"),
         (
             ["demo/opsd", "--merged", "--set", "x"],

@@ -14,7 +14,7 @@ from benchmarks.study.step_memory import FARTHEST, LOGIT_BYTES, Law, measure, ru
 from opsd_kernels import reference
 from opsd_train.config.errors import UserError
 from opsd_train.methods.opsd import Opsd
-from opsd_train.model.policy import _checkpoint_activations
+from opsd_train.model.policy import checkpoint_activations
 from tests.helpers import tiny
 from tests.helpers.forked import forking
 from tests.helpers.method_cases import (
@@ -68,7 +68,7 @@ def test_both_ways_have_one_loss_and_gradient():
 
 def test_activations_are_checkpointed_both_ways():
     policy = make_policy()
-    _checkpoint_activations(policy.core)
+    checkpoint_activations(policy.core)
     method = Opsd(settings("loss.beta=0.5"), policy)
     calls = []
     policy.core.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
