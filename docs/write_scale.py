@@ -63,8 +63,9 @@ def tables(folder: Path) -> dict[str, str]:
 
 def page(folder: Path) -> str:
     """The page with its tables written anew."""
+    found = tables(folder)
     text = PAGE.read_text(encoding="utf-8")
-    for name, table in tables(folder).items():
+    for name, table in found.items():
         begin, end = BEGIN.format(name), END.format(name)
         before, rest = text.split(begin)
         text = before + begin + "\n" + table + "\n" + end + rest.split(end)[1]
