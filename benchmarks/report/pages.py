@@ -155,9 +155,10 @@ def sparse_accuracy(devices: list[Device]) -> str:
 
 def ahead(devices: list[Device]) -> str:
     def what(s: Json) -> str:
+        runs = "one run" if s["rounds"] == 1 else f"{s['rounds']} runs"
         return (
             f"`{s['recipe']}` on one core, its vLLM server on the other; medians of the steps of "
-            f"{s['rounds']} runs each, the first two and the last step of a run left out."
+            f"{runs} each, the first two and the last step of a run left out."
         )
 
     found = [device.aheads[-1] for device in devices if device.aheads]
