@@ -94,7 +94,8 @@ def _time(found: Prediction) -> list[str]:
     ranks, batches = found.setup.processes, len(found.step.micro_batches)
     lines = [
         f"time predicted for a step on {ranks} x {found.device.name}, {batches} "
-        f"micro-batch{'es' if batches > 1 else ''} each, without the host:"
+        f"micro-batch{'es' if batches > 1 else ''} each, without Python and the start of kernels, "
+        "which small steps wait for:"
     ]
     for name, phase in found.seconds.items():
         parts = (phase.arithmetic, phase.memory, phase.communication)

@@ -91,7 +91,7 @@ def test_what_it_prints(folder: Path) -> None:
     for part in (
         "memory expected on H100 SXM by each of 8 ranks",
         "  fits: 0.0 of 79.2 GiB",
-        "time predicted for a step on 8 x H100 SXM, 1 micro-batch each, without the host:",
+        "time predicted for a step on 8 x H100 SXM, 1 micro-batch each, without Python",
         "waits for communication",
         "completion tokens/s",
     ):
