@@ -1,6 +1,6 @@
 """The demo's accuracy with a teacher that is known at its k most likely tokens.
 
-    python -m benchmarks.sparse_accuracy   # about 35 minutes on 2 cores
+    python -m benchmarks.sparse_accuracy   # six runs of the demo
 
 One run of demo/opsd for each k, and one with the whole vocabulary: same seed, problems and steps.
 Finished runs are kept in the folder of --runs: the same command continues where the last stopped.
