@@ -89,6 +89,7 @@ class Device:
     kind: str = "cuda"  # torch's name
     sustained: float = 1.0  # of these rates, what the layers of a whole step hold
     overlaps: bool = True  # communication goes on beside computation
+    thin_products: float = 1.0  # of the bandwidth, what a product reaches that it limits
     reduction: float = 1.0  # a reduce-scatter's time over that of an all-gather of as many bytes
 
     def work(self, operations: Iterable[Operation]) -> Seconds:
@@ -97,7 +98,8 @@ class Device:
         for operation in operations:
             rates = self.attention if operation.kind == "attention" else self.products
             flops = operation.flops / rates[operation.itemsize] if operation.flops else 0.0
-            moving = operation.bytes / self.bandwidth
+            share = self.thin_products if operation.kind == "product" else 1.0
+            moving = operation.bytes / (self.bandwidth * share)
             if flops > moving:
                 arithmetic += flops
             else:

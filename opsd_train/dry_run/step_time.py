@@ -165,9 +165,9 @@ def _rollout(run: Run) -> Seconds:
     """Generation by the transformers engine: every rank gathers the model and decodes alone."""
     reader, device = run.student, run.device
     seconds = _root_gathered(reader, device)
-    gather = _gather(reader, device)
-    copies = device.moving(2 * reader.layer_gathered) if reader.shards > 1 else Seconds()
-    seconds += (copies + Seconds(communication=gather)) * reader.sizes.layers
+    gathered = _copied(reader, device, reader.layer_gathered)
+    gathered += Seconds(communication=_gather(reader, device))
+    seconds += gathered * reader.sizes.layers
     for batch in run.step.generations:
         seconds += _generation(reader, device, batch)
     return seconds
@@ -198,8 +198,7 @@ def _through_layers(
     `reduce`: seconds of summing a layer's gradients; 0 in a forward pass.
     """
     layers = reader.sizes.layers
-    if reader.shards > 1:  # gathered weights are copied to where each tensor is
-        layer += device.moving(2 * reader.layer_gathered)
+    layer += _copied(reader, device, reader.layer_gathered)
     if reduce:  # gradients in the compute dtype become float32 for the sum
         layer += device.moving((reader.itemsize + _FP32) * reader.layer_trained)
     if not (device.overlaps and reader.prefetches):
@@ -227,7 +226,15 @@ def _root_gathered(reader: Reader, device: Device) -> Seconds:
     if reader.shards == 1:
         return Seconds()
     size = reader.itemsize * reader.head
-    return device.moving(2 * size) + Seconds(communication=device.gathering(size, reader.shards))
+    gather = Seconds(communication=device.gathering(size, reader.shards))
+    return _copied(reader, device, size) + gather
+
+
+def _copied(reader: Reader, device: Device, size: int) -> Seconds:
+    """FSDP2's copies for an all-gather: a rank's shards into a buffer, all of it to each tensor."""
+    if reader.shards == 1:
+        return Seconds()
+    return device.moving(2 * (size / reader.shards + size))
 
 
 def _ends(reader: Reader, device: Device, tokens: int) -> Seconds:

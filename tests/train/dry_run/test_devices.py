@@ -210,5 +210,20 @@ def test_communication_hides_behind_computation(tmp_path: Path) -> None:
     assert student(made, PLAIN, 1).communication == 0
 
 
+def test_gathered_weights_are_copied(tmp_path: Path) -> None:
+    """A rank's share is read and written once, the whole again: 3 layers twice, and the head."""
+    made = model(tmp_path, SMALL, False)
+    gathered, head = 2 * LAYER_WEIGHTS, 2 * (2 * 512 * 64 + 7 * 64)
+    four, eight = (student(made, PLAIN, ranks).memory for ranks in (4, 8))
+    assert four - eight == pytest.approx(2 * (1 / 4 - 1 / 8) * (2 * 3 * gathered + head), rel=0.01)
+
+
+def test_products_that_bytes_limit() -> None:
+    slow = replace(PLAIN, thin_products=0.5)
+    operations = [Operation(kind, 60, 100, 4) for kind in ("product", "attention", "memory")]
+    assert [slow.work([o]).memory for o in operations] == [200, 100, 100]
+    assert slow.work([Operation("product", 300, 100, 4)]) == Seconds(arithmetic=300)
+
+
 def student(made: ModelConfig, device: Device, ranks: int) -> Seconds:
     return predict_seconds(sft(made, device, ranks, 2, 16))["student"]

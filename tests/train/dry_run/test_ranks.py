@@ -25,11 +25,11 @@ from tests.helpers.phase_peaks import ALL_LINEAR
 
 ROOT = Path(__file__).parents[3]
 STEPS = 3
-# Rollouts, mostly Python in a batch this small, and the optimizer's 1 % of a step are not judged.
-JUDGED = ("teacher", "student")
+PHASES = ("rollout", "teacher", "student", "optimizer")
 SMALL_MAPS = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
-# Freed tensors are kept for the next ones, as on a run that lasts: no page is mapped anew.
-KEPT = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+# Freed memory is kept, as CUDA's allocator does: on this CPU a page mapped anew costs more than
+# what is computed on it.
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
 
 
 def recipe(folder: Path, problems: int = 8) -> dict[str, Any]:
@@ -131,10 +131,12 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(folder: Path, ranks: int, steps: int, environment: dict[str, str]) -> list[dict]:
+def start(
+    what: str, folder: Path, ranks: int, steps: int, environment: dict[str, str]
+) -> list[dict]:
     """What each of `ranks` processes found; see tests/helpers/rank_steps.py."""
     script = str(ROOT / "tests" / "helpers" / "rank_steps.py")
-    command = [sys.executable, script, json.dumps(recipe(folder, 16)), "[]", str(folder)]
+    command = [sys.executable, script, what, json.dumps(recipe(folder, 16)), "[]", str(folder)]
     common = os.environ | resident.WORKER_ENV | environment | {
         "PYTHONPATH": str(ROOT),
         "WORLD_SIZE": str(ranks),
@@ -143,7 +145,7 @@ def start(folder: Path, ranks: int, steps: int, environment: dict[str, str]) -> 
     }  # fmt: skip
     started = [
         subprocess.Popen(
-            [*command, str(steps), "500"], env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}
+            [*command, str(steps)], env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}
         )
         for r in range(ranks)
     ]
@@ -170,6 +172,7 @@ def cpu(found: list[dict], step: int) -> Device:
         protocols=(Protocol(1.0, 0.0, 0.0, 0.0),),
         kind="cpu",
         overlaps=False,
+        thin_products=rates["thin"] / rates["bandwidth"],
         reduction=link / scatter,
     )
 
@@ -178,16 +181,19 @@ def cpu(found: list[dict], step: int) -> Device:
 @pytest.mark.dist
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_seconds_of_real_ranks(real: Path, ranks: int) -> None:
-    """CPU seconds of a rank's threads, which other processes on the machine hardly change."""
-    found = start(real, ranks, STEPS, KEPT)
+    """Wall-clock time. The optimizer, mostly Python in a model this small, counts in the step."""
+    found = start("seconds", real, ranks, STEPS, KEPT)
     made = config_from(recipe(real, 16), [])
     ratios: dict[str, list[float]] = {}
     for step in range(STEPS):
-        seconds = predict_run(made, "full", ranks, cpu(found, step)).seconds
-        for name in JUDGED:
-            measured = statistics.mean(rank["seconds"][step][name] for rank in found)
-            ratios.setdefault(name, []).append(measured / seconds[name].total)
+        predicted = predict_run(made, "full", ranks, cpu(found, step)).seconds
+        measured = {n: statistics.mean(rank["seconds"][step][n] for rank in found) for n in PHASES}
+        for name in ("rollout", "teacher", "student"):
+            ratios.setdefault(name, []).append(measured[name] / predicted[name].total)
+        whole = sum(seconds.total for seconds in predicted.values())
+        ratios.setdefault("step", []).append(sum(measured.values()) / whole)
     medians = {name: statistics.median(each) for name, each in ratios.items()}
+    print(f"measured over predicted, {ranks} ranks: {medians}")
     assert medians == pytest.approx(dict.fromkeys(medians, 1.0), rel=0.2), ratios
 
 
@@ -197,9 +203,9 @@ def test_seconds_of_real_ranks(real: Path, ranks: int) -> None:
 def test_peaks_of_real_ranks(real: Path, ranks: int) -> None:
     if reason := resident.why_not():
         pytest.skip(reason)
-    found = start(real, ranks, 1, SMALL_MAPS)
+    found = start("peaks", real, ranks, 1, SMALL_MAPS)
     predicted = predict_run(config_from(recipe(real, 16), []), "full", ranks).memory
     for rank, phases in zip(found, predicted, strict=True):
-        wanted = {name: phase.total for name, phase in phases.items() if name in rank["peaks"]}
-        assert wanted.keys() == {"rollout", "teacher", "student", "optimizer"}
-        assert {name: rank["peaks"][name] for name in wanted} == pytest.approx(wanted, rel=0.2)
+        wanted = {name: phase.total for name, phase in phases.items() if name in PHASES}
+        assert wanted.keys() == set(PHASES)
+        assert {name: rank[name] for name in wanted} == pytest.approx(wanted, rel=0.2)
