@@ -28,9 +28,9 @@ from opsd_train.trainer import Trainer
 from tests.helpers.phase_peaks import PeakTimer, settled
 from tests.helpers.verdicts import made_up
 
-REPEATS = 3
+REPEATS = 10
 FIRST = 2  # steps that are not measured: memory is mapped in them
-TOKENS, ROWS = 500, 16  # about those of a micro-batch; samples that all ranks generate
+TOKENS, ROWS = 1000, 32  # about those of a micro-batch; samples that all ranks generate
 
 
 class Probes:
