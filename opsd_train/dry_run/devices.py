@@ -89,7 +89,7 @@ class Device:
     kind: str = "cuda"  # torch's name
     sustained: float = 1.0  # of these rates, what the layers of a whole step hold
     overlaps: bool = True  # communication goes on beside computation
-    thin_products: float = 1.0  # of the bandwidth, what a product reaches that it limits
+    thin_products: float = 1.0  # share of the bandwidth that products limited by bytes reach
     reduction: float = 1.0  # a reduce-scatter's time over that of an all-gather of as many bytes
 
     def work(self, operations: Iterable[Operation]) -> Seconds:

@@ -52,8 +52,8 @@ class Probes:
     def measure(self) -> dict[str, float]:
         """Rates by their name in `Device`.
 
-        `thin`: bytes that a product of few rows reads; `scatter`: bytes that are reduced; `link`:
-        what FSDP's copies take longer than at `bandwidth`, as weights are in no cache, is in it.
+        `thin`: bytes that a product of few rows reads. `scatter`: bytes that are reduced. `link`
+        includes what FSDP's copies take longer than `bandwidth` says: weights are in no cache.
         """
         found = {
             "products": 4 * self.x.numel() * len(self.w) / self._time(self._product),
