@@ -10,8 +10,8 @@
 namespace opsd {
 namespace {
 
-// Beyond the limit: the logit that exceeds it, and the padding of a whole vector.
-constexpr int64_t MARGIN = 32;
+// Beyond the limit: the tile that exceeds it, and the rest of a whole vector.
+constexpr int64_t MARGIN = TILE_COLS + 16;
 
 // Orders by logit, then by the lower column.
 uint64_t key_of(int32_t order, int32_t column) {

@@ -33,6 +33,8 @@ OPSD_INLINE Floats splat(float x) { return x - Floats{}; }
 
 OPSD_INLINE Floats load(const float* at) { return *reinterpret_cast<const FloatsAnywhere*>(at); }
 
+OPSD_INLINE Ints load(const int32_t* at) { return *reinterpret_cast<const IntsAnywhere*>(at); }
+
 OPSD_INLINE void store(float* at, Floats x) { *reinterpret_cast<FloatsAnywhere*>(at) = x; }
 
 // Stores past the cache what is read much later: 4 times as fast as a store that reads the line
@@ -116,6 +118,24 @@ OPSD_INLINE uint32_t bits_of(Ints mask) {
   uint32_t bits = 0;
   for (int i = 0; i < LANES; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
   return bits;
+#endif
+}
+
+// Bit i is set where lane i of x is more than that of y, or either is NaN.
+OPSD_INLINE uint32_t bits_not_less_or_equal(Floats x, Floats y) {
+#if OPSD_STREAMS && OPSD_LANES == 16
+  return static_cast<uint16_t>(__builtin_ia32_cmpps512_mask(x, y, 6, -1, 4));
+#else
+  return bits_of(~(x <= y));
+#endif
+}
+
+// Stores the lanes whose bit is set one after the other; a whole vector is written.
+OPSD_INLINE void store_chosen(int32_t* at, Ints x, uint32_t bits) {
+#if OPSD_STREAMS && OPSD_LANES == 16
+  *reinterpret_cast<IntsAnywhere*>(at) = __builtin_ia32_compresssi512_mask(x, x, bits);
+#else
+  for (; bits; bits &= bits - 1) *at++ = x[__builtin_ctz(bits)];
 #endif
 }
 
