@@ -16,9 +16,11 @@ OPERATIONS = {
     "cross_entropy": "cross-entropy",
     "advantage": "sampled-token advantage",
     "topk": "forward KL over the teacher's top 64 and the rest",
+    "largest": "log-probabilities of the 64 largest logits",
 }
 TOP_K = 64
-ONE_HEAD = ("logprob", "cross_entropy")
+ONE_HEAD = ("logprob", "cross_entropy", "largest")
+WITHOUT_GRADIENT = ("largest",)
 HEADS = ("frozen", "trained", "no_grad")  # no_grad: forward only
 DTYPES = ("bfloat16", "float16", "float32")
 TOKENS = tuple(2**power for power in range(8, 17))  # 256 to 65536
@@ -134,6 +136,7 @@ def default_cases(device: torch.device) -> list[Case]:
         Case("jsd", "trained", bf16, SMOLLM2, 256),
         Case("forward_kl", "frozen", "float32", SMOLLM2, 256),
         *(Case(name, "frozen", bf16, SMOLLM2, 256) for name in others),
+        Case("largest", "no_grad", bf16, SMOLLM2, 1024),
     ]
 
 
@@ -152,7 +155,8 @@ def _gpu_cases() -> list[Case]:
         *(Case("jsd", "frozen", bf16, SMOLLM2, 1024, inputs) for inputs in ("close", "real")),
         Case("jsd", "frozen", "float32", QWEN3_06B, 4096),
         Case("logprob", "trained", bf16, QWEN3_8B, 8192),
-        *(Case("topk", head, bf16, QWEN3_8B, 8192) for head in ("frozen", "trained", "no_grad")),
+        *(Case("topk", head, bf16, QWEN3_8B, 8192) for head in ("frozen", "trained")),
+        Case("largest", "no_grad", bf16, QWEN3_8B, 8192),
         # The longest last: a stage with a time limit may not reach them.
         *(Case("jsd", "frozen", bf16, QWEN3_8B, n) for n in (2048, 4096, 16384, 32768, 65536)),
     ]
@@ -160,12 +164,12 @@ def _gpu_cases() -> list[Case]:
 
 def full_cases(device: torch.device, memory: int) -> list[Case]:
     """All cases that fit into `memory` bytes and, on a CPU, take seconds."""
-    random = _cases(product(OPERATIONS, HEADS, DTYPES, SHAPES, TOKENS))
+    losses = [name for name in OPERATIONS if name not in WITHOUT_GRADIENT]
+    random = _cases(product(losses, HEADS, DTYPES, SHAPES, TOKENS))
+    random += _cases(product(WITHOUT_GRADIENT, ("no_grad",), DTYPES, SHAPES, TOKENS))
     alike = [
         Case(name, "frozen", dtype, SMOLLM2, tokens, inputs)
-        for name, dtype, tokens, inputs in product(
-            OPERATIONS, DTYPES, (256, 1024), ("close", "real")
-        )
+        for name, dtype, tokens, inputs in product(losses, DTYPES, (256, 1024), ("close", "real"))
     ]
     return [case for case in (*random, *alike) if fits(case, device, memory)]
 

@@ -125,7 +125,7 @@ def our_plan(
 
     Raises ValueError if it is not possible.
     """
-    topk = case.operation == "topk"
+    topk = case.operation in ("topk", "largest")
     return plan(
         case.tokens, case.shape.hidden, case.shape.vocab,
         loss="topk" if topk else "divergence" if case.operation in BETA else "logprob",
@@ -163,6 +163,8 @@ def our_call(
             x.student, x.head, x.labels, return_stats=True, schedule=schedule
         )
         return -(x.upstream * logprob).mean()
+    if operation == "largest":
+        return -fused_linear_topk(x.student, x.head, TOP_K, schedule=schedule)[0].mean()
     if operation == "topk":
         teacher_logprob, ids, _ = fused_linear_topk(*teacher, TOP_K, schedule=schedule)
         student_logprob = fused_linear_logprob(x.student, x.head, ids, schedule=schedule)
@@ -189,6 +191,11 @@ def _peers(case: Case) -> list[Contender]:
                 "Liger chunked_loss JSD", "peer", peers.liger_chunked_jsd, liger, compiles=True
             ),
             Contender("unsloth_zoo fused_linear_jsd", "peer", peers.unsloth_jsd, "unsloth_zoo"),
+        ]
+    if operation == "largest":
+        return [
+            *found,
+            Contender("topk, logsumexp, as in TRL's SDFT", "peer", peers.largest, logits=2),
         ]
     if operation == "topk":
         return [

@@ -42,6 +42,8 @@ def _loss(
     if operation == "cross_entropy":
         return F.cross_entropy(z, labels)
     log_s = z.log_softmax(-1)
+    if operation == "largest":
+        return -log_s.topk(TOP_K).values.mean()
     logprob = log_s.gather(-1, labels[:, None]).squeeze(-1)
     if operation == "logprob":
         # Entropy as a metric, as in a GRPO step; used, so that a compiler cannot remove it.

@@ -97,6 +97,12 @@ def trl_topk(x: Inputs) -> Tensor:
     return entries.sum(-1).mean()
 
 
+def largest(x: Inputs) -> Tensor:
+    """TRL's SDFT does so inside its loss, in the logits' dtype."""
+    logits = x.student @ x.head.T
+    return -(logits.topk(TOP_K).values - logits.logsumexp(-1, keepdim=True)).mean()
+
+
 def trl_cross_entropy(x: Inputs) -> Tensor:
     return -_trl_chunked(x.student, x.head, x.labels).mean()
 

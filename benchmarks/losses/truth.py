@@ -82,6 +82,8 @@ def _values(x: Inputs, rows: Tensor, z: Tensor, z_t: Tensor | None) -> Tensor:
         return reference.divergence(log_s, z_t.log_softmax(-1), BETA[x.case.operation])
     if x.case.operation == "cross_entropy":
         return reference.cross_entropy(log_s, labels)
+    if x.case.operation == "largest":
+        return -log_s.topk(TOP_K).values.mean(-1)
     if x.case.operation == "topk":
         log_t, ids = z_t.log_softmax(-1).topk(TOP_K)
         both = log_s.gather(-1, ids), log_t

@@ -280,7 +280,9 @@ def _number(value: float | str | None) -> float | None:
     return None if value is None else float(value)
 
 
-_OPERATIONS = ("jsd", "forward_kl", "reverse_kl", "logprob", "cross_entropy", "advantage", "topk")
+_OPERATIONS = (
+    "jsd", "forward_kl", "reverse_kl", "logprob", "cross_entropy", "advantage", "topk", "largest"
+)  # fmt: skip
 
 
 def _order(case: Case) -> tuple[Any, ...]:
