@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu_report.job import SMALL, SMALL_TOKENS, GpuJob, deal
 from benchmarks.gpu_report.work import one_by_one
-from benchmarks.losses.cases import ONE_HEAD, OPERATIONS, WITHOUT_GRADIENT, Case, Shape
+from benchmarks.losses.cases import DIFFERENTIATED, ONE_HEAD, Case, Shape
 from benchmarks.losses.check import rms
 from benchmarks.losses.contenders import our_call, ways
 from benchmarks.losses.inputs import Inputs
@@ -31,8 +31,7 @@ def shards(job: GpuJob) -> list[list[str]]:
     """
     sizes = list(product(_SMALL_DTYPES, (SMALL.vocab,)) if job.small else product(_DTYPES, _VOCABS))
     workers = max(1, job.workers // len(sizes))
-    losses = [name for name in OPERATIONS if name not in WITHOUT_GRADIENT]
-    hands = [(size, hand) for size in sizes for hand in deal(losses, workers)]
+    hands = [(size, hand) for size in sizes for hand in deal(DIFFERENTIATED, workers)]
     return [_ids(hand, *size, job) for size, hand in hands]
 
 

@@ -20,7 +20,7 @@ OPERATIONS = {
 }
 TOP_K = 64
 ONE_HEAD = ("logprob", "cross_entropy", "largest")
-WITHOUT_GRADIENT = ("largest",)
+DIFFERENTIATED = tuple(name for name in OPERATIONS if name != "largest")
 HEADS = ("frozen", "trained", "no_grad")  # no_grad: forward only
 DTYPES = ("bfloat16", "float16", "float32")
 TOKENS = tuple(2**power for power in range(8, 17))  # 256 to 65536
@@ -164,17 +164,19 @@ def _gpu_cases() -> list[Case]:
 
 def full_cases(device: torch.device, memory: int) -> list[Case]:
     """All cases that fit into `memory` bytes and, on a CPU, take seconds."""
-    losses = [name for name in OPERATIONS if name not in WITHOUT_GRADIENT]
-    random = _cases(product(losses, HEADS, DTYPES, SHAPES, TOKENS))
-    random += _cases(product(WITHOUT_GRADIENT, ("no_grad",), DTYPES, SHAPES, TOKENS))
+    random = _kinds(DTYPES, SHAPES, TOKENS)
     alike = [
         Case(name, "frozen", dtype, SMOLLM2, tokens, inputs)
-        for name, dtype, tokens, inputs in product(losses, DTYPES, (256, 1024), ("close", "real"))
+        for name, dtype, tokens, inputs in product(
+            DIFFERENTIATED, DTYPES, (256, 1024), ("close", "real")
+        )
     ]
     return [case for case in (*random, *alike) if fits(case, device, memory)]
 
 
-def _cases(rows: Iterable[tuple]) -> list[Case]:
+def _kinds(*sizes: Iterable) -> list[Case]:
+    """Every operation with every head it has, at dtypes, shapes and tokens."""
+    rows = [*product(DIFFERENTIATED, HEADS, *sizes), *product(("largest",), ("no_grad",), *sizes)]
     return [Case(*row) for row in rows]
 
 
@@ -189,7 +191,7 @@ def fits(case: Case, device: torch.device, memory: int) -> bool:
 
 def check_cases() -> list[Case]:
     """Every operation, head and dtype at a size that takes milliseconds."""
-    return _cases(product(OPERATIONS, HEADS, DTYPES, (TINY,), (48,)))
+    return _kinds(DTYPES, (TINY,), (48,))
 
 
 def find(identifier: str) -> Case:
