@@ -40,6 +40,12 @@ def _candidate_bytes(k: int, vocab: int) -> int:
     return 8 * threads * (min(k + max(64, k), columns) + 144)  # and a tile that exceeds them
 
 
+def _widened_rows(x: Work) -> int:
+    """Rows of a 16-bit head to convert to fp32 at a time."""
+    rows = min(_WIDENED_BYTES, x.budget // _WIDENED_SHARE) // (4 * max(1, x.shape[1]))
+    return min(x.shape[2], max(1, rows))
+
+
 def torch_layout(x: Work) -> BlockLayout:
     """PyTorch: fp32 logits, reduced in tiles; a 16-bit head is converted piece by piece."""
     tokens, depth, vocab = x.shape
@@ -51,8 +57,7 @@ def torch_layout(x: Work) -> BlockLayout:
     per_row = vocab * (sum(sizes) + (x.gradients - 1) * sizes[0])
     widened = 0
     if 2 in x.itemsizes[: x.heads]:
-        widened = min(_WIDENED_BYTES, x.budget // _WIDENED_SHARE) // (4 * max(1, depth))
-        widened = min(vocab, max(1, widened))
+        widened = _widened_rows(x)
         tiles += 4 * widened * depth
         # The block's hidden states, and the gradients of the student's, in fp32.
         per_row += 4 * depth * (x.heads + x.gradients * int(x.differentiated))
@@ -86,9 +91,15 @@ def cpp_layout(x: Work, dz_bytes: int, rounds_once: bool) -> BlockLayout:
         per_row += x.heads * vocab * 4
     if x.chosen:
         per_row += _candidate_bytes(x.chosen, vocab)
-    fitting = x.budget // per_row if per_row else max(1, tokens)
+    widened = 0
+    if x.differentiated and x.itemsizes[0] < dz_bytes:  # float16
+        widened = _widened_rows(x)
+        # The block's hidden states, and their gradients, in fp32.
+        per_row += 4 * depth * (1 + x.gradients)
+    fixed = 4 * widened * depth
+    fitting = (x.budget - fixed) // per_row if per_row else max(1, tokens)
     if fitting < 1:
-        raise x.too_small(per_row)
+        raise x.too_small(fixed + per_row)
     if x.grad_weight and rounds_once and not x.reduced and x.workspace_bytes is None:
         # One block leaves all logits to backward, which else multiplies most of them again; 1,024
         # tokens of Qwen3-0.6B's head took 0.77 of the time. At most the bytes of the fp32 sum.
@@ -105,4 +116,6 @@ def cpp_layout(x: Work, dz_bytes: int, rounds_once: bool) -> BlockLayout:
     rows, products = x.rows(limit), x.products("blocked")
     if tokens <= rows and x.trained:
         products = replace(products, logits=x.heads)  # forward leaves them to backward
-    return BlockLayout("blocked", rows, rows, vocab, rows * per_row, products, reason)
+    return BlockLayout(
+        "blocked", rows, rows, vocab, fixed + rows * per_row, products, reason, widened_rows=widened
+    )

@@ -21,8 +21,6 @@ from opsd_kernels.plan import Plan
 from opsd_kernels.problem import GradsNeeded, Head, TopkProblem
 
 _AMX_COLUMNS = 32
-# A float16 head is converted to fp32 so much at a time.
-_WIDENED_BYTES = 4 * 2**20
 
 
 class _Pass(BlockedPass["_Tiles"]):
@@ -96,8 +94,7 @@ class _Pass(BlockedPass["_Tiles"]):
         rows = self._rows(block)
         first = block.start == 0
         if h.dtype == torch.float16:
-            width = max(1, _WIDENED_BYTES // (4 * h.shape[1]))
-            self.add_widened_products(rows, h, dz, width, first=first)
+            self.add_widened_products(rows, h, dz, self.plan.widened_rows, first=first)
         else:
             self.add_products(rows, h, dz, first=first)
 

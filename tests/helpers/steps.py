@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.distributed.fsdp import full_tensor
@@ -39,6 +41,8 @@ class Course:
     right: str = "even"
     most_weighted: int | None = None  # so many samples of a step keep their weight; None: all
     steps: int = 2
+    # What to go on with after each update: else rounding grows from one to the next.
+    updates: tuple[dict[str, Tensor], ...] | None = None
 
 
 @dataclass
@@ -49,10 +53,14 @@ class Outcome:
     samples: list[list[tuple[str, list[int]]]] = field(default_factory=list)  # of this rank
     shown: list[list[str]] = field(default_factory=list)  # completions of the table, on rank 0
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # of each optimizer step
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    updates: list[dict[str, Tensor]] = field(default_factory=list)  # weights after each of them
     initial: dict[str, Tensor] = field(default_factory=dict)
     trained: list[int] = field(default_factory=list)  # micro-batches of each step ...
     idle: list[int] = field(default_factory=list)  # ... and those without a loss token
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return self.updates[-1]
 
 
 def make_trainer(context: DistributedContext, course: Course) -> Trainer:
@@ -76,7 +84,13 @@ def follow(context: DistributedContext, course: Course) -> Outcome:
         gradients = {n: p.grad for n, p in named.items() if p.grad is not None}
         outcome.gradients.append(_whole(gradients))
 
+    def note_weights(*_: Any) -> None:
+        outcome.updates.append(_whole(named))
+        if course.updates is not None:
+            _assign(named, course.updates[len(outcome.updates) - 1])
+
     trainer.optimizer.register_step_pre_hook(note_gradients)
+    trainer.optimizer.register_step_post_hook(note_weights)
     trainer.rollouts.take = _noting(trainer.rollouts.take, outcome.samples)
     trainer.method.loss = _counting(trainer.method.loss, outcome)
     trainer.method.assign_weights = _limited(trainer.method.assign_weights, course.most_weighted)
@@ -87,12 +101,21 @@ def follow(context: DistributedContext, course: Course) -> Outcome:
         row, stats = trainer.step(step)
         outcome.rows.append(row)
         outcome.shown.append([r["completion"] for r in stats.sample_rows(trainer.tokenizer, 100)])
-    outcome.weights = _whole(named)
     return outcome
 
 
 def _whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: full_tensor(tensor.detach()).clone() for name, tensor in tensors.items()}
+
+
+def _assign(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            value = values[name]
+            if isinstance(parameter, DTensor):
+                mesh, placements = parameter.device_mesh, parameter.placements
+                value = distribute_tensor(value, mesh, placements, src_data_rank=None)
+            parameter.copy_(value)
 
 
 def _noting(take: Callable, samples: list) -> Callable:

@@ -96,6 +96,7 @@ def test_the_plan_says_what_is_converted() -> None:
     assert f"3 GEMMs in fp32 (16-bit heads converted {chosen.widened_rows} rows" in str(chosen)
     for dtype, backend in ((torch.float32, "torch"), (torch.bfloat16, "cpp")):
         assert plan(1000, 256, 32768, dtype=dtype, backend=backend).widened_rows == 0
+    assert plan(1000, 256, 32768, dtype=torch.float16, backend="cpp").widened_rows > 0
     # What backward scales stays in fp32.
     assert chosen.accumulator_bytes == 1000 * 256 * 4
     trained = plan(1000, 256, 32768, **how, grad_weight=True)
