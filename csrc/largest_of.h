@@ -98,9 +98,10 @@ static void add_to_largest(const Fold& a, const float* raw, TileBits above, RowL
 OPSD_INLINE void keep_largest(const Fold& a, const Floats* x, const float* raw, RowLargest& row) {
   TileBits above = {};
 #pragma GCC unroll 32
-  for (int v = 0; v < TILE_COLS / LANES; ++v)
-    above.words[v * LANES / 64] |= static_cast<uint64_t>(bits_not_less_or_equal(x[v], splat(row.least)))
-                                   << v * LANES % 64;
+  for (int v = 0; v < TILE_COLS / LANES; ++v) {
+    const uint64_t bits = bits_not_less_or_equal(x[v], splat(row.least));
+    above.words[v * LANES / 64] |= bits << v * LANES % 64;
+  }
   for (int64_t c = a.cols; c < TILE_COLS; ++c) above.words[c / 64] &= ~(uint64_t{1} << c % 64);
   if (above.words[0] | above.words[1]) add_to_largest(a, raw, above, row);
 }

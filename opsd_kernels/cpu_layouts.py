@@ -37,7 +37,7 @@ def _candidate_bytes(k: int, vocab: int) -> int:
     """C++: bytes of a row's largest logits, kept by each thread among its columns (largest.cpp)."""
     threads = torch.get_num_threads()
     columns = _CHUNK_COLUMNS * -(-vocab // (_CHUNK_COLUMNS * threads))
-    return 8 * threads * (min(k + max(64, k), columns) + 144)  # and a tile that exceeds them
+    return 8 * threads * (min(k + max(64, k), columns) + 144)  # one more tile fits
 
 
 def _widened_rows(x: Work) -> int:
