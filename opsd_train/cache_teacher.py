@@ -21,7 +21,7 @@ from opsd_train.data.prompts import Measured, PromptBuilder
 from opsd_train.data.teacher_cache import CacheKey, TeacherCache
 from opsd_train.distributed.context import DistributedContext, init_distributed
 from opsd_train.methods.distill import Distill
-from opsd_train.methods.distillation import TopTokens
+from opsd_train.methods.distributions import TopTokens
 from opsd_train.methods.teachers import LocalTeacher, refuse_unknown_teachers
 from opsd_train.model.policy import load_model_config, load_teacher, load_tokenizer
 from opsd_train.model.weight_digest import weight_digest

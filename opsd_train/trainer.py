@@ -22,6 +22,7 @@ from opsd_train.data.batches import (
     deal,
     refuse_more_ranks_than_samples,
 )
+from opsd_train.data.contexts import TeacherContexts, context_metrics
 from opsd_train.data.fingerprint import fingerprint
 from opsd_train.data.order import make_order
 from opsd_train.data.problems import load_problems
@@ -97,10 +98,12 @@ class Trainer:
         )
         engine = make_engine(config, self.policy, self.tokenizer, folder)
         self.trajectories = Trajectories(config, self.method, self.prompts, engine, self.tokenizer)
-        per_problem = len(self.trajectories.requests(self.problems[:1]))
+        per_problem = len(self.trajectories.requests(self.problems[:1], step=1))
         refuse_more_ranks_than_samples(config.problems_per_step, per_problem, context.size)
         self.grader = Grader(workers=grading_processes())
         self.rewards = Rewards(self.grader, self.tokenizer, context)
+        sees = config.prompts.teacher_context
+        self.contexts = TeacherContexts(config, self.prompts) if sees else None
         self.heldout = HeldOut(
             config,
             heldout_lengths.problems,
@@ -114,7 +117,7 @@ class Trainer:
             self.policy.parameters, lr=config.optim.lr, weight_decay=config.optim.weight_decay
         )
         self.schedule = make_schedule(
-            self.optimizer, config.optim, config.steps, self.method.updates
+            self.optimizer, config.optim, config.steps, config.updates_per_step
         )
         self.order = make_order(config, self.problems)
         self.rollouts = Rollouts(config, self.order, self.trajectories, context)
@@ -161,10 +164,13 @@ class Trainer:
         """
         timer = self.timer
         start, seconds_before = time.perf_counter(), dict(timer.seconds)
+        self.method.step = step
         with timer.phase("rollout"):
             samples, pending, update = self._rollout(step)
-        if pending is not None and self.method.needs_rewards:
+        if pending is not None and (self.method.needs_rewards or self.contexts):
             samples, pending = self._wait_for_grades(samples, pending), None
+        if self.contexts:
+            samples = self.contexts.add(step, samples)
         samples = self.method.assign_weights(samples)
 
         trained = [sample for sample in samples if sample.weight > 0]
@@ -176,7 +182,7 @@ class Trainer:
         with timer.phase("teacher"):
             precomputed = self.method.precompute(groups)
         self.policy.model.train()
-        for _ in range(self.method.updates):
+        for _ in range(self.config.updates_per_step):
             with timer.phase("student"):
                 stats = self._accumulate(groups, precomputed, max(num_tokens, 1))
             with timer.phase("optimizer"):
@@ -229,7 +235,7 @@ class Trainer:
         self.tokens_generated = state["tokens"]
         self.timer.add(state["seconds"])
         self.results, self.evaluations = state["results"], state["evaluations"]
-        self.rollouts.load_state([rank.get("rollouts", {}) for rank in ranks])
+        self.rollouts.load_state(steps_done + 1, [rank.get("rollouts", {}) for rank in ranks])
         if len(ranks) == self.context.size:
             set_random_state(ranks[self.context.rank]["random"])
 
@@ -275,7 +281,7 @@ class Trainer:
         """
         made, pending = self.rollouts.take(step), None
         metrics: dict[str, Any] = {}
-        if self.method.source(self.config) != "solution":
+        if not self.trajectories.on_solutions(step):
             problems = [sample.problem for sample in made.own]
             pending = self.rewards.submit(problems, [sample.completion for sample in made.own])
         parts = self.context.all_gather((made.own, made.seconds))
@@ -284,7 +290,7 @@ class Trainer:
             generated = sum(len(sample.completion) for own in samples for sample in own)
             metrics |= {"tokens_per_second": generated / max(seconds for _, seconds in parts)}
         if self.config.rollout.ahead:
-            metrics |= {"sample_age": made.steps_old * self.method.updates}
+            metrics |= {"sample_age": made.steps_old * self.config.updates_per_step}
         ordered = [samples[index % size][index // size] for index in range(made.count)]
         return ordered, pending, metrics
 
@@ -346,6 +352,7 @@ class Trainer:
             "trained": sum(sample.weight > 0 for sample in samples) / len(samples),
             "tokens": self.tokens_generated,
             "peak_mib": peak_memory_mib(self.context.device),
+            **context_metrics(samples),
             **self.method.extra_metrics(samples),
             **update,
         }

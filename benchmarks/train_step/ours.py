@@ -9,7 +9,7 @@ from benchmarks.train_step.meters import Phases, forward_phase
 from benchmarks.train_step.steps import Step, StepHooks, trainable_dtypes
 from benchmarks.train_step.workload import Workload
 from opsd_train.distributed.context import DistributedContext, resolve_device
-from opsd_train.methods import distillation
+from opsd_train.methods import objective
 from opsd_train.model import policy as model
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.reporting.timers import PhaseTimer
@@ -30,7 +30,7 @@ class OpsdTrain:
         self.steps = config.steps
         phases.wrap(self.trainer.trajectories, "make", "rollout")
         phases.wrap(model, "completion_hidden", forward_phase)
-        phases.wrap(distillation, "fused_linear_jsd", "loss")
+        phases.wrap(objective, "fused_linear_jsd", "loss")
 
     def facts(self) -> dict[str, Any]:
         """Adapters' dtypes, mixed precision and optimizer."""

@@ -1,10 +1,11 @@
-"""Sections of the methods and of their loss."""
+"""Sections of the methods."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from opsd_train.config.engine_schema import server_faults
+from opsd_train.config.loss_schema import IMPORTANCE_CAP, TokenWeightConfig
 from opsd_train.config.section import (
     NonNegativeReal,
     Positive,
@@ -12,11 +13,6 @@ from opsd_train.config.section import (
     UnitInterval,
     section,
 )
-
-TOP_K = 64
-"""Default of loss.top_k."""
-IMPORTANCE_CAP = 2.0
-"""Default of grpo.importance_cap, and the cap of sampled tokens with rollout.ahead=1."""
 
 
 @section
@@ -33,10 +29,13 @@ class VerifyConfig:
 class OpsdConfig:
     """Method opsd: on-policy self-distillation."""
 
-    teacher: Literal["initial", "ema", "current"] = "initial"
-    """Teacher's weights: the initial ones, a moving average of the student's, or the student's."""
+    teacher: Literal["initial", "ema", "current", "resync"] = "initial"
+    """Teacher's weights: the initial ones, a moving average of the student's, the student's, or a
+    copy of the student's that is made again every resync_every steps."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
     """teacher=ema: average = decay * average + (1 - decay) * student after each optimizer step."""
+    resync_every: Positive = 20
+    """teacher=resync: steps after which the teacher gets the student's weights."""
     verify_weight: VerifyConfig | None = None
     """Weight trajectories by their answer check (the paper's Appendix A); null: all weigh 1."""
 
@@ -87,8 +86,9 @@ class DistillConfig(TeacherOptions):
     teachers: dict[str, TeacherConfig] = Field(default_factory=dict)
     """Several teachers instead, by the names in the column data.columns.teacher of the problems:
     {NAME: {teacher: ..., dtype: ..., prompt: ..., cache: ..., servers: ...}, ...}."""
-    on_policy: bool = True
-    """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2)."""
+    on_policy: bool | UnitInterval = True
+    """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2); a
+    number: the probability that a step trains on samples, and not on solutions (GKD's lambda)."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DistillConfig":
@@ -122,44 +122,24 @@ class DistillConfig(TeacherOptions):
 
 @section
 class GrpoConfig:
-    """Method grpo: group-relative policy optimisation."""
+    """Method grpo, group-relative policy optimisation; in method opsd, its policy gradient beside
+    the divergence."""
 
+    weight: NonNegativeReal = 1.0
+    """method=opsd: weight of the policy gradient in the loss."""
     clip_low: NonNegativeReal = 0.2
     """Lower clip of the probability ratio new / old policy: 1 - clip_low."""
     clip_high: NonNegativeReal = 0.28
     """Upper clip of the probability ratio: 1 + clip_high."""
     kl_weight: NonNegativeReal = 0.0
-    """Weight of the KL divergence from the initial policy (estimator k3)."""
-    updates: Positive = 1
-    """Optimizer steps on the samples of one rollout."""
+    """Weight of the KL divergence from the initial policy."""
+    kl_estimator: Literal["k3", "k2"] = "k3"
+    """Its estimate at the sampled token: k3, r - 1 - log r, or k2, (log r)^2 / 2, with r the
+    probability ratio of initial and present policy."""
     normalise_std: bool = True
     """Divide a group's advantages by the standard deviation of its rewards."""
     mask_truncated: bool = True
     """Leave completions that were cut off at rollout.max_new_tokens out of the loss."""
     importance_cap: PositiveReal | None = IMPORTANCE_CAP
     """Truncated importance sampling: cap on a token's ratio trainer / sampler; null: none."""
-
-
-@section
-class LossConfig:
-    """The divergence between student and teacher (opsd, distill)."""
-
-    objective: Literal["full_vocabulary", "top_k", "sampled_token"] = "full_vocabulary"
-    """Divergence over the full vocabulary (Eq. 6-8), over the teacher's most likely tokens and the
-    rest as one outcome, or sampled-token policy gradient (Eq. 9)."""
-    top_k: Positive = TOP_K
-    """objective=top_k: how many of the teacher's most likely tokens; at most the vocabulary."""
-    beta: UnitInterval = 0.5
-    """0: forward KL, 1: reverse KL, in between: generalised Jensen-Shannon divergence."""
-    temperature: PositiveReal = 1.0
-    """Temperature that divides the logits of student and teacher in the loss."""
-    token_clip: PositiveReal | None = None
-    """Cap on the contribution of each vocabulary entry to a token's divergence; null: none."""
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "LossConfig":
-        if self.objective != "full_vocabulary" and self.token_clip is not None:
-            raise ValueError("loss.token_clip works with loss.objective=full_vocabulary only")
-        if self.objective != "top_k" and self.top_k != TOP_K:
-            raise ValueError(f"loss.top_k={self.top_k} needs loss.objective=top_k")
-        return self
+    token_weight: TokenWeightConfig = Field(default_factory=TokenWeightConfig)

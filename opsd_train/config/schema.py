@@ -1,12 +1,13 @@
 """Sections of the configuration; `python -m opsd_train --help` prints the docstring of each key."""
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from opsd_train.config.conflicts import conflicts
 from opsd_train.config.engine_schema import RolloutConfig
-from opsd_train.config.method_schema import DistillConfig, GrpoConfig, LossConfig, OpsdConfig
+from opsd_train.config.loss_schema import LossConfig
+from opsd_train.config.method_schema import DistillConfig, GrpoConfig, OpsdConfig
 from opsd_train.config.section import Count, NonNegativeReal, Positive, PositiveReal, section
 
 
@@ -123,7 +124,12 @@ class PromptsConfig:
     student: str
     """Jinja template of the student's prompt; use problem.question."""
     teacher: str
-    """Jinja template of the teacher's prompt; also problem.answer and problem.solution."""
+    """Jinja template of the teacher's prompt; also problem.answer and problem.solution, and with
+    teacher_context attempt, sibling and feedback."""
+    teacher_context: list[Literal["sibling", "feedback"]] = Field(default_factory=list)
+    """What the teacher sees of the rollout (opsd, distill): `sibling`, another sample of the
+    problem whose answer is right, and `feedback`, the check of this sample's own answer. Each is a
+    text, or null where there is none; `attempt` is the sample itself. []: nothing."""
     system: str | None = None
     """System message of both prompts; null: none."""
     student_chat_template: bool = True
@@ -219,9 +225,11 @@ class Config:
     output_dir: str
     """Folder of the run: metrics, checkpoints, report."""
     steps: Positive
-    """Training steps; each draws problems and takes one optimizer step (grpo.updates: more)."""
+    """Training steps; each draws problems, makes their samples and trains on them."""
     problems_per_step: Positive
     """Problems per step, over all processes."""
+    updates_per_step: Positive = 1
+    """Optimizer steps on the samples of a step (opsd, distill, grpo)."""
     micro_batch_tokens: Positive
     """Largest micro-batch of one process, in tokens, padding included."""
     model: ModelConfig
@@ -236,7 +244,8 @@ class Config:
     distill: DistillConfig | None = None
     """Settings of method distill, which requires them."""
     grpo: GrpoConfig | None = None
-    """Settings of method grpo; null: the defaults."""
+    """Settings of method grpo; null: the defaults. With method opsd: its policy gradient; null:
+    there is none."""
     curriculum: CurriculumConfig | None = None
     """Draw problems by the student's success rate; null: shuffled passes over all of them."""
     optim: OptimConfig
@@ -247,88 +256,6 @@ class Config:
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        for reason in self._conflicts():
+        for reason in conflicts(self):
             raise ValueError(reason)
         return self
-
-    def _conflicts(self) -> Iterator[str]:
-        """Settings that contradict each other, one error message each."""
-        problems, heldout = self.evaluation.problems, self.data.heldout_size
-        if problems > heldout:
-            yield f"evaluation.problems={problems} is more than data.heldout_size={heldout}"
-        if self.optim.warmup_steps > self.steps:
-            yield f"optim.warmup_steps={self.optim.warmup_steps} is more than steps={self.steps}"
-        for name in ("opsd", "distill", "grpo"):
-            if getattr(self, name) is not None and self.method != name:
-                yield f"{name}.* are settings of method {name}; this recipe uses {self.method}"
-        if self.method == "distill" and self.distill is None:
-            yield "method=distill needs distill.teacher"
-        yield from self._teacher_conflicts()
-        if self.method not in ("opsd", "distill") and self.loss != LossConfig():
-            yield f"loss.* sets the divergence of opsd and distill; method={self.method} has none"
-        offline = self.method == "sft" or (self.distill and not self.distill.on_policy)
-        if offline and self.curriculum:
-            yield "curriculum needs rollouts of the student; this recipe trains on solutions"
-        if offline and self.rollout.samples_per_prompt > 1:
-            yield "rollout.samples_per_prompt must be 1: this recipe trains on solutions, one each"
-        if offline and self.rollout.ahead:
-            yield "rollout.ahead must be 0: this recipe trains on solutions, nothing is generated"
-        if self.method == "grpo":
-            yield from self._grpo_conflicts(self.grpo or GrpoConfig())
-        if self.rollout.ahead and self.loss.objective == "sampled_token":
-            yield from self._stale_token_conflicts()
-
-    def _teacher_conflicts(self) -> Iterator[str]:
-        distill, column = self.distill, self.data.columns.teacher
-        several = distill is not None and bool(distill.teachers)
-        if several and (column is None or self.data.source == "reasoning_gym"):
-            yield (
-                "distill.teachers needs data.columns.teacher, the column that names a problem's "
-                "teacher, and data.source=file or hub"
-            )
-        if column is not None and not several:
-            yield f"data.columns.teacher={column} chooses among distill.teachers: set them"
-        if distill and any(teacher.cache for teacher in distill.by_name().values()):
-            yield from self._cache_conflicts(distill)
-        if distill and any(teacher.servers for teacher in distill.by_name().values()):
-            yield from self._server_conflicts()
-
-    def _server_conflicts(self) -> Iterator[str]:
-        if self.loss.objective != "top_k":
-            yield "distill.servers give the teacher's most likely tokens: set loss.objective=top_k"
-        if self.loss.temperature != 1:
-            yield "distill.servers give log-probabilities at temperature 1: set loss.temperature=1"
-
-    def _cache_conflicts(self, distill: DistillConfig) -> Iterator[str]:
-        if self.loss.objective != "top_k":
-            yield "distill.cache has the teacher's most likely tokens: set loss.objective=top_k"
-        if distill.on_policy:
-            yield "distill.cache is of the reference solutions: set distill.on_policy=false"
-        if self.evaluation.problems and self.evaluation.divergence:
-            yield (
-                "distill.cache has no divergence of held-out completions: set "
-                "evaluation.divergence=false"
-            )
-
-    def _grpo_conflicts(self, grpo: GrpoConfig) -> Iterator[str]:
-        if self.rollout.samples_per_prompt < 2:
-            yield "grpo compares samples of a problem: rollout.samples_per_prompt must be 2 or more"
-        if grpo.importance_cap and (self.rollout.top_p < 1 or self.rollout.top_k > 0):
-            yield (
-                "grpo.importance_cap: rollout.top_p and top_k change the sampler's probabilities; "
-                "set it to null, or sample from all tokens (top_p=1, top_k=0)"
-            )
-        if self.rollout.ahead and grpo.importance_cap is None:
-            yield (
-                "rollout.ahead=1 samples from older weights, which importance weights correct: set "
-                "grpo.importance_cap, such as 2.0, or rollout.ahead=0"
-            )
-
-    def _stale_token_conflicts(self) -> Iterator[str]:
-        """The weight of a sampled token compares it under loss.temperature with the sampler's."""
-        rollout = self.rollout
-        if rollout.temperature != self.loss.temperature or rollout.top_p < 1 or rollout.top_k > 0:
-            yield (
-                "rollout.ahead=1 with loss.objective=sampled_token weights tokens by their "
-                "probability: set rollout.temperature=loss.temperature, top_p=1 and top_k=0"
-            )

@@ -28,8 +28,13 @@ class Sample:
     correct: bool | None = None  # None where no answer was generated, or none is graded yet
     answer: str | None = None  # as the grader found it
     check_failed: str | None = None  # why the answer could not be graded: it counts as wrong
+    generated: bool = True  # not a reference solution
+    # What the teacher sees of the rollout (see data/contexts.py); None: the problem's prompt.
+    context: tuple[str, ...] | None = None
     weight: float = 1.0  # of its tokens in the loss; 0: left out
-    advantage: float = 0.0  # grpo
+    divergence_weight: float = 1.0  # times `weight`, of its divergence from the teacher
+    policy_weight: float = 1.0  # times `weight`, of its policy gradient
+    advantage: float = 0.0  # of the policy gradient
 
     @property
     def longest(self) -> int:

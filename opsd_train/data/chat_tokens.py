@@ -49,6 +49,10 @@ class ControlTokenEscaper:
             solution=self._insert_marks(problem.solution),
         )
 
+    def escape_text(self, text: str) -> str:
+        """A text that a model wrote, with a mark inside each control token that it spells."""
+        return self._insert_marks(text.replace(_MARK, "\ufffd"))
+
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of texts that contain escaped problems, without the marks."""
         encoded = self._tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -20,6 +21,7 @@ from opsd_train.data.problems import Problem
 
 _NAMES = {"student": "student prompt", "teacher": "teacher prompt", "solution": "solution"}
 _PROBE = Problem(id="probe", question="1 + 1 =", answer="2", solution="1 + 1 = 2")
+_PROBES = {"sibling": "1 + 1 = 2", "feedback": "The answer 3 is wrong. The right answer is 2."}
 _BATCH = 1000  # texts per call of the tokenizer
 
 
@@ -45,6 +47,15 @@ class Measured:
         return Measured([self.problems[index] for index in kept], tokens)
 
 
+@dataclass(frozen=True)
+class RolloutContext:
+    """What the teacher may see of a rollout, beside the problem: see prompts.teacher_context."""
+
+    attempt: str  # this sample's text
+    sibling: str | None = None
+    feedback: str | None = None
+
+
 class PromptBuilder:
     """Builds the prompts of student and teacher, and reference solutions, as token ids.
 
@@ -68,7 +79,7 @@ class PromptBuilder:
             for side in ("student", "teacher")
         }
         self.end = turn_end(tokenizer) if config.student_chat_template else [tokenizer.eos_token_id]
-        starts = {side: _thinking(self._text(side, _PROBE)) for side in self._templates}
+        starts = {side: _thinking(self._probe(side)) for side in self._templates}
         if starts["student"] != starts["teacher"]:
             print(
                 f"warning: the student's prompt {starts['student']}, the teacher's "
@@ -83,6 +94,14 @@ class PromptBuilder:
     def teacher(self, problem: Problem) -> list[int]:
         """Token ids of the teacher's prompt, which contains the solution."""
         return self._encode("teacher", [problem])[0]
+
+    def teacher_after(self, problem: Problem, context: RolloutContext) -> list[int]:
+        """Token ids of the teacher's prompt with what it sees of a rollout."""
+        escaped = {
+            name: text and self._escaper.escape_text(text) for name, text in vars(context).items()
+        }
+        text = self._text("teacher", self._escaper.escape(problem), escaped)
+        return self._escaper.encode([text], self._adds_special_tokens("teacher"))[0]
 
     def solution(self, problem: Problem) -> list[int]:
         """Token ids of the reference solution as a completion, including `end`."""
@@ -125,7 +144,9 @@ class PromptBuilder:
         return Measured([problems[index] for index in kept], tokens)
 
     def _lengths(self, problems: Sequence[Problem], side: str) -> array[int]:
-        """Length of each problem's text, in tokens."""
+        """Length of each problem's text, in tokens; at most, where it depends on a rollout."""
+        if side == "teacher" and self.config.teacher_context:
+            return array("i", [self.config.max_prompt_tokens]) * len(problems)
         lengths = array("i")
         for first in range(0, len(problems), _BATCH):
             lengths.extend(map(len, self._encode(side, problems[first : first + _BATCH])))
@@ -153,9 +174,20 @@ class PromptBuilder:
         texts = [self._text(side, self._escaper.escape(problem)) for problem in problems]
         return self._escaper.encode(texts, self._adds_special_tokens(side))
 
-    def _text(self, side: str, problem: Problem) -> str:
+    def _probe(self, side: str) -> str:
+        """A prompt of a made-up problem; of a teacher's, every combination of what it may see."""
+        sees = self.config.teacher_context if side == "teacher" else []
+        if not sees:
+            return self._text(side, _PROBE)
+        choices = itertools.product(*([_PROBES[name], None] for name in sees))
+        none = dict.fromkeys(_PROBES)
+        contexts = [none | dict(zip(sees, chosen, strict=True)) for chosen in choices]
+        texts = [self._text(side, _PROBE, {"attempt": "3", **context}) for context in contexts]
+        return texts[0]
+
+    def _text(self, side: str, problem: Problem, context: Mapping[str, Any] | None = None) -> str:
         try:
-            content = self._templates[side].render(problem=problem)
+            content = self._templates[side].render(problem=problem, **(context or {}))
         except Exception as error:  # a template may fail in any way
             raise UserError(f"prompts.{side}: {error}") from None
         system = self.config.system

@@ -203,10 +203,16 @@ def _longest(train: Measured, count: int) -> list[Problem]:
 def _sample(builder: PromptBuilder, problem: Problem, config: Config) -> Sample:
     """A sample of this problem with the longest completion possible."""
     method = METHODS[config.method]
-    on_solution = method.source(config) == "solution"
-    teacher = builder.teacher(problem) if method.teacher_prompt(config) else None
-    new = builder.solution(problem) if on_solution else [0] * config.rollout.max_new_tokens
-    return Sample(problem, builder.student(problem), teacher, new)
+    teacher = None
+    if method.teacher_prompt(config):
+        after = [0] * config.prompts.max_prompt_tokens  # made after a rollout, up to this length
+        teacher = after if config.prompts.teacher_context else builder.teacher(problem)
+    sources, completions = method.sources(config), []
+    if "solution" in sources:
+        completions.append(builder.solution(problem))
+    if sources != ("solution",):
+        completions.append([0] * config.rollout.max_new_tokens)
+    return Sample(problem, builder.student(problem), teacher, max(completions, key=len))
 
 
 def _check_caches(

@@ -94,7 +94,7 @@ def _run(config: Config, step: PlannedStep, setup: Setup, sizes: Sizes, device: 
         teachers=tuple(teachers),
         own_teacher=setup.teacher is not None,
         initial=config.method == "grpo" or (opsd is not None and opsd.teacher == "initial"),
-        updates=config.grpo.updates if config.grpo and config.method == "grpo" else 1,
+        updates=config.updates_per_step,
         averages=opsd is not None and opsd.teacher == "ema",
         device=device,
     )

@@ -84,7 +84,10 @@ def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
     if config.method == "grpo":
         grpo = config.grpo or GrpoConfig()
         kl = grpo.kl_weight > 0
-        return {"teacher": sizes if kl or grpo.updates > 1 else None, "copied": kl and full}
+        return {
+            "teacher": sizes if kl or config.updates_per_step > 1 else None,
+            "copied": kl and full,
+        }
     return {}
 
 

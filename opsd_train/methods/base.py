@@ -36,8 +36,6 @@ class Method(ABC):
     needs_rewards: bool = False
     """Whether `assign_weights` needs graded answers. If not, grading runs in parallel with the
     step."""
-    updates: int = 1
-    """Optimizer steps per rollout."""
     temperature: float = 1.0
     """Temperature of the log-probabilities in the statistics."""
 
@@ -48,6 +46,11 @@ class Method(ABC):
         return "student"
 
     @classmethod
+    def sources(cls, config: Config) -> tuple[Source, ...]:
+        """`source`, and where some steps train on reference solutions, those too."""
+        return (cls.source(config),)
+
+    @classmethod
     def teacher_prompt(cls, config: Config) -> bool:
         """Whether the method needs the teacher's prompt."""
         return False
@@ -55,11 +58,13 @@ class Method(ABC):
     @classmethod
     def required_texts(cls, config: Config) -> tuple[str, ...]:
         """The texts of a problem ("student", "teacher", "solution") whose length is limited."""
-        teacher, solution = cls.teacher_prompt(config), cls.source(config) == "solution"
+        teacher = cls.teacher_prompt(config)
+        solution = "solution" in cls.sources(config)
         return ("student", *["teacher"] * teacher, *["solution"] * solution)
 
     def __init__(self, config: Config, policy: Policy) -> None:
         self.config, self.policy = config, policy
+        self.step = 1  # the present training step, which the loop sets
 
     def assign_weights(self, samples: list[Sample]) -> list[Sample]:
         """Set the weights and advantages of a step's samples; all samples of a problem are there.

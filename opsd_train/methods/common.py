@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opsd_kernels import fused_linear_cross_entropy
+from opsd_kernels import fused_linear_cross_entropy, fused_linear_logprob
 from opsd_kernels.integrations.heads import LmHead
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Stats
@@ -32,6 +33,12 @@ def token_weights(samples: Sequence[Sample], device: torch.device) -> Tensor | N
     weights = torch.tensor([sample.weight for sample in samples])
     lengths = torch.tensor([len(sample.completion) for sample in samples])
     return weights.repeat_interleave(lengths).to(device)
+
+
+def divergence_weights(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
+    """(N,) weight of each completion token in the divergence; None where all weights are 1."""
+    own = [replace(sample, weight=sample.weight * sample.divergence_weight) for sample in samples]
+    return token_weights(own, device)
 
 
 def sampler_logprobs(samples: Sequence[Sample]) -> Tensor:
@@ -77,6 +84,18 @@ def cross_entropy(
         return loss, {name: stats[name] for name in ("logprob", "entropy")}
 
     return student_run(policy, samples, loss_fn)
+
+
+def logprobs(policy: Policy, samples: Sequence[Sample], temperature: float, **options: Any) -> Any:
+    """(N,) log-probabilities of the completion tokens under the student's prompts; see
+    fused_linear_logprob for the options."""
+
+    def function(hidden: Tensor, head: LmHead, target: Tensor) -> Any:
+        return fused_linear_logprob(
+            hidden, head.weight, target, temperature=temperature, **head_options(head), **options
+        )
+
+    return student_run(policy, samples, function)
 
 
 def student_run(policy: Policy, samples: Sequence[Sample], function: LossFn) -> Any:

@@ -12,7 +12,8 @@ from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Source, Stats
-from opsd_train.methods.distillation import Distribution, distillation
+from opsd_train.methods.distributions import Distribution
+from opsd_train.methods.teacher_loss import Fixed, TeacherLoss
 from opsd_train.methods.teachers import Teacher
 from opsd_train.model.policy import Policy
 
@@ -33,13 +34,22 @@ class Distill(Method):
         super().__init__(config, policy)
         self.teachers = teachers
         self.temperature = config.loss.temperature
+        self.teacher_loss = TeacherLoss(config, policy)
         self._vocab_size = lm_head(policy.core).weight.shape[0]
 
     @classmethod
     def source(cls, config: Config) -> Source:
-        """The student's samples if `distill.on_policy`, else the reference solutions."""
+        """The student's samples unless `distill.on_policy` is false or 0; a share between 0 and 1
+        has some steps on the reference solutions (see Trajectories)."""
         assert config.distill is not None
         return "student" if config.distill.on_policy else "solution"
+
+    @classmethod
+    def sources(cls, config: Config) -> tuple[Source, ...]:
+        """The student's samples, the reference solutions, or both: by `distill.on_policy`."""
+        assert config.distill is not None
+        mixed = 0 < float(config.distill.on_policy) < 1
+        return ("student", "solution") if mixed else (cls.source(config),)
 
     @classmethod
     def teacher_prompt(cls, config: Config) -> bool:
@@ -47,23 +57,24 @@ class Distill(Method):
         assert config.distill is not None
         return any(teacher.prompt == "teacher" for teacher in config.distill.by_name().values())
 
-    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[list[Distribution]]:
+    def assign_weights(self, samples: list[Sample]) -> list[Sample]:
+        """The weights of each sample in the terms of the loss."""
+        return self.teacher_loss.assign(samples)
+
+    def precompute(self, groups: Sequence[Sequence[Sample]]) -> list[Fixed]:
         """The teachers' distributions for each micro-batch, without gradient.
 
         Raises UserError if a completion has a token that one of the models does not have.
         """
         for sample in (sample for group in groups for sample in group):
             self._check_tokens(sample)
-        return [self._distributions(group) for group in groups]
+        return [self.teacher_loss.fix(group, self._distributions(group)) for group in groups]
 
     def loss(
-        self, samples: Sequence[Sample], precomputed: list[Distribution], num_tokens: int
+        self, samples: Sequence[Sample], precomputed: Fixed, num_tokens: int
     ) -> tuple[torch.Tensor, Stats]:
-        """The objective over one micro-batch; see `distillation`."""
-        stale = bool(self.config.rollout.ahead)
-        return distillation(
-            self.policy, samples, precomputed, self.config.loss, num_tokens, stale=stale
-        )
+        """The terms over one micro-batch; see `TeacherLoss` for the statistics."""
+        return self.teacher_loss.loss(samples, precomputed, num_tokens, self.step)
 
     def _distributions(self, group: Sequence[Sample]) -> list[Distribution]:
         """What each teacher predicts of its samples."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from opsd_train.config.errors import UserError
 from opsd_train.config.method_schema import TeacherConfig
 from opsd_train.data.batches import Sample
-from opsd_train.methods.distillation import TopTokens
+from opsd_train.methods.distributions import TopTokens
 from opsd_train.serving.vllm_client import Refused, ServerLost, VllmServer
 from opsd_train.serving.vllm_servers import VllmServers
 

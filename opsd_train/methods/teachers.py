@@ -11,7 +11,8 @@ import torch
 
 from opsd_kernels.integrations.heads import lm_head
 from opsd_train.config.errors import UserError, suggest
-from opsd_train.config.method_schema import LossConfig, TeacherConfig
+from opsd_train.config.loss_schema import LossConfig
+from opsd_train.config.method_schema import TeacherConfig
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.data.files import shorten
@@ -27,7 +28,7 @@ from opsd_train.data.teacher_cache import (
 )
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.distributed.fsdp import fsdp_modules
-from opsd_train.methods.distillation import Distribution, TopTokens, teacher_distribution
+from opsd_train.methods.distributions import Distribution, TopTokens, teacher_distribution
 from opsd_train.methods.served_teacher import ServedTeacher
 from opsd_train.model.policy import Policy, load_model_config, load_teacher, teacher_model
 from opsd_train.model.weight_digest import weight_digest

@@ -1,6 +1,7 @@
 """Sample completions: the text and value of each token, and a table for the terminal."""
 
 import heapq
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ Pieces = list[list[Any]]  # [text, value] each
 def token_pieces(tokenizer: Any, tokens: Sequence[int], values: Sequence[float]) -> Pieces:
     """[text, value] per token, special tokens included; the texts joined give the whole text.
 
-    Tokens that make a character only together are one piece, with the largest of their values.
+    Tokens that make a character only together are one piece, with the largest of their values. A
+    token whose value is NaN has none: null.
     """
     pieces: Pieces = []
     context = start = 0
@@ -31,7 +33,8 @@ def token_pieces(tokenizer: Any, tokens: Sequence[int], values: Sequence[float])
         # UTF-8 has at most 4 bytes per character: what 4 tokens do not complete is none.
         if incomplete and end - start < 4 and end < len(tokens):
             continue
-        pieces.append([text, round(max(values[start:end]), 4)])
+        known = [value for value in values[start:end] if not math.isnan(value)]
+        pieces.append([text, round(max(known), 4) if known else None])
         context, start = (end if incomplete else start), end
     return pieces
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,6 +35,7 @@ class StepStats:
     """Collects the (N,) statistics of each micro-batch, its tokens in the order of its samples.
 
     A token's value is its divergence, or for methods without one its negative log-likelihood (nll).
+    A statistic that is NaN is not known for its token, and no mean counts it.
     """
 
     def __init__(self) -> None:
@@ -88,9 +90,11 @@ class StepStats:
         return {key: value for key, value in row.items() if value is not None}
 
     def mean(self, name: str) -> float | None:
-        """Mean of a statistic over the step's tokens; None if the method does not give it."""
+        """Mean of a statistic over the step's tokens; None if it is known for none."""
         column = self._column(name)
-        return None if column is None else column.mean().item()
+        if column is None or column.isnan().all():
+            return None
+        return column.nanmean().item()
 
     @property
     def value_name(self) -> str | None:
@@ -99,21 +103,25 @@ class StepStats:
             return "divergence"
         return "nll" if self._logprobs() is not None else None
 
-    def by_position(self) -> tuple[int, list[float]]:
-        """Mean value by position in the completion: positions per entry (a power of 2), entries."""
+    def by_position(self) -> tuple[int, list[float | None]]:
+        """Mean value by position in the completion: positions per entry (a power of 2), entries.
+
+        An entry without a known value is None.
+        """
         lengths = [len(sample.completion) for sample in self._samples]
         width = 1
         while max(lengths) > width * MAX_POSITIONS:
             width *= 2
         entries = torch.cat([torch.arange(length) for length in lengths]) // width
-        sums = torch.bincount(entries, self._values())
-        return width, (sums / torch.bincount(entries)).tolist()
+        return width, _means(entries, self._values())
 
     def top_tokens(self, tokenizer: Any) -> list[tuple[str, float, int]]:
         """(text, mean value, count) of the tokens with the largest mean value."""
         tokens = torch.tensor([token for sample in self._samples for token in sample.completion])
+        known = ~self._values().isnan()
+        tokens, values = tokens[known], self._values()[known]
         ids, indices, counts = tokens.unique(return_inverse=True, return_counts=True)
-        means = torch.bincount(indices, self._values()) / counts
+        means = torch.bincount(indices, values) / counts
         top = means.sort(descending=True, stable=True).indices[:TOP_TOKENS].tolist()
         return [(tokenizer.decode([ids[i].item()]), means[i].item(), counts[i].item()) for i in top]
 
@@ -135,6 +143,7 @@ class StepStats:
         if not changes:
             return {}
         change = torch.cat(changes)
+        change = change[~change.isnan()]
         return {
             "sampler_mismatch": change.abs().mean().item(),
             "sampler_kl": (change.expm1() - change).mean().item(),
@@ -167,8 +176,12 @@ class StepStats:
             "correct": sample.correct,
             "trained": sample.weight > 0,
         }
+        if sample.context is not None:
+            row["teacher_sees"] = ", ".join(sample.context) or "nothing"
+            row["teacher_prompt"] = tokenizer.decode(sample.teacher_prompt)
         if values and self.value_name:
-            row[self.value_name] = sum(values) / len(values)
+            known = [value for value in values if not math.isnan(value)]
+            row[self.value_name] = sum(known) / len(known) if known else None
             row["tokens"] = token_pieces(tokenizer, sample.completion, values)
         return row
 
@@ -197,6 +210,14 @@ class StepStats:
             return []
         pairs = zip(self._samples, self._split(self._values()), strict=True)
         return sorted(pairs, key=lambda pair: _identity(pair[0]))
+
+
+def _means(entries: Tensor, values: Tensor) -> list[float | None]:
+    """The mean of the (N,) values with each entry number, those that are not NaN."""
+    known, size = ~values.isnan(), int(entries.max()) + 1
+    sums = torch.bincount(entries[known], values[known], minlength=size)
+    counts = torch.bincount(entries[known], minlength=size)
+    return [s / n if n else None for s, n in zip(sums.tolist(), counts.tolist(), strict=True)]
 
 
 def _identity(sample: Sample) -> tuple[str, tuple[int, ...]]:

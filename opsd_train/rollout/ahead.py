@@ -99,13 +99,14 @@ class Rollouts:
             state["completions"] = [_packed(completion) for completion in completions]
         return state
 
-    def load_state(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on with what `state` returned on each rank; there may have been another number."""
+    def load_state(self, step: int, states: Sequence[dict[str, Any]]) -> None:
+        """Go on with what `state` returned on each rank, the samples of step number `step`; there
+        may have been another number of ranks."""
         if not states or not states[0]:
             return
         by_id = {problem.id: problem for problem in self._order.problems}
         problems = [by_id[name] for name in states[0]["problems"]]
-        self._next = _Next(self._trajectories.requests(problems), None)
+        self._next = _Next(self._trajectories.requests(problems, step), None)
         if all("completions" in state for state in states):
             ranks = len(states)
             made = [
@@ -126,7 +127,7 @@ class Rollouts:
         return _Next(requests, servers.start(prompted, self._trajectories.sampling))
 
     def _draw(self, step: int) -> list[RolloutRequest]:
-        return self._trajectories.requests(self._order.draw(step))
+        return self._trajectories.requests(self._order.draw(step), step)
 
     def _own(self, items: list[Any]) -> list[Any]:
         return items[self._context.rank :: self._context.size]

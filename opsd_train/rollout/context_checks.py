@@ -113,9 +113,10 @@ def _training(config: Config, train: Measured, sides: Sequence[str]) -> Iterator
     # A teacher reads, or writes, the same completions after its own prompt.
     read = [side for side in kind.required_texts(config) if side in sides]
     for side in read if train.problems else ():
-        if kind.source(config) == "solution":
+        if "solution" in kind.sources(config):
             tokens, problem = train.longest(side, "solution")
             yield LongestSequence(f"{side} prompt and solution of {problem.id} have", tokens)
+        if kind.source(config) == "solution":
             continue
         tokens, problem = train.longest(side)
         new = config.rollout.max_new_tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,8 +38,12 @@ class Trajectories:
         tokenizer: Any,
     ) -> None:
         self._config, self._source, self._prompts = config, method.source(config), prompts
+        # With GKD's mix some steps train on the reference solutions instead.
+        self._share = float(config.distill.on_policy) if config.distill else 1.0
         self.engine, self._tokenizer = engine, tokenizer
-        self._teacher_prompt, self._imitates = method.teacher_prompt(config), method.imitates
+        # With a context of the rollout the teacher's prompt is made later: see data/contexts.py.
+        self._teacher_prompt = method.teacher_prompt(config) and not config.prompts.teacher_context
+        self._imitates = method.imitates
         self._policy = method.policy
         self._agrees = False  # sampler and trainer; checked on the first rollout
         rollout = config.rollout
@@ -51,10 +56,20 @@ class Trajectories:
         )
         self.sampling = Sampling.of(rollout)
 
-    def requests(self, problems: Sequence[Problem]) -> list[RolloutRequest]:
+    def on_solutions(self, step: int) -> bool:
+        """Whether a step trains on reference solutions: the same answer on every rank.
+
+        A share of steps on samples, and each step whole, as in GKD's Algorithm 1 (arXiv
+        2306.13649).
+        """
+        if self._source == "solution":
+            return True
+        return random.Random(stable_seed(self._config.seed, "source", step)).random() >= self._share
+
+    def requests(self, problems: Sequence[Problem], step: int) -> list[RolloutRequest]:
         """The samples that a step needs, those of a problem side by side."""
-        sampled = self._source != "solution"
-        count = self._config.rollout.samples_per_prompt if sampled else 1
+        on_solutions = self.on_solutions(step)
+        count = 1 if on_solutions else self._config.rollout.samples_per_prompt
         return [
             RolloutRequest(problem, position, number)
             for position, problem in enumerate(problems)
@@ -63,7 +78,7 @@ class Trajectories:
 
     def make(self, step: int, wanted: Sequence[RolloutRequest]) -> list[Sample]:
         """A sample for each request, its answer not checked yet."""
-        if self._source == "solution":
+        if self.on_solutions(step):
             return [
                 solution_sample(self._prompts, request.problem, self._teacher_prompt)
                 for request in wanted
@@ -124,9 +139,8 @@ class Trajectories:
 
 def solution_sample(prompts: PromptBuilder, problem: Problem, teacher_prompt: bool) -> Sample:
     """The reference solution as a sample. `teacher_prompt`: it needs the teacher's prompt too."""
-    return Sample(
-        problem, *_both_prompts(prompts, problem, teacher_prompt), prompts.solution(problem)
-    )
+    both = _both_prompts(prompts, problem, teacher_prompt)
+    return Sample(problem, *both, prompts.solution(problem), generated=False)
 
 
 def _both_prompts(

@@ -18,7 +18,7 @@ from benchmarks.train_step.table import table
 from benchmarks.train_step.worker import make
 from benchmarks.train_step.workload import build
 from benchmarks.worker_process import WorkerProcess
-from opsd_train.methods import distillation
+from opsd_train.methods import objective
 from opsd_train.model import policy as policy_model
 from opsd_train.rollout import Completion, trajectories
 from tests.helpers.tiny import save_model
@@ -137,7 +137,7 @@ def test_given_the_same_completions_the_losses_agree(
     config = dataclasses.replace(work.config, model=model, steps=1)
     work = dataclasses.replace(work, config=config)
     made = {s.problem.id: [7 + i, 9, 11, 13 + i] for i, s in enumerate(work.samples)}
-    for owner, name in ((policy_model, "completion_hidden"), (distillation, "fused_linear_jsd")):
+    for owner, name in ((policy_model, "completion_hidden"), (objective, "fused_linear_jsd")):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back what `make` wraps
     completions = [made[sample.problem.id] for sample in work.samples]
     ours = make(OURS, work, Phases())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from opsd_kernels.integrations.heads import lm_head
-from opsd_train.config.method_schema import GrpoConfig, LossConfig
+from opsd_train.config.loss_schema import LossConfig
+from opsd_train.config.method_schema import GrpoConfig
 from opsd_train.config.schema import Config, LoraConfig
 from opsd_train.data.batches import Sample, micro_batches
 from opsd_train.data.problems import Problem
@@ -37,7 +38,7 @@ CASES = {
     "sft": ("method=sft",),
     "star": ("method=star",),
     "context_distill": ("method=context_distill",),
-    "grpo": (*GRPO, "grpo.kl_weight=0.05", "grpo.updates=2"),
+    "grpo": (*GRPO, "grpo.kl_weight=0.05", "updates_per_step=2"),
     "distill": ("method=distill", "distill.teacher=t", "loss.beta=0.5"),
     "distill top k": (
         *("method=distill", "distill.teacher=t", "loss.beta=0.0"),

@@ -109,10 +109,12 @@ def test_the_beginning_of_a_completion(models: Path, written: Path) -> None:
     trainer = make_trainer(
         alone(), Course(models, "student", (*overrides, f"distill.cache={written}"))
     )
-    (sample,) = trainer.trajectories.make(1, trainer.trajectories.requests(trainer.problems[9:10]))
-    ((whole,),) = trainer.method.precompute([[sample]])
+    (sample,) = trainer.trajectories.make(
+        1, trainer.trajectories.requests(trainer.problems[9:10], 1)
+    )
+    (whole,) = trainer.method.precompute([[sample]])[0].teachers
     start = replace(sample, completion=sample.completion[:1])
-    ((first,),) = trainer.method.precompute([[start]])
+    (first,) = trainer.method.precompute([[start]])[0].teachers
     assert len(whole.ids) == len(sample.completion) > 1
     assert torch.equal(first.ids, whole.ids[:1]) and torch.equal(first.logprob, whole.logprob[:1])
 

@@ -255,7 +255,7 @@ def test_samples_that_are_targets_end_so_too(
     trajectories = Trajectories(
         config, make_method(config, make_policy()), builder, engine, tokenizer
     )
-    sample = trajectories.make(1, trajectories.requests([CLEAN]))[0]
+    sample = trajectories.make(1, trajectories.requests([CLEAN], 1))[0]
     assert sample.completion == [*text, target if finished else last]
     assert sample.logprobs is None or len(sample.logprobs) == len(sample.completion)
     if target != last and finished:

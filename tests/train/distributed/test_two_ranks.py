@@ -97,7 +97,7 @@ def compare(pair: Pair, course: Course) -> tuple[Outcome, list[Outcome]]:
         ("tied", "full", (FULL, "opsd.teacher=current", "loss.token_clip=0.01")),
         ("tied", "full", (FULL, "opsd.teacher=ema", "loss.objective=top_k", "loss.top_k=8")),
         ("tied", "full", (FULL, SMALL, "method=sft")),
-        ("tied", "full", (*GRPO, FULL, "grpo.updates=2", "grpo.kl_weight=0.1")),
+        ("tied", "full", (*GRPO, FULL, "updates_per_step=2", "grpo.kl_weight=0.1")),
     ],
 )
 def test_same_course(
@@ -150,7 +150,7 @@ def test_a_cache_that_two_ranks_write_and_read(pair: Pair, models: Path, tmp_pat
     "shard, overrides",
     [
         ("full", (GATE, FULL, "opsd.teacher=ema")),
-        ("none", (*GRPO, "grpo.updates=2", "grpo.kl_weight=0.1")),
+        ("none", (*GRPO, "updates_per_step=2", "grpo.kl_weight=0.1")),
         ("full", ("method=star",)),
     ],
     ids=["opsd", "grpo", "star"],
@@ -210,7 +210,7 @@ METHODS = {
     "opsd-ema": ("opsd.teacher=ema", "opsd.ema_decay=0.5"),
     "opsd-sampled": ("loss.objective=sampled_token", "opsd.teacher=current"),
     "sft": ("method=sft",),
-    "grpo": (*GRPO, "grpo.updates=2", "grpo.kl_weight=0.1"),
+    "grpo": (*GRPO, "updates_per_step=2", "grpo.kl_weight=0.1"),
     "star": ("method=star",),
     "context_distill": ("method=context_distill",),
     "distill": ("method=distill",),

@@ -274,7 +274,7 @@ class Noting(Verdicts):
 NEEDS = {
     "opsd": ((), False),
     "opsd, weighed": (("opsd.verify_weight={correct: 1.0, wrong: 0.5}",), True),
-    "grpo": ((*GRPO, "grpo.updates=2"), True),
+    "grpo": ((*GRPO, "updates_per_step=2"), True),
     "star": (("method=star",), True),
     "context_distill": (("method=context_distill",), False),
     "sft": (("method=sft",), None),
@@ -300,7 +300,7 @@ def test_grading_goes_on_beside_the_step(name, tiny_folder, tmp_path, monkeypatc
     monkeypatch.setattr(trainer.order, "observe", lambda found: events.append(len(found)))
     row, stats = trainer.step(1)
     count = 4 * made.rollout.samples_per_prompt
-    updates = ["update"] * trainer.method.updates
+    updates = ["update"] * made.updates_per_step
     if early is None:
         assert events == ["assign_weights", *updates] and "accuracy" not in row
         return

@@ -87,12 +87,12 @@ def test_cut_off_samples_count_in_their_group_but_not_in_the_loss() -> None:
 @pytest.mark.parametrize("with_kl", [False, True], ids=["no KL", "KL"])
 def test_loss_and_gradient_equal_full_logits(with_kl: bool, lora: bool) -> None:
     """In the second of two updates: the old and the initial policy differ from the current one."""
-    overrides = ["grpo.updates=2", "grpo.kl_weight=0.3" if with_kl else "grpo.kl_weight=0.0"]
+    overrides = ["updates_per_step=2", "grpo.kl_weight=0.3" if with_kl else "grpo.kl_weight=0.0"]
     config, policy = settings(*GRPO, *overrides), make_policy(lora)
     method, initial = make_method(config, policy), double(policy)
     change(policy, 11)
     samples = method.assign_weights(make_samples())
-    assert method.updates == 2 and {s.weight for s in samples} == {0, 1}
+    assert method.config.updates_per_step == 2 and {s.weight for s in samples} == {0, 1}
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     precomputed = method.precompute([samples])
     for name, parameter in policy.model.named_parameters():
@@ -109,7 +109,7 @@ def test_loss_and_gradient_equal_full_logits(with_kl: bool, lora: bool) -> None:
 
 
 def test_the_first_update_needs_no_old_policy() -> None:
-    config, policy = settings(*ALL, "grpo.updates=1"), make_policy()
+    config, policy = settings(*ALL, "updates_per_step=1"), make_policy()
     method = make_method(config, policy)
     samples = method.assign_weights(make_samples())
     assert method.precompute([samples]) == [FixedLogprobs(None, None)]

@@ -35,7 +35,7 @@ from tests.helpers.method_cases import (
 )
 
 # Two updates: the old and the initial policy have forward passes of their own.
-WHOLE = (*GRPO, "grpo.updates=2", "grpo.kl_weight=0.3")
+WHOLE = (*GRPO, "updates_per_step=2", "grpo.kl_weight=0.3")
 # The first of each group has the longest prompt or the shortest; 8 alone is paper/grpo's size.
 GROUPS = (4, 1, 3)
 EVERY_SIZE = tuple(range(1, 9))

@@ -94,9 +94,9 @@ def test_the_servers_are_asked_for_what_the_student_wrote(models: Path, serve: S
     server = serve()
     course = Course(models, "student", overrides(models, urls(server), "distill.on_policy=true"))
     trainer = make_trainer(alone(), course)
-    samples = trainer.trajectories.make(1, trainer.trajectories.requests(trainer.problems[:2]))
+    samples = trainer.trajectories.make(1, trainer.trajectories.requests(trainer.problems[:2], 1))
     server.bodies.clear()
-    ((top,),) = trainer.method.precompute([samples])
+    (top,) = trainer.method.precompute([samples])[0].teachers
     asked = sorted(body["prompt"] for body in server.bodies)
     assert asked == sorted([*s.student_prompt, *s.completion] for s in samples)
     assert top.ids.shape == (sum(len(s.completion) for s in samples), 64)
@@ -109,10 +109,10 @@ def test_a_server_that_is_gone(
     one, two = serve(), serve()
     course = Course(models, "student", overrides(models, urls(one, two)))
     trainer = make_trainer(alone(), course)
-    samples = trainer.trajectories.make(1, trainer.trajectories.requests(trainer.problems[:3]))
-    ((before,),) = trainer.method.precompute([samples])
+    samples = trainer.trajectories.make(1, trainer.trajectories.requests(trainer.problems[:3], 1))
+    (before,) = trainer.method.precompute([samples])[0].teachers
     two.kill()
-    ((after,),) = trainer.method.precompute([samples])
+    (after,) = trainer.method.precompute([samples])[0].teachers
     assert torch.equal(before.ids, after.ids) and torch.equal(before.logprob, after.logprob)
     assert f"{two.url} is gone: connection refused" in capsys.readouterr().out
     one.kill()
@@ -151,7 +151,7 @@ def test_a_teacher_with_more_tokens(models: Path, serve: Serve) -> None:
     tiny.make_model(vocab_size=270, hidden_size=48).save_pretrained(teacher)
     more = (f"distill.teacher={teacher}", "loss.top_k=270", urls(server))
     trainer = make_trainer(alone(), Course(models, "student", overrides(models, *more)))
-    samples = trainer.trajectories.make(1, trainer.trajectories.requests(trainer.problems[:1]))
+    samples = trainer.trajectories.make(1, trainer.trajectories.requests(trainer.problems[:1], 1))
     with pytest.raises(UserError, match="the served teacher predicts token 269"):
         trainer.method.precompute([samples])
 

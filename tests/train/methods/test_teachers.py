@@ -142,7 +142,7 @@ def test_a_sharded_teacher_is_called_once_a_micro_batch() -> None:
     samples = routed(make_samples(4), ["code", "code", "math", "code"])
     found = method.precompute([samples[:2], samples[2:3], samples[2:]])
     assert calls == [*NAMES] * 3
-    assert [len(parts) for parts in found] == [1, 1, 2]
+    assert [len(parts.teachers) for parts in found] == [1, 1, 2]
 
 
 def test_a_token_that_one_of_the_teachers_lacks() -> None:

@@ -23,7 +23,7 @@ SHORT = ("steps=1", "evaluation.problems=0", "rollout.max_new_tokens=12")
         ("rollout.top_p=0.8", "lora=null"),
         ("model.dtype=bfloat16",),
         ("method=context_distill",),
-        ("method=grpo", "rollout.samples_per_prompt=2", "grpo.updates=2"),
+        ("method=grpo", "rollout.samples_per_prompt=2", "updates_per_step=2"),
     ],
 )
 def test_they_agree(tiny_folder: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:

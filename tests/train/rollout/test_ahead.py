@@ -34,7 +34,7 @@ from tests.helpers.vllm_double import VllmDouble, tiny
 STEPS = 4
 BASE = (f"steps={STEPS}", "micro_batch_tokens=1000", "evaluation.problems=0", "optim.lr=0.03")
 GRPO = (
-    *("method=grpo", "rollout.samples_per_prompt=2", "grpo.updates=2", "curriculum={}"),
+    *("method=grpo", "rollout.samples_per_prompt=2", "updates_per_step=2", "curriculum={}"),
     *("grpo.mask_truncated=false", "grpo.normalise_std=false"),
 )
 
@@ -102,7 +102,7 @@ def by_transformers(trainer: Trainer, weights: dict[str, Tensor], step: int) -> 
     put(trainer, weights)
     order = make_order(trainer.config, trainer.problems)
     drawn = [order.draw(number) for number in range(1, step + 1)][-1]
-    requests = trainer.trajectories.prompted(step, trainer.trajectories.requests(drawn))
+    requests = trainer.trajectories.prompted(step, trainer.trajectories.requests(drawn, step))
     engine = TransformersEngine(trainer.policy, trainer.tokenizer, trainer.config.rollout)
     return engine.generate(requests, trainer.trajectories.sampling)
 

@@ -1,0 +1,182 @@
+"""Settings of a recipe that contradict each other, each with one line that says what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from opsd_train.config.loss_schema import LossConfig, TokenWeightConfig
+from opsd_train.config.method_schema import DistillConfig, GrpoConfig
+
+if TYPE_CHECKING:
+    from opsd_train.config.schema import Config
+
+WITH_TEACHER = ("opsd", "distill")
+
+
+def conflicts(config: Config) -> Iterator[str]:
+    """One error message for each contradiction."""
+    problems, heldout = config.evaluation.problems, config.data.heldout_size
+    if problems > heldout:
+        yield f"evaluation.problems={problems} is more than data.heldout_size={heldout}"
+    if config.optim.warmup_steps > config.steps:
+        yield f"optim.warmup_steps={config.optim.warmup_steps} is more than steps={config.steps}"
+    for name, methods in (
+        ("opsd", ("opsd",)),
+        ("distill", ("distill",)),
+        ("grpo", ("grpo", "opsd")),
+    ):
+        if getattr(config, name) is not None and config.method not in methods:
+            owners = " and ".join(methods)
+            yield f"{name}.* are settings of method {owners}; this recipe uses {config.method}"
+    if config.method == "distill" and config.distill is None:
+        yield "method=distill needs distill.teacher"
+    yield from _teachers(config)
+    if config.method not in WITH_TEACHER and config.loss != LossConfig():
+        yield f"loss.* sets the divergence of opsd and distill; method={config.method} has none"
+    yield from _solutions(config)
+    if config.updates_per_step > 1 and config.method not in (*WITH_TEACHER, "grpo"):
+        yield f"updates_per_step is of opsd, distill and grpo: set it to 1 for {config.method}"
+    if config.method == "grpo" or config.grpo is not None:
+        yield from _policy_gradient(config, config.grpo or GrpoConfig())
+    yield from _sampled_tokens(config)
+    yield from _contexts(config)
+
+
+def _solutions(config: Config) -> Iterator[str]:
+    """What needs samples of the student, where a step trains on solutions."""
+    share = 0.0 if config.method == "sft" else 1.0
+    if config.distill is not None:
+        share = float(config.distill.on_policy)
+    if share == 1:
+        return
+    never = share == 0
+    if never and config.curriculum:
+        yield "curriculum needs rollouts of the student; this recipe trains on solutions"
+    if config.rollout.samples_per_prompt > 1:
+        yield "rollout.samples_per_prompt must be 1: this recipe trains on solutions, one each"
+    if config.rollout.ahead:
+        yield "rollout.ahead must be 0: this recipe trains on solutions, nothing is generated"
+    if config.loss.token_weight.importance_cap:
+        yield "loss.token_weight.importance_cap needs samples of the student in every step"
+
+
+def _teachers(config: Config) -> Iterator[str]:
+    distill, column = config.distill, config.data.columns.teacher
+    several = distill is not None and bool(distill.teachers)
+    if several and (column is None or config.data.source == "reasoning_gym"):
+        yield (
+            "distill.teachers needs data.columns.teacher, the column that names a problem's "
+            "teacher, and data.source=file or hub"
+        )
+    if column is not None and not several:
+        yield f"data.columns.teacher={column} chooses among distill.teachers: set them"
+    if distill and any(teacher.cache for teacher in distill.by_name().values()):
+        yield from _caches(config, distill)
+    if distill and any(teacher.servers for teacher in distill.by_name().values()):
+        yield from _servers(config)
+
+
+def _servers(config: Config) -> Iterator[str]:
+    if config.loss.objective != "top_k":
+        yield "distill.servers give the teacher's most likely tokens: set loss.objective=top_k"
+    if config.loss.temperature != 1:
+        yield "distill.servers give log-probabilities at temperature 1: set loss.temperature=1"
+
+
+def _caches(config: Config, distill: DistillConfig) -> Iterator[str]:
+    if config.loss.objective != "top_k":
+        yield "distill.cache has the teacher's most likely tokens: set loss.objective=top_k"
+    if distill.on_policy:
+        yield "distill.cache is of the reference solutions: set distill.on_policy=false"
+    if config.evaluation.problems and config.evaluation.divergence:
+        yield (
+            "distill.cache has no divergence of held-out completions: set "
+            "evaluation.divergence=false"
+        )
+
+
+def _policy_gradient(config: Config, grpo: GrpoConfig) -> Iterator[str]:
+    if config.rollout.samples_per_prompt < 2:
+        yield "grpo compares samples of a problem: rollout.samples_per_prompt must be 2 or more"
+    if grpo.importance_cap and not _from_all_tokens(config):
+        yield (
+            "grpo.importance_cap: rollout.top_p and top_k change the sampler's probabilities; "
+            "set it to null, or sample from all tokens (top_p=1, top_k=0)"
+        )
+    if config.rollout.ahead and grpo.importance_cap is None:
+        yield (
+            "rollout.ahead=1 samples from older weights, which importance weights correct: set "
+            "grpo.importance_cap, such as 2.0, or rollout.ahead=0"
+        )
+    if config.method == "grpo":
+        if grpo.weight != 1 or grpo.token_weight != TokenWeightConfig():
+            yield (
+                "grpo.weight and grpo.token_weight are for the policy gradient of opsd: with "
+                "loss.weight=0 it stands alone"
+            )
+    elif config.loss.temperature != config.rollout.temperature:
+        yield "grpo beside a divergence: set loss.temperature to rollout.temperature"
+    elif config.loss.objective == "top_k":
+        for name in ("early", "gate", "credit"):
+            if getattr(grpo.token_weight, name) is not None:
+                yield (
+                    f"grpo.token_weight.{name} needs the teacher's probability of the sampled "
+                    "token, which loss.objective=top_k does not have"
+                )
+    if grpo.token_weight.importance_cap:
+        yield "grpo.token_weight.importance_cap: a policy gradient has grpo.importance_cap for it"
+
+
+def _sampled_tokens(config: Config) -> Iterator[str]:
+    """Weights that compare a sampled token under loss.temperature with the sampler's."""
+    loss, rollout = config.loss, config.rollout
+    comparable = rollout.temperature == loss.temperature and _from_all_tokens(config)
+    stale = rollout.ahead or config.updates_per_step > 1
+    advice = "set rollout.temperature=loss.temperature, top_p=1 and top_k=0"
+    key = "rollout.ahead=1" if rollout.ahead else "updates_per_step > 1"
+    if stale and loss.long_term and not loss.token_weight.importance_cap:
+        yield (
+            f"loss.long_term with {key} is over samples of older weights: set "
+            "loss.token_weight.importance_cap, such as 2.0"
+        )
+    if stale and loss.at_samples and config.method in WITH_TEACHER:
+        if not comparable:
+            yield (
+                f"{key} with loss.objective={loss.objective} weights tokens by their probability: "
+                f"{advice}"
+            )
+        if loss.token_weight.importance_cap:
+            yield f"loss.token_weight.importance_cap: with {key} sampled tokens have this weight"
+    if loss.token_weight.importance_cap and not comparable:
+        yield f"loss.token_weight.importance_cap compares with the sampler: {advice}"
+
+
+def _contexts(config: Config) -> Iterator[str]:
+    """What does not go with a teacher's prompt that is made after the rollout."""
+    sees, evaluation = config.prompts.teacher_context, config.evaluation
+    if not sees:
+        return
+    reads = config.distill and any(t.prompt == "teacher" for t in config.distill.by_name().values())
+    if config.method != "opsd" and not reads:
+        yield (
+            "prompts.teacher_context is for the teacher of opsd, or of distill with "
+            f"distill.prompt=teacher; this recipe uses {config.method}"
+        )
+    if config.distill and config.distill.on_policy is not True:
+        yield "prompts.teacher_context is of samples: set distill.on_policy=true"
+    if "sibling" in sees and config.rollout.samples_per_prompt < 2:
+        yield (
+            "prompts.teacher_context=[sibling] needs several samples of a problem: "
+            "rollout.samples_per_prompt must be 2 or more"
+        )
+    for name in ("teacher", "divergence") if evaluation.problems else ():
+        if getattr(evaluation, name):
+            yield (
+                f"evaluation.{name} needs a teacher's prompt of the problem alone: with "
+                f"prompts.teacher_context set evaluation.{name}=false"
+            )
+
+
+def _from_all_tokens(config: Config) -> bool:
+    return config.rollout.top_p == 1 and config.rollout.top_k == 0
