@@ -46,6 +46,7 @@ from opsd_train.reporting.timers import PhaseTimer, peak_memory_mib
 from opsd_train.rollout.ahead import Rollouts
 from opsd_train.rollout.context_checks import check_context, heldout_texts
 from opsd_train.rollout.engines import make_engine
+from opsd_train.rollout.mixture import TeacherMixture
 from opsd_train.rollout.trajectories import Trajectories
 
 STEP_PHASES = ("rollout", "grading", "teacher", "student", "optimizer")
@@ -96,7 +97,7 @@ class Trainer:
             train_lengths,
             heldout_lengths,
         )
-        engine = make_engine(config, self.policy, self.tokenizer, folder)
+        engine = make_engine(config, self.policy, self.tokenizer, folder, self._mixture())
         self.trajectories = Trajectories(config, self.method, self.prompts, engine, self.tokenizer)
         per_problem = len(self.trajectories.requests(self.problems[:1], step=1))
         refuse_more_ranks_than_samples(config.problems_per_step, per_problem, context.size)
@@ -243,6 +244,19 @@ class Trainer:
         """End the grading processes, and samples that are being generated."""
         self.rollouts.close()
         self.grader.close()
+
+    def _mixture(self) -> TeacherMixture | None:
+        """The teacher that samples are drawn from too, where distill.sampler_share says so."""
+        if not isinstance(self.method, Distill) or not self.method.mixes:
+            return None
+        (teacher,) = self.method.teachers.values()
+        assert isinstance(teacher, LocalTeacher) and self.config.distill is not None
+        if teacher.sharded:  # ranks generate alone, and its layers need all of them
+            raise UserError(
+                "distill.sampler_share needs the whole teacher on every process: run one process, "
+                "or --shard none"
+            )
+        return TeacherMixture(teacher.policy, self.config.distill.sampler_share)
 
     def _teacher_configs(self) -> dict[str | None, Any]:
         """The transformers configurations of other models in memory, by the teacher's name."""

@@ -71,10 +71,25 @@ def _teachers(config: Config) -> Iterator[str]:
         )
     if column is not None and not several:
         yield f"data.columns.teacher={column} chooses among distill.teachers: set them"
+    if distill and distill.sampler_share:
+        yield from _mixture(config, distill)
     if distill and any(teacher.cache for teacher in distill.by_name().values()):
         yield from _caches(config, distill)
     if distill and any(teacher.servers for teacher in distill.by_name().values()):
         yield from _servers(config)
+
+
+def _mixture(config: Config, distill: DistillConfig) -> Iterator[str]:
+    key = f"distill.sampler_share={distill.sampler_share}"
+    if config.rollout.engine != "transformers":
+        yield f"{key} needs rollout.engine=transformers"
+    if distill.teachers or not distill.in_memory:
+        yield f"{key} needs one teacher in memory: distill.teacher without cache and servers"
+    if config.loss.token_weight.importance_cap is None:
+        yield (
+            f"{key} samples from another distribution than the student's: set "
+            "loss.token_weight.importance_cap, such as 2.0"
+        )
 
 
 def _servers(config: Config) -> Iterator[str]:

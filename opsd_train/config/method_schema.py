@@ -89,6 +89,9 @@ class DistillConfig(TeacherOptions):
     on_policy: bool | UnitInterval = True
     """true: train on the student's samples (Eq. 3); false: on the reference solutions (Eq. 2); a
     number: the probability that a step trains on samples, and not on solutions (GKD's lambda)."""
+    sampler_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the teacher in what each token is sampled from, (1 - share) s + share t (MiniLLM's
+    alpha); needs rollout.engine=transformers and one teacher in memory."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DistillConfig":

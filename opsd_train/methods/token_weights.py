@@ -66,8 +66,13 @@ def gate(facts: TokenFacts, slope: float) -> Tensor:
 
 
 def truncated_importance(facts: TokenFacts, cap: float) -> Tensor:
-    """min(s / q, cap)."""
-    return importance_weight(_known(facts.logprob), _known(facts.sampler), cap)
+    """min(s / q, cap); 1 for the completions of an evaluation, which have no q."""
+    own = _known(facts.logprob)
+    return (
+        torch.ones_like(own)
+        if facts.sampler is None
+        else importance_weight(own, facts.sampler, cap)
+    )
 
 
 def credit(facts: TokenFacts, settings: CreditConfig) -> Tensor:

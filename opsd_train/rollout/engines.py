@@ -10,13 +10,22 @@ from opsd_train.model.policy import Policy
 from opsd_train.reporting.run_folder import RunFolder
 from opsd_train.rollout import Engine
 from opsd_train.rollout.context_checks import context_of
+from opsd_train.rollout.mixture import TeacherMixture
 from opsd_train.rollout.transformers_engine import TransformersEngine
 from opsd_train.rollout.vllm_engine import VllmEngine
 from opsd_train.rollout.vllm_server_engine import VllmServerEngine
 
 
-def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolder) -> Engine:
+def make_engine(
+    config: Config,
+    policy: Policy,
+    tokenizer: Any,
+    folder: RunFolder,
+    mixture: TeacherMixture | None = None,
+) -> Engine:
     """The engine that rollout.engine names, ready to generate. Every rank calls it.
+
+    mixture  a teacher that the transformers engine samples from too
 
     Raises UserError if the engine cannot serve the model, or is not installed.
     """
@@ -44,7 +53,7 @@ def make_engine(config: Config, policy: Policy, tokenizer: Any, folder: RunFolde
             max_model_len=max_model_len,
             context=folder.context,
         )
-    engine = TransformersEngine(policy, tokenizer, config.rollout)
+    engine = TransformersEngine(policy, tokenizer, config.rollout, mixture)
     if METHODS[config.method].source(config) != "solution" or config.evaluation.problems:
         engine.prove(config.model.name_or_path)
     return engine

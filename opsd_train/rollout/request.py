@@ -13,6 +13,8 @@ class Request:
 
     prompt: list[int]
     seed: int
+    teacher_prompt: list[int] | None = None
+    """What the teacher of a mixture reads; None: the same."""
 
 
 @dataclass(frozen=True)

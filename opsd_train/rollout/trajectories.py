@@ -40,6 +40,7 @@ class Trajectories:
         self._config, self._source, self._prompts = config, method.source(config), prompts
         # With GKD's mix some steps train on the reference solutions instead.
         self._share = float(config.distill.on_policy) if config.distill else 1.0
+        self._mixed = config.distill is not None and config.distill.sampler_share > 0
         self.engine, self._tokenizer = engine, tokenizer
         # With a context of the rollout the teacher's prompt is made later: see data/contexts.py.
         self._teacher_prompt = method.teacher_prompt(config) and not config.prompts.teacher_context
@@ -86,7 +87,7 @@ class Trajectories:
         requests = self.prompted(step, wanted)
         self.engine.sync()
         completions = self.engine.generate(requests, self.sampling)
-        if not self._agrees:
+        if not self._agrees and not self._mixed:  # the trainer has no mixture to compare with
             engine = self._config.rollout.engine
             check_agreement(self._policy, requests, completions, self.sampling, engine)
             self._agrees = True
@@ -95,10 +96,12 @@ class Trajectories:
     def prompted(self, step: int, wanted: Sequence[RolloutRequest]) -> list[Request]:
         """What the engine is asked for; each completion has a seed of its own."""
         prompt = getattr(self._prompts, self._source)
+        own = self._mixed and self._teacher_prompt  # the teacher of a mixture reads its own prompt
         return [
             Request(
                 prompt(request.problem),
                 stable_seed(self._config.seed, step, request.position, request.number),
+                self._prompts.teacher(request.problem) if own else None,
             )
             for request in wanted
         ]

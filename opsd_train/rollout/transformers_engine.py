@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from opsd_kernels.integrations.heads import LmHead, lm_head, probe_tokens, rounding_tolerance
 from opsd_train.config.engine_schema import EngineConfig
@@ -17,8 +17,9 @@ from opsd_train.data.batches import token_batches
 from opsd_train.model.families import batching_tolerance
 from opsd_train.model.policy import Policy
 from opsd_train.rollout.context_checks import check_batch_tokens
-from opsd_train.rollout.kv_cache import drop_rows, preallocate
+from opsd_train.rollout.mixture import TeacherMixture
 from opsd_train.rollout.request import Completion, Request, Sampling
+from opsd_train.rollout.sequences import Sequences
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.token_sampling import sampler, uniforms
 
@@ -29,8 +30,16 @@ class TransformersEngine:
     Every rank makes every call, since sharded weights are gathered.
     """
 
-    def __init__(self, policy: Policy, tokenizer: Any, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        tokenizer: Any,
+        config: EngineConfig,
+        mixture: TeacherMixture | None = None,
+    ) -> None:
+        """`mixture`: a teacher that samples are drawn from too; None: the policy alone."""
         self.policy, self.config, self.dtype = policy, config, policy.dtype
+        self._mixture = mixture
         # The core is called directly: FSDP2 hooks that call, and PeftModel.forward bypasses it.
         self.model, self.core = policy.model, policy.core
         self.pad_id = tokenizer.pad_token_id
@@ -77,17 +86,17 @@ class TransformersEngine:
         """What is wrong with the logits of two prompts, one mostly padding, and of a next token."""
         tokens, device = probe_tokens(head, self.pad_id), head.weight.device
         lengths = [1, len(tokens) - 1]
-        requests = [Request(tokens[:length], 0) for length in lengths]
-        logits, mask, cache = self._prefill(requests, 1, self.pad_id)
-        following = torch.tensor([[tokens[length]] for length in lengths], device=device)
-        position = torch.tensor([[length] for length in lengths], device=device)
-        found = torch.cat([logits, self._forward(following, mask, position, cache)])
+        prompts = [tokens[:length] for length in lengths]
+        sequences = self._sequences(prompts, 1)
+        logits = sequences.logits
+        sequences.extend(torch.tensor([tokens[length] for length in lengths], device=device))
+        found = torch.cat([logits, sequences.logits])
         whole = self.core(input_ids=torch.tensor([tokens], device=device), use_cache=False).logits
         gap = _gap(found, whole[0, [length - 1 for length in lengths] + lengths].float())
         if not gap <= batching_tolerance(head):
             return f"logits change with its cache (gap {gap:.1g})"
         # Another padding token in the same shapes: a difference is not rounding.
-        gap = _gap(self._prefill(requests, 1, tokens[0])[0], logits)
+        gap = _gap(Sequences(self.core, prompts, 1, tokens[0], self.dtype).logits, logits)
         if not gap <= rounding_tolerance(head):
             return f"its layers read the padding before a prompt (gap {gap:.1g})"
         return None
@@ -102,7 +111,8 @@ class TransformersEngine:
         head = self.core.get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
         try:
-            with hook, self.policy.generating():
+            teachers = self._mixture.policy.generating() if self._mixture else nullcontext()
+            with hook, self.policy.generating(), teachers:
                 yield
         finally:
             self.model.train(training)
@@ -116,15 +126,19 @@ class TransformersEngine:
         return token_batches(((i, len(prompts[i]) + max_new_tokens) for i in order), budget)
 
     def _decode(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
-        sample = sampler(sampling)
-        logits, mask, cache = self._prefill(requests, sampling.max_new_tokens, self.pad_id)
-        numbers = uniforms(requests, sampling.max_new_tokens).to(logits.device)
-        length = mask.shape[1] - sampling.max_new_tokens
-        position = mask[:, :length].sum(-1, keepdim=True)
+        student = self._sequences([r.prompt for r in requests], sampling.max_new_tokens)
+        mixed = self._mixture if sampling.temperature > 0 else None
+        teacher = mixed and mixed.sequences(requests, sampling.max_new_tokens, self.pad_id)
+        # A mixture is of probabilities, after the temperature.
+        sample = sampler(replace(sampling, temperature=1.0) if mixed else sampling)
+        numbers = uniforms(requests, sampling.max_new_tokens).to(student.logits.device)
         tokens: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
         live = list(range(len(requests)))
         for step in range(sampling.max_new_tokens):
+            logits = student.logits
+            if mixed and teacher:
+                logits = mixed.logprobs(logits, teacher.logits, sampling.temperature)
             picked, picked_logprobs = sample(logits, numbers[:, step])
             for row, token, logprob in zip(
                 live, picked.tolist(), picked_logprobs.tolist(), strict=True
@@ -135,53 +149,21 @@ class TransformersEngine:
             if len(ended) == len(live) or step + 1 == sampling.max_new_tokens:
                 break
             if ended:
-                kept = drop_rows(cache, len(live), ended, mask.device)
+                kept = student.drop(ended)
+                if teacher:
+                    teacher.drop(ended)
                 live = [live[i] for i in kept]
-                picked, numbers, mask, position = (
-                    tensor[kept] for tensor in (picked, numbers, mask, position)
-                )
-            length += 1
-            logits = self._forward(picked[:, None], mask[:, :length], position, cache)
-            position += 1
+                picked, numbers = picked[kept], numbers[kept]
+            student.extend(picked)
+            if teacher:
+                teacher.extend(picked)
         return [
             Completion(tokens[i], logprobs[i], finished=tokens[i][-1] in self.stop)
             for i in range(len(requests))
         ]
 
-    def _prefill(
-        self, requests: list[Request], room: int, pad_id: int
-    ) -> tuple[Tensor, Tensor, DynamicCache]:
-        """(B, V) logits, (B, tokens + room) mask and the cache of a batch.
-
-        Each distinct prompt is computed once.
-        """
-        device = next(self.model.parameters()).device
-        prompts = list(dict.fromkeys(tuple(request.prompt) for request in requests))
-        width = max(map(len, prompts))
-        ids = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
-        mask = torch.ones(len(prompts), width + room, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            mask[row, : width - len(prompt)] = 0
-        ids, mask = ids.to(device), mask.to(device)
-        position = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.core.config)
-        logits = self._forward(ids, mask[:, :width], position, cache)
-        index = {prompt: row for row, prompt in enumerate(prompts)}
-        rows = torch.tensor([index[tuple(request.prompt)] for request in requests], device=device)
-        preallocate(cache, rows, room, self.dtype)
-        return logits[rows], mask[rows], cache
-
-    def _forward(self, ids: Tensor, mask: Tensor, position: Tensor, cache: DynamicCache) -> Tensor:
-        """(B, V) float32 logits of the last position."""
-        output = self.core(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
+    def _sequences(self, prompts: Sequence[list[int]], room: int) -> Sequences:
+        return Sequences(self.core, prompts, room, self.pad_id, self.dtype)
 
 
 def _gap(found: Tensor, wanted: Tensor) -> float:

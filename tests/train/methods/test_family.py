@@ -1,0 +1,304 @@
+"""The recipes around OPSD: each loss and its gradient from its formula over full logits in fp64."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from opsd_train.config.load import config_from, load_recipe, merge
+from opsd_train.config.schema import Config
+from opsd_train.data.batches import Sample
+from opsd_train.methods.base import Method
+from tests.helpers.method_cases import (
+    Outcome,
+    assert_same,
+    change,
+    chosen,
+    counted,
+    double,
+    grads_of,
+    log_probs,
+    make_method,
+    make_policy,
+    make_samples,
+    make_teacher,
+    run,
+)
+from tests.helpers.tiny import recipe as tiny_recipe
+
+LOSS_KEYS = ("method", "loss", "opsd", "grpo", "distill", "updates_per_step")
+
+
+def config_of(name: str, *overrides: str) -> Config:
+    """The loss of a demo's recipe, on the tiny model."""
+    loaded = load_recipe(f"demo/{name}")
+    own = {key: loaded[key] for key in LOSS_KEYS if key in loaded}
+    own["rollout"] = {"samples_per_prompt": loaded["rollout"].get("samples_per_prompt", 1)}
+    if sees := loaded["prompts"].get("teacher_context"):
+        own["prompts"] = {"teacher_context": sees}
+        own["evaluation"] = {"teacher": False, "divergence": False}
+    return config_from(merge(tiny_recipe("model", "runs/none"), own), overrides)
+
+
+@dataclass
+class Read:
+    """A sample with what both models say of it: (T, V) log-probabilities, at the completion."""
+
+    sample: Sample
+    student: Tensor  # differentiable
+    teacher: Tensor
+    initial: Tensor
+    advantage: float  # of the group's rewards, 0 where they are all the same
+
+    @property
+    def s(self) -> Tensor:
+        """(T,) of the sampled tokens."""
+        return chosen(self.student, self.sample.completion)
+
+    @property
+    def t(self) -> Tensor:
+        return chosen(self.teacher, self.sample.completion)
+
+    @property
+    def delta(self) -> Tensor:
+        return (self.t - self.s).detach()
+
+    @property
+    def policy_gradient(self) -> Tensor:
+        """-r A min(s / q, 2), r the ratio to the present policy: 1, with the gradient of log s."""
+        ratio = (self.s - self.s.detach()).exp()
+        return -ratio * self.advantage * sampler_weight(self)
+
+    @property
+    def log_ratio_to_initial(self) -> Tensor:
+        return self.s - chosen(self.initial, self.sample.completion)
+
+
+Part = tuple[Tensor, Tensor]  # (T,) values, and 1 for the tokens that a term counts
+
+
+def mean(parts: Sequence[Part]) -> Tensor:
+    return sum((v * m).sum() for v, m in parts) / sum(m.sum() for _, m in parts)
+
+
+def forward_kl(read: Read) -> Tensor:
+    return (read.teacher.exp() * (read.teacher - read.student)).sum(-1)
+
+
+def reverse_kl(read: Read) -> Tensor:
+    return (read.student.exp() * (read.student - read.teacher)).sum(-1)
+
+
+def jsd(read: Read) -> Tensor:
+    s, t = read.student.exp(), read.teacher.exp()
+    middle = ((s + t) / 2).log()
+    return ((t * (read.teacher - middle)).sum(-1) + (s * (read.student - middle)).sum(-1)) / 2
+
+
+def all_of(value: Callable[[Read], Tensor], reads: Sequence[Read]) -> Tensor:
+    """The mean over every token."""
+    return mean([(value(read), torch.ones(len(read.s))) for read in reads])
+
+
+def in_context(value: Callable[[Read], Tensor], reads: Sequence[Read]) -> Tensor:
+    """The mean over the tokens of samples whose teacher sees something."""
+    return mean([(value(r), torch.full((len(r.s),), float(bool(r.sample.context)))) for r in reads])
+
+
+def with_advantage(value: Callable[[Read], Tensor], reads: Sequence[Read]) -> Tensor:
+    """The mean over the tokens of samples in groups of right and wrong ones."""
+    return mean([(value(r), torch.full((len(r.s),), float(r.advantage != 0))) for r in reads])
+
+
+def at(positions: Callable[[int], bool], read: Read) -> Tensor:
+    return torch.tensor([float(positions(n)) for n in range(len(read.s))])
+
+
+def early_weight(read: Read, gamma: float) -> Tensor:
+    size = read.delta.abs().tolist()
+    total = sum(size)
+    return torch.tensor([1 + gamma * (1 - sum(size[:n]) / total) for n in range(len(size))])
+
+
+def credit(read: Read, mix: float, clip: float) -> Tensor:
+    sign = math.copysign(1, read.advantage)
+    factor = [min(max(math.exp(sign * d), 1 - clip), 1 + clip) for d in read.delta.tolist()]
+    return torch.tensor([1 - mix + mix * f for f in factor], dtype=torch.double)
+
+
+def unsure(read: Read) -> Tensor:
+    """1 where the teacher's entropy is at least 0.8 nats."""
+    entropy = -(read.teacher.exp() * read.teacher).sum(-1)
+    return (entropy >= 0.8).double()
+
+
+def following(read: Read) -> Tensor:
+    """The mean of delta over the tokens that follow each one."""
+    values = read.delta.tolist()
+    rest = [values[n + 1 :] for n in range(len(values))]
+    return torch.tensor([sum(r) / len(r) if r else 0.0 for r in rest], dtype=torch.double)
+
+
+def sampler_weight(read: Read) -> Tensor:
+    """min(s / q, 2), a constant."""
+    q = torch.tensor(read.sample.logprobs, dtype=torch.double)
+    return (read.s.detach() - q).exp().clamp(max=2.0)
+
+
+def k3(read: Read) -> Tensor:
+    gap = -read.log_ratio_to_initial
+    return gap.exp() - gap - 1
+
+
+def top_and_rest(read: Read, k: int) -> Tensor:
+    order = read.teacher.argsort(-1, descending=True)
+
+    def kept(log_p: Tensor) -> Tensor:
+        top, others = (log_p.gather(-1, ids) for ids in (order[:, :k], order[:, k:]))
+        return torch.cat([top, others.logsumexp(-1, keepdim=True)], -1)
+
+    s, t = kept(read.student), kept(read.teacher)
+    return (t.exp() * (t - s)).sum(-1)
+
+
+Formula = Callable[[Sequence[Read]], Tensor]
+SAMPLED = lambda read: -read.delta * read.s  # noqa: E731
+
+# name: the formula, and overrides that make its small terms large enough to be seen.
+FORMULAS: dict[str, tuple[Formula, list[str]]] = {
+    "sdft": (lambda reads: mean([(forward_kl(r), at(lambda n: n >= 3, r)) for r in reads]), []),
+    "sdpo-sibling": (lambda reads: in_context(jsd, reads), []),
+    "sdpo-feedback": (lambda reads: in_context(reverse_kl, reads), []),
+    "sdpo": (
+        lambda reads: (
+            0.5 * in_context(jsd, reads)
+            + 0.5 * with_advantage(lambda read: read.policy_gradient, reads)
+        ),
+        [],
+    ),
+    "gkd": (lambda reads: all_of(jsd, reads), []),
+    "rlsd": (
+        lambda reads: with_advantage(lambda r: r.policy_gradient * credit(r, 0.5, 0.2), reads),
+        [],
+    ),
+    "sdar": (
+        lambda reads: (
+            0.7 * all_of(lambda r: torch.sigmoid(5 * r.delta) * (r.t - r.s), reads)
+            + with_advantage(lambda r: r.policy_gradient + 0.4 * k3(r), reads)
+        ),
+        ["loss.weight=0.7", "grpo.kl_weight=0.4"],
+    ),
+    "sdpg": (
+        lambda reads: (
+            0.7 * all_of(reverse_kl, reads)
+            + with_advantage(
+                lambda r: r.policy_gradient + 0.4 * r.log_ratio_to_initial.square() / 2, reads
+            )
+        ),
+        ["loss.weight=0.7", "grpo.kl_weight=0.4"],
+    ),
+    "minillm": (
+        lambda reads: all_of(
+            lambda r: (reverse_kl(r) - following(r) * r.s) * sampler_weight(r), reads
+        ),
+        [],
+    ),
+    "opsd-importance-weighted": (
+        lambda reads: all_of(lambda r: SAMPLED(r) * early_weight(r, 0.5), reads),
+        [],
+    ),
+    "opsd-entropy-aware": (
+        lambda reads: all_of(lambda r: SAMPLED(r) + unsure(r) * forward_kl(r), reads),
+        [],
+    ),
+    "opsd-skip-first": (
+        lambda reads: mean([(forward_kl(r), at(lambda n: n >= 3, r)) for r in reads]),
+        [],
+    ),
+    "opsd-prefix": (
+        lambda reads: mean([(forward_kl(r), at(lambda n: n < 4, r)) for r in reads]),
+        ["loss.token_weight.count_first=4"],
+    ),
+    "opsd-top-k": (
+        lambda reads: all_of(lambda r: top_and_rest(r, 8), reads),
+        ["loss.top_k=8"],
+    ),
+    "opsd-reference-free": (lambda reads: all_of(forward_kl, reads), []),
+}
+
+
+def samples_of(config: Config) -> list[Sample]:
+    """Two groups with right and wrong answers and one without a right one; of every third sample
+    the teacher sees nothing, where it sees something of the rollout."""
+    samples = [replace(s, correct=s.correct and i < 8) for i, s in enumerate(make_samples(12))]
+    if not config.prompts.teacher_context:
+        return samples
+    return [
+        replace(sample, context=(), teacher_prompt=sample.student_prompt)
+        if index % 3 == 0
+        else replace(sample, context=("sibling",))
+        for index, sample in enumerate(samples)
+    ]
+
+
+def advantages(config: Config, samples: Sequence[Sample]) -> list[float]:
+    size, found = config.rollout.samples_per_prompt, []
+    for first in range(0, len(samples), size):
+        rewards = torch.tensor([float(bool(s.correct)) for s in samples[first : first + size]])
+        same = len(set(rewards.tolist())) == 1
+        found += [0.0] * size if same else ((rewards - rewards.mean()) / rewards.std()).tolist()
+    return found
+
+
+def read_all(config: Config, model: nn.Module, teacher: nn.Module | None, samples) -> list[Read]:
+    """`teacher`: None: the model itself with its adapters off."""
+    off, reads = model.disable_adapter, []
+    for sample, advantage in zip(samples, advantages(config, samples), strict=True):
+        y = sample.completion
+        privileged = config.distill is None or config.distill.prompt == "teacher"
+        prompt = sample.teacher_prompt if privileged else sample.student_prompt
+        with torch.no_grad():
+            with nullcontext() if teacher else off():
+                lt = log_probs(teacher or model, prompt, y).double()
+            with off():
+                initial = log_probs(model, sample.student_prompt, y)
+        student = log_probs(model, sample.student_prompt, y)
+        reads.append(Read(sample, student, lt, initial, advantage))
+    return reads
+
+
+def teacher_model(config: Config, policy, at_start: nn.Module) -> nn.Module | None:
+    kind = config.opsd.teacher if config.opsd else "initial"
+    return {"initial": None, "current": double(policy)}.get(kind, at_start)
+
+
+def made(config: Config) -> tuple[Method, nn.Module, nn.Module | None]:
+    """The method after a change of the weights, the model in fp64, and its teacher."""
+    policy = make_policy()
+    at_start, other = double(policy), make_teacher()
+    method = make_method(config, policy, other)
+    change(policy, 11)
+    if config.distill:
+        return method, double(policy), copy.deepcopy(other.model).double()
+    return method, double(policy), teacher_model(config, policy, at_start)
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_loss_and_gradient_equal_the_formula(name: str) -> None:
+    formula, overrides = FORMULAS[name]
+    config = config_of(name, *overrides)
+    method, model, teacher = made(config)
+    samples = samples_of(config)
+    weighed = method.assign_weights(samples)
+    found = run(method, [s for s in weighed if s.weight > 0], num_tokens=counted(weighed))
+    loss = formula(read_all(config, model, teacher, samples))
+    model.zero_grad()
+    loss.backward()
+    assert_same(found, Outcome(loss.item(), {}, grads_of(model)))
