@@ -49,6 +49,29 @@ CASES = {
     ),
 }
 
+TERMS = {
+    "opsd and policy gradient": (
+        *("rollout.samples_per_prompt=4", "loss.beta=1.0", "loss.weight=0.7"),
+        "grpo={weight: 0.5, kl_weight: 0.1, kl_estimator: k2}",
+    ),
+    "opsd top k and policy gradient": (
+        *("rollout.samples_per_prompt=4", "loss.objective=top_k", "loss.top_k=8", "grpo={}"),
+    ),
+    "opsd credit": (
+        *("rollout.samples_per_prompt=4", "loss.weight=0"),
+        "grpo={token_weight: {credit: {}}}",
+    ),
+    "opsd log ratio": ("loss.objective=log_ratio", "loss.token_weight={gate: 5.0}"),
+    "opsd early": ("loss.token_weight={early: 0.5, skip_first: 1}",),
+    "opsd where unsure": ("loss.objective=sampled_token", "loss.forward_kl={min_entropy: 2.0}"),
+    "opsd clipped ratio": ("loss.objective=sampled_token", "updates_per_step=2"),
+    "distill long term": (
+        *("method=distill", "distill.teacher=t", "loss.beta=1.0", "loss.long_term=1.0"),
+        "loss.token_weight={importance_cap: 2.0}",
+    ),
+}
+"""More terms and weights of a loss; their formulas are in tests/train/methods/test_family.py."""
+
 
 def settings(*overrides: str) -> Config:
     return config("model", "runs/none", *overrides)

@@ -24,6 +24,12 @@ SMALL = "micro_batch_tokens=110"  # one sample or two
 UNEVEN = "problems_per_step=5"
 GATE = "opsd.verify_weight={correct: 1.0, wrong: 0.0}"
 GRPO = ("method=grpo", "rollout.samples_per_prompt=2", "grpo.mask_truncated=false")
+SDPO = (  # a teacher that sees siblings, renewed copies, and a policy gradient
+    *("rollout.samples_per_prompt=3", "grpo={mask_truncated: false}", "loss.weight=0.5"),
+    *("prompts.teacher_context=[sibling]", "prompts.teacher={{ sibling }}"),
+    *("evaluation.teacher=false", "evaluation.divergence=false"),
+    *("opsd.teacher=resync", "opsd.resync_every=1"),
+)
 
 
 def teacher(models: Path) -> tuple[str, ...]:
@@ -98,6 +104,7 @@ def compare(pair: Pair, course: Course) -> tuple[Outcome, list[Outcome]]:
         ("tied", "full", (FULL, "opsd.teacher=ema", "loss.objective=top_k", "loss.top_k=8")),
         ("tied", "full", (FULL, SMALL, "method=sft")),
         ("tied", "full", (*GRPO, FULL, "updates_per_step=2", "grpo.kl_weight=0.1")),
+        ("tied", "full", (*SDPO, FULL, SMALL, "grpo.kl_weight=0.1")),
     ],
 )
 def test_same_course(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe, merge
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
@@ -23,6 +24,7 @@ from tests.helpers.method_cases import (
     chosen,
     counted,
     double,
+    finish,
     grads_of,
     log_probs,
     make_method,
@@ -30,6 +32,7 @@ from tests.helpers.method_cases import (
     make_samples,
     make_teacher,
     run,
+    settings,
 )
 from tests.helpers.tiny import recipe as tiny_recipe
 
@@ -302,3 +305,149 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
     model.zero_grad()
     loss.backward()
     assert_same(found, Outcome(loss.item(), {}, grads_of(model)))
+
+
+def test_two_updates_with_a_clipped_ratio() -> None:
+    """In the second of two updates: advantage and old policy are of the time before the first."""
+    config, policy = config_of("opsd-sampled-updates"), make_policy()
+    method, samples = make_method(config, policy), make_samples()
+    precomputed, old = method.precompute([samples]), double(policy)
+    change(policy, 12, std=0.04)
+    found = finish(method, [samples], precomputed, counted(samples))
+    model, parts = double(policy), []
+    for sample in samples:
+        y = sample.completion
+        with torch.no_grad():
+            before = chosen(log_probs(old, sample.student_prompt, y), y)
+            with old.disable_adapter():
+                advantage = chosen(log_probs(old, sample.teacher_prompt, y), y) - before
+        ratio = (chosen(log_probs(model, sample.student_prompt, y), y) - before).exp()
+        q = torch.tensor(sample.logprobs, dtype=torch.double)
+        value = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        parts.append((value * (before - q).exp().clamp(max=2.0), torch.ones(len(y))))
+    loss = mean(parts)
+    model.zero_grad()
+    loss.backward()
+    assert_same(found, Outcome(loss.item(), {}, grads_of(model)))
+    assert found.stats["clipped"].sum() > 3 and (found.stats["ratio"] - 1).abs().max() > 0.3
+    assert (found.stats["importance"] == 2).sum() >= 2
+
+
+def test_updates_of_several_teachers_terms() -> None:
+    """With a policy gradient beside it a divergence needs the old policy, and no more."""
+    more = ("updates_per_step=2", "grpo={}", "rollout.samples_per_prompt=4")
+    config, policy = config_of("opsd-skip-first", *more), make_policy()
+    method = make_method(config, policy)
+    (fixed,) = method.precompute([make_samples()])
+    assert fixed.old is not None and fixed.advantage is None and fixed.ref is None
+    (alone,) = make_method(config_of("opsd-skip-first", more[0]), policy).precompute(
+        [make_samples()]
+    )
+    assert alone.old is None
+
+
+@pytest.mark.parametrize("name", ["sdpo-sibling", "sdpo", "opsd-skip-first"])
+def test_statistics_are_unknown_where_nothing_counts(name: str) -> None:
+    config = config_of(name)
+    method, _, _ = made(config)
+    samples = [s for s in method.assign_weights(samples_of(config)) if s.weight > 0]
+    stats = finish(method, [samples], method.precompute([samples]), counted(samples)).stats
+    counts = torch.tensor(
+        [
+            bool(s.context) if s.context is not None else n >= 3
+            for s in samples
+            for n in range(len(s.completion))
+        ]
+    )
+    for column in ("divergence", "teacher_entropy", "student_entropy"):
+        assert torch.equal(~stats[column].isnan(), counts), column
+    if name == "sdpo":  # the policy gradient reads every token
+        assert not stats["logprob"].isnan().any() and not stats["ratio"].isnan().any()
+
+
+def test_what_counts_in_no_term_is_left_out() -> None:
+    """A sample without a context counts only in a policy gradient, where there is one."""
+    for name, policy_gradient in (("sdpo-sibling", False), ("sdpo", True)):
+        config = config_of(name)
+        method, _, _ = made(config)
+        for sample in method.assign_weights(samples_of(config)):
+            mixed = policy_gradient and sample.policy_weight > 0
+            assert (sample.weight > 0) == (bool(sample.context) or mixed)
+            assert (sample.divergence_weight > 0) == bool(sample.context)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["loss.objective=log_ratio"], "set loss.token_weight.gate"),
+        (["loss.token_weight={credit: {}}"], "set grpo.token_weight.credit"),
+        (["loss.long_term=1.0"], "needs loss.objective=full_vocabulary and loss.beta=1"),
+        (["loss.objective=top_k", "loss.token_weight={early: 0.5}"], "loss.token_weight.early"),
+        (["loss.objective=top_k", "loss.forward_kl={}"], "not loss.objective=top_k"),
+        (
+            [
+                "loss.objective=top_k",
+                "grpo={token_weight: {credit: {}}}",
+                "rollout.samples_per_prompt=4",
+            ],
+            "grpo.token_weight.credit needs the teacher's probability",
+        ),
+        (["grpo={}"], "rollout.samples_per_prompt must be 2 or more"),
+        (
+            ["grpo={}", "rollout.samples_per_prompt=4", "rollout.temperature=1.2"],
+            "set loss.temperature to rollout.temperature",
+        ),
+        (
+            ["method=grpo", "rollout.samples_per_prompt=4", "grpo={weight: 0.5}"],
+            "for the policy gradient of opsd",
+        ),
+        (["method=sft", "updates_per_step=2"], "set it to 1 for sft"),
+        (["method=sft", "grpo={}"], "settings of method grpo and opsd; this recipe uses sft"),
+        (
+            ["loss.objective=sampled_token", "updates_per_step=2", "rollout.top_p=0.9"],
+            "updates_per_step > 1 with loss.objective=sampled_token weights tokens",
+        ),
+        (
+            ["loss.token_weight={importance_cap: 2.0}", "rollout.top_k=5"],
+            "loss.token_weight.importance_cap compares with the sampler",
+        ),
+        (
+            [
+                "loss.objective=sampled_token",
+                "updates_per_step=2",
+                "loss.token_weight={importance_cap: 2.0}",
+            ],
+            "with updates_per_step > 1 sampled tokens have this weight",
+        ),
+        (
+            ["loss.beta=1.0", "loss.long_term=1.0", "updates_per_step=2"],
+            "set loss.token_weight.importance_cap",
+        ),
+        (
+            ["method=distill", "distill.teacher=t", "distill.sampler_share=0.2"],
+            "set loss.token_weight.importance_cap",
+        ),
+        (
+            [
+                "method=distill",
+                "distill.teacher=t",
+                "distill.on_policy=0.5",
+                "rollout.samples_per_prompt=2",
+            ],
+            "rollout.samples_per_prompt must be 1",
+        ),
+        (
+            [
+                "method=distill",
+                "distill.teacher=t",
+                "distill.on_policy=0.5",
+                "loss.token_weight={importance_cap: 2.0}",
+            ],
+            "needs samples of the student in every step",
+        ),
+    ],
+)
+def test_what_cannot_be_right_is_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        settings(*overrides)
+    assert words in str(caught.value) and "\n" not in str(caught.value)

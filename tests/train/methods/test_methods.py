@@ -19,6 +19,7 @@ from opsd_train.methods import METHODS
 from opsd_train.methods import common as losses
 from tests.helpers.method_cases import (
     CASES,
+    TERMS,
     Outcome,
     assert_same,
     change,
@@ -38,7 +39,8 @@ from tests.helpers.method_cases import (
 
 planning = importlib.import_module("opsd_kernels.plan")  # the package's `plan` is the function
 
-EVERY = pytest.mark.parametrize("name", CASES)
+ALL = CASES | TERMS
+EVERY = pytest.mark.parametrize("name", ALL)
 LORA = pytest.mark.parametrize("lora", [True, False], ids=["lora", "all weights"])
 
 
@@ -48,7 +50,7 @@ def test_every_method_is_here() -> None:
 
 @EVERY
 def test_one_micro_batch_or_many(name: str) -> None:
-    method = make_method(settings(*CASES[name]), make_policy())
+    method = make_method(settings(*ALL[name]), make_policy())
     samples = [sample for sample in method.assign_weights(make_samples()) if sample.weight > 0]
     longest = max(sample.longest for sample in samples)
     assert len(list(micro_batches(samples, longest))) >= 3
@@ -59,7 +61,7 @@ def test_one_micro_batch_or_many(name: str) -> None:
 def test_precompute_leaves_no_trace(name: str) -> None:
     """Weights and gradients stay the same, bit for bit."""
     policy = make_policy(lora=False)
-    method = make_method(settings(*CASES[name]), policy)
+    method = make_method(settings(*ALL[name]), policy)
     change(policy, 3)
     method.after_step()
     samples = method.assign_weights(make_samples())
@@ -83,7 +85,7 @@ class OtherHasOne(DistributedContext):
 def test_idle_micro_batch(name: str, lora: bool) -> None:
     """A rank without loss tokens runs a backward pass too; it gives no gradient."""
     policy = make_policy(lora)
-    method = make_method(settings(*CASES[name]), policy)
+    method = make_method(settings(*ALL[name]), policy)
     change(policy, 3)
     samples = method.assign_weights(make_samples())
     groups = balanced_micro_batches(samples, [], 10**6, OtherHasOne(policy.device, size=2))
@@ -140,7 +142,7 @@ def long_samples(method) -> list:
 @EVERY
 def test_no_tensor_has_the_size_of_the_logits(name: str, lora: bool, largest: Largest) -> None:
     policy, teacher = make_policy(lora, vocab_size=VOCAB), make_teacher(vocab_size=VOCAB)
-    method = make_method(settings(*CASES[name]), policy, teacher)
+    method = make_method(settings(*ALL[name]), policy, teacher)
     samples = long_samples(method)
     with largest:
         run(method, samples)

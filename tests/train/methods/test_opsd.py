@@ -36,7 +36,9 @@ SHARES = {
     "initial": (1.0, 0.0, 0.0),
     "ema": (DECAY**2, DECAY * (1 - DECAY), 1 - DECAY),
     "current": (0.0, 0.0, 1.0),
+    "resync": (0.0, 1.0, 0.0),
 }
+SETTINGS = {"ema": [f"opsd.ema_decay={DECAY}"], "resync": ["opsd.resync_every=3"]}
 
 
 def average(models: list[torch.nn.Module], shares: tuple[float, ...]) -> torch.nn.Module:
@@ -59,13 +61,12 @@ def test_loss_and_gradient_equal_full_logits(name: str) -> None:
 @POLICIES
 @pytest.mark.parametrize("teacher", SHARES)
 def test_teachers_after_two_updates(teacher: str, policy: dict) -> None:
-    overrides = [f"opsd.ema_decay={DECAY}"] if teacher == "ema" else []
-    config = settings(*CASES["opsd JSD"], f"opsd.teacher={teacher}", *overrides)
+    config = settings(*CASES["opsd JSD"], f"opsd.teacher={teacher}", *SETTINGS.get(teacher, []))
     policy, samples = make_policy(**policy), make_samples()
     method = make_method(config, policy)
     history = [double(policy)]
     method.precompute([samples])  # nothing cached of this teacher may serve for the later one
-    for seed in (11, 12):
+    for seed, method.step in ((11, 3), (12, 4)):  # after step 3 a copy is made again
         change(policy, seed)
         method.after_step()
         history.append(double(policy))

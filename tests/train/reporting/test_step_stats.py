@@ -1,5 +1,6 @@
 """Statistics of a step against plain Python over the same numbers, on one rank and on several."""
 
+import json
 import math
 import pickle
 from dataclasses import replace
@@ -93,6 +94,26 @@ def test_sampler_kl_estimates_kl_from_sampler_to_trainer():
     assert stats_of([one], logprob=trainer[drawn].tolist()).mismatch()[
         "sampler_kl"
     ] == pytest.approx(truth, rel=0.05)
+
+
+def test_what_is_not_known_counts_in_no_mean():
+    """A token that the loss leaves out has no divergence: NaN."""
+    nan = math.nan
+    divergence = [0.5, nan, nan, 2.0, 0.125, nan, nan]
+    logprob = [-1.5, -2.0, nan, -0.5, -1.0, -2.0, nan]
+    stats = stats_of(SAMPLES, divergence=divergence, student_logprob=logprob)
+    row = stats.row(TOKENIZER)
+    assert row["divergence"] == pytest.approx((0.5 + 2.0 + 0.125) / 3)
+    assert row["divergence_by_position"] == [0.5, 2.0, 0.125, None]
+    assert row["top_tokens"] == [("b", 2.0, 1), ("a", 0.5, 1), ("c", 0.125, 1)]
+    gaps = [-0.5, 0.0, -0.25, 0.5, 1.0]
+    assert row["sampler_mismatch"] == pytest.approx(sum(map(abs, gaps)) / 5)
+    first, second, _ = stats.sample_rows(TOKENIZER, 3)
+    assert first["tokens"][1] == ["b", None] or second["tokens"][1] == ["b", None]
+    nowhere = stats_of(SAMPLES, divergence=[nan] * 7, student_logprob=logprob)
+    assert "divergence" not in nowhere.row(TOKENIZER)
+    assert nowhere.sample_rows(TOKENIZER, 1)[0]["divergence"] is None
+    json.dumps(nowhere.row(TOKENIZER), allow_nan=False)
 
 
 def test_without_a_divergence_the_value_is_nll():

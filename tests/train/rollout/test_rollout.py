@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.config.schema import RolloutConfig
 from opsd_train.model.policy import Policy
 from opsd_train.rollout import Completion, Request, Sampling
+from opsd_train.rollout.mixture import TeacherMixture
 from opsd_train.rollout.stop import stop_ids
 from opsd_train.rollout.token_sampling import draw
 from opsd_train.rollout.transformers_engine import TransformersEngine
@@ -35,10 +37,13 @@ def config(**values: Any) -> RolloutConfig:
 
 
 def engine(
-    model: nn.Module, dtype: torch.dtype = torch.float32, **values: Any
+    model: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    mixture: TeacherMixture | None = None,
+    **values: Any,
 ) -> TransformersEngine:
     policy = Policy(model, tokenizer().pad_token_id, dtype)
-    return TransformersEngine(policy, tokenizer(), config(**values))
+    return TransformersEngine(policy, tokenizer(), config(**values), mixture)
 
 
 def with_adapters(model: nn.Module, dropout: float = 0.0) -> nn.Module:
@@ -153,6 +158,33 @@ def test_logprobs(temperature: float, top_k: int, top_p: float) -> None:
         wanted = allowed(logits, temperature or 1.0, top_k, top_p)
         wanted = wanted.gather(-1, torch.tensor(completion.tokens)[:, None])[:, 0]
         assert completion.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.4])
+def test_a_mixture_of_student_and_teacher(temperature: float) -> None:
+    """Drawn from 0.7 s + 0.3 t, the teacher wider, padded otherwise and with its own prompts."""
+    student, other = with_adapters(make_model()), make_model(288, hidden_size=48)
+    its_prompts = [[9, 9, *prompt, 4] for prompt in PROMPTS[::-1]]
+    asked = [
+        replace(request, teacher_prompt=prompt)
+        for request, prompt in zip(requests(PROMPTS * 3), its_prompts * 3, strict=True)
+    ]
+    teacher = Policy(other.requires_grad_(False), 0, torch.float32)
+    mixed = engine(student, mixture=TeacherMixture(teacher, 0.3))
+    made = mixed.generate(asked, Sampling(12, temperature))
+    gaps = []
+    for request, completion in zip(asked, made, strict=True):
+        own = full_logits(student, request.prompt, completion.tokens) / temperature
+        own = own.softmax(-1)
+        its = full_logits(other, request.teacher_prompt, completion.tokens) / temperature
+        its = its[:, :261].softmax(-1)
+        chosen = torch.tensor(completion.tokens)[:, None]
+        wanted = (0.7 * own + 0.3 * its).gather(-1, chosen)[:, 0].log()
+        assert completion.logprobs == pytest.approx(wanted.tolist(), abs=1e-4)
+        gaps.append((own.gather(-1, chosen)[:, 0].log() - wanted).abs().max().item())
+    assert max(gaps) > 0.5 and len({len(completion.tokens) for completion in made}) > 1
+    greedy = mixed.generate(requests(), Sampling(12))  # an evaluation is of the student alone
+    assert greedy == engine(with_adapters(make_model())).generate(requests(), Sampling(12))
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
