@@ -23,7 +23,7 @@ from opsd_train.data.fingerprint import difference
 from opsd_train.data.problems import majority_answer
 from opsd_train.distributed.context import init_distributed
 from opsd_train.distributed.signals import stop_requests
-from opsd_train.evaluation.accuracy import over_checkpoints
+from opsd_train.evaluation.accuracy import as_summary, over_checkpoints
 from opsd_train.evaluation.rewards import failures
 from opsd_train.reporting.html import write_report
 from opsd_train.reporting.metrics_log import RunLogger
@@ -31,7 +31,7 @@ from opsd_train.reporting.run_folder import RunFolder, claim, release
 from opsd_train.reporting.step_stats import StepStats
 from opsd_train.reporting.timers import PhaseTimer, peak_memory_mib
 from opsd_train.reporting.trackers import Tracker, open_trackers
-from opsd_train.trainer import Trainer
+from opsd_train.trainer import Ending, Trainer
 
 
 def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
@@ -60,10 +60,10 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
         raise
     try:
         with run.recording(resumed_step, trackers), run.interruptible(), stop_requests() as stop:
-            stopped_by = run.trainer.fit(
+            ending = run.trainer.fit(
                 stop, evaluate=run.evaluate, log=run.log, save=run.save_checkpoint
             )
-            run.finish(stopped_by)
+            run.finish(ending)
     finally:
         run.trainer.close()
     context.shutdown()
@@ -135,18 +135,19 @@ class TrainingRun:
                 raise
             self._ended_by(signal.SIGINT)
 
-    def finish(self, stopped_by: int | None) -> None:
-        """Set the status; unless the signal `stopped_by` ended training, write the trained weights.
-
-        Every rank calls it.
+    def finish(self, ending: Ending | None) -> None:
+        """Set the status; unless a signal ended training, write the trained weights, those of the
+        best checkpoint where collapse.action=best ended it. Every rank calls it.
         """
-        if stopped_by is not None:
-            self._ended_by(stopped_by)
+        if ending is not None and ending.signal is not None:
+            self._ended_by(ending.signal)
             return
+        if ending is not None:
+            self._stop_early()
         save_weights(self.trainer.policy, self.trainer.tokenizer, self.folder, self.context)
         if self.context.is_main:
             shutil.rmtree(self.folder / "scratch", ignore_errors=True)
-        self.status, self.exit_code = "finished", 0
+        self.status, self.exit_code = "finished" if ending is None else "stopped", 0
 
     def log(self, row: dict[str, Any], stats: StepStats) -> None:
         """Record a step: metrics, warnings, and every `report.sample_every` steps some samples."""
@@ -171,6 +172,7 @@ class TrainingRun:
             trainer.rank_state(),
             self.recipe,
             write_adapter if trainer.policy.has_adapters else None,
+            best=trainer.best_step(),
         )
 
     def evaluate(self) -> None:
@@ -217,6 +219,25 @@ class TrainingRun:
             "seconds": trainer.timer.seconds | {"total": trainer.timer.total()},
             "report": str(self.folder / "report.html"),
         }
+
+    def _stop_early(self) -> None:
+        """Say that a warning of collapse ended the run; go back to the best checkpoint."""
+        trainer, best = self.trainer, self.trainer.best_step()
+        said = f"stopped after step {trainer.steps_done} by the warning above"
+        if best is not None:
+            tensors = training_tensors(trainer.policy, trainer.optimizer, trainer.method.state())
+            self.checkpoints.whole(best).load_tensors(tensors)
+            restore_training(trainer.policy, trainer.optimizer, tensors)
+            trainer.results["weights_of_step"] = best
+            said += f"; the weights are those of step {best}"
+        of_step = trainer.steps_done if best is None else best
+        for row in trainer.evaluations:
+            if row["step"] == of_step:
+                trainer.results |= {"after": as_summary(row)}
+                trainer.results |= {"divergence_after": row.get("divergence")}
+                said += f", held-out accuracy {row['accuracy']:.1%}"
+        trainer.results["stopped"] = said
+        self._say(said)
 
     def _refuse_other_data(self, checkpoint: Checkpoint) -> None:
         old = checkpoint.trainer_state.get("data")

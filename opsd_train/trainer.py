@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from opsd_train.data.batches import (
     deal,
     refuse_more_ranks_than_samples,
 )
-from opsd_train.data.contexts import TeacherContexts, context_metrics
+from opsd_train.data.contexts import TeacherContexts
 from opsd_train.data.fingerprint import fingerprint
 from opsd_train.data.order import make_order
 from opsd_train.data.problems import load_problems
@@ -41,13 +42,24 @@ from opsd_train.methods.teachers import LocalTeacher, refuse_unknown_teachers
 from opsd_train.model.policy import load_policy, load_tokenizer
 from opsd_train.reporting.collapse import CollapseMonitor
 from opsd_train.reporting.run_folder import RunFolder
+from opsd_train.reporting.step_row import generated_tokens, sample_metrics
 from opsd_train.reporting.step_stats import StepStats
 from opsd_train.reporting.timers import PhaseTimer, peak_memory_mib
 from opsd_train.rollout.ahead import Rollouts
 from opsd_train.rollout.context_checks import check_context, heldout_texts
 from opsd_train.rollout.engines import make_engine
-from opsd_train.rollout.mixture import TeacherMixture
+from opsd_train.rollout.mixture import mixture_of
 from opsd_train.rollout.trajectories import Trajectories
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ended training before its last step."""
+
+    signal: int | None = None
+    warning: str | None = None
+    """Of collapse, with collapse.action=stop or best."""
+
 
 STEP_PHASES = ("rollout", "grading", "teacher", "student", "optimizer")
 
@@ -97,7 +109,9 @@ class Trainer:
             train_lengths,
             heldout_lengths,
         )
-        engine = make_engine(config, self.policy, self.tokenizer, folder, self._mixture())
+        engine = make_engine(
+            config, self.policy, self.tokenizer, folder, mixture_of(config, self.method)
+        )
         self.trajectories = Trajectories(config, self.method, self.prompts, engine, self.tokenizer)
         per_problem = len(self.trajectories.requests(self.problems[:1], step=1))
         refuse_more_ranks_than_samples(config.problems_per_step, per_problem, context.size)
@@ -123,6 +137,7 @@ class Trainer:
         self.order = make_order(config, self.problems)
         self.rollouts = Rollouts(config, self.order, self.trajectories, context)
         self.collapse_monitor = CollapseMonitor(config.collapse)
+        self._collapse: list[str] = []  # its warnings after the last step, on rank 0
         self.steps_done = 0
         self.tokens_generated = 0  # in these steps
         self.results: dict[str, Any] = {}  # of evaluations, for summary.json
@@ -136,26 +151,40 @@ class Trainer:
         evaluate: Callable[[], None],
         log: Callable[[dict[str, Any], StepStats], None],
         save: Callable[[], None],
-    ) -> int | None:
+    ) -> Ending | None:
         """Train until `config.steps` steps are done.
 
         `evaluate` evaluates on held-out problems, `log` records a step's metrics, `save` writes a
-        checkpoint. Returns the signal that ended training early, or None. Every rank calls it.
+        checkpoint. Returns what ended training early, or None. Every rank calls it.
         """
         if self._evaluation_is_due():
             evaluate()
+            if self.config.collapse.action == "best":
+                save()  # the model as it was may turn out to be the best
         while self.steps_done < self.config.steps:
             row, stats = self.step(self.steps_done + 1)
             self.steps_done += 1
             log(row, stats)
-            signals = [n for n in self.context.all_gather(stop.signal) if n is not None]
-            if not signals and self._evaluation_is_due():
+            ending = self._ending(stop)
+            collapsed = ending is not None and ending.signal is None
+            evaluated = (ending is None and self._evaluation_is_due()) or (
+                collapsed and self._can_evaluate()
+            )
+            if evaluated:
                 evaluate()
-            if signals or self._checkpoint_is_due():
+            kept = evaluated and self.config.collapse.action == "best"
+            if ending or kept or self._checkpoint_is_due():
                 save()
-            if signals:
-                return signals[0]
+            if ending:
+                return ending
         return None
+
+    def best_step(self) -> int | None:
+        """The first of the evaluated steps with the highest held-out accuracy, where
+        collapse.action=best keeps its checkpoint; else None."""
+        if self.config.collapse.action != "best" or not self.evaluations:
+            return None
+        return max(self.evaluations, key=lambda row: row["accuracy"])["step"]
 
     def step(self, step: int) -> tuple[dict[str, Any], StepStats]:
         """Take training step number `step`, counted from 1. Every rank calls it.
@@ -245,19 +274,6 @@ class Trainer:
         self.rollouts.close()
         self.grader.close()
 
-    def _mixture(self) -> TeacherMixture | None:
-        """The teacher that samples are drawn from too, where distill.sampler_share says so."""
-        if not isinstance(self.method, Distill) or not self.method.mixes:
-            return None
-        (teacher,) = self.method.teachers.values()
-        assert isinstance(teacher, LocalTeacher) and self.config.distill is not None
-        if teacher.sharded:  # ranks generate alone, and its layers need all of them
-            raise UserError(
-                "distill.sampler_share needs the whole teacher on every process: run one process, "
-                "or --shard none"
-            )
-        return TeacherMixture(teacher.policy, self.config.distill.sampler_share)
-
     def _teacher_configs(self) -> dict[str | None, Any]:
         """The transformers configurations of other models in memory, by the teacher's name."""
         if not isinstance(self.method, Distill):
@@ -268,13 +284,28 @@ class Trainer:
             if isinstance(teacher, LocalTeacher)
         }
 
+    def _ending(self, stop: StopRequest) -> Ending | None:
+        """Why training ends after this step, on every rank: a signal, or a warning of collapse."""
+        warnings = [] if self.config.collapse.action == "warn" else self._collapse
+        answers = self.context.all_gather((stop.signal, next(iter(warnings), None)))
+        signals = [signal for signal, _ in answers if signal is not None]
+        if signals:
+            return Ending(signal=signals[0])
+        warning = answers[0][1]
+        return None if warning is None else Ending(warning=warning)
+
+    def _can_evaluate(self) -> bool:
+        """Whether there are held-out problems, and this step is not evaluated yet."""
+        if not self.heldout.problems:
+            return False
+        # It may be in the checkpoint that the run resumed from.
+        return not self.evaluations or self.evaluations[-1]["step"] != self.steps_done
+
     def _evaluation_is_due(self) -> bool:
         """Before training, every `evaluation.every` steps and at the end; once per step."""
         evaluation = self.config.evaluation
-        if not self.heldout.problems:
+        if not self._can_evaluate():
             return False
-        if self.evaluations and self.evaluations[-1]["step"] == self.steps_done:
-            return False  # already in the checkpoint that the run resumed from
         if self.steps_done == 0:
             return evaluation.at_start
         return self.steps_done == self.config.steps or self._is_multiple_of(evaluation.every)
@@ -351,25 +382,16 @@ class Trainer:
         self, step: int, samples: Sequence[Sample], stats: StepStats, update: dict[str, Any]
     ) -> dict[str, Any]:
         """The row of metrics.jsonl, from samples and statistics of all ranks."""
-        row = {"loss": stats.loss, **stats.row(self.tokenizer)}
-        verdicts = [sample.correct for sample in samples if sample.correct is not None]
-        if verdicts:
-            generated = sum(len(sample.completion) for sample in samples)
-            self.tokens_generated += generated
-            row |= {
-                "accuracy": sum(verdicts) / len(verdicts),
-                "failed_checks": sum(sample.check_failed is not None for sample in samples),
-                "truncated": sum(not sample.finished for sample in samples) / len(samples),
-            }
-        row |= {
-            "completion_length": sum(len(s.completion) for s in samples) / len(samples),
-            "trained": sum(sample.weight > 0 for sample in samples) / len(samples),
+        self.tokens_generated += generated_tokens(samples)
+        row = {
+            "loss": stats.loss,
+            **stats.row(self.tokenizer),
+            **sample_metrics(samples),
             "tokens": self.tokens_generated,
             "peak_mib": peak_memory_mib(self.context.device),
-            **context_metrics(samples),
             **self.method.extra_metrics(samples),
             **update,
         }
         failed = failures([sample.check_failed for sample in samples])
-        warnings = [f"step {step}: {line}" for line in failed]
-        return row | {"warnings": [*warnings, *self.collapse_monitor.observe(step, row)]}
+        self._collapse = self.collapse_monitor.observe(step, row)
+        return row | {"warnings": [*(f"step {step}: {line}" for line in failed), *self._collapse]}

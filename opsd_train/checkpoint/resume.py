@@ -71,8 +71,10 @@ class Checkpoints:
         rank_state: dict[str, Any],
         recipe: str,
         write_adapter: Callable[[Path], None] | None = None,
+        best: int | None = None,
     ) -> Path:
-        """Write a whole checkpoint or nothing, then keep the last `keep` and remove older ones.
+        """Write a whole checkpoint or nothing, then keep the last `keep` and that of step `best`,
+        and remove older ones.
 
         tensors        of `training_tensors`
         trainer_state  JSON; rank 0's is written
@@ -85,7 +87,7 @@ class Checkpoints:
         target = self.folder / f"step_{step:06d}"
         writer = CheckpointWriter(target, tensors, self._context)
         writer.write(trainer_state, rank_state, recipe, write_adapter)
-        writer.on_all_ranks(functools.partial(self._remove_others, step))
+        writer.on_all_ranks(functools.partial(self._remove_others, step, best))
         return target
 
     def newest_whole(self) -> Path | None:
@@ -121,6 +123,18 @@ class Checkpoints:
                 "cannot resume; start a new run with another output_dir"
             )
         refuse_changes((folder / "recipe.yaml").read_text(encoding="utf-8"), recipe, folder)
+        return self._read(folder)
+
+    def whole(self, step: int) -> Checkpoint:
+        """The checkpoint of this step, which this run has written. Raises UserError if it is
+        damaged."""
+        folder = self.folder / f"step_{step:06d}"
+        if damage := self._damage(folder):
+            raise UserError(f"checkpoint {folder} is damaged ({damage})")
+        return self._read(folder)
+
+    def _read(self, folder: Path) -> Checkpoint:
+        state = folder / "trainer_state.json"
         ranks = len(list(folder.glob("rank_*.pt")))
         if ranks != self._context.size:
             self._say(
@@ -142,12 +156,13 @@ class Checkpoints:
         found = self.folder.glob("step_*")
         return sorted((f for f in found if f.name.removeprefix("step_").isdigit()), key=_step)
 
-    def _remove_others(self, step: int) -> None:
-        """Keep the last `keep` checkpoints up to this step; later ones are damaged."""
+    def _remove_others(self, step: int, best: int | None) -> None:
+        """Keep the last `keep` checkpoints up to this step and the best; later ones are damaged."""
         if not self._context.is_main:
             return
         folders = self._folders()
         kept = [folder for folder in folders if _step(folder) <= step][-self._keep :]
+        kept += [folder for folder in folders if _step(folder) == best]
         for folder in folders:
             if folder not in kept:
                 shutil.rmtree(folder)

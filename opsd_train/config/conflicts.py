@@ -41,6 +41,11 @@ def conflicts(config: Config) -> Iterator[str]:
         yield from _policy_gradient(config, config.grpo or GrpoConfig())
     yield from _sampled_tokens(config)
     yield from _contexts(config)
+    if config.collapse.action == "best" and not (problems and config.evaluation.every):
+        yield (
+            "collapse.action=best chooses by held-out accuracy: set evaluation.problems and "
+            "evaluation.every"
+        )
 
 
 def _solutions(config: Config) -> Iterator[str]:

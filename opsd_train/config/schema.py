@@ -212,6 +212,9 @@ class CollapseConfig:
     """Steps that define a metric's normal mean and standard deviation; no warnings until then."""
     width: PositiveReal = 4.0
     """Warn when a metric's running mean is this many standard deviations from normal."""
+    action: Literal["warn", "stop", "best"] = "warn"
+    """What a warning does: warn, stop the run after a checkpoint, or best: go back to the
+    checkpoint with the highest held-out accuracy and stop. best needs evaluation.every > 0."""
 
 
 @section

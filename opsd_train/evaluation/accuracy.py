@@ -46,6 +46,16 @@ class Evaluation:
         }
 
 
+def as_summary(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of evaluations.jsonl in the form of `Evaluation.summary`."""
+    return {
+        "accuracy": row["accuracy"],
+        "interval": row["interval"],
+        "correct": row["correct"].count("1"),
+        "problems": row["problems"],
+    }
+
+
 def over_checkpoints(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the summary says about all rows of an evaluations.jsonl.
 
@@ -66,13 +76,7 @@ def over_checkpoints(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         found["paired"] = paired_difference(before, after)
     if len(checkpoints) > 1:
         best = max(checkpoints, key=lambda row: row["accuracy"])  # the first of equals
-        found["best"] = {
-            "step": best["step"],
-            "accuracy": best["accuracy"],
-            "interval": best["interval"],
-            "correct": best["correct"].count("1"),
-            "problems": best["problems"],
-        }
+        found["best"] = {"step": best["step"], **as_summary(best)}
         mean = sum(row["accuracy"] for row in checkpoints) / len(checkpoints)
         found["mean"] = {"accuracy": mean, "checkpoints": len(checkpoints)}
     return found

@@ -35,7 +35,6 @@ class Distill(Method):
         self.teachers = teachers
         self.temperature = config.loss.temperature
         self.teacher_loss = TeacherLoss(config, policy)
-        self.mixes = config.distill is not None and config.distill.sampler_share > 0
         self._vocab_size = lm_head(policy.core).weight.shape[0]
 
     @classmethod

@@ -1,4 +1,7 @@
-"""Warn of collapse early: when a metric leaves the band of its first steps."""
+"""Warn of collapse early: when a metric leaves the band of its first steps.
+
+`collapse.action` may make such a warning the end of the run.
+"""
 
 import copy
 import math

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from opsd_train.config.errors import UserError
+from opsd_train.config.schema import Config
+from opsd_train.methods.base import Method
+from opsd_train.methods.distill import Distill
+from opsd_train.methods.teachers import LocalTeacher
 from opsd_train.model.policy import Policy
 from opsd_train.rollout.request import Request
 from opsd_train.rollout.sequences import Sequences
@@ -36,3 +41,21 @@ class TeacherMixture:
         own = (teacher[:, :common] / temperature).softmax(-1)
         mixed[:, :common] += self.share * own
         return mixed.log()
+
+
+def mixture_of(config: Config, method: Method) -> TeacherMixture | None:
+    """The teacher that samples are drawn from too, where distill.sampler_share says so.
+
+    Raises UserError if its weights are spread over the processes.
+    """
+    if config.distill is None or not config.distill.sampler_share:
+        return None
+    assert isinstance(method, Distill)
+    (teacher,) = method.teachers.values()
+    assert isinstance(teacher, LocalTeacher)
+    if teacher.sharded:  # ranks generate alone, and its layers need all of them
+        raise UserError(
+            "distill.sampler_share needs the whole teacher on every process: run one process, or "
+            "--shard none"
+        )
+    return TeacherMixture(teacher.policy, config.distill.sampler_share)
