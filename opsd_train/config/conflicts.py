@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from opsd_train.config.loss_schema import LossConfig, TokenWeightConfig
+from opsd_train.config.loss_schema import FROM_TEACHER, LossConfig, TokenWeightConfig
 from opsd_train.config.method_schema import DistillConfig, GrpoConfig
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _policy_gradient(config: Config, grpo: GrpoConfig) -> Iterator[str]:
     elif config.loss.temperature != config.rollout.temperature:
         yield "grpo beside a divergence: set loss.temperature to rollout.temperature"
     elif config.loss.objective == "top_k":
-        for name in ("early", "gate", "credit"):
+        for name in FROM_TEACHER:
             if getattr(grpo.token_weight, name) is not None:
                 yield (
                     f"grpo.token_weight.{name} needs the teacher's probability of the sampled "

@@ -52,6 +52,10 @@ class TokenWeightConfig:
     """Of a policy gradient: the teacher says which tokens an advantage is due to (RLSD)."""
 
 
+FROM_TEACHER = ("early", "gate", "credit")
+"""Factors that need the teacher's probability of the sampled token."""
+
+
 @section
 class ForwardKlConfig:
     """A forward KL at tokens where the teacher is unsure (EOPD)."""
@@ -117,7 +121,7 @@ class LossConfig:
             yield "loss.token_weight.credit is of a policy gradient: set grpo.token_weight.credit"
         if self.long_term and (self.objective, self.beta) != ("full_vocabulary", 1):
             yield "loss.long_term needs loss.objective=full_vocabulary and loss.beta=1"
-        for name in ("early", "gate") if self.objective == "top_k" else ():
+        for name in FROM_TEACHER if self.objective == "top_k" else ():
             if getattr(weights, name) is not None:
                 yield (
                     f"loss.token_weight.{name} needs the teacher's probability of the sampled "

@@ -31,7 +31,6 @@ from opsd_train.methods.token_weights import (
     TokenFacts,
     counted,
     found_weight,
-    needs_delta,
     position_weight,
 )
 from opsd_train.model.policy import Policy
@@ -151,7 +150,8 @@ class TeacherLoss:
         advantage = torch.tensor([sample.advantage for sample in samples]).to(logprob)
         facts = replace(
             tokens.facts,
-            delta=terms.delta if needs_delta(self._grpo.token_weight) else None,
+            delta=terms.delta,
+            logprob=logprob.detach(),
             advantage=advantage[tokens.facts.sample],
         )
         factors = position_weight(self._grpo.token_weight, facts)

@@ -99,7 +99,6 @@ FACTORS: dict[str, Callable[[TokenFacts, Any], Tensor]] = {
 
 POSITIONS = ("skip_first", "count_first")
 """Those that the samples alone say: tokens of weight 0 then cost no product."""
-NEED_DELTA = ("early", "gate", "credit")
 
 
 def position_weight(config: TokenWeightConfig, facts: TokenFacts) -> Tensor | None:
@@ -115,11 +114,6 @@ def found_weight(config: TokenWeightConfig, facts: TokenFacts) -> Tensor | None:
 def has_found(config: TokenWeightConfig) -> bool:
     """Whether `found_weight` has a factor."""
     return any(getattr(config, name) is not None for name in FACTORS if name not in POSITIONS)
-
-
-def needs_delta(config: TokenWeightConfig) -> bool:
-    """Whether a factor compares the teacher with the student."""
-    return any(getattr(config, name) is not None for name in NEED_DELTA)
 
 
 def sums_before(facts: TokenFacts, values: Tensor) -> tuple[Tensor, Tensor]:

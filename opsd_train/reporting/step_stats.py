@@ -26,6 +26,7 @@ MEANS = {
     "clipped": "clip_fraction",
     "kl": "kl",
     "importance": "importance",
+    "forward_kl": "forward_kl_share",
 }
 TOP_TOKENS = 10
 MAX_POSITIONS = 256  # entries of a mean by position
