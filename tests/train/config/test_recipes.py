@@ -1,5 +1,6 @@
 """The packaged recipes: the paper's numbers, and two steps of each recipe on a tiny model."""
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,8 @@ from tests.helpers.verdicts import made_up
 PAPER = [name for name in recipe_names() if name.startswith("paper/")]
 DEMO = [name for name in recipe_names() if name.startswith("demo/")]
 SIZES = ("1.7b", "4b", "8b")
-METHODS = ("opsd", "opsd-later", "opsd-sampled", "grpo", "sft")
+METHODS = ("opsd", "opsd-later", "opsd-sampled", "grpo", "sft", "sdpo", "sdft")
+ALL_WEIGHTS = ("sdpo", "sdft")  # of papers that train no adapters
 PROBLEM = Problem("p", "What is 1 + 1?", "2", "Counting on from 1 gives 2.")
 
 
@@ -43,12 +45,14 @@ def test_sizes_differ_in_the_model_alone(method: str) -> None:
     assert recipes[0] == recipes[1] == recipes[2]
 
 
-# Tables 4 and 5 of the paper, and the text of its Appendix B.
+# Tables 4 and 5 of the paper, and the text of its Appendix B; SDPO's Table 12; SDFT's code.
 TABLES = {
     "opsd": {"batch": 32, "samples": 1, "length": 2048, "temperature": 1.1, "lr": 2e-5},
     "opsd-later": {"batch": 32, "samples": 1, "length": 1024, "temperature": 1.1, "lr": 5e-6},
     "opsd-sampled": {"batch": 32, "samples": 1, "length": 2048, "temperature": 1.1, "lr": 2e-5},
     "grpo": {"batch": 32, "samples": 8, "length": 16000, "temperature": 1.2, "lr": 2e-5},
+    "sdpo": {"batch": 256, "samples": 8, "length": 8192, "temperature": 1.0, "lr": 1e-5},
+    "sdft": {"batch": 32, "samples": 1, "length": 1024, "temperature": 1.0, "lr": 2e-5},
     "sft": {"batch": 64, "samples": 1, "length": 16000, "temperature": 1.0, "lr": 2e-5},
 }
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -66,7 +70,10 @@ def test_the_numbers_of_the_paper(method: str) -> None:
         "lr": config.optim.lr,
     }
     lora = config.lora
-    assert (lora.rank, lora.alpha, set(lora.target_modules)) == (64, 128, PROJECTIONS)
+    if method in ALL_WEIGHTS:
+        assert lora is None
+    else:
+        assert (lora.rank, lora.alpha, set(lora.target_modules)) == (64, 128, PROJECTIONS)
     assert config.model.dtype == "bfloat16" and config.model.gradient_checkpointing
     assert config.evaluation.max_new_tokens == 38912
     if method == "sft":
@@ -74,6 +81,10 @@ def test_the_numbers_of_the_paper(method: str) -> None:
         assert config.prompts.max_prompt_tokens + config.prompts.max_solution_tokens == 16000
     elif method == "grpo":
         assert config.grpo.kl_weight == 0
+    elif method in ALL_WEIGHTS:
+        assert (config.opsd.teacher, config.opsd.ema_decay, config.loss.beta) == (
+            ("ema", 0.95, 0.5) if method == "sdpo" else ("ema", 0.99, 0)
+        )
     else:
         sampled = config.loss.objective == "sampled_token"
         assert sampled == (method == "opsd-sampled") and config.opsd.teacher == "initial"
@@ -101,6 +112,22 @@ def test_prompts_of_the_reported_results(capsys) -> None:
     assert f"===\n{PROBLEM.solution}\n===" in teacher and PROBLEM.solution not in student
     assert teacher.endswith("in \\boxed{}.<|im_end|>\n<|im_start|>assistant\n")
     assert said == ""
+
+
+# SHA-256 of both prompts' token ids, as they were when the first results were made.
+DIGESTS = {
+    "opsd": "37495ff16fa6fafa",
+    "opsd-later": "936b7bb7c7c10e42",
+    "grpo": "51a1df8e4d6fea07",
+    "sft": "c326503e4d947fa7",
+}
+
+
+@pytest.mark.parametrize("method", DIGESTS)
+def test_prompts_of_the_paper_are_what_they_were(method: str) -> None:
+    builder = PromptBuilder(qwen3.make_tokenizer(), load(f"paper/{method}-qwen3-1.7b").prompts)
+    both = json.dumps([builder.student(PROBLEM), builder.teacher(PROBLEM)])
+    assert hashlib.sha256(both.encode()).hexdigest()[:16] == DIGESTS[method]
 
 
 def test_prompts_of_the_later_recipe(capsys) -> None:
@@ -173,6 +200,7 @@ def test_two_steps_of_the_papers_recipes(
         "data.heldout_size=1",
         "steps=2",
         "problems_per_step=2",
+        "optim.warmup_steps=0",
         "rollout.engine=transformers",
         "rollout.max_new_tokens=6",
         f"output_dir={tmp_path / 'run'}",
@@ -180,6 +208,9 @@ def test_two_steps_of_the_papers_recipes(
     rows = two_steps(config)
     assert all(row["grad_norm"] > 0 for row in rows)
     assert "an empty 'Answer': 1\n" in capsys.readouterr().err
+    if config.lora is None:
+        assert (tmp_path / "run" / "model" / "config.json").exists()
+        return
     adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert adapter["r"] == 64 and set(adapter["target_modules"]) == PROJECTIONS
 
