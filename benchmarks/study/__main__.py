@@ -4,6 +4,8 @@
     python -m benchmarks.study                             the full grid of tasks, arms and seeds
     python -m benchmarks.study --only methods,tokens --jobs 4
 
+    python -m benchmarks.study --earlier docs/study/results.json    go on with a committed part
+
 Finished runs are kept: the same command continues where the last one stopped.
 """
 
@@ -28,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="names of experiments, separated by commas")
     parser.add_argument("--jobs", type=_at_least_one, help="runs at a time (2; on a GPU 4)")
     parser.add_argument("--out", metavar="FOLDER", help="the study's folder")
+    parser.add_argument("--earlier", metavar="FILE", help="results.json of an earlier part")
     options = parser.parse_args(arguments)
     try:
         return study(
@@ -35,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             only=options.only.split(",") if options.only else [],
             jobs=options.jobs,
             output_dir=options.out,
+            earlier=options.earlier,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -11,7 +11,9 @@ import yaml
 
 from benchmarks.environment import environment
 from benchmarks.study.diagnostics import diagnose
+from benchmarks.study.earlier import Earlier, digest
 from benchmarks.study.plan import Plan, PlannedExperiment, PlannedRun, PlannedSampling
+from benchmarks.study.signals import LONG, signals
 from opsd_train.evaluation.sets import HELDOUT
 from opsd_train.reporting.metrics_log import read_rows
 
@@ -20,9 +22,9 @@ _COMMAND = "python -m opsd_train"
 _STUDY = "python -m benchmarks.study"
 
 
-def collect(plan: Plan, name: str) -> dict[str, Any]:
-    """Results of all that is finished, and the names of what is not."""
-    runs = {run.id: _run(run, plan.runs[run.start]) for run in plan.runs.values()}
+def collect(plan: Plan, name: str, earlier: Earlier) -> dict[str, Any]:
+    """Results of all that is finished, here or in an earlier part, and the names of what is not."""
+    runs = {run.id: _run(run, plan.runs[run.start], earlier) for run in plan.runs.values()}
     command = _STUDY + (" --quick" if name == "quick" else "")
     memory, notes = plan.folder / "memory.json", plan.folder / "notes.yaml"
     return {
@@ -30,9 +32,12 @@ def collect(plan: Plan, name: str) -> dict[str, Any]:
         "command": command,
         **_provenance(),
         "seconds": sum((run["seconds"] or {}).get("total", 0) for run in runs.values()),
-        "tasks": _tasks(plan),
+        "tasks": _tasks(plan, runs),
         "runs": runs,
-        "samplings": {sampled.id: _sampled(sampled) for sampled in plan.samplings.values()},
+        "samplings": {
+            sampled.id: _sampled(sampled, earlier.sampling(sampled, plan))
+            for sampled in plan.samplings.values()
+        },
         "experiments": [_experiment(planned, command) for planned in plan.experiments],
         "memory": json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else None,
         "notes": yaml.safe_load(notes.read_text(encoding="utf-8")) if notes.exists() else {},
@@ -45,10 +50,13 @@ def summary_of(run: PlannedRun) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _run(run: PlannedRun, start: PlannedRun) -> dict[str, Any]:
+def _run(run: PlannedRun, start: PlannedRun, earlier: Earlier) -> dict[str, Any]:
     summary = summary_of(run) or {"status": "missing", "steps": 0}
     ended = summary["status"] == "finished"
+    if not ended and (record := earlier.run(run)):
+        return record
     return {
+        "digest": digest(run),
         "task": run.task,
         "arm": run.arm,
         "seed": run.seed,
@@ -59,24 +67,29 @@ def _run(run: PlannedRun, start: PlannedRun) -> dict[str, Any]:
         "tokens": summary.get("tokens"),
         "seconds": summary.get("seconds"),
         "peak_memory_mib": summary.get("peak_memory_mib"),
-        "evaluations": _evaluations(run, start),
+        "evaluations": _evaluations(run, start, earlier),
         "teacher": summary.get("teacher"),
         "majority": summary.get("majority"),
         "diagnostics": diagnose(run.folder) if ended and run.config.method == "opsd" else None,
+        "signals": signals(run.folder) if ended and run.arm.startswith(LONG) else None,
     }
 
 
-def _evaluations(run: PlannedRun, start: PlannedRun) -> list[dict[str, Any]]:
+def _evaluations(run: PlannedRun, start: PlannedRun, earlier: Earlier) -> list[dict[str, Any]]:
     """The rows of a run, after the one before training, which `start` may have made for it."""
     own = read_rows(run.folder / "evaluations.jsonl")
     if run.id == start.id or not own:
         return own
-    shared = [row for row in read_rows(start.folder / "evaluations.jsonl") if row["step"] == 0]
+    record = earlier.run(start) if summary_of(start) is None else None
+    rows = record["evaluations"] if record else read_rows(start.folder / "evaluations.jsonl")
+    shared = [row for row in rows if row["step"] == 0]
     return [{k: v for k, v in row.items() if k != "divergence"} for row in shared] + own
 
 
-def _sampled(sampled: PlannedSampling) -> dict[str, Any]:
+def _sampled(sampled: PlannedSampling, record: dict[str, Any] | None) -> dict[str, Any]:
     path = sampled.folder / "scores.json"
+    if record and not path.exists():
+        return record
     right: Counter[str] = Counter()  # samples, by problem
     scores = json.loads(path.read_text(encoding="utf-8"))[HELDOUT] if path.exists() else None
     for row in read_rows(sampled.folder / "grades.jsonl") if scores else ():
@@ -93,15 +106,16 @@ def _sampled(sampled: PlannedSampling) -> dict[str, Any]:
     }
 
 
-def _tasks(plan: Plan) -> dict[str, Any]:
+def _tasks(plan: Plan, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     for run in plan.runs.values():
-        summary = summary_of(run)
-        if run.task not in tasks or (tasks[run.task]["majority"] is None and summary):
+        majority = records[run.id]["majority"]
+        own = run.config.data.seed == 0  # the tuning has other held-out problems
+        if run.task not in tasks or (tasks[run.task]["majority"] is None and majority and own):
             tasks[run.task] = {
                 "label": plan.labels[run.task],
                 "problems": run.config.evaluation.problems,
-                "majority": (summary or {}).get("majority"),
+                "majority": majority if own else None,
             }
     return tasks
 

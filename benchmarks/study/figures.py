@@ -18,9 +18,11 @@ from matplotlib.ticker import (
 )
 
 from benchmarks.study.comparison import ACCURACY, Comparison, Contrast
+from benchmarks.study.long_runs import curves
 from benchmarks.study.outcomes import BASE, Results
 from benchmarks.study.reading import MINUS, points
 from benchmarks.study.statistics import Estimate, Measured, average, mean_curve
+from benchmarks.study.tuning import KIND
 from opsd_train.reporting.plots import NEUTRAL, STUDENT, STYLE, TEACHER, Picture, to_picture
 
 WIDTH, PANEL_HEIGHT = 10.4, 2.9
@@ -38,7 +40,12 @@ def experiment_figures(results: Results, comparison: Comparison) -> list[Picture
         return _drawn([memory(results["memory"]) if results.get("memory") else None])
     if comparison.experiment["kind"] == "tokens":
         return _drawn([token_curves(comparison)])
+    if comparison.experiment["kind"] == KIND:
+        return []
     found = [accuracies(results, comparison), differences(comparison)]
+    if comparison.experiment["kind"] == "collapse" and any(a.curves for a in comparison.arms):
+        colors = {arm.name: color for arm, color in _colored(comparison)}
+        found.insert(0, curves(results, comparison, colors, LOOK))
     if comparison.experiment["kind"] == "passk":
         found.insert(1, pass_at_k_curves(comparison))
     return _drawn(found)

@@ -112,8 +112,10 @@ def make_plan(
     known: dict[str, str] = {}  # fingerprint -> id
     for name, experiment in experiments.items():
         reduced = experiment.quick if quick else None
+        if reduced and reduced.leave_out:
+            continue
         tasks = (reduced and reduced.tasks) or experiment.tasks or list(shared.tasks)
-        seeds = (reduced and reduced.seeds) or plan.size.seeds
+        seeds = (reduced and reduced.seeds) or experiment.seeds or plan.size.seeds
         arms = [arm for arm in experiment.arms if _kept(arm, reduced and reduced.arms)]
         _check(name, experiment, tasks, shared)
         planned = PlannedExperiment(name, replace(experiment, arms=arms), tasks)
@@ -121,7 +123,8 @@ def make_plan(
             for seed in seeds:
                 for arm in arms:
                     if not arm.base_model:
-                        run = _run(plan, shared, task, arm, seed, known)
+                        whole = replace(arm, changes=[*experiment.changes, *arm.changes])
+                        run = _run(plan, shared, task, whole, seed, known)
                         planned.runs.setdefault(arm.name, {}).setdefault(task, []).append(run.id)
             if experiment.sampling:
                 _sample(plan, planned, task, seeds[0], experiment.sampling)
@@ -178,9 +181,13 @@ def _share_starts(plan: Plan) -> None:
     for name, run in plan.runs.items():
         start = starts[_start(run.config)].id
         first = name == start
-        word = str(first).lower()
-        words = f"evaluation.at_start={word}", f"evaluation.teacher={word}"
-        evaluation = replace(run.config.evaluation, at_start=first, teacher=first)
+        # A teacher's prompt that is made after a rollout has none on held-out problems.
+        teacher = first and not run.config.prompts.teacher_context
+        words = (
+            f"evaluation.at_start={str(first).lower()}",
+            f"evaluation.teacher={str(teacher).lower()}",
+        )
+        evaluation = replace(run.config.evaluation, at_start=first, teacher=teacher)
         config = replace(run.config, evaluation=evaluation)
         plan.runs[name] = replace(run, changes=(*run.changes, *words), config=config, start=start)
 

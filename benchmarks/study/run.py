@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.study.base import copy_words, unpacked
 from benchmarks.study.collect import collect, summary_of
+from benchmarks.study.earlier import Earlier
 from benchmarks.study.page import write_page
 from benchmarks.study.plan import Plan, PlannedExperiment, fingerprint, make_plan
 from benchmarks.study.settings import load_experiments, load_shared
@@ -29,12 +30,14 @@ def study(
     only: Sequence[str] = (),
     jobs: int | None = None,
     output_dir: str | None = None,
+    earlier: str | None = None,
 ) -> int:
     """Run what the study still needs, write its results and page; returns the exit code.
 
     Runs are separate processes, `jobs` at a time (default: 2 on a CPU, 4 on a GPU). A run that
-    fails does not stop the others; the next call tries it again. Raises UserError for an unknown
-    experiment, or a folder with runs of other settings.
+    fails does not stop the others; the next call tries it again. `earlier`, a results.json: what is
+    finished there is not run. Raises UserError for an unknown experiment, or a folder with runs of
+    other settings.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -47,12 +50,14 @@ def study(
     folder = Path(output_dir or shared.output_dir + ("-quick" if quick else ""))
     plan = make_plan(shared, experiments, folder, quick=quick)
     _keep_plan(plan)
+    done = Earlier.read(Path(earlier) if earlier else None)
+    done = done.without(_weights_needed(plan, done))
     wanted = [planned for planned in plan.experiments if not only or planned.name in only]
     if any(planned.experiment.kind == "memory" for planned in wanted):
         measure(plan.size.memory_tokens, folder)  # before the runs: nothing else may run meanwhile
     count = jobs or (4 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
-    failures = _run(plan, wanted, count)
-    results = collect(plan, "quick" if quick else "full")
+    failures = _run(plan, wanted, count, done)
+    results = collect(plan, "quick" if quick else "full", done)
     replace_file(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(write_page(folder))
     for name, log in failures.items():
@@ -60,10 +65,18 @@ def study(
     return 1 if failures else 0
 
 
-def _run(plan: Plan, wanted: Sequence[PlannedExperiment], count: int) -> dict[str, Path]:
+def _weights_needed(plan: Plan, earlier: Earlier) -> set[str]:
+    """Runs whose weights a sampling still needs."""
+    missing = [s for s in plan.samplings.values() if not earlier.sampling(s, plan)]
+    return {name for s in missing for name in (s.run, s.problems_of) if name}
+
+
+def _run(
+    plan: Plan, wanted: Sequence[PlannedExperiment], count: int, earlier: Earlier
+) -> dict[str, Path]:
     """Run what these experiments need and is not finished; returns the failed runs' logs by id."""
     needed = plan.needed(wanted)
-    jobs, failures = _jobs(plan, needed), {}
+    jobs, failures = _jobs(plan, needed, earlier), {}
     if jobs:
         kept = len(needed) - len(jobs)
         print(f"{plan.folder}: {len(jobs)} runs, {kept} are finished already; {count} at a time")
@@ -79,17 +92,19 @@ def _run(plan: Plan, wanted: Sequence[PlannedExperiment], count: int) -> dict[st
     return failures
 
 
-def _jobs(plan: Plan, needed: set[str]) -> list[Subprocess]:
+def _jobs(plan: Plan, needed: set[str], earlier: Earlier) -> list[Subprocess]:
     """The needed runs that are not finished, in the plan's order, then the samplings."""
     logs = plan.folder / "logs"
     jobs = []
     for run in plan.runs.values():
-        if run.id in needed and (summary_of(run) or {}).get("status") != "finished":
+        ended = (summary_of(run) or {}).get("status") == "finished" or earlier.run(run)
+        if run.id in needed and not ended:
             argv = [*run.words, *copy_words(run.config.model, plan.folder), "--resume"]
             jobs.append(Subprocess(run.id, argv, logs / f"{run.id}.txt"))
     missing = {job.id for job in jobs}
     for sampled in plan.samplings.values():
-        if sampled.id in needed and not (sampled.folder / "scores.json").exists():
+        ended = (sampled.folder / "scores.json").exists() or earlier.sampling(sampled, plan)
+        if sampled.id in needed and not ended:
             needs = frozenset({sampled.problems_of, sampled.run or sampled.problems_of}) & missing
             model = plan.runs[sampled.problems_of].config.model
             argv = sampled.words(unpacked(model, plan.folder))

@@ -10,7 +10,7 @@ from opsd_train.config.section import Positive, PositiveReal, section
 
 RECIPES = Path(__file__).parent / "recipes"
 Changes = list[str]  # "key=value", as on the command line
-Kind = Literal["accuracy", "tokens", "passk", "memory"]
+Kind = Literal["tuning", "accuracy", "tokens", "passk", "memory", "collapse"]
 
 
 @section
@@ -87,6 +87,8 @@ class Quick:
     """Seeds of the quick study; null: those of its Size."""
     arms: list[str] | None = None
     """Arms of the quick study; null: all."""
+    leave_out: bool = False
+    """true: the quick study does not have the experiment."""
 
 
 @section
@@ -102,9 +104,14 @@ class Experiment:
     question: str
     """The question this experiment answers."""
     kind: Kind = "accuracy"
-    """accuracy: after training; tokens: against tokens generated; passk: by sampling; memory."""
+    """tuning: rates and steps of each method; accuracy: after training; tokens: against tokens
+    generated; passk: by sampling; memory; collapse: with the signals of collapse."""
     tasks: list[str] = Field(default_factory=list)
     """Short names of the tasks; empty: all tasks."""
+    seeds: list[int] = Field(default_factory=list)
+    """Seeds; empty: those of the size."""
+    changes: Changes = Field(default_factory=list)
+    """Changes to the base recipe for every arm, after those of size and task."""
     arms: list[Arm] = Field(default_factory=list)
     """The arms to compare."""
     contrasts: list[tuple[str, str]] = Field(default_factory=list)

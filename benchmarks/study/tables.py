@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.study.comparison import ArmResult, Comparison, compare
+from benchmarks.study.long_runs import signals_table
 from benchmarks.study.outcomes import Results
 from benchmarks.study.reading import (
     NONE,
@@ -25,6 +26,7 @@ from benchmarks.study.reading import (
     share_text,
 )
 from benchmarks.study.statistics import Measured
+from benchmarks.study.tuning import KIND, tuning_table
 from opsd_train.config.errors import UserError
 from opsd_train.reporting.metrics_log import duration
 
@@ -201,9 +203,14 @@ def experiment_tables(results: Results, comparison: Comparison) -> list[Table]:
     """The tables of an experiment that have rows."""
     if not comparison.tasks:
         return []
+    kind = comparison.experiment["kind"]
+    if kind == KIND:
+        return [tuning_table(results)]
     found = [accuracy_table(results, comparison), cost_table(comparison)]
     if any(arm.passed for arm in comparison.arms):
         found.append(passk_table(comparison))
+    if kind == "collapse":
+        found.insert(0, signals_table(results, comparison))
     found.append(contrast_table(comparison))
     return [table for table in found if table[1]]
 

@@ -1,11 +1,12 @@
 """The study's recipes against each other, and runs that experiments share."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from benchmarks.study.plan import Plan, fingerprint, make_plan
+from benchmarks.study.plan import Plan, PlannedExperiment, fingerprint, make_plan
 from benchmarks.study.settings import RECIPES, Arm, Experiment, load_experiments, load_shared
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
@@ -28,23 +29,51 @@ def test_every_recipe_of_the_study_is_run() -> None:
     assert {*load_shared().experiments, "shared"} == files
 
 
+def named(plan: Plan, name: str) -> PlannedExperiment:
+    (found,) = (planned for planned in plan.experiments if planned.name == name)
+    return found
+
+
 @pytest.mark.parametrize("quick", [True, False])
 def test_table_2_has_its_methods_tasks_and_seeds(quick: bool) -> None:
     plan = planned(quick)
-    methods = plan.experiments[0]
-    assert methods.name == "methods"
-    found = {
-        (run.task, run.config.method, run.seed)
-        for ids in methods.runs.values()
-        for names in ids.values()
-        for run in (plan.runs[name] for name in names)
-    }
+    methods = named(plan, "methods")
+    runs = [plan.runs[i] for ids in methods.runs.values() for names in ids.values() for i in names]
     wanted = ("sft", "grpo", "star", "context_distill", "opsd")
     tasks = ("sums", "products", "letters")
+    found = {(run.task, run.config.method, run.seed) for run in runs}
     assert found == {(t, m, s) for t in tasks for m in wanted for s in (0, 1, 2)}
-    sizes = {(r.config.steps, r.config.problems_per_step) for r in plan.runs.values()}
-    assert len(sizes) == 1  # as many problems for every run
-    assert {r.config.evaluation.problems for r in plan.runs.values()} == {48 if quick else 198}
+    assert {run.config.evaluation.problems for run in runs} == {48 if quick else 96}
+
+
+def test_as_many_completions_a_step_for_every_method() -> None:
+    plan = planned(quick=False)
+    ids = {name for e in ("methods", "tokens") for name in named(plan, e).ids}
+    for config in (plan.runs[name].config for name in ids):
+        rollout = config.rollout
+        assert config.problems_per_step * rollout.samples_per_prompt == 16
+        assert rollout.max_new_tokens == 24
+
+
+def test_each_method_is_tuned_by_the_same_budget() -> None:
+    """Three rates each, otherwise as in what follows, on other held-out problems and one seed."""
+    plan = planned(quick=False)
+    tuning, others = named(plan, "tuning"), ("methods", "tokens")
+    arms = {arm.name: arm for e in others for arm in named(plan, e).experiment.arms}
+    tuned: dict[str, list[str]] = {}
+    for arm in tuning.experiment.arms:
+        if not arm.base_model:
+            method = arm.name.removeprefix("tune-").rpartition("-")[0]
+            *same, rate = arm.changes
+            tuned.setdefault(method, []).append(rate)
+            free = ("optim.lr=", "steps=")
+            assert same == [c for c in arms[method].changes if not c.startswith(free)]
+    assert set(tuned) == {name for name in arms if name != "base"}
+    assert all(
+        rates == ["optim.lr=1e-4", "optim.lr=5e-4", "optim.lr=1.5e-3"] for rates in tuned.values()
+    )
+    configs = [plan.runs[name].config for name in tuning.ids]
+    assert {(c.data.seed, c.seed, c.data.task) for c in configs} == {(1, 100, "chain_sum")}
 
 
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -52,10 +81,10 @@ def test_the_same_settings_are_run_once(quick: bool) -> None:
     plan = planned(quick)
     prints = [fingerprint(run.config) for run in plan.runs.values()]
     assert len(set(prints)) == len(prints)
-    methods, tokens = plan.experiments[:2]
+    methods, tokens = named(plan, "methods"), named(plan, "tokens")
     assert tokens.runs["opsd"] == methods.runs["opsd"]
     assert tokens.runs["grpo"] == methods.runs["grpo"]
-    for other in plan.experiments[2:]:
+    for other in plan.experiments:
         if "opsd" in other.runs:
             assert other.runs["opsd"]["sums"][0] == methods.runs["opsd"]["sums"][0]
 
@@ -67,7 +96,8 @@ def test_the_model_before_training_is_measured_once_for_each_task_and_prompt() -
         "sums-opsd-s0",
         "products-opsd-s0",
         "letters-opsd-s0",
-        "sums-plain-student-s0",
+        "sums-answer-only-s0",
+        "sums-reference-free-s0",
     ]
     for run in plan.runs.values():
         assert run.config.evaluation.teacher == run.config.evaluation.at_start
@@ -110,7 +140,7 @@ def test_words_give_the_run_again() -> None:
 def test_samplings_ask_the_problems_of_their_runs() -> None:
     plan = planned(quick=True)
     length = next(p for p in plan.experiments if p.name == "length")
-    assert set(length.samplings) == {"base", "length-10", "opsd", "length-40"}
+    assert set(length.samplings) == {"base", "length-10", "opsd", "length-48"}
     for arm, tasks in length.samplings.items():
         for task, (name,) in tasks.items():
             sampled = plan.samplings[name]
@@ -141,4 +171,6 @@ def test_quick_leaves_out_what_it_says() -> None:
     )
     plan = make_plan(load_shared(), {"e": asked}, FOLDER, quick=True)
     assert list(plan.runs) == ["sums-b-s5"]
+    without = replace(asked, quick=replace(asked.quick, leave_out=True))
+    assert not make_plan(load_shared(), {"e": without}, FOLDER, quick=True).experiments
     assert len(make_plan(load_shared(), {"e": asked}, FOLDER, quick=False).runs) == 2 * 3 * 3
