@@ -116,11 +116,12 @@ def script(name: str) -> ModuleType:
 
 
 def test_every_metric_is_explained() -> None:
-    """Those of a step's statistics, and those whose names trainer.py writes into a row."""
-    page = text_of(DOCS / "metrics.md")
-    source = ast.parse(text_of("opsd_train/trainer.py"))
-    keys = [key for node in ast.walk(source) if isinstance(node, ast.Dict) for key in node.keys]
-    names = {key.value for key in keys if isinstance(key, ast.Constant)} - state_keys(source)
+    """Those of a step's statistics, and those whose names these files write into a row."""
+    page, names = text_of(DOCS / "metrics.md"), set()
+    for file in ("trainer.py", "reporting/step_row.py", "data/contexts.py"):
+        source = ast.parse(text_of(f"opsd_train/{file}"))
+        keys = [key for node in ast.walk(source) if isinstance(node, ast.Dict) for key in node.keys]
+        names |= {key.value for key in keys if isinstance(key, ast.Constant)} - state_keys(source)
     assert len(names) > 10
     for name in sorted({*names, *MEANS.values(), *MONITORED}):
         assert f"`{name}`" in page, name
