@@ -96,7 +96,9 @@ class Setup:
     others: tuple[OtherTeacher, ...] = ()
     keeps_states: bool = False  # the teacher's hidden states are kept for the student's pass
     top_k: int = 0  # or so many of its most likely tokens at each completion token; 0: none
-    copied: bool = False  # the trained weights have a copy: an older policy
+    copies: int = 0  # of the trained weights: older policies
+    logprob_passes: int = 0  # of the policy's own model for a policy gradient, without gradient
+    policy_gradient: bool = False  # beside a divergence over the vocabulary
     shards: int = 1  # processes that the weights are sharded over
     processes: int = 1
 
@@ -184,13 +186,14 @@ def _held(sizes: Sizes, setup: Setup) -> dict[str, int]:
             "frozen weights": setup.itemsize * sizes.weights // setup.shards,
             "adapters, float32": _FP32 * sizes.trained // setup.shards,
         }
-    if setup.copied:
+    if setup.copies:
         head = (
             setup.itemsize * sizes.vocab * sizes.hidden
             if setup.keeps_states and sizes.rank == 0
             else 0
         )
-        parts["copy of the trained weights"] = _FP32 * sizes.trained // setup.shards + head
+        copies = setup.copies * _FP32 * sizes.trained // setup.shards
+        parts["copy of the trained weights"] = copies + head
     weights = 0
     for other in setup.others:
         head = other.sizes.vocab * other.sizes.hidden  # not sharded

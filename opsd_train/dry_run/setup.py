@@ -68,9 +68,7 @@ def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
     """The fields of Setup about the models that `precompute` runs; `sizes` are the policy's."""
     full, keeps_states = config.lora is None, config.loss.objective != "top_k"
     if config.method == "opsd":
-        weights = (config.opsd or OpsdConfig()).teacher
-        copied = weights == "ema" or (weights == "initial" and full)
-        return {"teacher": sizes, "keeps_states": keeps_states, "copied": copied}
+        return {"teacher": sizes, "keeps_states": keeps_states, **_own_teacher(config, full)}
     if config.distill is not None:
         others = [
             OtherTeacher(
@@ -86,15 +84,29 @@ def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
         kl = grpo.kl_weight > 0
         return {
             "teacher": sizes if kl or config.updates_per_step > 1 else None,
-            "copied": kl and full,
+            "copies": int(kl and full),
         }
     return {}
 
 
+def _own_teacher(config: Config, full: bool) -> dict[str, Any]:
+    """What the teacher of opsd, and a policy gradient beside it, add."""
+    weights = (config.opsd or OpsdConfig()).teacher
+    copied = weights in ("ema", "resync") or (weights == "initial" and full)
+    kl = config.grpo is not None and config.grpo.kl_weight > 0
+    old = config.updates_per_step > 1 and (config.grpo is not None or config.loss.at_samples)
+    return {
+        "copies": int(copied) + int(kl and full and weights != "initial"),
+        "logprob_passes": int(kl) + int(old),
+        "policy_gradient": config.grpo is not None and _heads(config) == 2,
+    }
+
+
 def _heads(config: Config) -> int:
     """Heads whose logits the loss holds at the same time."""
-    both = METHODS[config.method].divergence and config.loss.objective == "full_vocabulary"
-    return 2 if both else 1
+    loss = config.loss
+    whole = loss.objective == "full_vocabulary" and loss.weight > 0
+    return 2 if METHODS[config.method].divergence and whole else 1
 
 
 def sizes_without_weights(model: ModelConfig, lora: LoraConfig | None) -> Sizes:

@@ -94,10 +94,23 @@ def _teacher(run: Run) -> Seconds:
     """The slowest teacher's pass over every micro-batch, without gradient."""
     found = [_reading(run, reader) for reader in run.teachers]
     slowest = max(found, key=lambda seconds: seconds.total)
-    if not run.own_teacher or not run.setup.copied:
+    slowest += _logprobs(run) * run.setup.logprob_passes
+    if not run.own_teacher or not run.setup.copies:
         return slowest
     weights = run.student.sizes.trained / run.student.shards
-    return slowest + run.device.moving(2 * SWAP * weights)
+    return slowest + run.device.moving(2 * SWAP * weights * run.setup.copies)
+
+
+def _logprobs(run: Run) -> Seconds:
+    """A pass of the policy over every micro-batch, for the log-probabilities of its samples."""
+    device, reader, seconds = run.device, run.student, Seconds()
+    for batch in run.step.micro_batches:
+        layer = device.work(reader.layer.reading(batch.student, not run.initial))
+        seconds += _through_layers(reader, device, layer, _gather(reader, device), 0.0)
+        seconds += _ends(reader, device, batch.student.tokens)
+        product = batch.loss_tokens, reader.sizes.hidden, reader.sizes.vocab
+        seconds += device.product(*product, reader.itemsize)
+    return seconds
 
 
 def _reading(run: Run, reader: Reader) -> Seconds:
@@ -143,6 +156,11 @@ def _student(run: Run) -> Seconds:
         if heads == 1 and setup.keeps_states:  # the teacher's log-probability of the sample
             shape = batch.loss_tokens, sizes.hidden, sizes.vocab
             seconds += device.product(*shape, reader.itemsize)
+        if setup.policy_gradient:  # its log-probabilities, once more from the hidden states
+            options = {name: setup.loss[name] for name in ("dtype", "device", "workspace_bytes")}
+            shape = batch.loss_tokens, sizes.hidden, sizes.vocab
+            own = plan(*shape, loss="logprob", grad_weight=sizes.rank == 0, **options)
+            seconds += loss_seconds(device, own, reader.itemsize, heads=1)
         reduce = _reduce(run, reader.layer_trained, last)
         seconds += _through_layers(reader, device, backward, gather, reduce)
         if sizes.rank == 0:  # embeddings and head, after all layers

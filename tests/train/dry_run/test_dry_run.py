@@ -16,6 +16,7 @@ from opsd_train.config.errors import UserError
 from opsd_train.config.schema import LoraConfig
 from opsd_train.dry_run.memory import saved_per_token, sizes_of
 from opsd_train.dry_run.plan import dry_run, expected
+from opsd_train.dry_run.setup import setup_of
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
 from opsd_train.model.recompute import recompute_activations
@@ -196,6 +197,42 @@ def test_phases_of_a_method(tiny_folder: Path, method: str) -> None:
     more = ["rollout.samples_per_prompt=2"] if method == "grpo" else []
     phases = expected(config(tiny_folder, f"method={method}", *more))
     assert phases.keys() == METHODS[method] | {"load", "evaluation", "student", "optimizer"}
+
+
+GROUP = ("rollout.samples_per_prompt=2", "grpo={kl_weight: 0.1}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "copies"),
+    [
+        ((), 0),
+        (("opsd.teacher=resync",), 1),
+        (("opsd.teacher=current",), 0),
+        ((FULL,), 1),
+        ((FULL, "opsd.teacher=current"), 0),
+        ((FULL, "opsd.teacher=ema", *GROUP), 2),  # the initial policy's, for its KL
+        ((FULL, *GROUP), 1),  # it is the teacher
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_copies_of_the_trained_weights(
+    tiny_folder: Path, overrides: tuple[str, ...], copies: int
+) -> None:
+    made = config(tiny_folder, *overrides)
+    _, sizes = setup_of(made, "none", 1, torch.device("cpu"))
+    part = expected(made)["load"].parts.get("copy of the trained weights", 0)
+    head = 4 * 261 * 32 if copies and FULL in overrides else 0  # in the compute type
+    assert part == copies * 4 * sizes.trained + head
+
+
+def test_a_teachers_prompt_that_is_made_later_may_be_of_any_allowed_length(
+    tiny_folder: Path,
+) -> None:
+    sees = ("prompts.teacher_context=[feedback]", "prompts.teacher={{ feedback }}")
+    off = ("evaluation.teacher=false", "evaluation.divergence=false")
+    limits = "prompts.max_prompt_tokens=110", "rollout.max_new_tokens=7"
+    text = dry_run(config(tiny_folder, *sees, *off, *limits, "micro_batch_tokens=117"))
+    assert "longest prompt 110 tokens; micro-batches of up to 117 tokens" in text
 
 
 def test_an_external_teacher_counts(tiny_folder: Path) -> None:
