@@ -34,6 +34,8 @@ def conflicts(config: Config) -> Iterator[str]:
     yield from _teachers(config)
     if config.method not in WITH_TEACHER and config.loss != LossConfig():
         yield f"loss.* sets the divergence of opsd and distill; method={config.method} has none"
+    elif config.loss.weight == 0:
+        yield from _without_objective(config)
     yield from _solutions(config)
     if config.updates_per_step > 1 and config.method not in (*WITH_TEACHER, "grpo"):
         yield f"updates_per_step is of opsd, distill and grpo: set it to 1 for {config.method}"
@@ -46,6 +48,13 @@ def conflicts(config: Config) -> Iterator[str]:
             "collapse.action=best chooses by held-out accuracy: set evaluation.problems and "
             "evaluation.every"
         )
+
+
+def _without_objective(config: Config) -> Iterator[str]:
+    if config.grpo is None and config.loss.forward_kl is None:
+        yield "loss.weight=0 leaves nothing to train on: set grpo, with method=opsd"
+    if config.loss.objective == "top_k":
+        yield "loss.weight=0 does not use the objective: leave loss.objective=full_vocabulary"
 
 
 def _solutions(config: Config) -> Iterator[str]:

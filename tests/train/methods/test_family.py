@@ -392,6 +392,11 @@ def test_what_counts_in_no_term_is_left_out() -> None:
             ],
             "grpo.token_weight.credit needs the teacher's probability",
         ),
+        (["loss.weight=0"], "loss.weight=0 leaves nothing to train on: set grpo"),
+        (
+            ["loss.weight=0", "loss.objective=top_k", "grpo={}", "rollout.samples_per_prompt=4"],
+            "leave loss.objective=full_vocabulary",
+        ),
         (["grpo={}"], "rollout.samples_per_prompt must be 2 or more"),
         (
             ["grpo={}", "rollout.samples_per_prompt=4", "rollout.temperature=1.2"],
