@@ -121,6 +121,13 @@ def plots(page: str) -> list[str]:
     return re.findall(r'alt="Plot: ([^"]*)"', page)
 
 
+def test_what_the_teacher_saw_of_a_rollout(run_dir) -> None:
+    seen = SAMPLE | {"teacher_sees": "sibling", "teacher_prompt": "1 < 2? It is: <b>yes</b>"}
+    page = write(run_dir, [short(10)], [seen])
+    assert "The teacher sees: sibling</summary><pre>1 &lt; 2? It is: &lt;b&gt;yes" in page
+    assert "The teacher sees" not in write(run_dir, [short(10)], [SAMPLE])
+
+
 def test_a_finished_run(run_dir):
     rows = [row(step) | {"clipped_mass": 0.1} for step in range(1, 21)]
     page = write(run_dir, rows, [SAMPLE, SAMPLE | {"step": 20}], SUMMARY)
