@@ -28,7 +28,6 @@ class Sample:
     correct: bool | None = None  # None where no answer was generated, or none is graded yet
     answer: str | None = None  # as the grader found it
     check_failed: str | None = None  # why the answer could not be graded: it counts as wrong
-    generated: bool = True  # not a reference solution
     # What the teacher sees of the rollout (see data/contexts.py); None: the problem's prompt.
     context: tuple[str, ...] | None = None
     weight: float = 1.0  # of its tokens in the loss; 0: left out

@@ -26,12 +26,10 @@ class TeacherContexts:
     says. Every rank makes those of all samples, so that all have the same."""
 
     def __init__(self, config: Config, prompts: PromptBuilder) -> None:
-        self._sees, self._seed = config.prompts.teacher_context, config.seed
-        self._limit, self._size = (
-            config.prompts.max_prompt_tokens,
-            config.rollout.samples_per_prompt,
-        )
-        self._prompts = prompts
+        self._prompts, self._seed = prompts, config.seed
+        self._sees = config.prompts.teacher_context
+        self._limit = config.prompts.max_prompt_tokens
+        self._size = config.rollout.samples_per_prompt
 
     def add(self, step: int, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with teacher's prompts; those of a problem are side by side."""

@@ -142,8 +142,9 @@ class Trajectories:
 
 def solution_sample(prompts: PromptBuilder, problem: Problem, teacher_prompt: bool) -> Sample:
     """The reference solution as a sample. `teacher_prompt`: it needs the teacher's prompt too."""
-    both = _both_prompts(prompts, problem, teacher_prompt)
-    return Sample(problem, *both, prompts.solution(problem), generated=False)
+    return Sample(
+        problem, *_both_prompts(prompts, problem, teacher_prompt), prompts.solution(problem)
+    )
 
 
 def _both_prompts(
