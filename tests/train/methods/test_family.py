@@ -124,9 +124,9 @@ def at(positions: Callable[[int], bool], read: Read) -> Tensor:
     return torch.tensor([float(positions(n)) for n in range(len(read.s))])
 
 
-def early_weight(read: Read, gamma: float) -> Tensor:
-    size = read.delta.abs().tolist()
-    total = sum(size)
+def early_weight(read: Read, gamma: float, first: int = 0) -> Tensor:
+    size = [abs(d) if n >= first else 0.0 for n, d in enumerate(read.delta.tolist())]
+    total = sum(size) or 1.0
     return torch.tensor([1 + gamma * (1 - sum(size[:n]) / total) for n in range(len(size))])
 
 
@@ -191,6 +191,16 @@ FORMULAS: dict[str, tuple[Formula, list[str]]] = {
         lambda reads: with_advantage(lambda r: r.policy_gradient * credit(r, 0.5, 0.2), reads),
         [],
     ),
+    "rlsd, some without a context": (
+        lambda reads: with_advantage(
+            lambda r: r.policy_gradient * (credit(r, 0.5, 0.2) if r.sample.context else 1), reads
+        ),
+        [
+            "prompts.teacher_context=[sibling]",
+            "evaluation.teacher=false",
+            "evaluation.divergence=false",
+        ],
+    ),
     "sdar": (
         lambda reads: (
             0.7 * all_of(lambda r: torch.sigmoid(5 * r.delta) * (r.t - r.s), reads)
@@ -216,6 +226,12 @@ FORMULAS: dict[str, tuple[Formula, list[str]]] = {
     "opsd-importance-weighted": (
         lambda reads: all_of(lambda r: SAMPLED(r) * early_weight(r, 0.5), reads),
         [],
+    ),
+    "opsd-importance-weighted, skipping": (  # what is left out is in no sum
+        lambda reads: mean(
+            [(SAMPLED(r) * early_weight(r, 0.5, 2), at(lambda n: n >= 2, r)) for r in reads]
+        ),
+        ["loss.token_weight={early: 0.5, skip_first: 2}"],
     ),
     "opsd-entropy-aware": (
         lambda reads: all_of(lambda r: SAMPLED(r) + unsure(r) * forward_kl(r), reads),
@@ -296,7 +312,7 @@ def made(config: Config) -> tuple[Method, nn.Module, nn.Module | None]:
 @pytest.mark.parametrize("name", FORMULAS)
 def test_loss_and_gradient_equal_the_formula(name: str) -> None:
     formula, overrides = FORMULAS[name]
-    config = config_of(name, *overrides)
+    config = config_of(name.partition(",")[0], *overrides)
     method, model, teacher = made(config)
     samples = samples_of(config)
     weighed = method.assign_weights(samples)
