@@ -63,22 +63,28 @@ def warned(folder: Path) -> list[int]:
     return [row["step"] for row in rows if row["warnings"]]
 
 
-def test_warn_stop_and_best(
+def test_a_run_stops_and_goes_on_if_asked(
+    tiny_folder: Path, tmp_path: Path, accuracies, known_step
+) -> None:
+    folder = tmp_path / "run"
+    stop = train(folder, tiny_folder, "stop")
+    first = stop["steps"]
+    assert stop["status"] == "stopped" and warned(folder) == [first]
+    assert 6 < first < 25, "the model should be ruined in the middle"
+    assert stop["after"]["correct"] == ACCURACY.get(first, 1) and "weights_of_step" not in stop
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{first:06d}"]
+
+    made = config(tiny_folder, folder, *COLLAPSING, "collapse.action=warn")
+    with made_up(lambda answer: True):
+        assert run.train(made, resume=True) == 0
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 30 > first
+
+
+def test_a_run_goes_back_to_its_best_checkpoint(
     tiny_folder: Path, tmp_path: Path, accuracies, known_step, capsys
 ) -> None:
-    warn = train(tmp_path / "warn", tiny_folder, "warn")
-    assert warn["status"] == "finished" and warn["steps"] == 30
-    first = warned(tmp_path / "warn")[0]
-    assert 6 < first < 25, "the model should be ruined in the middle"
-
-    stop = train(tmp_path / "stop", tiny_folder, "stop")
-    assert (stop["status"], stop["steps"]) == ("stopped", first)
-    assert stop["after"]["correct"] == ACCURACY.get(first, 1) and "weights_of_step" not in stop
-    assert [path.name for path in (tmp_path / "stop" / "checkpoints").iterdir()] == [
-        f"step_{first:06d}"
-    ]
-
     best = train(tmp_path / "best", tiny_folder, "best")
+    (first,) = warned(tmp_path / "best")
     assert (best["status"], best["steps"]) == ("stopped", first)
     assert best["weights_of_step"] == 3 and best["after"]["correct"] == 5  # the first of equals
     kept = sorted(path.name for path in (tmp_path / "best" / "checkpoints").iterdir())
@@ -106,17 +112,6 @@ def test_the_model_before_training_may_be_the_best(
     monkeypatch.setitem(ACCURACY, 0, 6)
     summary = train(tmp_path / "run", tiny_folder, "best")
     assert summary["weights_of_step"] == 0 and summary["after"]["correct"] == 6
-
-
-def test_a_stopped_run_goes_on_if_asked(
-    tiny_folder: Path, tmp_path: Path, accuracies, known_step
-) -> None:
-    folder = tmp_path / "run"
-    stopped = train(folder, tiny_folder, "stop")["steps"]
-    made = config(tiny_folder, folder, *COLLAPSING, "collapse.action=warn")
-    with made_up(lambda answer: True):
-        assert run.train(made, resume=True) == 0
-    assert json.loads((folder / "summary.json").read_text())["steps"] == 30 > stopped
 
 
 def test_best_needs_evaluations(tiny_folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The study's recipes against each other, and runs that experiments share."""
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from opsd_train.config.load import config_from, load_recipe
 FOLDER = Path("runs/somewhere")
 
 
+@functools.cache
 def planned(quick: bool) -> Plan:
     shared = load_shared()
     return make_plan(shared, load_experiments(shared), FOLDER, quick=quick)
