@@ -23,7 +23,7 @@ from opsd_train.data.fingerprint import difference
 from opsd_train.data.problems import majority_answer
 from opsd_train.distributed.context import init_distributed
 from opsd_train.distributed.signals import stop_requests
-from opsd_train.evaluation.accuracy import as_summary, over_checkpoints
+from opsd_train.evaluation.accuracy import as_summary, before_and, over_checkpoints
 from opsd_train.evaluation.rewards import failures
 from opsd_train.reporting.html import write_report
 from opsd_train.reporting.metrics_log import RunLogger
@@ -172,7 +172,7 @@ class TrainingRun:
             trainer.rank_state(),
             self.recipe,
             write_adapter if trainer.policy.has_adapters else None,
-            best=trainer.best_step(),
+            best=trainer.best_step([*self.checkpoints.steps(), trainer.steps_done]),
         )
 
     def evaluate(self) -> None:
@@ -222,7 +222,8 @@ class TrainingRun:
 
     def _stop_early(self) -> None:
         """Say that a warning of collapse ended the run; go back to the best checkpoint."""
-        trainer, best = self.trainer, self.trainer.best_step()
+        trainer = self.trainer
+        best = trainer.best_step(self.checkpoints.steps())
         said = f"stopped after step {trainer.steps_done} by the warning above"
         if best is not None:
             tensors = training_tensors(trainer.policy, trainer.optimizer, trainer.method.state())
@@ -231,11 +232,12 @@ class TrainingRun:
             trainer.results["weights_of_step"] = best
             said += f"; the weights are those of step {best}"
         of_step = trainer.steps_done if best is None else best
-        for row in trainer.evaluations:
-            if row["step"] == of_step:
-                trainer.results |= {"after": as_summary(row)}
-                trainer.results |= {"divergence_after": row.get("divergence")}
-                said += f", held-out accuracy {row['accuracy']:.1%}"
+        rows = {row["step"]: row for row in trainer.evaluations}
+        if row := rows.get(of_step):
+            trainer.results |= {"after": as_summary(row), "divergence_after": row.get("divergence")}
+            trainer.results |= before_and(row, rows.get(0))
+            said += f", held-out accuracy {row['accuracy']:.1%}"
+            said += "" if best is None else ", chosen on these very problems: biased upwards"
         trainer.results["stopped"] = said
         self._say(said)
 

@@ -179,12 +179,15 @@ class Trainer:
                 return ending
         return None
 
-    def best_step(self) -> int | None:
-        """The first of the evaluated steps with the highest held-out accuracy, where
-        collapse.action=best keeps its checkpoint; else None."""
-        if self.config.collapse.action != "best" or not self.evaluations:
+    def best_step(self, steps: Sequence[int]) -> int | None:
+        """The first of these steps with the highest held-out accuracy, where collapse.action=best
+        keeps its checkpoint; else None."""
+        if self.config.collapse.action != "best":
             return None
-        return max(self.evaluations, key=lambda row: row["accuracy"])["step"]
+        # A resumed run may ask fewer problems than before.
+        count = len(self.heldout.problems)
+        rows = [r for r in self.evaluations if r["step"] in steps and r["problems"] == count]
+        return max(rows, key=lambda row: row["accuracy"])["step"] if rows else None
 
     def step(self, step: int) -> tuple[dict[str, Any], StepStats]:
         """Take training step number `step`, counted from 1. Every rank calls it.

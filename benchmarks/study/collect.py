@@ -39,8 +39,12 @@ def collect(plan: Plan, name: str, earlier: Earlier) -> dict[str, Any]:
             for sampled in plan.samplings.values()
         },
         "experiments": [_experiment(planned, command) for planned in plan.experiments],
-        "memory": json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else None,
-        "notes": yaml.safe_load(notes.read_text(encoding="utf-8")) if notes.exists() else {},
+        "memory": (
+            json.loads(memory.read_text(encoding="utf-8")) if memory.exists() else earlier.memory
+        ),
+        "notes": (
+            yaml.safe_load(notes.read_text(encoding="utf-8")) if notes.exists() else earlier.notes
+        ),
     }
 
 
@@ -130,6 +134,7 @@ def _experiment(planned: PlannedExperiment, command: str) -> dict[str, Any]:
         "paper_says": experiment.paper_says,
         "question": experiment.question,
         "kind": experiment.kind,
+        "read": experiment.read,
         "command": f"{command} --only {planned.name}",
         "tasks": planned.tasks,
         "arms": [
@@ -137,6 +142,7 @@ def _experiment(planned: PlannedExperiment, command: str) -> dict[str, Any]:
                 "name": arm.name,
                 "label": arm.label,
                 "changes": arm.changes,
+                "read_at": arm.read_at or experiment.read_at,
                 "runs": planned.runs.get(arm.name, {}),
                 "samplings": planned.samplings.get(arm.name, {}),
             }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ class Earlier:
 
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     samplings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    memory: dict[str, Any] | None = None
+    notes: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path | None) -> Earlier:
@@ -38,7 +40,12 @@ class Earlier:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"--earlier {path}: {error}") from None
-        return cls(_finished(results["runs"]), _finished(results["samplings"]))
+        return cls(
+            _finished(results["runs"]),
+            _finished(results["samplings"]),
+            results["memory"],
+            results["notes"],
+        )
 
     def run(self, run: PlannedRun) -> dict[str, Any] | None:
         """The record of a run with the same settings."""
@@ -55,7 +62,7 @@ class Earlier:
         """The same without these runs: their weights are needed, which no record has."""
         left_out = set(ids)
         runs = {name: record for name, record in self.runs.items() if name not in left_out}
-        return Earlier(runs, self.samplings)
+        return replace(self, runs=runs)
 
 
 def _finished(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

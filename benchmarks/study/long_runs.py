@@ -32,7 +32,7 @@ def signals_table(results: Results, comparison: Comparison) -> tuple[list[str], 
             continue
         cells = [_first(runs, name) for name in SIGNALS]
         rows.append([arm.label, _peak(comparison, arm), share_text(_last(comparison, arm)), *cells])
-    header = ["", "highest mean accuracy", "after the last step"]
+    header = ["", "highest mean accuracy (of those shown: biased upwards)", "after the last step"]
     return [*header, *(f"{name}, first warning" for name in SIGNALS.values())], rows
 
 
@@ -53,7 +53,8 @@ def curves(results: Results, comparison: Comparison, colors: dict[str, str], loo
         handles, labels = panels.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         figure.set_layout_engine("constrained")
-        return to_picture("Long runs", f"Means over seeds; {WIDTH} steps a point.", figure, "wide")
+        note = f"Means over seeds. Length, entropy and divergence: {WIDTH} steps a point."
+        return to_picture("Long runs", note, figure, "wide")
 
 
 def _points(

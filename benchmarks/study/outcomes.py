@@ -33,6 +33,13 @@ class Outcomes:
         chosen = [i for i, step in enumerate(self.columns) if step > 0]
         if not chosen:
             return None
+        return self._only(chosen)
+
+    def until(self, step: int) -> Outcomes:
+        """Without the evaluations after this step."""
+        return self._only([i for i, column in enumerate(self.columns) if column <= step])
+
+    def _only(self, chosen: Sequence[int]) -> Outcomes:
         steps = tuple(self.columns[i] for i in chosen)
         values, tokens = self.values[:, chosen], self.tokens[:, chosen]
         return Outcomes(self.task, self.ids, steps, values, tokens)

@@ -51,12 +51,11 @@ def study(
     plan = make_plan(shared, experiments, folder, quick=quick)
     _keep_plan(plan)
     done = Earlier.read(Path(earlier) if earlier else None)
-    done = done.without(_weights_needed(plan, done))
     wanted = [planned for planned in plan.experiments if not only or planned.name in only]
     if any(planned.experiment.kind == "memory" for planned in wanted):
         measure(plan.size.memory_tokens, folder)  # before the runs: nothing else may run meanwhile
     count = jobs or (4 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
-    failures = _run(plan, wanted, count, done)
+    failures = _run(plan, wanted, count, done.without(_weights_needed(plan, wanted, done)))
     results = collect(plan, "quick" if quick else "full", done)
     replace_file(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     print(write_page(folder))
@@ -65,9 +64,10 @@ def study(
     return 1 if failures else 0
 
 
-def _weights_needed(plan: Plan, earlier: Earlier) -> set[str]:
-    """Runs whose weights a sampling still needs."""
-    missing = [s for s in plan.samplings.values() if not earlier.sampling(s, plan)]
+def _weights_needed(plan: Plan, wanted: Sequence[PlannedExperiment], earlier: Earlier) -> set[str]:
+    """Runs whose weights a wanted sampling still needs."""
+    asked = [plan.samplings[i] for i in plan.needed(wanted) if i in plan.samplings]
+    missing = [sampled for sampled in asked if not earlier.sampling(sampled, plan)]
     return {name for s in missing for name in (s.run, s.problems_of) if name}
 
 

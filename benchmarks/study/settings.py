@@ -61,6 +61,9 @@ class Arm:
     """Name in tables and figures."""
     changes: Changes = Field(default_factory=list)
     """Changes to the base recipe, after those of size and task."""
+    read_at: Positive | None = None
+    """Step whose evaluation counts, where the arm's runs go on; null: the experiment's, or the
+    last. Curves of accuracy against tokens have all."""
     base_model: bool = False
     """The model before training. It needs no run: a task's first run evaluates it."""
 
@@ -112,6 +115,10 @@ class Experiment:
     """Seeds; empty: those of the size."""
     changes: Changes = Field(default_factory=list)
     """Changes to the base recipe for every arm, after those of size and task."""
+    read: list[int] = Field(default_factory=list)
+    """tuning: the steps that may be chosen."""
+    read_at: Positive | None = None
+    """The arms' read_at, where they have none of their own."""
     arms: list[Arm] = Field(default_factory=list)
     """The arms to compare."""
     contrasts: list[tuple[str, str]] = Field(default_factory=list)

@@ -33,6 +33,7 @@ def chosen(results: Results) -> list[Choice]:
             Choice(method, _rate(arm), row["step"], row["accuracy"])
             for arm in arms
             for row in _evaluations(results, arm)
+            if row["step"] in _may_be_chosen(results)
         ]
         if found and all(_evaluations(results, arm) for arm in arms):
             key = lambda c: (-c.accuracy, c.steps, float(c.rate))  # noqa: E731
@@ -43,8 +44,10 @@ def chosen(results: Results) -> list[Choice]:
 def tuning_table(results: Results) -> tuple[list[str], list[list[str]]]:
     """Methods by rates: accuracy at each of the evaluated steps, and what was chosen."""
     picked = {choice.method: choice for choice in chosen(results)}
-    rows, rates = [], []
-    for method, arms in _methods(results).items():
+    table: list[list[str]] = []
+    rates: list[str] = []
+    methods = _methods(results)
+    for method, arms in methods.items():
         rates = [_rate(arm) for arm in arms]
         cells = [
             " / ".join(percent(row["accuracy"]) for row in _evaluations(results, arm)) or NONE
@@ -52,8 +55,17 @@ def tuning_table(results: Results) -> tuple[list[str], list[list[str]]]:
         ]
         choice = picked.get(method)
         last = f"{choice.rate}, {choice.steps} steps" if choice else NONE
-        rows.append([arms[0]["label"].rpartition(", ")[0], *cells, last])
-    return ["percent, after 6 / 12 / 18 steps", *rates, "chosen"], rows
+        table.append([arms[0]["label"].rpartition(", ")[0], *cells, last])
+    runs = [_evaluations(results, arm) for arms in methods.values() for arm in arms]
+    steps = {row["step"] for rows in runs for row in rows}
+    after = " / ".join(map(str, sorted(steps)))
+    return [f"percent, after {after} steps", *rates, "chosen"], table
+
+
+def _may_be_chosen(results: Results) -> list[int]:
+    """The steps that the rest of the study's runs have."""
+    (tuning,) = (e for e in results["experiments"] if e["kind"] == KIND)
+    return tuning["read"]
 
 
 def _methods(results: Results) -> dict[str, list[dict[str, Any]]]:

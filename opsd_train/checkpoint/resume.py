@@ -90,6 +90,11 @@ class Checkpoints:
         writer.on_all_ranks(functools.partial(self._remove_others, step, best))
         return target
 
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, the same on every rank."""
+        found = [_step(folder) for folder in self._folders()] if self._context.is_main else None
+        return self._context.broadcast(found)
+
     def newest_whole(self) -> Path | None:
         """The newest checkpoint whose files are as they were written; None if there is none.
 

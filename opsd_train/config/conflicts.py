@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from opsd_train.config.loss_schema import FROM_TEACHER, LossConfig, TokenWeightConfig
+from opsd_train.config.loss_schema import LossConfig, TokenWeightConfig, has_positions
 from opsd_train.config.method_schema import DistillConfig, GrpoConfig
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def conflicts(config: Config) -> Iterator[str]:
     if config.method == "grpo" or config.grpo is not None:
         yield from _policy_gradient(config, config.grpo or GrpoConfig())
     yield from _sampled_tokens(config)
+    yield from _positions(config)
     yield from _contexts(config)
     if config.collapse.action == "best" and not (problems and config.evaluation.every):
         yield (
@@ -53,6 +54,10 @@ def conflicts(config: Config) -> Iterator[str]:
 def _without_objective(config: Config) -> Iterator[str]:
     if config.grpo is None and config.loss.forward_kl is None:
         yield "loss.weight=0 leaves nothing to train on: set grpo, with method=opsd"
+    if config.grpo is not None and config.grpo.weight == 0 and config.loss.forward_kl is None:
+        yield "loss.weight=0 and grpo.weight=0 leave nothing to train on"
+    if config.loss.long_term:
+        yield "loss.long_term is a part of the objective: with loss.weight=0 set it to 0"
     if config.loss.objective == "top_k":
         yield "loss.weight=0 does not use the objective: leave loss.objective=full_vocabulary"
 
@@ -73,6 +78,9 @@ def _solutions(config: Config) -> Iterator[str]:
         yield "rollout.ahead must be 0: this recipe trains on solutions, nothing is generated"
     if config.loss.token_weight.importance_cap:
         yield "loss.token_weight.importance_cap needs samples of the student in every step"
+    if config.distill and (config.loss.at_samples or config.loss.long_term):
+        term = "long_term" if config.loss.long_term else f"objective={config.loss.objective}"
+        yield f"loss.{term} is over samples of the student: set distill.on_policy=true"
 
 
 def _teachers(config: Config) -> Iterator[str]:
@@ -141,20 +149,29 @@ def _policy_gradient(config: Config, grpo: GrpoConfig) -> Iterator[str]:
     if config.method == "grpo":
         if grpo.weight != 1 or grpo.token_weight != TokenWeightConfig():
             yield (
-                "grpo.weight and grpo.token_weight are for the policy gradient of opsd: with "
-                "loss.weight=0 it stands alone"
+                "grpo.weight and grpo.token_weight belong to method=opsd; for the policy gradient "
+                "alone there, set loss.weight=0"
             )
+    elif config.opsd is not None and config.opsd.verify_weight is not None:
+        yield "opsd.verify_weight would undo the advantages of wrong samples: set it to null"
     elif config.loss.temperature != config.rollout.temperature:
         yield "grpo beside a divergence: set loss.temperature to rollout.temperature"
-    elif config.loss.objective == "top_k":
-        for name in FROM_TEACHER:
-            if getattr(grpo.token_weight, name) is not None:
-                yield (
-                    f"grpo.token_weight.{name} needs the teacher's probability of the sampled "
-                    "token, which loss.objective=top_k does not have"
-                )
+    elif grpo.token_weight.credit is not None:
+        if config.loss.objective == "top_k":
+            yield (
+                "grpo.token_weight.credit needs the teacher's probability of the sampled token, "
+                "which loss.objective=top_k does not have"
+            )
+        if has_positions(config.loss.token_weight):
+            yield (
+                "grpo.token_weight.credit needs every token of the objective: leave "
+                "loss.token_weight.skip_first and count_first out"
+            )
     if grpo.token_weight.importance_cap:
         yield "grpo.token_weight.importance_cap: a policy gradient has grpo.importance_cap for it"
+    for name in ("early", "gate"):
+        if getattr(grpo.token_weight, name) is not None:
+            yield f"grpo.token_weight.{name} is of the objective: set loss.token_weight.{name}"
 
 
 def _sampled_tokens(config: Config) -> Iterator[str]:
@@ -181,12 +198,21 @@ def _sampled_tokens(config: Config) -> Iterator[str]:
         yield f"loss.token_weight.importance_cap compares with the sampler: {advice}"
 
 
+def _positions(config: Config) -> Iterator[str]:
+    """Weights that leave no token of any completion."""
+    policy = (config.grpo or GrpoConfig()).token_weight
+    for name, weights in {"loss": config.loss.token_weight, "grpo": policy}.items():
+        skipped = weights.skip_first or 0
+        if skipped >= min(weights.count_first or skipped + 1, config.rollout.max_new_tokens):
+            yield f"{name}.token_weight.skip_first={skipped} leaves no token: lower it"
+
+
 def _contexts(config: Config) -> Iterator[str]:
     """What does not go with a teacher's prompt that is made after the rollout."""
     sees, evaluation = config.prompts.teacher_context, config.evaluation
     if not sees:
         return
-    reads = config.distill and any(t.prompt == "teacher" for t in config.distill.by_name().values())
+    reads = config.distill and all(t.prompt == "teacher" for t in config.distill.by_name().values())
     if config.method != "opsd" and not reads:
         yield (
             "prompts.teacher_context is for the teacher of opsd, or of distill with "
@@ -194,6 +220,8 @@ def _contexts(config: Config) -> Iterator[str]:
         )
     if config.distill and config.distill.on_policy is not True:
         yield "prompts.teacher_context is of samples: set distill.on_policy=true"
+    if config.distill and config.distill.sampler_share:
+        yield "prompts.teacher_context is made after the rollout: set distill.sampler_share=0"
     if "sibling" in sees and config.rollout.samples_per_prompt < 2:
         yield (
             "prompts.teacher_context=[sibling] needs several samples of a problem: "

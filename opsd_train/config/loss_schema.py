@@ -38,9 +38,9 @@ class TokenWeightConfig:
     the teacher's probability of the sampled token."""
 
     skip_first: Positive | None = None
-    """Leave out the first tokens of a completion, so many."""
+    """How many tokens at the start of each completion to leave out."""
     count_first: Positive | None = None
-    """Count only the first tokens of a completion, so many."""
+    """Count only this many tokens at the start of each completion."""
     early: PositiveReal | None = None
     """1 + early * (1 - share), where the share is the part of the completion's sum of
     abs(log t - log s) that comes before the token (IW-OPD)."""
@@ -50,6 +50,11 @@ class TokenWeightConfig:
     """min(s / q, importance_cap), q the sampler's probability: truncated importance sampling."""
     credit: CreditConfig | None = None
     """Of a policy gradient: the teacher says which tokens an advantage is due to (RLSD)."""
+
+
+def has_positions(weights: TokenWeightConfig) -> bool:
+    """Whether some positions count and others do not."""
+    return weights.skip_first is not None or weights.count_first is not None
 
 
 FROM_TEACHER = ("early", "gate", "credit")
@@ -63,7 +68,7 @@ class ForwardKlConfig:
     weight: PositiveReal = 1.0
     """Weight of the term."""
     min_entropy: NonNegativeReal = 0.8
-    """Entropy of the teacher, in nats, from which on a token has the term."""
+    """The term applies where the teacher's entropy is at least this, in nats."""
 
 
 @section
@@ -121,6 +126,11 @@ class LossConfig:
             yield "loss.token_weight.credit is of a policy gradient: set grpo.token_weight.credit"
         if self.long_term and (self.objective, self.beta) != ("full_vocabulary", 1):
             yield "loss.long_term needs loss.objective=full_vocabulary and loss.beta=1"
+        if self.long_term and has_positions(weights):
+            yield (
+                "loss.long_term reads all tokens that follow: leave loss.token_weight.skip_first "
+                "and count_first out"
+            )
         for name in FROM_TEACHER if self.objective == "top_k" else ():
             if getattr(weights, name) is not None:
                 yield (

@@ -135,14 +135,14 @@ class GrpoConfig:
     clip_high: NonNegativeReal = 0.28
     """Upper clip of the probability ratio: 1 + clip_high."""
     kl_weight: NonNegativeReal = 0.0
-    """Weight of the KL divergence from the initial policy."""
+    """Weight of the KL divergence from the initial policy, in the policy gradient's term."""
     kl_estimator: Literal["k3", "k2"] = "k3"
     """Its estimate at the sampled token: k3, r - 1 - log r, or k2, (log r)^2 / 2, with r the
     probability ratio of initial and present policy."""
     normalise_std: bool = True
     """Divide a group's advantages by the standard deviation of its rewards."""
     mask_truncated: bool = True
-    """Leave completions that were cut off at rollout.max_new_tokens out of the loss."""
+    """Leave completions that were cut off at rollout.max_new_tokens out of the policy gradient."""
     importance_cap: PositiveReal | None = IMPORTANCE_CAP
     """Truncated importance sampling: cap on a token's ratio trainer / sampler; null: none."""
     token_weight: TokenWeightConfig = Field(default_factory=TokenWeightConfig)

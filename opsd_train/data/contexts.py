@@ -57,21 +57,18 @@ class TeacherContexts:
             if sibling is None and feedback is None:
                 break
             context = RolloutContext(text, sibling, feedback)
-            prompt = self._prompts.teacher_after(sample.problem, context)
+            prompt, shown_in_it = self._prompts.teacher_after(sample.problem, context)
             if len(prompt) <= self._limit:
-                names = ["sibling"] * (sibling is not None) + ["feedback"] * (feedback is not None)
-                seen = (*names, *[TOO_LONG] * (too_long and sibling is None))
+                seen = (*shown_in_it, *[TOO_LONG] * (too_long and sibling is None))
                 return replace(sample, teacher_prompt=prompt, context=seen)
             too_long = True
         return replace(sample, teacher_prompt=sample.student_prompt, context=(TOO_LONG,) * too_long)
 
 
 def feedback_on(sample: Sample) -> str | None:
-    """The check of the sample's answer in words; None where it could not be checked."""
-    if sample.correct is None or sample.check_failed is not None:
+    """The check of a wrong answer in words; None for a right one, as in SDPO, or unchecked ones."""
+    if sample.correct is not False or sample.check_failed is not None:
         return None
-    if sample.correct:
-        return f"The answer {sample.answer} is right."
     if sample.answer is not None:
         verdict = f"The answer {sample.answer} is wrong."
     elif sample.finished:

@@ -95,13 +95,18 @@ class PromptBuilder:
         """Token ids of the teacher's prompt, which contains the solution."""
         return self._encode("teacher", [problem])[0]
 
-    def teacher_after(self, problem: Problem, context: RolloutContext) -> list[int]:
-        """Token ids of the teacher's prompt with what it sees of a rollout."""
+    def teacher_after(
+        self, problem: Problem, context: RolloutContext
+    ) -> tuple[list[int], list[str]]:
+        """Token ids of the teacher's prompt with what it sees of a rollout, and what of sibling and
+        feedback its template shows."""
         escaped = {
             name: text and self._escaper.escape_text(text) for name, text in vars(context).items()
         }
         text = self._text("teacher", self._escaper.escape(problem), escaped)
-        return self._escaper.encode([text], self._adds_special_tokens("teacher"))[0]
+        ids = self._escaper.encode([text], self._adds_special_tokens("teacher"))[0]
+        offered = {name: (escaped[name] or "").strip() for name in _PROBES}
+        return ids, [name for name, words in offered.items() if words and words in text]
 
     def solution(self, problem: Problem) -> list[int]:
         """Token ids of the reference solution as a completion, including `end`."""

@@ -98,7 +98,8 @@ def _own_teacher(config: Config, full: bool) -> dict[str, Any]:
     return {
         "copies": int(copied) + int(kl and full and weights != "initial"),
         "logprob_passes": int(kl) + int(old),
-        "policy_gradient": config.grpo is not None and _heads(config) == 2,
+        "policy_gradient": (config.grpo is not None or config.loss.long_term > 0)
+        and _heads(config) == 2,
     }
 
 
@@ -106,6 +107,7 @@ def _heads(config: Config) -> int:
     """Heads whose logits the loss holds at the same time."""
     loss = config.loss
     whole = loss.objective == "full_vocabulary" and loss.weight > 0
+    whole = whole or loss.forward_kl is not None
     return 2 if METHODS[config.method].divergence and whole else 1
 
 

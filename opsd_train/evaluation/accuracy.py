@@ -56,6 +56,14 @@ def as_summary(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def before_and(row: dict[str, Any], first: dict[str, Any] | None) -> dict[str, Any]:
+    """`paired` of this row and that before training, where both are on the same problems."""
+    if first is None or first["step"] != 0 or first["problems"] != row["problems"]:
+        return {}
+    before, after = ([c == "1" for c in r["correct"]] for r in (first, row))
+    return {"paired": paired_difference(before, after)}
+
+
 def over_checkpoints(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the summary says about all rows of an evaluations.jsonl.
 
@@ -71,9 +79,7 @@ def over_checkpoints(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not checkpoints:
         return found
     last = checkpoints[-1]
-    if first["step"] == 0 and first["problems"] == last["problems"]:  # a resumed run may ask fewer
-        before, after = ([c == "1" for c in row["correct"]] for row in (first, last))
-        found["paired"] = paired_difference(before, after)
+    found |= before_and(last, first)  # a resumed run may ask fewer problems
     if len(checkpoints) > 1:
         best = max(checkpoints, key=lambda row: row["accuracy"])  # the first of equals
         found["best"] = {"step": best["step"], **as_summary(best)}

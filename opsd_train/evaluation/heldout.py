@@ -54,7 +54,7 @@ class HeldOut:
 
     @torch.no_grad()
     def divergence(self, evaluation: Evaluation) -> float:
-        """Divergence from the teacher in nats, mean over the tokens of these greedy completions."""
+        """Divergence from the teacher in nats, over those tokens of the completions that count."""
         everything = [
             Sample(problem, self._prompts.student(problem), self._teacher(problem), completion)
             for problem, completion in zip(self.problems, evaluation.completions, strict=True)
@@ -68,9 +68,9 @@ class HeldOut:
             loss, columns = self._method.loss(group, precomputed, 1)
             if group[0].weight > 0:
                 stats.add(group, loss, columns)
-        total = sum(len(sample.completion) for sample in samples)
-        mean = stats.mean("divergence") or 0.0
-        return self._context.sum(mean * total) / self._context.sum(total)
+        known = stats.known("divergence")
+        total = (stats.mean("divergence") or 0.0) * known
+        return self._context.sum(total) / max(self._context.sum(known), 1)
 
     def _teacher(self, problem: Problem) -> list[int] | None:
         needed = self._method.teacher_prompt(self._config)

@@ -25,6 +25,7 @@ from opsd_train.methods.policy_gradient import (
     FixedLogprobs,
     group_advantages,
     groups_dropped,
+    groups_of,
     surrogate,
 )
 from opsd_train.methods.ref_policy import RefPolicy
@@ -97,8 +98,7 @@ class Grpo(Method):
 
     def _groups(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
         """The samples of each problem."""
-        size = self.config.rollout.samples_per_prompt
-        return [samples[first : first + size] for first in range(0, len(samples), size)]
+        return groups_of(samples, self.config.rollout.samples_per_prompt)
 
     def _assign_in_group(self, group: Sequence[Sample]) -> list[Sample]:
         advantages = group_advantages(group, self.settings)

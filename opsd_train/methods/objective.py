@@ -138,7 +138,9 @@ def _full_vocabulary(
     factor = found_weight(config.token_weight, facts)
     terms = Terms(_mean(value, factor, num_tokens) * config.weight, stats, delta=delta)
     if config.long_term:
-        terms.logprob = student_logprob(tokens, config.temperature)
+        terms.logprob = student_logprob(
+            tokens, config.temperature, **_shared(tokens, teacher, config)
+        )
         weight = _times(tokens.weight, factor)
         value = -following_mean(facts, delta) * terms.logprob
         terms.loss = terms.loss + config.long_term * _mean(value, weight, num_tokens)
@@ -158,7 +160,11 @@ def _at_samples(
             **_pair(tokens, teacher, config),
         )
     else:
-        advantage, logprob = tokens.advantage, student_logprob(tokens, config.temperature)
+        shared = _shared(tokens, teacher, config)
+        advantage, logprob = (
+            tokens.advantage,
+            student_logprob(tokens, config.temperature, **shared),
+        )
     old = logprob.detach() if tokens.old is None else tokens.old
     delta = advantage if tokens.weight is None else advantage.masked_fill(tokens.weight == 0, 0)
     terms = Terms(logprob.new_zeros(()), {"divergence": -advantage, "logprob": old}, logprob, delta)
@@ -261,6 +267,11 @@ def _head(tokens: Tokens, teacher: FullDistribution) -> LmHead:
 
 def _pair(tokens: Tokens, teacher: FullDistribution, config: LossConfig) -> dict[str, Any]:
     return pair_options(tokens.head, _head(tokens, teacher), config.temperature)
+
+
+def _shared(tokens: Tokens, teacher: FullDistribution, config: LossConfig) -> dict[str, Any]:
+    """The vocabulary that log-probabilities are over, where the heads are padded differently."""
+    return {"vocab_size": _pair(tokens, teacher, config)["vocab_size"]}
 
 
 def _delta(stats: Stats) -> Tensor:

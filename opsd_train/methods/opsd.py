@@ -22,7 +22,7 @@ from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.common import logprobs
 from opsd_train.methods.distributions import Distribution, teacher_distribution
-from opsd_train.methods.policy_gradient import groups_dropped
+from opsd_train.methods.policy_gradient import groups_dropped, groups_of
 from opsd_train.methods.ref_policy import RefPolicy
 from opsd_train.methods.teacher_loss import Fixed, TeacherLoss
 from opsd_train.model.policy import Policy
@@ -48,6 +48,7 @@ class Opsd(Method):
             self.settings.teacher,
             ema_decay=self.settings.ema_decay,
             resync_every=self.settings.resync_every,
+            several_updates=config.updates_per_step > 1,
         )
         self.teacher_loss = TeacherLoss(config, policy)
         self.initial: RefPolicy | None = None
@@ -98,12 +99,8 @@ class Opsd(Method):
         """With `grpo`: `groups_dropped`, whose samples all got the same reward."""
         if self.config.grpo is None:
             return {}
-        size = self.config.rollout.samples_per_prompt
-        return {
-            "groups_dropped": groups_dropped(
-                [samples[first : first + size] for first in range(0, len(samples), size)]
-            )
-        }
+        groups = groups_of(samples, self.config.rollout.samples_per_prompt)
+        return {"groups_dropped": groups_dropped(groups)}
 
     def state(self) -> dict[str, Tensor]:
         """The weights of the teacher and of the initial policy, where they are copies."""

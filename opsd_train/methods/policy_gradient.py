@@ -22,6 +22,11 @@ class FixedLogprobs:
     ref: Tensor | None  # of the initial policy
 
 
+def groups_of(samples: Sequence[Sample], size: int) -> list[Sequence[Sample]]:
+    """The samples of each problem, which are side by side."""
+    return [samples[first : first + size] for first in range(0, len(samples), size)]
+
+
 def group_advantages(group: Sequence[Sample], settings: GrpoConfig) -> list[float] | None:
     """A = (r - mean r) / std r over a problem's samples (Eq. 4), with r 1 for a correct answer and
     0 for a wrong one; None if all rewards are the same."""
@@ -57,11 +62,13 @@ def surrogate(
     fixed: FixedLogprobs,
     settings: GrpoConfig,
     num_tokens: int,
-    token_weight: Tensor | None = None,
+    positions: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
     """The GRPO loss (Eq. 5) of (N,) log-probabilities: a sum over tokens divided by `num_tokens`.
 
-    token_weight  (N,) factor of the policy gradient; the KL divergence does not have it
+    positions  (N,) weight of each token
+    factor     (N,) of the policy gradient; the KL divergence does not have it
 
     Returns the scalar and (N,) statistics: those of `clipped`; `importance`, with `importance_cap`;
     and `kl`, with a reference policy, by the estimators of Schulman, "Approximating KL divergence"
@@ -74,14 +81,16 @@ def surrogate(
 
     advantage = per_token([sample.advantage for sample in samples])
     weight = per_token([sample.weight * sample.policy_weight for sample in samples])
+    if positions is not None:
+        weight = weight * positions
     old = logprob.detach() if fixed.old is None else fixed.old
     value, stats = clipped(logprob, old, advantage, settings.clip_low, settings.clip_high)
     if settings.importance_cap is not None:
         sampler = sampler_logprobs(samples).to(logprob)
         stats["importance"] = importance_weight(old, sampler, settings.importance_cap)
         value = value * stats["importance"]
-    if token_weight is not None:
-        value = value * token_weight
+    if factor is not None:
+        value = value * factor
     if fixed.ref is not None:
         difference = fixed.ref - logprob
         k3 = settings.kl_estimator == "k3"

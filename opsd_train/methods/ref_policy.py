@@ -31,15 +31,18 @@ class RefPolicy:
         *,
         ema_decay: float = 0.0,
         resync_every: int = 0,
+        several_updates: bool = False,
         name: str = "ref_policy",
     ) -> None:
-        """`name`: of its tensors in a checkpoint."""
+        """`several_updates`: the policy changes between `active` and the use of its hidden states.
+        `name`: of its tensors in a checkpoint."""
         self._policy, self._weights, self._name = policy, weights, name
         self._decay, self._resync_every = ema_decay, resync_every
         moves = weights in ("ema", "resync")
         copied = moves or (weights == "initial" and not policy.has_adapters)
         self._snapshot = Snapshot(policy.core, policy.parameters) if copied else None
         self._head: LmHead | None = None
+        self._own_head = copied or several_updates
 
     def active(self) -> AbstractContextManager[None]:
         """Within this context the policy's model has these weights.
@@ -55,7 +58,7 @@ class RefPolicy:
 
         Call it within `active`, on every rank.
         """
-        if self._snapshot is not None and (self._head is None or self._weights != "initial"):
+        if self._own_head and (self._head is None or self._weights != "initial"):
             with torch.no_grad():
                 self._head = self._policy.run([[0]], [[0]], self._copy_head)
         return self._head

@@ -26,7 +26,7 @@ from opsd_train.methods.common import (
 )
 from opsd_train.methods.distributions import Distribution, FullDistribution
 from opsd_train.methods.objective import Terms, Tokens, against_teachers, student_logprob
-from opsd_train.methods.policy_gradient import FixedLogprobs, group_advantages, surrogate
+from opsd_train.methods.policy_gradient import FixedLogprobs, group_advantages, groups_of, surrogate
 from opsd_train.methods.token_weights import (
     TokenFacts,
     counted,
@@ -154,12 +154,18 @@ class TeacherLoss:
             logprob=logprob.detach(),
             advantage=advantage[tokens.facts.sample],
         )
-        factors = position_weight(self._grpo.token_weight, facts)
-        found = found_weight(self._grpo.token_weight, facts)
-        if found is not None:
-            factors = found if factors is None else found * factors
-        logprobs = FixedLogprobs(fixed.old, fixed.ref)
-        loss, stats = surrogate(logprob, samples, logprobs, self._grpo, num_tokens, factors)
+        loss, stats = surrogate(
+            logprob,
+            samples,
+            FixedLogprobs(fixed.old, fixed.ref),
+            self._grpo,
+            num_tokens,
+            position_weight(self._grpo.token_weight, facts),
+            found_weight(self._grpo.token_weight, facts),
+        )
+        counts = torch.tensor([s.policy_weight > 0 for s in samples]).to(logprob.device)
+        left_out = ~counts[tokens.facts.sample]
+        stats = {name: column.masked_fill(left_out, torch.nan) for name, column in stats.items()}
         terms.loss = terms.loss + self._grpo.weight * loss
         own = logprob.detach() if fixed.old is None else fixed.old
         terms.stats = terms.stats | stats | {"logprob": own}
@@ -182,11 +188,9 @@ class TeacherLoss:
 
     def _with_advantages(self, samples: Sequence[Sample]) -> list[Sample]:
         assert self._grpo is not None
-        size, made = self._config.rollout.samples_per_prompt, []
-        for first in range(0, len(samples), size):
-            group = samples[first : first + size]
-            advantages = group_advantages(group, self._grpo) or [0.0] * size
-            masked = self._grpo.mask_truncated
+        made, masked = [], self._grpo.mask_truncated
+        for group in groups_of(samples, self._config.rollout.samples_per_prompt):
+            advantages = group_advantages(group, self._grpo) or [0.0] * len(group)
             made += [
                 replace(s, advantage=a, policy_weight=float(a != 0 and (s.finished or not masked)))
                 for s, a in zip(group, advantages, strict=True)

@@ -97,6 +97,11 @@ class StepStats:
             return None
         return column.nanmean().item()
 
+    def known(self, name: str) -> int:
+        """The tokens whose value of a statistic is known."""
+        column = self._column(name)
+        return 0 if column is None else int((~column.isnan()).sum())
+
     @property
     def value_name(self) -> str | None:
         """What a token's value is: "divergence" or "nll"; None before anything was added."""

@@ -119,7 +119,9 @@ class TransformersEngine:
 
     def _batches(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[list[int]]:
         """Indices of requests, in ascending order of length; those of one prompt are neighbours."""
-        budget, prompts = self.config.batch_tokens, [request.prompt for request in requests]
+        # The teacher of a mixture may read a longer prompt.
+        prompts = [max(r.prompt, r.teacher_prompt or [], key=len) for r in requests]
+        budget = self.config.batch_tokens
         order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
         for index in order:
             check_batch_tokens("rollout.batch_tokens", budget, len(prompts[index]), max_new_tokens)

@@ -87,6 +87,7 @@ def test_a_run_goes_back_to_its_best_checkpoint(
     (first,) = warned(tmp_path / "best")
     assert (best["status"], best["steps"]) == ("stopped", first)
     assert best["weights_of_step"] == 3 and best["after"]["correct"] == 5  # the first of equals
+    assert best["paired"]["difference"] == pytest.approx((5 - 2) / 6)  # of these weights
     kept = sorted(path.name for path in (tmp_path / "best" / "checkpoints").iterdir())
     assert kept == ["step_000003", f"step_{first:06d}"]
     assert (

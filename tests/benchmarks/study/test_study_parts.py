@@ -12,6 +12,7 @@ from benchmarks.study.long_runs import signals_table
 from benchmarks.study.page import write_page
 from benchmarks.study.plan import Plan, make_plan
 from benchmarks.study.reading import NONE
+from benchmarks.study.run import _jobs, _weights_needed
 from benchmarks.study.settings import Experiment, load_shared
 from benchmarks.study.signals import signals
 from benchmarks.study.tuning import Choice, chosen, tuning_table
@@ -70,6 +71,20 @@ def test_a_later_part_does_not_run_what_an_earlier_one_has(tmp_path: Path) -> No
     assert earlier.without(["sums-opsd-s0"]).run(later.runs["sums-opsd-s0"]) is None
 
 
+def test_only_a_wanted_sampling_has_its_run_made_again(tmp_path: Path) -> None:
+    first = plan_of(tmp_path / "one")
+    finish(first, "sums-opsd-s0")
+    (tmp_path / "part.json").write_text(json.dumps(collect(first, "full", Earlier())))
+    earlier, later = Earlier.read(tmp_path / "part.json"), plan_of(tmp_path / "two")
+    (planned,) = later.experiments
+    needed = _weights_needed(later, [planned], earlier)
+    assert needed == {"sums-opsd-s0", "sums-sft-s0"}
+    assert _weights_needed(later, [], earlier) == set()
+    jobs = [job.id for job in _jobs(later, planned.ids, earlier.without(needed))]
+    assert "sums-opsd-s0" in jobs and collect(later, "full", earlier)["runs"]["sums-opsd-s0"]
+    assert "sums-opsd-s0" not in [job.id for job in _jobs(later, {"sums-opsd-s0"}, earlier)]
+
+
 def test_a_part_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--earlier .*gone\.json"):
         Earlier.read(tmp_path / "gone.json")
@@ -87,13 +102,16 @@ def tuned(accuracies: dict[str, list[list[float]]]) -> dict:
             rows = [{"step": 6 * (i + 1), "accuracy": v} for i, v in enumerate(values)]
             runs[f"sums-{name}"] = {"status": "finished", "evaluations": rows}
     base = {"name": "base", "label": "before", "runs": {}, "changes": []}
-    return {"runs": runs, "experiments": [{"kind": "tuning", "arms": [base, *arms]}]}
+    tuning = {"kind": "tuning", "read": [6, 12], "arms": [base, *arms]}
+    return {"runs": runs, "experiments": [tuning]}
 
 
 def test_the_best_of_each_method_and_of_equals_the_cheaper() -> None:
     results = tuned({"sft": [[0.2, 0.3], [0.4, 0.1]], "grpo": [[0.1, 0.5], [0.5, 0.5]]})
     wanted = [Choice("sft", "5e-4", 6, 0.4), Choice("grpo", "5e-4", 6, 0.5)]
     assert chosen(results) == wanted
+    later = tuned({"sft": [[0.2, 0.3, 0.9], [0.4, 0.1, 0.9]]})  # after 18 steps: not to be chosen
+    assert chosen(later) == [Choice("sft", "5e-4", 6, 0.4)]
     equal = tuned({"sft": [[0.4, 0.3], [0.4, 0.1]]})
     assert chosen(equal) == [Choice("sft", "1e-4", 6, 0.4)]
     header, rows = tuning_table(results)
@@ -103,6 +121,23 @@ def test_the_best_of_each_method_and_of_equals_the_cheaper() -> None:
     assert [choice.method for choice in chosen(results)] == ["grpo"]
     assert tuning_table(results)[1][0][1:] == [NONE, "40.0 / 10.0", NONE]
     assert chosen({"runs": {}, "experiments": []}) == []
+
+
+def test_an_arm_is_read_where_its_recipe_says() -> None:
+    results = made_up(problems=20, seeds=2, tasks=["sums"])
+    (experiment,) = (e for e in results["experiments"] if e["name"] == "methods")
+    last = {arm.name: arm for arm in compare(results, experiment).arms}
+    for arm in experiment["arms"]:
+        arm["read_at"] = 10 if arm["name"] == "opsd" else None
+    found = {arm.name: arm for arm in compare(results, experiment).arms}
+    runs = [run for run in results["runs"].values() if run["arm"] == "opsd"]
+    rows = [row for run in runs for row in run["evaluations"] if row["step"] == 10]
+    assert found["opsd"].final["sums"].value == pytest.approx(
+        sum(row["correct"].count("1") for row in rows) / (20 * len(rows))
+    )
+    assert found["sft"].final["sums"].value == last["sft"].final["sums"].value
+    experiment["kind"] = "tokens"
+    assert compare(results, experiment).arms[-1].curves["sums"].columns[-1] == 40
 
 
 def test_signals_are_what_the_monitor_would_have_said(tmp_path: Path) -> None:

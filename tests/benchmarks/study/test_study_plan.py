@@ -45,7 +45,7 @@ def test_table_2_has_its_methods_tasks_and_seeds(quick: bool) -> None:
     tasks = ("sums", "products", "letters")
     found = {(run.task, run.config.method, run.seed) for run in runs}
     assert found == {(t, m, s) for t in tasks for m in wanted for s in (0, 1, 2)}
-    assert {run.config.evaluation.problems for run in runs} == {48 if quick else 96}
+    assert {run.config.evaluation.problems for run in runs} == {48 if quick else 72}
 
 
 def test_as_many_completions_a_step_for_every_method() -> None:
@@ -74,6 +74,8 @@ def test_each_method_is_tuned_by_the_same_budget() -> None:
     assert all(
         rates == ["optim.lr=1e-4", "optim.lr=5e-4", "optim.lr=1.5e-3"] for rates in tuned.values()
     )
+    steps = plan.runs[next(iter(named(plan, "methods").ids))].config.steps
+    assert tuning.experiment.read == [6, 12] and steps == 12
     configs = [plan.runs[name].config for name in tuning.ids]
     assert {(c.data.seed, c.seed, c.data.task) for c in configs} == {(1, 100, "chain_sum")}
 

@@ -91,15 +91,17 @@ def test_which_sibling_is_seeded(tokenizer) -> None:
 
 def test_feedback_is_of_the_sample_itself(tokenizer) -> None:
     made = shown(tokenizer, recipe("[feedback]"), samples_of(tokenizer))
-    assert text(tokenizer, made[0]).endswith("F:The answer two is right.<|end|><|assistant|>")
-    assert "F:The answer four is wrong. The right answer is 5.<" in text(tokenizer, made[2])
-    assert all(sample.context == ("feedback",) for sample in made)
+    assert text(tokenizer, made[2]).endswith(
+        "F:The answer four is wrong. The right answer is 5.<|end|><|assistant|>"
+    )
+    wanted = [() if right else ("feedback",) for right in RIGHT]
+    assert [sample.context for sample in made] == wanted
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"correct": True, "answer": "5"}, "The answer 5 is right."),
+        ({"correct": True, "answer": "5"}, None),
         ({"correct": False, "answer": "6"}, "The answer 6 is wrong. The right answer is 5."),
         ({"correct": False, "answer": None}, "There is no answer. The right answer is 5."),
         (
@@ -116,17 +118,24 @@ def test_words_of_the_feedback(changes: dict, words: str | None) -> None:
 
 
 def test_both_and_neither(tokenizer) -> None:
-    samples = samples_of(tokenizer)
-    samples[5] = replace(samples[5], check_failed="timeout")
-    made = shown(tokenizer, recipe(), samples)
-    assert [sample.context for sample in made] == [("sibling", "feedback")] * 5 + [()]
+    made = shown(tokenizer, recipe(), samples_of(tokenizer))
+    both = ("sibling", "feedback")
+    alone = ("sibling",)  # a right answer gets no feedback
+    assert [sample.context for sample in made] == [alone, alone, both, both, both, ()]
     assert context_metrics(made) == {
         "context_sibling": pytest.approx(5 / 6),
-        "context_feedback": pytest.approx(5 / 6),
+        "context_feedback": pytest.approx(3 / 6),
         "context_none": pytest.approx(1 / 6),
         "context_too_long": 0,
     }
-    assert context_metrics(samples) == {}
+    assert context_metrics(samples_of(tokenizer)) == {}
+
+
+def test_what_a_template_does_not_show_is_not_seen(tokenizer) -> None:
+    either = "{% if sibling %}S:{{ sibling }}{% else %}F:{{ feedback }}{% endif %}"
+    config = recipe("[sibling, feedback]", f"prompts.teacher={either}")
+    made = shown(tokenizer, config, samples_of(tokenizer))
+    assert [sample.context for sample in made] == [("sibling",)] * 5 + [()]
 
 
 def test_the_length_limit(tokenizer) -> None:
@@ -140,6 +149,7 @@ def test_the_length_limit(tokenizer) -> None:
         assert "S:short<" in text(tokenizer, made[2]).replace(" F:", "<")
         assert made[2].context == ("sibling", "feedback")
         assert made[5].context == ("feedback", TOO_LONG) and "S:" not in text(tokenizer, made[5])
+        assert made[1].context == (TOO_LONG,) and made[1].teacher_prompt == [1, 2]
         assert all(len(sample.teacher_prompt) <= 110 for sample in made)
         assert context_metrics(made)["context_too_long"] == pytest.approx(4 / 6)
     (alone,) = shown(tokenizer, recipe("[sibling]", limit), samples)[3:4]
