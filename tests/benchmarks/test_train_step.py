@@ -51,6 +51,7 @@ def result(tiny_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_the_file_says_what_was_measured_and_where(result: dict) -> None:
     assert result["kind"] == "train_step"
     assert result["environment"]["versions"]["torch"]
@@ -59,6 +60,7 @@ def test_the_file_says_what_was_measured_and_where(result: dict) -> None:
     assert list(result["contenders"]) == list(TAKE_PART)
 
 
+@pytest.mark.slow
 def test_phases_are_parts_of_the_step(result: dict) -> None:
     pytest.importorskip("trl")
     for contender in result["contenders"].values():
@@ -69,6 +71,7 @@ def test_phases_are_parts_of_the_step(result: dict) -> None:
         assert parts < total == pytest.approx(parts + contender["phases"][OTHER][0])
 
 
+@pytest.mark.slow
 def test_everybody_works_on_the_same_number_of_tokens(result: dict) -> None:
     pytest.importorskip("trl")
     contenders = result["contenders"].values()
@@ -77,6 +80,7 @@ def test_everybody_works_on_the_same_number_of_tokens(result: dict) -> None:
     assert all(0 < c["loss"][0] < 0.7 for c in contenders)
 
 
+@pytest.mark.slow
 def test_memory_is_measured_or_the_reason_given(result: dict) -> None:
     ours = result["contenders"][OURS]
     if ours["setup"]["memory_why_not"]:
@@ -85,6 +89,7 @@ def test_memory_is_measured_or_the_reason_given(result: dict) -> None:
         assert ours["peak_mib"] > ours["peak_extra_mib"] >= 0
 
 
+@pytest.mark.slow
 def test_the_table_names_who_is_missing(result: dict) -> None:
     absent = {name: {"why_not": "gone"} for name in CONTENDERS if name != OURS}
     text = table(result | {"contenders": result["contenders"] | absent})

@@ -107,6 +107,7 @@ def test_a_run_goes_back_to_its_best_checkpoint(
     assert not all(torch.equal(written[name], ended[name]) for name in written)
 
 
+@pytest.mark.slow
 def test_the_model_before_training_may_be_the_best(
     tiny_folder: Path, tmp_path: Path, accuracies, known_step, monkeypatch
 ) -> None:

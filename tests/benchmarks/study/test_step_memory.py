@@ -97,6 +97,7 @@ def nothing() -> None:
     return
 
 
+@pytest.mark.slow
 def test_growth_is_the_peak_not_what_stays():
     # In a fresh process: what earlier tests freed would be taken again without any growth.
     with ProcessPoolExecutor(1, forking()) as pool:
@@ -138,6 +139,7 @@ def test_points_are_measured_or_predicted(wide, steps, tmp_path, monkeypatch):
     assert not steps and again["points"] == result["points"]
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_left(wide, steps, tmp_path):
     measure([64, 128], tmp_path, wide)
     lines = (tmp_path / "memory.jsonl").read_text().splitlines(keepends=True)

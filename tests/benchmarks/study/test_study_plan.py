@@ -16,9 +16,11 @@ FOLDER = Path("runs/somewhere")
 
 
 @functools.cache
-def planned(quick: bool) -> Plan:
+def planned(quick: bool, *only: str) -> Plan:
+    """The plan of these experiments; of all if none is named."""
     shared = load_shared()
-    return make_plan(shared, load_experiments(shared), FOLDER, quick=quick)
+    experiments = {n: e for n, e in load_experiments(shared).items() if not only or n in only}
+    return make_plan(shared, experiments, FOLDER, quick=quick)
 
 
 def experiment(**changes: object) -> Experiment:
@@ -38,7 +40,7 @@ def named(plan: Plan, name: str) -> PlannedExperiment:
 
 @pytest.mark.parametrize("quick", [True, False])
 def test_table_2_has_its_methods_tasks_and_seeds(quick: bool) -> None:
-    plan = planned(quick)
+    plan = planned(quick, "methods")
     methods = named(plan, "methods")
     runs = [plan.runs[i] for ids in methods.runs.values() for names in ids.values() for i in names]
     wanted = ("sft", "grpo", "star", "context_distill", "opsd")
@@ -49,7 +51,7 @@ def test_table_2_has_its_methods_tasks_and_seeds(quick: bool) -> None:
 
 
 def test_as_many_completions_a_step_for_every_method() -> None:
-    plan = planned(quick=False)
+    plan = planned(False, "methods", "tokens")
     ids = {name for e in ("methods", "tokens") for name in named(plan, e).ids}
     for config in (plan.runs[name].config for name in ids):
         rollout = config.rollout
@@ -59,7 +61,7 @@ def test_as_many_completions_a_step_for_every_method() -> None:
 
 def test_each_method_is_tuned_by_the_same_budget() -> None:
     """Three rates each, otherwise as in what follows, on other held-out problems and one seed."""
-    plan = planned(quick=False)
+    plan = planned(False, "tuning", "methods", "tokens")
     tuning, others = named(plan, "tuning"), ("methods", "tokens")
     arms = {arm.name: arm for e in others for arm in named(plan, e).experiment.arms}
     tuned: dict[str, list[str]] = {}

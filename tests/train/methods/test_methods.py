@@ -40,7 +40,9 @@ from tests.helpers.method_cases import (
 planning = importlib.import_module("opsd_kernels.plan")  # the package's `plan` is the function
 
 ALL = CASES | TERMS
-EVERY = pytest.mark.parametrize("name", ALL)
+FEW = ("opsd and policy gradient", "opsd credit", "opsd early", "distill long term")
+REST = [pytest.param(n, marks=pytest.mark.exhaustive) for n in TERMS if n not in FEW]
+EVERY = pytest.mark.parametrize("name", [*CASES, *FEW, *REST])
 LORA = pytest.mark.parametrize("lora", [True, False], ids=["lora", "all weights"])
 
 
