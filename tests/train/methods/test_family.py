@@ -31,6 +31,7 @@ from tests.helpers.method_cases import (
     make_samples,
     make_teacher,
     run,
+    settings,
 )
 from tests.helpers.tiny import recipe as tiny_recipe
 
@@ -367,6 +368,15 @@ def test_a_trained_head_that_changes_between_two_updates(teacher: str) -> None:
     model.zero_grad()
     loss.backward()
     assert_same(found, Outcome(loss.item(), {}, grads_of(model)))
+
+
+def test_a_ratio_begins_at_one_where_heads_are_padded_differently() -> None:
+    more = ("method=distill", "distill.teacher=t", "updates_per_step=2")
+    config = settings(*more, "loss.objective=sampled_token")
+    policy, teacher = make_policy(vocab_size=288), make_teacher(vocab_size=261)
+    method, samples = make_method(config, policy, teacher), make_samples()
+    ratio = finish(method, [samples], method.precompute([samples]), counted(samples)).stats["ratio"]
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
 
 
 def test_positions_weigh_the_kl_of_a_policy_gradient_too() -> None:
