@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from opsd_kernels.integrations.heads import lm_head
+from opsd_train.config.load import config_from, load_recipe, merge
 from opsd_train.config.loss_schema import LossConfig
 from opsd_train.config.method_schema import GrpoConfig
 from opsd_train.config.schema import Config, LoraConfig
@@ -21,7 +22,7 @@ from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.teachers import LocalTeacher
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
-from tests.helpers.tiny import config, make_model
+from tests.helpers.tiny import config, make_model, recipe
 
 PAD, VOCAB, TEACHER_VOCAB = 0, 261, 288
 LORA = LoraConfig(rank=4, alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
@@ -75,6 +76,20 @@ TERMS = {
 
 def settings(*overrides: str) -> Config:
     return config("model", "runs/none", *overrides)
+
+
+LOSS_KEYS = ("method", "loss", "opsd", "grpo", "distill", "updates_per_step")
+
+
+def recipe_settings(name: str, *overrides: str) -> Config:
+    """The loss of a demo's recipe, on the tiny model."""
+    loaded = load_recipe(f"demo/{name}")
+    own = {key: loaded[key] for key in LOSS_KEYS if key in loaded}
+    own["rollout"] = {"samples_per_prompt": loaded["rollout"].get("samples_per_prompt", 1)}
+    if sees := loaded["prompts"].get("teacher_context"):
+        own["prompts"] = {"teacher_context": sees}
+        own["evaluation"] = {"teacher": False, "divergence": False}
+    return config_from(merge(recipe("model", "runs/none"), own), overrides)
 
 
 def make_policy(

@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from opsd_train.config.load import config_from, load_recipe, merge
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
 from opsd_train.methods.base import Method
@@ -30,23 +29,9 @@ from tests.helpers.method_cases import (
     make_policy,
     make_samples,
     make_teacher,
+    recipe_settings,
     run,
-    settings,
 )
-from tests.helpers.tiny import recipe as tiny_recipe
-
-LOSS_KEYS = ("method", "loss", "opsd", "grpo", "distill", "updates_per_step")
-
-
-def config_of(name: str, *overrides: str) -> Config:
-    """The loss of a demo's recipe, on the tiny model."""
-    loaded = load_recipe(f"demo/{name}")
-    own = {key: loaded[key] for key in LOSS_KEYS if key in loaded}
-    own["rollout"] = {"samples_per_prompt": loaded["rollout"].get("samples_per_prompt", 1)}
-    if sees := loaded["prompts"].get("teacher_context"):
-        own["prompts"] = {"teacher_context": sees}
-        own["evaluation"] = {"teacher": False, "divergence": False}
-    return config_from(merge(tiny_recipe("model", "runs/none"), own), overrides)
 
 
 @dataclass
@@ -311,7 +296,7 @@ def made(config: Config) -> tuple[Method, nn.Module, nn.Module | None]:
 @pytest.mark.parametrize("name", FORMULAS)
 def test_loss_and_gradient_equal_the_formula(name: str) -> None:
     formula, overrides = FORMULAS[name]
-    config = config_of(name.partition(",")[0], *overrides)
+    config = recipe_settings(name.partition(",")[0], *overrides)
     method, model, teacher = made(config)
     samples = samples_of(config)
     weighed = method.assign_weights(samples)
@@ -322,66 +307,9 @@ def test_loss_and_gradient_equal_the_formula(name: str) -> None:
     assert_same(found, Outcome(loss.item(), {}, grads_of(model)))
 
 
-def test_two_updates_with_a_clipped_ratio() -> None:
-    """In the second of two updates: advantage and old policy are of the time before the first."""
-    config, policy = config_of("opsd-sampled-updates"), make_policy()
-    method, samples = make_method(config, policy), make_samples()
-    precomputed, old = method.precompute([samples]), double(policy)
-    change(policy, 12, std=0.04)
-    found = finish(method, [samples], precomputed, counted(samples))
-    model, parts = double(policy), []
-    for sample in samples:
-        y = sample.completion
-        with torch.no_grad():
-            before = chosen(log_probs(old, sample.student_prompt, y), y)
-            with old.disable_adapter():
-                advantage = chosen(log_probs(old, sample.teacher_prompt, y), y) - before
-        ratio = (chosen(log_probs(model, sample.student_prompt, y), y) - before).exp()
-        q = torch.tensor(sample.logprobs, dtype=torch.double)
-        value = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
-        parts.append((value * (before - q).exp().clamp(max=2.0), torch.ones(len(y))))
-    loss = mean(parts)
-    model.zero_grad()
-    loss.backward()
-    assert_same(found, Outcome(loss.item(), {}, grads_of(model)))
-    assert found.stats["clipped"].sum() > 3 and (found.stats["ratio"] - 1).abs().max() > 0.3
-    assert (found.stats["importance"] == 2).sum() >= 2
-
-
-@pytest.mark.parametrize("teacher", ["current", "resync"])
-def test_a_trained_head_that_changes_between_two_updates(teacher: str) -> None:
-    """The teacher is the model before the first of them, its head too."""
-    config = config_of("opsd-reference-free", "updates_per_step=2", f"opsd.teacher={teacher}")
-    policy, samples = make_policy(lora=False, tied=False), make_samples()
-    method = make_method(config, policy)
-    precomputed, before = method.precompute([samples]), double(policy)
-    change(policy, 12, std=0.04)
-    found = finish(method, [samples], precomputed, counted(samples))
-    model, parts = double(policy), []
-    for sample in samples:
-        y = sample.completion
-        with torch.no_grad():
-            lt = log_probs(before, sample.teacher_prompt, y)
-        ls = log_probs(model, sample.student_prompt, y)
-        parts.append(((lt.exp() * (lt - ls)).sum(-1), torch.ones(len(y))))
-    loss = mean(parts)
-    model.zero_grad()
-    loss.backward()
-    assert_same(found, Outcome(loss.item(), {}, grads_of(model)))
-
-
-def test_a_ratio_begins_at_one_where_heads_are_padded_differently() -> None:
-    more = ("method=distill", "distill.teacher=t", "updates_per_step=2")
-    config = settings(*more, "loss.objective=sampled_token")
-    policy, teacher = make_policy(vocab_size=288), make_teacher(vocab_size=261)
-    method, samples = make_method(config, policy, teacher), make_samples()
-    ratio = finish(method, [samples], method.precompute([samples]), counted(samples)).stats["ratio"]
-    torch.testing.assert_close(ratio, torch.ones_like(ratio), rtol=0, atol=1e-5)
-
-
 def test_positions_weigh_the_kl_of_a_policy_gradient_too() -> None:
     more = ("grpo.token_weight={count_first: 2}", "grpo.kl_weight=0.4", "loss.weight=0.7")
-    config = config_of("sdpg", *more)
+    config = recipe_settings("sdpg", *more)
     method, model, teacher = made(config)
     samples = samples_of(config)
     weighed = method.assign_weights(samples)
@@ -396,22 +324,9 @@ def test_positions_weigh_the_kl_of_a_policy_gradient_too() -> None:
     assert_same(found, Outcome(loss.item(), {}, grads_of(model)))
 
 
-def test_updates_of_several_teachers_terms() -> None:
-    """With a policy gradient beside it a divergence needs the old policy, and no more."""
-    more = ("updates_per_step=2", "grpo={}", "rollout.samples_per_prompt=4")
-    config, policy = config_of("opsd-skip-first", *more), make_policy()
-    method = make_method(config, policy)
-    (fixed,) = method.precompute([make_samples()])
-    assert fixed.old is not None and fixed.advantage is None and fixed.ref is None
-    (alone,) = make_method(config_of("opsd-skip-first", more[0]), policy).precompute(
-        [make_samples()]
-    )
-    assert alone.old is None
-
-
 @pytest.mark.parametrize("name", ["sdpo-sibling", "sdpo", "opsd-skip-first"])
 def test_statistics_are_unknown_where_nothing_counts(name: str) -> None:
-    config = config_of(name)
+    config = recipe_settings(name)
     method, _, _ = made(config)
     samples = [s for s in method.assign_weights(samples_of(config)) if s.weight > 0]
     stats = finish(method, [samples], method.precompute([samples]), counted(samples)).stats
@@ -433,7 +348,7 @@ def test_statistics_are_unknown_where_nothing_counts(name: str) -> None:
 def test_what_counts_in_no_term_is_left_out() -> None:
     """A sample without a context counts only in a policy gradient, where there is one."""
     for name, policy_gradient in (("sdpo-sibling", False), ("sdpo", True)):
-        config = config_of(name)
+        config = recipe_settings(name)
         method, _, _ = made(config)
         for sample in method.assign_weights(samples_of(config)):
             mixed = policy_gradient and sample.policy_weight > 0
