@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from opsd_train.config.loss_schema import LossConfig, TokenWeightConfig, has_positions
+from opsd_train.config.loss_schema import LossConfig, PolicyWeightConfig, PositionsConfig
 from opsd_train.config.method_schema import DistillConfig, GrpoConfig
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _policy_gradient(config: Config, grpo: GrpoConfig) -> Iterator[str]:
             "grpo.importance_cap, such as 2.0, or rollout.ahead=0"
         )
     if config.method == "grpo":
-        if grpo.weight != 1 or grpo.token_weight != TokenWeightConfig():
+        if grpo.weight != 1 or grpo.token_weight != PolicyWeightConfig():
             yield (
                 "grpo.weight and grpo.token_weight belong to method=opsd; for the policy gradient "
                 "alone there, set loss.weight=0"
@@ -162,16 +162,11 @@ def _policy_gradient(config: Config, grpo: GrpoConfig) -> Iterator[str]:
                 "grpo.token_weight.credit needs the teacher's probability of the sampled token, "
                 "which loss.objective=top_k does not have"
             )
-        if has_positions(config.loss.token_weight):
+        if config.loss.token_weight.some:
             yield (
                 "grpo.token_weight.credit needs every token of the objective: leave "
                 "loss.token_weight.skip_first and count_first out"
             )
-    if grpo.token_weight.importance_cap:
-        yield "grpo.token_weight.importance_cap: a policy gradient has grpo.importance_cap for it"
-    for name in ("early", "gate"):
-        if getattr(grpo.token_weight, name) is not None:
-            yield f"grpo.token_weight.{name} is of the objective: set loss.token_weight.{name}"
 
 
 def _sampled_tokens(config: Config) -> Iterator[str]:
@@ -201,7 +196,8 @@ def _sampled_tokens(config: Config) -> Iterator[str]:
 def _positions(config: Config) -> Iterator[str]:
     """Weights that leave no token of any completion."""
     policy = (config.grpo or GrpoConfig()).token_weight
-    for name, weights in {"loss": config.loss.token_weight, "grpo": policy}.items():
+    both: dict[str, PositionsConfig] = {"loss": config.loss.token_weight, "grpo": policy}
+    for name, weights in both.items():
         skipped = weights.skip_first or 0
         if skipped >= min(weights.count_first or skipped + 1, config.rollout.max_new_tokens):
             yield f"{name}.token_weight.skip_first={skipped} leaves no token: lower it"

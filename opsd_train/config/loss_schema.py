@@ -33,14 +33,25 @@ class CreditConfig:
 
 
 @section
-class TokenWeightConfig:
-    """Factors of a token's weight; those that are set are multiplied. s and t are the student's and
-    the teacher's probability of the sampled token."""
+class PositionsConfig:
+    """Which tokens of a completion count."""
 
     skip_first: Positive | None = None
     """How many tokens at the start of each completion to leave out."""
     count_first: Positive | None = None
     """Count only this many tokens at the start of each completion."""
+
+    @property
+    def some(self) -> bool:
+        """Whether some positions count and others do not."""
+        return self.skip_first is not None or self.count_first is not None
+
+
+@section
+class TokenWeightConfig(PositionsConfig):
+    """Factors of a token's weight in the objective; those that are set are multiplied. s and t are
+    the student's and the teacher's probability of the sampled token."""
+
     early: PositiveReal | None = None
     """1 + early * (1 - share), where the share is the part of the completion's sum of
     abs(log t - log s) that comes before the token (IW-OPD)."""
@@ -48,17 +59,18 @@ class TokenWeightConfig:
     """sigmoid(gate * (log t - log s)) (SDAR)."""
     importance_cap: PositiveReal | None = None
     """min(s / q, importance_cap), q the sampler's probability: truncated importance sampling."""
+
+
+@section
+class PolicyWeightConfig(PositionsConfig):
+    """Factors of a token's weight in the policy gradient of method opsd."""
+
     credit: CreditConfig | None = None
-    """Of a policy gradient: the teacher says which tokens an advantage is due to (RLSD)."""
+    """The teacher says which tokens an advantage is due to (RLSD); null: all alike."""
 
 
-def has_positions(weights: TokenWeightConfig) -> bool:
-    """Whether some positions count and others do not."""
-    return weights.skip_first is not None or weights.count_first is not None
-
-
-FROM_TEACHER = ("early", "gate", "credit")
-"""Factors that need the teacher's probability of the sampled token."""
+FROM_TEACHER = ("early", "gate")
+"""Factors of the objective that need the teacher's probability of the sampled token."""
 
 
 @section
@@ -122,11 +134,9 @@ class LossConfig:
                 "loss.objective=log_ratio has an expected gradient of 0 without a gate: set "
                 "loss.token_weight.gate, such as 5"
             )
-        if weights.credit is not None:
-            yield "loss.token_weight.credit is of a policy gradient: set grpo.token_weight.credit"
         if self.long_term and (self.objective, self.beta) != ("full_vocabulary", 1):
             yield "loss.long_term needs loss.objective=full_vocabulary and loss.beta=1"
-        if self.long_term and has_positions(weights):
+        if self.long_term and weights.some:
             yield (
                 "loss.long_term reads all tokens that follow: leave loss.token_weight.skip_first "
                 "and count_first out"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from opsd_train.config.engine_schema import server_faults
-from opsd_train.config.loss_schema import IMPORTANCE_CAP, TokenWeightConfig
+from opsd_train.config.loss_schema import IMPORTANCE_CAP, PolicyWeightConfig
 from opsd_train.config.section import (
     NonNegativeReal,
     Positive,
@@ -145,4 +145,4 @@ class GrpoConfig:
     """Leave completions that were cut off at rollout.max_new_tokens out of the policy gradient."""
     importance_cap: PositiveReal | None = IMPORTANCE_CAP
     """Truncated importance sampling: cap on a token's ratio trainer / sampler; null: none."""
-    token_weight: TokenWeightConfig = Field(default_factory=TokenWeightConfig)
+    token_weight: PolicyWeightConfig = Field(default_factory=PolicyWeightConfig)

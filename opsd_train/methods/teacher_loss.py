@@ -12,7 +12,7 @@ from torch import Tensor
 
 from opsd_kernels import fused_linear_advantage
 from opsd_kernels.integrations.heads import LmHead
-from opsd_train.config.loss_schema import TokenWeightConfig
+from opsd_train.config.loss_schema import PositionsConfig
 from opsd_train.config.method_schema import GrpoConfig
 from opsd_train.config.schema import Config
 from opsd_train.data.batches import Sample
@@ -80,7 +80,7 @@ class TeacherLoss:
             else replace(sample, weight=0.0)
             for sample in made
         ]
-        policy = self._grpo.token_weight if self._grpo else TokenWeightConfig()
+        policy = self._grpo.token_weight if self._grpo else PositionsConfig()
         return _means(made, self._loss.token_weight, policy)
 
     def fix(
@@ -204,7 +204,7 @@ def _greedy(samples: Sequence[Sample], grpo: GrpoConfig) -> bool:
 
 
 def _means(
-    samples: Sequence[Sample], divergence: TokenWeightConfig, policy: TokenWeightConfig
+    samples: Sequence[Sample], divergence: PositionsConfig, policy: PositionsConfig
 ) -> list[Sample]:
     """The samples with the weights of each term scaled to a mean over the tokens counted in it.
 
@@ -214,7 +214,7 @@ def _means(
     trained = [sample for sample in samples if sample.weight > 0]
     tokens = sum(len(sample.completion) for sample in trained)
 
-    def scale(name: str, weights: TokenWeightConfig) -> float:
+    def scale(name: str, weights: PositionsConfig) -> float:
         each = [counted(weights, len(s.completion)) for s in trained if getattr(s, name) > 0]
         return tokens / sum(each) if sum(each) else 0.0
 

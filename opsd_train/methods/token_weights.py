@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opsd_train.config.loss_schema import CreditConfig, TokenWeightConfig
+from opsd_train.config.loss_schema import CreditConfig, PositionsConfig
 from opsd_train.data.batches import Sample
 from opsd_train.methods.common import importance_weight
 
@@ -95,25 +95,25 @@ FACTORS: dict[str, Callable[[TokenFacts, Any], Tensor]] = {
     "importance_cap": truncated_importance,
     "credit": credit,
 }
-"""By the key of TokenWeightConfig that sets it."""
+"""By the key of TokenWeightConfig or PolicyWeightConfig that sets it."""
 
 POSITIONS = ("skip_first", "count_first")
 """Those that the samples alone say: tokens of weight 0 then cost no product."""
 
 
-def position_weight(config: TokenWeightConfig, facts: TokenFacts) -> Tensor | None:
+def position_weight(config: PositionsConfig, facts: TokenFacts) -> Tensor | None:
     """(N,) product of the factors that positions decide; None if the recipe has none."""
     return _product(config, facts, POSITIONS)
 
 
-def found_weight(config: TokenWeightConfig, facts: TokenFacts) -> Tensor | None:
+def found_weight(config: PositionsConfig, facts: TokenFacts) -> Tensor | None:
     """(N,) product of the factors that the models' probabilities decide; None if there is none."""
     return _product(config, facts, [name for name in FACTORS if name not in POSITIONS])
 
 
-def has_found(config: TokenWeightConfig) -> bool:
+def has_found(config: PositionsConfig) -> bool:
     """Whether `found_weight` has a factor."""
-    return any(getattr(config, name) is not None for name in FACTORS if name not in POSITIONS)
+    return any(getattr(config, name, None) is not None for name in FACTORS if name not in POSITIONS)
 
 
 def sums_before(facts: TokenFacts, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,16 +128,16 @@ def sums_before(facts: TokenFacts, values: Tensor) -> tuple[Tensor, Tensor]:
     return values.cumsum(0) - values - starts[facts.sample], totals[facts.sample]
 
 
-def counted(config: TokenWeightConfig, length: int) -> int:
+def counted(config: PositionsConfig, length: int) -> int:
     """The tokens of a completion of this length that `position_weight` does not leave out."""
     last = length if config.count_first is None else min(length, config.count_first)
     return max(last - (config.skip_first or 0), 0)
 
 
-def _product(config: TokenWeightConfig, facts: TokenFacts, names: Sequence[str]) -> Tensor | None:
+def _product(config: PositionsConfig, facts: TokenFacts, names: Sequence[str]) -> Tensor | None:
     product: Tensor | None = None
     for name in names:
-        setting = getattr(config, name)
+        setting = getattr(config, name, None)
         if setting is not None:
             factor = FACTORS[name](facts, setting)
             product = factor if product is None else product * factor

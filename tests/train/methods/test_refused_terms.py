@@ -10,7 +10,7 @@ from tests.helpers.method_cases import settings
     ("overrides", "words"),
     [
         (["loss.objective=log_ratio"], "set loss.token_weight.gate"),
-        (["loss.token_weight={credit: {}}"], "set grpo.token_weight.credit"),
+        (["loss.token_weight={credit: {}}"], "loss.token_weight.credit"),
         (["loss.long_term=1.0"], "needs loss.objective=full_vocabulary and loss.beta=1"),
         (["loss.objective=top_k", "loss.token_weight={early: 0.5}"], "loss.token_weight.early"),
         (["loss.objective=top_k", "loss.forward_kl={}"], "not loss.objective=top_k"),
@@ -31,7 +31,7 @@ from tests.helpers.method_cases import settings
         ),
         (
             ["grpo={token_weight: {gate: 5.0}}", "rollout.samples_per_prompt=4"],
-            "set loss.token_weight.gate",
+            "grpo.token_weight.gate",
         ),
         (
             ["grpo={}", "rollout.samples_per_prompt=4", "opsd.verify_weight={wrong: 0.5}"],

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opsd_train.config.loss_schema import CreditConfig, TokenWeightConfig
+from opsd_train.config.loss_schema import CreditConfig, PolicyWeightConfig, TokenWeightConfig
 from opsd_train.data.batches import Sample
 from opsd_train.data.problems import Problem
 from opsd_train.methods.objective import following_mean
@@ -44,7 +44,8 @@ def weight(**settings) -> list[float]:
 
 
 def test_every_factor_has_a_key_and_a_test() -> None:
-    assert set(FACTORS) == set(TokenWeightConfig.__pydantic_fields__)
+    keys = {**TokenWeightConfig.__pydantic_fields__, **PolicyWeightConfig.__pydantic_fields__}
+    assert set(FACTORS) == set(keys)
 
 
 def test_positions() -> None:
@@ -96,7 +97,7 @@ def test_importance() -> None:
 @pytest.mark.parametrize(("step", "mix"), [(1, 0.5), (3, 0.25), (5, 0.0), (9, 0.0)])
 def test_credit_and_its_decay(step: int, mix: float) -> None:
     credit = CreditConfig(mix=0.5, clip=0.2, decay_steps=4)
-    found = found_weight(TokenWeightConfig(credit=credit), facts(step=step)).tolist()
+    found = found_weight(PolicyWeightConfig(credit=credit), facts(step=step)).tolist()
     wanted = []
     for advantage, row in zip(ADVANTAGES, DELTAS, strict=True):
         sign = (advantage > 0) - (advantage < 0)
@@ -108,7 +109,7 @@ def test_credit_and_its_decay(step: int, mix: float) -> None:
 
 
 def test_credit_without_decay_stays() -> None:
-    stays = TokenWeightConfig(credit=CreditConfig())
+    stays = PolicyWeightConfig(credit=CreditConfig())
     first, late = (found_weight(stays, facts(step=step)) for step in (1, 1000))
     assert torch.equal(first, late) and first[0] > 1
 
