@@ -106,7 +106,7 @@ def _arm(
         if curve:
             found.curves[task] = curve
         trained = curve and curve.after_training()
-        if trained and arm.get("read_at") and experiment["kind"] != "tokens":
+        if trained and arm.get("read_at"):
             trained = trained.until(arm["read_at"])
         if trained:
             found.final[task] = measure(trained)

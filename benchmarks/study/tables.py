@@ -126,8 +126,8 @@ def cost_table(comparison: Comparison) -> Table:
         "best checkpoint",
         "mean of checkpoints",
         "runs",
-        "tokens generated",
-        "time without evaluations",
+        "tokens of a run",
+        "time of a run without evaluations",
         "peak memory",
     ]
     rows = []

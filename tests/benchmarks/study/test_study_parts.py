@@ -136,7 +136,6 @@ def test_an_arm_is_read_where_its_recipe_says() -> None:
         sum(row["correct"].count("1") for row in rows) / (20 * len(rows))
     )
     assert found["sft"].final["sums"].value == last["sft"].final["sums"].value
-    experiment["kind"] = "tokens"
     assert compare(results, experiment).arms[-1].curves["sums"].columns[-1] == 40
 
 

@@ -9,10 +9,12 @@ import pytest
 
 from benchmarks.study.plan import Plan, PlannedExperiment, fingerprint, make_plan
 from benchmarks.study.settings import RECIPES, Arm, Experiment, load_experiments, load_shared
+from benchmarks.study.tuning import chosen
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
 
 FOLDER = Path("runs/somewhere")
+PART = RECIPES.parent / "part.json"
 
 
 @functools.cache
@@ -80,6 +82,23 @@ def test_each_method_is_tuned_by_the_same_budget() -> None:
     assert tuning.experiment.read == [6, 12] and steps == 12
     configs = [plan.runs[name].config for name in tuning.ids]
     assert {(c.data.seed, c.seed, c.data.task) for c in configs} == {(1, 100, "chain_sum")}
+
+
+def test_each_method_has_what_its_tuning_chose() -> None:
+    results = json.loads(PART.read_text(encoding="utf-8"))
+    choices = {choice.method: choice for choice in chosen(results)}
+    plan = planned(False, "methods", "tokens", "contexts", "topk", "objectives")
+    for planned_experiment in plan.experiments:
+        experiment, runs = planned_experiment.experiment, planned_experiment.runs
+        to_the_end = planned_experiment.name == "tokens"  # its curves have all steps
+        for arm in experiment.arms:
+            choice = choices.get(arm.name, choices["opsd"])  # what varies OPSD has OPSD's
+            ids = [name for names in runs.get(arm.name, {}).values() for name in names]
+            assert {plan.runs[i].config.optim.lr for i in ids} <= {float(choice.rate)}
+            steps = 12 if to_the_end or arm.base_model else choice.steps
+            assert (arm.read_at or (not arm.base_model and experiment.read_at) or 12) == steps
+    own = {arm.name for e in ("methods", "tokens") for arm in named(plan, e).experiment.arms}
+    assert own - {"base"} == set(choices)
 
 
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
