@@ -162,8 +162,10 @@ def _generations(
     """The batches of the rank with the most samples, whose prompts are the longest."""
     if config.rollout.engine != "transformers":  # vLLM has memory of its own
         return ()
-    side = f"{METHODS[config.method].source(config)}_prompt"
-    prompts = sorted(len(getattr(sample, side)) for sample in samples)
+    sides = [f"{METHODS[config.method].source(config)}_prompt"]
+    if config.distill and config.distill.sampler_share:
+        sides.append("teacher_prompt")  # the teacher's sequences grow beside the student's
+    prompts = sorted(max(len(getattr(s, side) or ()) for side in sides) for s in samples)
     share = -(-len(samples) // ranks)
     return _batches(prompts[-share:], config.rollout.max_new_tokens, config)
 

@@ -98,7 +98,8 @@ class Setup:
     top_k: int = 0  # or so many of its most likely tokens at each completion token; 0: none
     copies: int = 0  # of the trained weights: older policies
     logprob_passes: int = 0  # of the policy's own model for a policy gradient, without gradient
-    policy_gradient: bool = False  # beside a divergence over the vocabulary
+    beside: tuple[str, ...] = ()  # losses that the student's phase has beside `loss`
+    mixture: bool = False  # samples are drawn from the first of `others` too
     shards: int = 1  # processes that the weights are sharded over
     processes: int = 1
 
@@ -161,7 +162,7 @@ def predict(sizes: Sizes, step: LargestStep, setup: Setup) -> dict[str, PhaseMem
     if step.evaluation is not None:
         phases["evaluation"] = held | moments | _generate(sizes, step.evaluation, setup)
     if step.rollout is not None:
-        phases["rollout"] = held | moments | _generate(sizes, step.rollout, setup)
+        phases["rollout"] = held | moments | _rollout(sizes, step.rollout, setup)
     if setup.teacher is not None or setup.others:
         phases["teacher"] = held | moments | _teacher(sizes, step, setup)
     phases["student"] = held | moments | gradients | _student(sizes, step, setup)
@@ -202,6 +203,20 @@ def _held(sizes: Sizes, setup: Setup) -> dict[str, int]:
     return parts | ({"the teacher's weights": weights} if weights else {})
 
 
+def _rollout(sizes: Sizes, batch: GenerationBatch, setup: Setup) -> dict[str, int]:
+    parts = _generate(sizes, batch, setup)
+    if setup.mixture:
+        teacher = setup.others[0]
+        cache = teacher.sizes.layers * _cache(teacher.sizes, batch, teacher.itemsize)
+        parts["the teacher's KV cache"] = cache
+    return parts
+
+
+def _cache(sizes: Sizes, batch: GenerationBatch, itemsize: int) -> int:
+    """Bytes of a layer's keys and values."""
+    return 2 * batch.rows * (batch.prompt + batch.new) * sizes.keys * itemsize
+
+
 def _generate(sizes: Sizes, batch: GenerationBatch, setup: Setup) -> dict[str, int]:
     rows, item = batch.rows, setup.itemsize
     whole = 0
@@ -210,7 +225,7 @@ def _generate(sizes: Sizes, batch: GenerationBatch, setup: Setup) -> dict[str, i
         whole += _last_gathered(sizes, setup)
     elif item < _FP32:  # float32 weights are cast to the compute dtype
         whole = item * sizes.trained
-    one_layer = 2 * rows * (batch.prompt + batch.new) * sizes.keys * item
+    one_layer = _cache(sizes, batch, item)
     prefill = rows * batch.prompt * _forward(sizes, item, item)
     prefill += _scores(sizes, rows * batch.prompt, batch.prompt, item)
     logits = rows * sizes.vocab * (item + _SAMPLING)

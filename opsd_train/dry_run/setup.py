@@ -38,7 +38,8 @@ def setup_of(config: Config, shard: str, ranks: int, device: torch.device) -> tu
         shards=ranks if shard == "full" else 1,
         processes=ranks,
     )
-    return replace(setup, **_teacher_setup(config, sizes), top_k=_top_k(config, sizes)), sizes
+    teacher = _teacher_setup(config, sizes)
+    return replace(setup, **teacher, top_k=_top_k(config, sizes), beside=_beside(config)), sizes
 
 
 def core_of(model: ModelConfig) -> PreTrainedModel:
@@ -78,7 +79,8 @@ def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
             for teacher in teachers_of(config).values()
             if teacher.in_memory
         ]
-        return {"others": tuple(others), "keeps_states": keeps_states}
+        mixture = config.distill.sampler_share > 0
+        return {"others": tuple(others), "keeps_states": keeps_states, "mixture": mixture}
     if config.method == "grpo":
         grpo = config.grpo or GrpoConfig()
         kl = grpo.kl_weight > 0
@@ -98,17 +100,30 @@ def _own_teacher(config: Config, full: bool) -> dict[str, Any]:
     return {
         "copies": int(copied) + int(kl and full and weights != "initial"),
         "logprob_passes": int(kl) + int(old),
-        "policy_gradient": (config.grpo is not None or config.loss.long_term > 0)
-        and _heads(config) == 2,
     }
 
 
 def _heads(config: Config) -> int:
     """Heads whose logits the loss holds at the same time."""
-    loss = config.loss
-    whole = loss.objective == "full_vocabulary" and loss.weight > 0
-    whole = whole or loss.forward_kl is not None
+    whole = _full_vocabulary(config) or config.loss.forward_kl is not None
     return 2 if METHODS[config.method].divergence and whole else 1
+
+
+def _full_vocabulary(config: Config) -> bool:
+    return config.loss.objective == "full_vocabulary" and config.loss.weight > 0
+
+
+def _beside(config: Config) -> tuple[str, ...]:
+    """Losses beside a divergence over the vocabulary, each with its own pass over the logits."""
+    loss = config.loss
+    found: list[str] = []
+    if _heads(config) == 1:
+        return ()
+    if not _full_vocabulary(config) or config.grpo is not None or loss.long_term > 0:
+        found.append("logprob")  # of the samples: the objective, or a policy gradient
+    if _full_vocabulary(config) and loss.forward_kl is not None:
+        found.append("divergence")
+    return tuple(found)
 
 
 def sizes_without_weights(model: ModelConfig, lora: LoraConfig | None) -> Sizes:

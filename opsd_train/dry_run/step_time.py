@@ -156,11 +156,11 @@ def _student(run: Run) -> Seconds:
         if heads == 1 and setup.keeps_states:  # the teacher's log-probability of the sample
             shape = batch.loss_tokens, sizes.hidden, sizes.vocab
             seconds += device.product(*shape, reader.itemsize)
-        if setup.policy_gradient:  # its log-probabilities, once more from the hidden states
-            options = {name: setup.loss[name] for name in ("dtype", "device", "workspace_bytes")}
+        for name in setup.beside:  # once more from the hidden states
+            options = setup.loss | {"loss": name, "two_passes": False}
             shape = batch.loss_tokens, sizes.hidden, sizes.vocab
-            own = plan(*shape, loss="logprob", grad_weight=sizes.rank == 0, **options)
-            seconds += loss_seconds(device, own, reader.itemsize, heads=1)
+            own = plan(*shape, grad_weight=sizes.rank == 0, **options)
+            seconds += loss_seconds(device, own, reader.itemsize, 2 if name == "divergence" else 1)
         reduce = _reduce(run, reader.layer_trained, last)
         seconds += _through_layers(reader, device, backward, gather, reduce)
         if sizes.rank == 0:  # embeddings and head, after all layers
@@ -187,7 +187,8 @@ def _rollout(run: Run) -> Seconds:
     gathered += Seconds(communication=_gather(reader, device))
     seconds += gathered * reader.sizes.layers
     for batch in run.step.generations:
-        seconds += _generation(reader, device, batch)
+        for sampled in (reader, *(run.teachers if run.setup.mixture else ())):
+            seconds += _generation(sampled, device, batch)
     return seconds
 
 
