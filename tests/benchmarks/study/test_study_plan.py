@@ -87,10 +87,12 @@ def test_each_method_is_tuned_by_the_same_budget() -> None:
 def test_each_method_has_what_its_tuning_chose() -> None:
     results = json.loads(PART.read_text(encoding="utf-8"))
     choices = {choice.method: choice for choice in chosen(results)}
-    plan = planned(False, "methods", "tokens", "contexts", "topk", "objectives")
+    varied = ("contexts", "topk", "objectives", "length", "collapse")
+    plan = planned(False, "methods", "tokens", *varied)
     for planned_experiment in plan.experiments:
         experiment, runs = planned_experiment.experiment, planned_experiment.runs
-        to_the_end = planned_experiment.name == "tokens"  # its curves have all steps
+        # Curves have all steps, and pass@k is sampled with the last step's weights.
+        to_the_end = planned_experiment.name in ("tokens", "length", "collapse")
         for arm in experiment.arms:
             choice = choices.get(arm.name, choices["opsd"])  # what varies OPSD has OPSD's
             ids = [name for names in runs.get(arm.name, {}).values() for name in names]

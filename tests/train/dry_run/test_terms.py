@@ -19,21 +19,14 @@ from opsd_train.methods import objective
 from tests.helpers import method_cases, tiny
 
 H100 = DEVICES["h100"]
-GROUP = ("rollout.samples_per_prompt=4", "loss.beta=1.0")
-TERMS = {
-    (): ("divergence",),
-    ("loss.objective=sampled_token",): ("logprob",),
-    ("loss.forward_kl={min_entropy: 0.8}", "loss.beta=1.0"): ("divergence", "divergence"),
-    ("loss.forward_kl={min_entropy: 0.8}", "loss.objective=sampled_token"): (
-        "divergence",
-        "logprob",
+FORWARD_KL = ("loss.beta=1.0", "loss.forward_kl={min_entropy: 0.8}")
+CASES = method_cases.TERMS | {
+    "opsd": (),
+    "opsd sampled token": ("loss.objective=sampled_token",),
+    "opsd, more where unsure": FORWARD_KL,
+    "opsd long term and policy gradient": (
+        *("rollout.samples_per_prompt=4", "loss.beta=1.0", "loss.long_term=1.0", "grpo={}"),
     ),
-    (*GROUP, "grpo={}"): ("divergence", "logprob"),
-    (*GROUP, "grpo={}", "loss.weight=0"): ("logprob",),
-    (*GROUP, "grpo={}", "loss.objective=sampled_token"): ("logprob",),
-    (*GROUP, "loss.objective=top_k", "loss.top_k=8", "grpo={}"): ("logprob",),
-    ("loss.beta=1.0", "loss.long_term=1.0"): ("divergence", "logprob"),
-    ("loss.beta=1.0", "loss.long_term=1.0", "grpo={}", *GROUP): ("divergence", "logprob"),
 }
 
 
@@ -59,15 +52,14 @@ def count(monkeypatch: pytest.MonkeyPatch, config: Config) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("changes", TERMS, ids=lambda changes: " ".join(changes) or "divergence")
+@pytest.mark.parametrize("case", CASES)
 def test_every_pass_over_the_logits_is_counted(
-    changes: tuple[str, ...], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny.config(tiny_folder, "never-made", *changes)
+    teacher = (f"distill.teacher={tiny_folder}",) if "distill" in case else ()
+    config = tiny.config(tiny_folder, "never-made", *CASES[case], *teacher)
     setup, _ = setup_of(config, "none", 1, torch.device("cpu"))
-    predicted = sorted([setup.loss["loss"], *setup.beside])
-    assert predicted == sorted(TERMS[changes])
-    assert predicted == sorted(count(monkeypatch, config))
+    assert sorted([setup.loss["loss"], *setup.beside]) == sorted(count(monkeypatch, config))
 
 
 def predicted(folder: Path, *changes: str) -> Prediction:
@@ -77,7 +69,7 @@ def predicted(folder: Path, *changes: str) -> Prediction:
 
 def test_a_forward_kl_takes_as_long_as_its_pass(tiny_folder: Path) -> None:
     alone = predicted(tiny_folder, "loss.beta=1.0")
-    both = predicted(tiny_folder, "loss.beta=1.0", "loss.forward_kl={min_entropy: 0.8}")
+    both = predicted(tiny_folder, *FORWARD_KL)
     sizes, loss, extra = both.sizes, both.setup.loss, 0.0
     assert not loss["two_passes"]
     for batch in both.step.micro_batches:
