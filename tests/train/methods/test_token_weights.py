@@ -43,11 +43,6 @@ def weight(**settings) -> list[float]:
     return (found if known is None else known).tolist()
 
 
-def test_every_factor_has_a_key_and_a_test() -> None:
-    keys = {**TokenWeightConfig.__pydantic_fields__, **PolicyWeightConfig.__pydantic_fields__}
-    assert set(FACTORS) == set(keys)
-
-
 def test_positions() -> None:
     assert weight(skip_first=2) == [0, 0, 1, 1, 0, 0, 0]
     assert weight(count_first=1) == [1, 0, 0, 0, 1, 1, 0]
@@ -124,3 +119,19 @@ def test_factors_multiply() -> None:
 def test_mean_of_what_follows() -> None:
     wanted = [(-1 + 2 + 0) / 3, 1.0, 0.0, 0, 0, -0.75, 0]
     assert following_mean(facts(), flat(DELTAS)).tolist() == pytest.approx(wanted)
+
+
+FORMULAS = {
+    "skip_first": test_positions,
+    "count_first": test_positions,
+    "early": test_early_tokens_weigh_more,
+    "gate": test_gate,
+    "importance_cap": test_importance,
+    "credit": test_credit_and_its_decay,
+}
+"""The test of each factor's formula."""
+
+
+def test_every_factor_has_a_key_and_a_test() -> None:
+    keys = {**TokenWeightConfig.__pydantic_fields__, **PolicyWeightConfig.__pydantic_fields__}
+    assert set(FACTORS) == set(keys) == set(FORMULAS)
