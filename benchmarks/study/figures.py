@@ -72,8 +72,8 @@ def accuracies(results: Results, comparison: Comparison) -> Picture | None:
             axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
             axes.margins(x=0.08)
         note = (
-            "Held-out problems, greedy, after the last step; mean over seeds, 95 % interval over "
-            "problems and seeds. Dotted: always the most frequent answer."
+            "Held-out problems, greedy; mean over seeds, 95 % interval over problems and seeds. "
+            "Dotted: always the most frequent answer."
         )
         return to_picture("Accuracy after training", note, figure, "wide")
 
