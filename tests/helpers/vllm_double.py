@@ -138,6 +138,11 @@ class VllmDouble:
             Event().wait(0.01)
         raise AssertionError(f"{self._at_once} in flight, not {count}")
 
+    def hold_until(self, count: int) -> None:
+        """Completions wait until so many are in flight."""
+        self.held.set()
+        Thread(target=lambda: (self.wait_for(count), self.held.clear()), daemon=True).start()
+
     @contextmanager
     def in_flight(self) -> Iterator[None]:
         with self._lock:

@@ -312,6 +312,7 @@ def test_a_server_that_dies_in_the_background_loses_nothing(
 
     def answer(body: dict, adapter: str | None) -> Any:
         if len(broken.bodies) >= 2 + 2:  # two checks and half of step 1: in step 2's
+            broken.wait_for(2)  # who connects later is refused
             broken.kill()
         return own(body, adapter)
 

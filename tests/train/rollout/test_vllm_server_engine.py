@@ -154,6 +154,7 @@ def test_a_killed_server_loses_nothing_and_is_used_when_it_is_back(
         return own(body, folder)
 
     killed.answer = answer
+    killed.hold_until(8)  # all have connected: who connects later is refused
     assert served.generate(requests(16), SAMPLED) == undisturbed
     served.sync()  # still away: nothing more is said
     assert served.generate(requests(16), SAMPLED) == undisturbed

@@ -74,8 +74,7 @@ def test_no_server_gets_more_at_once_than_it_has_room_for(doubles, monkeypatch) 
 
 def test_many_requests_are_in_flight_together(doubles) -> None:
     for double in doubles:
-        double.held.set()
-    meanwhile(lambda: [(d.wait_for(60), d.held.clear()) for d in doubles])
+        double.hold_until(60)
     assert servers(doubles).spread(range(120), ask) == wanted(120)
     assert [double.most_at_once for double in doubles] == [60, 60]
 
