@@ -14,7 +14,8 @@ from threading import Event, Lock, Thread
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 
 from opsd_train.config.schema import RolloutConfig
 from opsd_train.model.policy import Policy
@@ -40,7 +41,9 @@ _ONE_AT_A_TIME = Lock()
 class TinyModel:
     """Answers as the transformers engine does, with a model and the adapter of each request.
 
-    Threads of the server draw nothing from torch's global generator, which a trainer may be using.
+    Threads of the server draw nothing from torch's global generator, which a trainer may be using,
+    and change nothing that its thread sees: peft's low_cpu_mem_usage would put layers that another
+    thread makes on the meta device.
     """
 
     def __init__(self, make_model: Callable[[], Any], tokenizer: Any, config: Any) -> None:
@@ -61,7 +64,10 @@ class TinyModel:
 
     def _engine(self, folder: str) -> TransformersEngine:
         base = copy.deepcopy(self._model)
-        model = PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True)
+        with torch.device("meta"):  # of this thread alone
+            model = get_peft_model(base, LoraConfig.from_pretrained(folder))
+        weights = load_file(Path(folder) / "adapter_model.safetensors")
+        set_peft_model_state_dict(model, weights, low_cpu_mem_usage=True)
         policy = Policy(model, self._tokenizer.pad_token_id, torch.float32)
         return TransformersEngine(policy, self._tokenizer, self._config)
 
