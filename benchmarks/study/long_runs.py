@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.study.comparison import ArmResult, Comparison
@@ -41,7 +42,8 @@ def curves(results: Results, comparison: Comparison, colors: dict[str, str], loo
     names = ("accuracy", "completion_length", "student_entropy", "divergence")
     titles = ("held-out accuracy", "length of samples, tokens", "student's entropy", "divergence")
     with matplotlib.rc_context(look):
-        figure, panels = matplotlib.pyplot.subplots(2, 2, figsize=(10.4, 6.2))
+        figure = Figure(figsize=(10.4, 6.2), layout="constrained")
+        panels = figure.subplots(2, 2)
         for name, title, axes in zip(names, titles, panels.flat, strict=True):
             for arm in comparison.arms:
                 x, y = _points(results, comparison, arm, name)
@@ -52,7 +54,6 @@ def curves(results: Results, comparison: Comparison, colors: dict[str, str], loo
         panels.flat[0].yaxis.set_major_formatter(PercentFormatter(1, 0))
         handles, labels = panels.flat[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
-        figure.set_layout_engine("constrained")
         note = f"Means over seeds. Length, entropy and divergence: {WIDTH} steps a point."
         return to_picture("Long runs", note, figure, "wide")
 

@@ -76,6 +76,7 @@ def test_only_a_wanted_sampling_has_its_run_made_again(tmp_path: Path) -> None:
     finish(first, "sums-opsd-s0")
     (tmp_path / "part.json").write_text(json.dumps(collect(first, "full", Earlier())))
     earlier, later = Earlier.read(tmp_path / "part.json"), plan_of(tmp_path / "two")
+    (later.folder / "base").mkdir(parents=True)  # stands for the model, which takes 20 s to unpack
     (planned,) = later.experiments
     needed = _weights_needed(later, [planned], earlier)
     assert needed == {"sums-opsd-s0", "sums-sft-s0"}
