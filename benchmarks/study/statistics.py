@@ -59,7 +59,9 @@ class Measured:
 
     def estimate(self) -> Estimate:
         """Percentile interval, widened to include the value."""
-        low, high = np.quantile(self.draws, (0.025, 0.975)).tolist()
+        ends = np.quantile(self.draws, (0.025, 0.975))
+        ends[np.abs(ends) < 1e-9] = 0  # but for the last bits, which would look like a difference
+        low, high = ends.tolist()
         return Estimate(self.value, min(low, self.value), max(high, self.value))
 
 

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from benchmarks.study.outcomes import Outcomes
+from benchmarks.study.reading import verdict
 from benchmarks.study.statistics import (
+    Measured,
     average,
     mean_curve,
     measure,
@@ -105,6 +107,15 @@ def test_an_arm_with_itself_differs_by_nothing():
         made = outcomes(values)
         estimate = (measure(made) - measure(made)).estimate()
         assert (estimate.value, estimate.low, estimate.high) == (0, 0, 0)
+
+
+def test_an_interval_that_ends_at_0_but_for_rounding_tells_nothing():
+    draws = np.full(4000, 0.1)
+    draws[:200] = 1.6e-13
+    for sign in (1, -1):
+        estimate = Measured(sign * 0.09, sign * draws).estimate()
+        assert 0 in (estimate.low, estimate.high)
+        assert verdict(estimate, "first") == "cannot tell"
 
 
 def test_the_same_study_gives_the_same_interval():
