@@ -74,7 +74,8 @@ def _curve(outcomes: Outcomes) -> tuple[np.ndarray, np.ndarray]:
     means = np.einsum("bs,bsc->bc", weights, by_seed(outcomes.task, outcomes.values))
     value = outcomes.values.mean((0, 2))
     tokens = np.concatenate([outcomes.tokens.mean(0)[None], weights @ outcomes.tokens])
-    return tokens, np.concatenate([value[None], means])
+    # Rounded, as in by_seed: means that differ in the last bit are no rise.
+    return tokens, np.concatenate([value[None], means]).round(9)
 
 
 def _ratios(

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.study.efficiency import geometric_mean, reach, token_ratio
 from benchmarks.study.outcomes import Outcomes
+from benchmarks.study.statistics import seed_weights
 
 PROBLEMS = 1000
 
@@ -37,6 +38,20 @@ def test_the_ratio_is_at_the_highest_accuracy_that_both_reach():
     low, high = ratio.interval
     assert low <= ratio.value <= high < 2 * low
     assert token_ratio(slow, quick).value == pytest.approx(150 / 2000)
+
+
+def test_the_same_problems_by_other_seeds_are_no_rise():
+    values = np.zeros((3, 2, 990))
+    for column, ends in enumerate(([70, 330], [190, 330])):  # of seed 0 the first, of 1 the rest
+        values[0, column, : ends[0]] = values[1, column, ends[0] : ends[1]] = 1
+    ids = ("grpo-s0", "grpo-s1", "grpo-s2")
+    still = Outcomes("sums", ids, (0, 1), values, np.array([[0.0, 1000]] * 3))
+    rising = np.tile(np.arange(990) < np.array([[100], [500]]), (3, 1, 1)) * 1.0
+    quick = Outcomes("sums", ("a", "b", "c"), (0, 1), rising, np.array([[0.0, 100]] * 3))
+    ratio = token_ratio(quick, still)
+    both = (seed_weights(ids)[:, :2] == 0.5).all(1)
+    assert both.any() and ratio.value == math.inf
+    assert set(ratio.draws[both]) == {math.inf}
 
 
 def test_a_fall_after_the_top_changes_nothing():
