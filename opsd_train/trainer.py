@@ -337,7 +337,7 @@ class Trainer:
         if pending is not None:
             generated = sum(len(sample.completion) for own in samples for sample in own)
             metrics |= {"tokens_per_second": generated / max(seconds for _, seconds in parts)}
-        if self.config.rollout.ahead:
+        if self.config.rollout.ahead and self.method.source(self.config) == "student":
             metrics |= {"sample_age": made.steps_old * self.config.updates_per_step}
         ordered = [samples[index % size][index // size] for index in range(made.count)]
         return ordered, pending, metrics

@@ -88,7 +88,7 @@ def _teacher_setup(config: Config, sizes: Sizes) -> dict[str, Any]:
             "teacher": sizes if kl or config.updates_per_step > 1 else None,
             "copies": int(kl and full),
         }
-    return {}
+    return {"copies": int(full)} if config.method == "context_distill" else {}
 
 
 def _own_teacher(config: Config, full: bool) -> dict[str, Any]:

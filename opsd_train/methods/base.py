@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 from torch import Tensor
@@ -21,6 +22,7 @@ Source = Literal["student", "teacher", "solution"]
 class Method(ABC):
     """One training method. In each step the loop calls, in this order and on every rank:
 
+    sampling        around the rollout: the weights that it is of
     assign_weights  after the rollout: which samples are trained on, and with what weight
     precompute      without gradient, for all micro-batches at once: the teacher's hidden states,
                     log-probabilities of the reference policy
@@ -65,6 +67,10 @@ class Method(ABC):
     def __init__(self, config: Config, policy: Policy) -> None:
         self.config, self.policy = config, policy
         self.step = 1  # the present training step, which the loop sets
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """Within this context the policy has the weights that completions are sampled with."""
+        return nullcontext()
 
     def assign_weights(self, samples: list[Sample]) -> list[Sample]:
         """Set the weights and advantages of a step's samples; all samples of a problem are there.

@@ -80,6 +80,11 @@ def trained_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def adapters_are_off(model: nn.Module) -> bool:
+    """Whether the adapters are switched off, as in Policy.without_adapters."""
+    return any(m.disable_adapters for m in model.modules() if isinstance(m, BaseTunerLayer))
+
+
 def write_adapter(adapted: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     """Write the adapter to `folder` in PEFT's format.
 

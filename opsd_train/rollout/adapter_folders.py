@@ -6,12 +6,13 @@ import itertools
 import shutil
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from torch import nn
 
 from opsd_train.config.errors import UserError
 from opsd_train.distributed.fsdp import full_tensor
-from opsd_train.model.adapters import trained_weights, write_adapter
+from opsd_train.model.adapters import adapters_are_off, trained_weights, write_adapter
 
 
 class AdapterFolders:
@@ -34,11 +35,16 @@ class AdapterFolders:
         self.rank: int = model.active_peft_config.r
 
     def write(self) -> tuple[Path, int]:
-        """Write the adapter as it is now; returns its folder and number. Every rank calls it."""
+        """Write the adapter as it is now; returns its folder and number. Every rank calls it.
+
+        While it is switched off, one that adds nothing is written.
+        """
         number = next(self._numbers)
         folder = self._scratch / f"adapter-{number}"
         trained = trained_weights(self.model)
         weights = {name: full_tensor(p.detach()) for name, p in trained.items()}
+        if adapters_are_off(self.model):
+            weights = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         if self._writes:
             write_adapter(self.model, weights, folder)
             self._folders.append(folder)

@@ -79,7 +79,7 @@ class Rollouts:
             rollout = Rollout(len(requests), samples, 1, seconds)
         if self._servers is not None and step < self._steps:
             if rollout.steps_old:
-                self._servers.sync()
+                self._trajectories.sync()
             self._next = self._begin(self._servers, step + 1)
         return rollout
 

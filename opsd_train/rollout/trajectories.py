@@ -37,15 +37,14 @@ class Trajectories:
         engine: Engine,
         tokenizer: Any,
     ) -> None:
-        self._config, self._source, self._prompts = config, method.source(config), prompts
+        self._config, self._method, self._prompts = config, method, prompts
+        self._source = method.source(config)
         # With GKD's mix some steps train on the reference solutions instead.
         self._share = float(config.distill.on_policy) if config.distill else 1.0
         self._mixed = config.distill is not None and config.distill.sampler_share > 0
         self.engine, self._tokenizer = engine, tokenizer
         # With a context of the rollout the teacher's prompt is made later: see data/contexts.py.
         self._teacher_prompt = method.teacher_prompt(config) and not config.prompts.teacher_context
-        self._imitates = method.imitates
-        self._policy = method.policy
         self._agrees = False  # sampler and trainer; checked on the first rollout
         rollout = config.rollout
         # The sampler's log-probabilities are the policy's only where both have one distribution.
@@ -85,13 +84,19 @@ class Trajectories:
                 for request in wanted
             ]
         requests = self.prompted(step, wanted)
-        self.engine.sync()
-        completions = self.engine.generate(requests, self.sampling)
-        if not self._agrees and not self._mixed:  # the trainer has no mixture to compare with
-            engine = self._config.rollout.engine
-            check_agreement(self._policy, requests, completions, self.sampling, engine)
-            self._agrees = True
+        with self._method.sampling():
+            self.engine.sync()
+            completions = self.engine.generate(requests, self.sampling)
+            if not self._agrees and not self._mixed:  # the trainer has no mixture to compare with
+                engine = self._config.rollout.engine
+                check_agreement(self._method.policy, requests, completions, self.sampling, engine)
+                self._agrees = True
         return self.samples(wanted, completions)
+
+    def sync(self) -> None:
+        """Have the engine sample as `make` does from now on."""
+        with self._method.sampling():
+            self.engine.sync()
 
     def prompted(self, step: int, wanted: Sequence[RolloutRequest]) -> list[Request]:
         """What the engine is asked for; each completion has a seed of its own."""
@@ -114,7 +119,7 @@ class Trajectories:
             self._sample(request.problem, completion)
             for request, completion in zip(wanted, completions, strict=True)
         ]
-        return [self._as_target(sample) for sample in samples] if self._imitates else samples
+        return [self._as_target(sample) for sample in samples] if self._method.imitates else samples
 
     def greedy(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Completion]:
         """Greedy completions for evaluation."""

@@ -134,6 +134,29 @@ def test_samples_are_of_the_weights_one_step_earlier(tiny_folder, tmp_path, doub
     assert sum(len(double_.bodies) for double_ in doubles) == 2 * 2 + 4 * STEPS
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_context_distillation_is_of_the_untrained_model(
+    tiny_folder, tmp_path, doubles, ahead
+) -> None:
+    method = ("method=context_distill", *served_by(*doubles, ahead=ahead))
+    trainer = make_trainer(tiny_folder, tmp_path, *method)
+    untrained, step = trained(trainer), trainer.step
+
+    def evaluated(number: int) -> Any:
+        made = step(number)
+        trainer.trajectories.greedy([[1, 2, 3]], 2)  # with the weights of the present model
+        return made
+
+    trainer.step = evaluated
+    course = follow(trainer)
+    assert not any("sample_age" in row for row in course.rows)  # which is of the student's samples
+    for number, rollout in enumerate(course.rollouts, 1):
+        wanted = by_transformers(trainer, untrained, number)
+        assert [s.completion for s in rollout.own] == [c.tokens for c in wanted]
+    present = by_transformers(trainer, course.weights[-1], STEPS)
+    assert [c.tokens for c in present] != [c.tokens for c in wanted]
+
+
 def test_grpo_weights_what_is_old(tiny_folder, tmp_path, doubles) -> None:
     trainer = make_trainer(tiny_folder, tmp_path, *GRPO, *served_by(*doubles))
     course = follow(trainer)
