@@ -5,7 +5,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -13,98 +12,30 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
 from opsd_train import cli
 from opsd_train.config.errors import UserError
-from opsd_train.data.order import make_order
-from opsd_train.evaluation.grading import Answer
-from opsd_train.reporting.run_folder import RunFolder
-from opsd_train.reporting.timers import PhaseTimer
-from opsd_train.rollout.ahead import Rollout
-from opsd_train.rollout.transformers_engine import TransformersEngine
 from opsd_train.trainer import Trainer
 from tests.helpers.course import assert_same_course, rows
 from tests.helpers.method_cases import chosen, double, log_probs
-from tests.helpers.pair import alone
+from tests.helpers.served_trainer import (
+    BASE,
+    STEPS,
+    by_transformers,
+    even,
+    follow,
+    make_trainer,
+    put,
+    served_by,
+)
 from tests.helpers.tiny import config, recipe
 from tests.helpers.verdicts import made_up
 from tests.helpers.vllm_double import VllmDouble, tiny
 
-STEPS = 4
-BASE = (f"steps={STEPS}", "micro_batch_tokens=1000", "evaluation.problems=0", "optim.lr=0.03")
 GRPO = (
     *("method=grpo", "rollout.samples_per_prompt=2", "updates_per_step=2", "curriculum={}"),
     *("grpo.mask_truncated=false", "grpo.normalise_std=false"),
 )
-
-
-@pytest.fixture
-def doubles() -> Iterator[list[VllmDouble]]:
-    made = [VllmDouble(tiny()), VllmDouble(tiny())]
-    yield made
-    for double_ in made:
-        double_.held.clear()
-        double_.kill()
-
-
-def served_by(*doubles: VllmDouble, ahead: int = 1) -> tuple[str, ...]:
-    urls = ",".join(double_.url for double_ in doubles)
-    engine = ("rollout.engine=vllm-server", f"rollout.servers=[{urls}]")
-    return (*engine, f"rollout.ahead={ahead}")
-
-
-def even(answer: Answer) -> bool:
-    """Some answers are right."""
-    return sum(answer.text.encode()) % 2 == 0
-
-
-def make_trainer(model: Path, folder: Path, *overrides: str) -> Trainer:
-    made = config(model, folder, *BASE, *overrides)
-    with made_up(even):
-        return Trainer(made, alone(), RunFolder(folder, alone()), PhaseTimer(), "full")
-
-
-@dataclass
-class Course:
-    """What the steps of a trainer began with and gave."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    rollouts: list[Rollout] = field(default_factory=list)
-    weights: list[dict[str, Tensor]] = field(default_factory=list)  # before each step
-
-
-def trained(trainer: Trainer) -> dict[str, Tensor]:
-    named = trainer.policy.model.named_parameters()
-    return {name: p.detach().clone() for name, p in named if p.requires_grad}
-
-
-def put(trainer: Trainer, weights: dict[str, Tensor]) -> None:
-    trainer.policy.model.load_state_dict(weights, strict=False)
-
-
-def follow(trainer: Trainer, steps: int = STEPS) -> Course:
-    course, take = Course(), trainer.rollouts.take
-
-    def noting(step: int) -> Rollout:
-        course.rollouts.append(take(step))
-        return course.rollouts[-1]
-
-    trainer.rollouts.take = noting
-    for step in range(1, steps + 1):
-        course.weights.append(trained(trainer))
-        course.rows.append(trainer.step(step)[0])
-    return course
-
-
-def by_transformers(trainer: Trainer, weights: dict[str, Tensor], step: int) -> list[Any]:
-    """The completions of a step's problems with these weights; for an order without results."""
-    put(trainer, weights)
-    order = make_order(trainer.config, trainer.problems)
-    drawn = [order.draw(number) for number in range(1, step + 1)][-1]
-    requests = trainer.trajectories.prompted(step, trainer.trajectories.requests(drawn, step))
-    engine = TransformersEngine(trainer.policy, trainer.tokenizer, trainer.config.rollout)
-    return engine.generate(requests, trainer.trajectories.sampling)
 
 
 def test_samples_are_of_the_weights_one_step_earlier(tiny_folder, tmp_path, doubles) -> None:
@@ -132,29 +63,6 @@ def test_samples_are_of_the_weights_one_step_earlier(tiny_folder, tmp_path, doub
         loads = [event for event in double_.events if event.startswith("load")]
         assert len(loads) == 1 + STEPS - 1
     assert sum(len(double_.bodies) for double_ in doubles) == 2 * 2 + 4 * STEPS
-
-
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_context_distillation_is_of_the_untrained_model(
-    tiny_folder, tmp_path, doubles, ahead
-) -> None:
-    method = ("method=context_distill", *served_by(*doubles, ahead=ahead))
-    trainer = make_trainer(tiny_folder, tmp_path, *method)
-    untrained, step = trained(trainer), trainer.step
-
-    def evaluated(number: int) -> Any:
-        made = step(number)
-        trainer.trajectories.greedy([[1, 2, 3]], 2)  # with the weights of the present model
-        return made
-
-    trainer.step = evaluated
-    course = follow(trainer)
-    assert not any("sample_age" in row for row in course.rows)  # which is of the student's samples
-    for number, rollout in enumerate(course.rollouts, 1):
-        wanted = by_transformers(trainer, untrained, number)
-        assert [s.completion for s in rollout.own] == [c.tokens for c in wanted]
-    present = by_transformers(trainer, course.weights[-1], STEPS)
-    assert [c.tokens for c in present] != [c.tokens for c in wanted]
 
 
 def test_grpo_weights_what_is_old(tiny_folder, tmp_path, doubles) -> None:

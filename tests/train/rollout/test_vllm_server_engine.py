@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,6 @@ def tokenizer() -> Any:
     made = make_tokenizer()
     made.eos_token = made.pad_token = "<|end|>"
     return made
-
-
-@pytest.fixture
-def doubles() -> Iterator[list[VllmDouble]]:
-    made = [VllmDouble(tiny()), VllmDouble(tiny())]
-    yield made
-    for double in made:
-        double.held.clear()
-        double.kill()
 
 
 @pytest.fixture
