@@ -211,7 +211,8 @@ class CollapseConfig:
     first_steps: Positive = 10
     """Steps that define a metric's normal mean and standard deviation; no warnings until then."""
     width: PositiveReal = 4.0
-    """Warn when a metric's running mean is this many standard deviations from normal."""
+    """Warn when a metric's running mean is this many standard deviations from normal, or falls to
+    a quarter of it."""
     action: Literal["warn", "stop", "best"] = "warn"
     """What a warning does: warn, stop the run after a checkpoint, or best: go back to the
     checkpoint with the highest held-out accuracy and stop. best needs evaluation.every > 0."""

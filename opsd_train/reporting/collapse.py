@@ -14,6 +14,8 @@ RECENT = 5  # steps that the running mean covers
 # Lower bounds on the standard deviation: after flat first steps noise must not cause a warning.
 MIN_RELATIVE_STD = 0.05
 MIN_STD = 1e-3
+# After restless first steps mean - width * std may be below zero, where no monitored metric gets.
+LEAST_SHARE = 0.25
 
 _SHORTER = "look at the samples; if they got worse, lower optim.lr or go back to a checkpoint"
 _LONGER = "look at the samples for repetition; lower optim.lr or rollout.max_new_tokens"
@@ -41,7 +43,10 @@ MONITORED = {
 
 
 class CollapseMonitor:
-    """Warns when a metric's running mean leaves mean ± width * std of its first steps."""
+    """Warns when a metric's running mean leaves mean ± width * std of its first steps.
+
+    A fall below LEAST_SHARE of that mean is outside in any case.
+    """
 
     def __init__(self, config: CollapseConfig) -> None:
         self.config = config
@@ -66,26 +71,29 @@ class CollapseMonitor:
         if len(seen["first"]) < self.config.first_steps:
             seen["first"].append(value)
             return None
-        center = statistics.fmean(seen["first"])
-        spread = max(statistics.pstdev(seen["first"]), MIN_RELATIVE_STD * abs(center), MIN_STD)
+        low, center, high = self._band(seen["first"])
         now = statistics.fmean(seen["recent"])
-        deviation = (now - center) / spread
-        side = "above" if deviation > 0 else "below"
-        if abs(deviation) < self.config.width / 2:
+        side = "above" if now > center else "below"
+        # How much of the way from the center to the band's edge.
+        way = (now - center) / ((high if side == "above" else low) - center)
+        if way < 0.5:
             seen["outside"] = None  # only well inside: wavering at the edge warns once
-        if (
-            abs(deviation) <= self.config.width
-            or side == seen["outside"]
-            or side not in MONITORED[name]
-        ):
+        if way <= 1 or side == seen["outside"] or side not in MONITORED[name]:
             return None
         seen["outside"] = side
-        low, high = center - self.config.width * spread, center + self.config.width * spread
         return (
             f"step {step}: {name} is {now:.4g} (mean of {len(seen['recent'])} steps), {side} the "
             f"band {max(low, 0.0):.4g} to {high:.4g} of its first {self.config.first_steps} "
             f"steps; {MONITORED[name][side]}"
         )
+
+    def _band(self, first: list[float]) -> tuple[float, float, float]:
+        """Lower edge, mean and upper edge."""
+        center = statistics.fmean(first)
+        spread = max(statistics.pstdev(first), MIN_RELATIVE_STD * abs(center), MIN_STD)
+        width = self.config.width
+        down = max((1 - LEAST_SHARE) * center, width * MIN_STD)
+        return center - min(width * spread, down), center, center + width * spread
 
 
 def _usable(row: dict[str, Any], name: str) -> bool:

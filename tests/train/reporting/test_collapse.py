@@ -11,6 +11,14 @@ from opsd_train.reporting.collapse import MONITORED, RECENT, CollapseMonitor
 FIRST = [1.0, 1.2, 0.8, 1.0, 1.1, 0.9]  # mean 1, std 0.129: the band is 0.484 to 1.516
 
 
+# Steps 1 to 30 of the study's sums-long-s0, whose accuracy was 0 later. Mean and standard deviation
+# of the first ten are 2.74 and 0.85: 4 deviations below is an entropy of -0.67.
+RESTLESS = [
+    *(1.21, 2.05, 2.42, 4.13, 3.46, 2.30, 3.81, 2.46, 3.20, 2.37, 1.40, 1.37, 1.54, 1.20, 1.48),
+    *(0.79, 1.66, 1.30, 1.23, 1.15, 0.77, 0.52, 0.25, 0.25, 0.26, 0.37, 0.42, 0.22, 0.36, 0.49),
+]
+
+
 def monitor() -> CollapseMonitor:
     return CollapseMonitor(CollapseConfig(first_steps=len(FIRST), width=4.0))
 
@@ -53,6 +61,23 @@ def test_every_excursion_warns_once():
 
 def test_one_outlier_is_no_excursion():
     assert run(monitor(), "completion_length", [100 * v for v in [*FIRST, 1.9, *FIRST, 0.1]]) == {}
+
+
+def test_a_fall_after_restless_first_steps():
+    made = CollapseMonitor(CollapseConfig())
+    [(step, line)] = run(made, "student_entropy", RESTLESS + [0.0] * 100).items()
+    assert RESTLESS[step - 1] == 0.25
+    assert "below the band 0.6852 to 6.12 of its first 10 steps" in line
+    healthy = RESTLESS[:10] + [0.3 * 2.741] * 100  # above a quarter
+    assert run(CollapseMonitor(CollapseConfig()), "student_entropy", healthy) == {}
+
+
+@pytest.mark.parametrize("name", [name for name in MONITORED if "below" in MONITORED[name]])
+@pytest.mark.parametrize("spread", [0.01, 0.1, 0.3, 0.6, 0.99])
+def test_nothing_may_go_to_zero_unseen(name, spread):
+    """However far apart the first values are."""
+    first = [1 + spread, 1 - spread] * 3
+    assert len(run(monitor(), name, first + [0.0] * 9)) == 1
 
 
 @pytest.mark.parametrize("level", [0.0, 0.02, 5.0])
