@@ -24,13 +24,16 @@ _STUDY = "python -m benchmarks.study"
 
 def collect(plan: Plan, name: str, earlier: Earlier) -> dict[str, Any]:
     """Results of all that is finished, here or in an earlier part, and the names of what is not."""
-    runs = {run.id: _run(run, plan.runs[run.start], earlier) for run in plan.runs.values()}
+    facts = _provenance()
+    runs = {run.id: _run(run, plan, earlier, facts["device"]) for run in plan.runs.values()}
+    devices = dict.fromkeys(run["device"] for run in runs.values() if run["device"])
     command = _STUDY + (" --quick" if name == "quick" else "")
     memory, notes = plan.folder / "memory.json", plan.folder / "notes.yaml"
     return {
         "name": name,
         "command": command,
-        **_provenance(),
+        **facts,
+        "device": " and ".join(devices) or facts["device"],
         "seconds": sum((run["seconds"] or {}).get("total", 0) for run in runs.values()),
         "tasks": _tasks(plan, runs),
         "runs": runs,
@@ -54,7 +57,8 @@ def summary_of(run: PlannedRun) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _run(run: PlannedRun, start: PlannedRun, earlier: Earlier) -> dict[str, Any]:
+def _run(run: PlannedRun, plan: Plan, earlier: Earlier, device: str) -> dict[str, Any]:
+    start = plan.runs[run.start]
     summary = summary_of(run) or {"status": "missing", "steps": 0}
     ended = summary["status"] == "finished"
     if not ended and (record := earlier.run(run)):
@@ -66,6 +70,7 @@ def _run(run: PlannedRun, start: PlannedRun, earlier: Earlier) -> dict[str, Any]
         "seed": run.seed,
         "start": start.id,
         "command": f"{_COMMAND} {shlex.join(run.words)}",
+        "device": device if ended else None,  # the parts of a study may have several
         "status": summary["status"],
         "steps": summary["steps"],
         "tokens": summary.get("tokens"),

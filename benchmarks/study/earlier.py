@@ -40,8 +40,9 @@ class Earlier:
             results = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"--earlier {path}: {error}") from None
+        device = {"device": results["device"]}  # of records from before each had its own
         return cls(
-            _finished(results["runs"]),
+            {name: device | record for name, record in _finished(results["runs"]).items()},
             _finished(results["samplings"]),
             results["memory"],
             results["notes"],

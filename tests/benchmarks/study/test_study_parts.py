@@ -71,6 +71,24 @@ def test_a_later_part_does_not_run_what_an_earlier_one_has(tmp_path: Path) -> No
     assert earlier.without(["sums-opsd-s0"]).run(later.runs["sums-opsd-s0"]) is None
 
 
+def test_parts_of_two_machines(tmp_path: Path) -> None:
+    first = plan_of(tmp_path / "one")
+    finish(first, "sums-opsd-s0")
+    results = collect(first, "full", Earlier())
+    here = results["device"]
+    assert results["runs"]["sums-opsd-s0"]["device"] == here
+    assert results["runs"]["sums-sft-s0"]["device"] is None
+    results["device"] = "another, 8 cores"
+    del results["runs"]["sums-opsd-s0"]["device"]  # as in a part of an earlier version
+    (tmp_path / "part.json").write_text(json.dumps(results))
+    earlier, later = Earlier.read(tmp_path / "part.json"), plan_of(tmp_path / "two")
+    assert collect(later, "full", earlier)["device"] == "another, 8 cores"  # nothing has run here
+    finish(later, "sums-sft-s0")
+    found = collect(later, "full", earlier)
+    assert found["runs"]["sums-sft-s0"]["device"] == here
+    assert found["device"] == f"another, 8 cores and {here}"
+
+
 def test_only_a_wanted_sampling_has_its_run_made_again(tmp_path: Path) -> None:
     first = plan_of(tmp_path / "one")
     finish(first, "sums-opsd-s0")
