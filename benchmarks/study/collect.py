@@ -51,6 +51,18 @@ def collect(plan: Plan, name: str, earlier: Earlier) -> dict[str, Any]:
     }
 
 
+def as_text(results: dict[str, Any]) -> str:
+    """results.json: a run, sampling or other entry a line."""
+    parts = []
+    for key, value in results.items():
+        if isinstance(value, dict):
+            entries = ",\n".join(f"  {_line(name)}: {_line(one)}" for name, one in value.items())
+            parts.append(f" {_line(key)}: {{\n{entries}\n }}")
+        else:
+            parts.append(f" {_line(key)}: {_line(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def summary_of(run: PlannedRun) -> dict[str, Any] | None:
     """A run's summary.json; None before it ended."""
     path = run.folder / "summary.json"
@@ -167,6 +179,10 @@ def _provenance() -> dict[str, Any]:
         "device": facts["device"] + cores,
         "versions": {"python": facts["python"], **facts["versions"]},
     }
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _short(commit: str | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -13,7 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.study.base import copy_words, unpacked
-from benchmarks.study.collect import collect, summary_of
+from benchmarks.study.collect import as_text, collect, summary_of
 from benchmarks.study.earlier import Earlier
 from benchmarks.study.page import write_page
 from benchmarks.study.plan import Plan, PlannedExperiment, fingerprint, make_plan
@@ -57,7 +56,7 @@ def study(
     count = jobs or (4 if torch.cuda.is_available() else min(2, os.cpu_count() or 1))
     failures = _run(plan, wanted, count, done.without(_weights_needed(plan, wanted, done)))
     results = collect(plan, "quick" if quick else "full", done)
-    replace_file(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    replace_file(folder / "results.json", as_text(results))
     print(write_page(folder))
     for name, log in failures.items():
         print(f"failed: {name}, see {log}; the same command tries it again", file=sys.stderr)

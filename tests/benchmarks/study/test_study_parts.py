@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.study.collect import collect
+from benchmarks.study.collect import as_text, collect
 from benchmarks.study.comparison import compare
 from benchmarks.study.earlier import Earlier, digest
 from benchmarks.study.long_runs import signals_table
@@ -52,7 +52,8 @@ def test_a_later_part_does_not_run_what_an_earlier_one_has(tmp_path: Path) -> No
     for name in ("sums-opsd-s0", "sums-sft-s0"):
         finish(first, name)
     results = collect(first, "full", Earlier())
-    (tmp_path / "part.json").write_text(json.dumps(results))
+    (tmp_path / "part.json").write_text(as_text(results))
+    assert json.loads(as_text(results)) == results
 
     later = plan_of(tmp_path / "two")  # of another machine: no run folder is there
     earlier = Earlier.read(tmp_path / "part.json")
