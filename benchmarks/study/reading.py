@@ -114,6 +114,22 @@ def ratio_readings(contrast: Contrast) -> list[str]:
     return lines
 
 
+def ratio_summary(contrast: Contrast) -> str:
+    """The token ratios in one part of a sentence: their geometric mean, or each task's."""
+    lines = ratio_readings(contrast)
+    if len(lines) > len(contrast.ratios):
+        return lines[-1].rstrip(".")
+    each = ", ".join(f"{task} {_ratio_cell(ratio)}" for task, ratio in contrast.ratios.items())
+    first, second = contrast.first.label, contrast.second.label
+    return each and f"tokens of {second} over those of {first}, for what both reach: {each}"
+
+
+def _ratio_cell(ratio: Ratio) -> str:
+    if math.isnan(ratio.value) or ratio.value in (0, math.inf):
+        return "none"
+    return times(ratio.value) + (_interval_text(ratio.interval) if ratio.interval else "")
+
+
 def _ratio_text(contrast: Contrast, ratio: Ratio) -> str:
     first, second = contrast.first.label, contrast.second.label
     tops = {first: percent(ratio.best[0]), second: percent(ratio.best[1])}

@@ -22,6 +22,7 @@ from benchmarks.study.reading import (
     pair_text,
     percent,
     ratio_readings,
+    ratio_summary,
     reading,
     share_text,
 )
@@ -268,9 +269,9 @@ def _experiment_line(comparison: Comparison) -> str:
         suffix = f" ({where})" if where.endswith("only") else ""
         numbers = difference_text(estimate) if estimate else "not on all tasks"
         parts.append(f"{pair_text(contrast)} {numbers}{suffix}")
-        parts += ratio_readings(contrast)[-1:]
+        parts += [ratios] if (ratios := ratio_summary(contrast)) else []
     title = f"{comparison.experiment['title']} ({comparison.experiment['paper']})"
-    return f"{title}, points: {'; '.join(parts).rstrip('.')}." if parts else ""
+    return f"{title}, points: {'; '.join(parts)}." if parts else ""
 
 
 def _memory_line(results: Results) -> str:

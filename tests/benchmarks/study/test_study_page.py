@@ -21,6 +21,7 @@ from benchmarks.study.reading import (
     TIMES,
     points,
     ratio_readings,
+    ratio_summary,
     reading,
     share_text,
     times,
@@ -129,6 +130,25 @@ def test_ratios_in_words(whole, value, best, expected):
     contrast.ratios["sums"] = Ratio(value, (10.0, math.inf), min(best), best, draws)
     (line,) = ratio_readings(contrast)
     assert line.startswith("sums: ") and expected in line
+
+
+def test_the_summary_of_ratios_is_of_every_task(whole):
+    contrast = named(whole, "tokens").contrasts[0]
+    first, second = contrast.first.label, contrast.second.label
+    contrast.ratios.clear()
+    assert ratio_summary(contrast) == ""
+    for task, value in (("sums", 2.0), ("products", 8.0)):
+        draws = np.full(9, value)
+        contrast.ratios[task] = Ratio(value, (value, value), 0.5, (0.5, 0.5), draws)
+    assert ratio_summary(contrast) == (
+        f"geometric mean over tasks: {second} generates 4.0{TIMES} the tokens of {first} "
+        f"[4.0{TIMES}, 4.0{TIMES}]"
+    )
+    contrast.ratios["letters"] = Ratio(math.inf, None, 0.5, (0.6, 0.2), np.full(9, math.inf))
+    assert ratio_summary(contrast) == (
+        f"tokens of {second} over those of {first}, for what both reach: sums 2.0{TIMES} "
+        f"[2.0{TIMES}, 2.0{TIMES}], products 8.0{TIMES} [8.0{TIMES}, 8.0{TIMES}], letters none"
+    )
 
 
 def test_the_numbers_are_those_of_the_runs(whole):
