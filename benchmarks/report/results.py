@@ -154,7 +154,7 @@ def _study_row(study: Path) -> Row:
     own, before = found.pop("opsd")[1], found[BASE][1]
     label, best = max(found.values(), key=lambda pair: pair[1].value)
     return (
-        f"Study, {results['name']}: mean accuracy over {len(comparison.tasks)} tasks, percent; "
+        f"The {results['name']} study: mean accuracy over {len(comparison.tasks)} tasks, percent; "
         f"{results['device'].replace('(R)', '')}",
         f"OPSD: {share_text(own)}",
         f"{label}: {share_text(best)}; before training: {share_text(before)}",

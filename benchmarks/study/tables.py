@@ -75,7 +75,7 @@ def page_markdown(
 ) -> str:
     """study.md: every experiment; pictures: file names by experiment."""
     lines = [
-        f"# Study: {results['name']}",
+        f"# OPSD and its neighbours on a small model: the {results['name']} study",
         "",
         *_wrapped(_origin(results)),
     ]
