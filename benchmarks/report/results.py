@@ -32,7 +32,7 @@ def results_table(devices: list[Device], study: Path = STUDY) -> Table:
     rows += [_step_row(device) for device in devices if device.steps]
     rows += [_demo_row(demo) for device in devices for demo in device.demos.values()]
     rows.append(_study_row(study))
-    return Table(("measured", "opsd", "the best of the others", "command"), tuple(rows), names=4)
+    return Table(("measured", "opsd", "best competitor", "command"), tuple(rows), names=4)
 
 
 def memory_text(study: Path = STUDY) -> str:
@@ -44,7 +44,7 @@ def memory_text(study: Path = STUDY) -> str:
         raise ReportError(f"{study} has no peak memory that was measured with and without logits")
     tokens, plain, ours = found
     return (
-        f"SmolLM2-135M, {tokens:,} tokens: beside the model a training step needs "
+        f"SmolLM2-135M, {tokens:,} tokens: on top of the model a training step needs "
         f"{mib_text(plain)} with plain logits and {mib_text(ours)} with opsd_kernels, "
         f"{plain / ours:.0f}x less."
     )
