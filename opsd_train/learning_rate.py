@@ -24,9 +24,9 @@ def rate_factor(config: OptimConfig, last: int, warmup: int) -> Callable[[int], 
     """The factor on optim.lr as a function of the optimizer step n, from 1 to `last`.
 
     During the warm-up it is n / warmup: no step has rate 0, and step `warmup` has the full rate.
-    Then, with p = (n - warmup) / (last - warmup + 1), it is 1 for "constant", 1 - p for "linear"
-    and (1 + cos(pi p)) / 2 for "cosine": rate 0 would come one step after the last. Without a
-    warm-up these are transformers' schedules of the same names.
+    Then, with peak = max(warmup, 1) and p = (n - peak) / (last - peak + 1), it is 1 for "constant",
+    1 - p for "linear" and (1 + cos(pi p)) / 2 for "cosine": rate 0 would come one step after the
+    last. Without a warm-up these are transformers' schedules of the same names.
     """
     peak = max(warmup, 1)  # the first step with the full rate
 

@@ -1,4 +1,4 @@
-"""Export a run's newest checkpoint for other libraries: its adapter, or the whole model."""
+"""Export a run's weights for other libraries: its adapter, or the whole model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from opsd_train.model.policy import load_model, load_tokenizer
 
 
 def export(run_dir: Path, out: Path | None = None, *, merged: bool = False) -> Path:
-    """Write the newest checkpoint's adapter with the tokenizer; `merged`: the whole model instead.
+    """Write a run's adapter, of its newest checkpoint, or of the best where collapse.action=best
+    ended it, with the tokenizer; `merged`: the whole model instead.
 
     `out` defaults to export/adapter or export/merged in the run folder. Returns the folder written.
     Raises UserError if there is nothing to export, or `out` is not empty or cannot be written.
@@ -34,7 +35,7 @@ def export(run_dir: Path, out: Path | None = None, *, merged: bool = False) -> P
     out = out or run_dir / "export" / ("merged" if merged else "adapter")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not empty; name another folder")
-    checkpoint = Checkpoints(run_dir, 1, DistributedContext(torch.device("cpu"))).newest_whole()
+    checkpoint = Checkpoints(run_dir, 1, DistributedContext(torch.device("cpu"))).of_the_run()
     if checkpoint is None:
         raise UserError(f"{run_dir} has no checkpoint to export; is it the folder of a run?")
     config: Config = config_from(load_recipe(str(checkpoint / "recipe.yaml")))

@@ -112,6 +112,18 @@ class Checkpoints:
             )
         return None
 
+    def of_the_run(self) -> Path | None:
+        """The checkpoint with the weights that the run ended with: the newest whole one, or the
+        best where collapse.action=best went back to it. Raises UserError as `newest_whole`."""
+        newest, summary = self.newest_whole(), self.folder.parent / "summary.json"
+        if newest is None or not summary.exists():
+            return newest
+        ended = json.loads(summary.read_text(encoding="utf-8"))
+        best = ended.get("weights_of_step")
+        if best is None or ended["steps"] != _step(newest):  # or it was resumed since
+            return newest
+        return self._undamaged(best)
+
     def newest(self, recipe: str) -> Checkpoint | None:
         """The newest undamaged checkpoint; None if there is none.
 
@@ -133,10 +145,13 @@ class Checkpoints:
     def whole(self, step: int) -> Checkpoint:
         """The checkpoint of this step, which this run has written. Raises UserError if it is
         damaged."""
+        return self._read(self._undamaged(step))
+
+    def _undamaged(self, step: int) -> Path:
         folder = self.folder / f"step_{step:06d}"
         if damage := self._damage(folder):
             raise UserError(f"checkpoint {folder} is damaged ({damage})")
-        return self._read(folder)
+        return folder
 
     def _read(self, folder: Path) -> Checkpoint:
         state = folder / "trainer_state.json"

@@ -95,6 +95,8 @@ def _teachers(config: Config) -> Iterator[str]:
         yield f"data.columns.teacher={column} chooses among distill.teachers: set them"
     if distill and distill.sampler_share:
         yield from _mixture(config, distill)
+    if config.curriculum and config.method == "context_distill":
+        yield "curriculum follows the student's success; context_distill samples another model"
     if distill and any(teacher.cache for teacher in distill.by_name().values()):
         yield from _caches(config, distill)
     if distill and any(teacher.servers for teacher in distill.by_name().values()):
@@ -105,6 +107,8 @@ def _mixture(config: Config, distill: DistillConfig) -> Iterator[str]:
     key = f"distill.sampler_share={distill.sampler_share}"
     if config.rollout.engine != "transformers":
         yield f"{key} needs rollout.engine=transformers"
+    if config.curriculum:
+        yield f"{key} samples from the teacher too, and curriculum follows the student's success"
     if distill.teachers or not distill.in_memory:
         yield f"{key} needs one teacher in memory: distill.teacher without cache and servers"
     if config.loss.token_weight.importance_cap is None:

@@ -177,7 +177,7 @@ class EvaluationConfig:
     max_new_tokens: Positive
     """Longest completion, in tokens."""
     teacher: bool = True
-    """Before training, also evaluate under the teacher's prompt."""
+    """Before training, also evaluate the trained model under the teacher's prompt."""
     divergence: bool = True
     """Also measure the divergence from the teacher on the completions: one more forward of each."""
 

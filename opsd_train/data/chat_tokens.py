@@ -49,9 +49,14 @@ class ControlTokenEscaper:
             solution=self._insert_marks(problem.solution),
         )
 
-    def escape_text(self, text: str) -> str:
-        """A text that a model wrote, with a mark inside each control token that it spells."""
-        return self._insert_marks(text.replace(_MARK, "\ufffd"))
+    def escape_printed(self, value: Any) -> Any:
+        """What a template prints, with a mark inside each control token that its text spells."""
+        return self._insert_marks(value) if isinstance(value, str) else value
+
+    @staticmethod
+    def without_marks(text: str) -> str:
+        """A text that a model wrote, which may hold what no text should."""
+        return text.replace(_MARK, "\ufffd")
 
     def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         """Token ids of texts that contain escaped problems, without the marks."""

@@ -73,7 +73,9 @@ class PromptBuilder:
         self._escaper = ControlTokenEscaper(tokenizer)
         # A solution may contain thinking, and then it needs the tokens that enclose it.
         self._solution_escaper = ControlTokenEscaper(tokenizer, allowed=THINKING)
-        environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
+        # A rollout's texts are escaped as they are printed: a template may cut them at a token.
+        escape = self._escaper.escape_printed if config.teacher_context else None
+        environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=escape)
         self._templates = {
             side: _compile(environment, side, getattr(config, side))
             for side in ("student", "teacher")
@@ -100,13 +102,11 @@ class PromptBuilder:
     ) -> tuple[list[int], list[str]]:
         """Token ids of the teacher's prompt with what it sees of a rollout, and what of sibling and
         feedback its template shows."""
-        escaped = {
-            name: text and self._escaper.escape_text(text) for name, text in vars(context).items()
-        }
-        text = self._text("teacher", self._escaper.escape(problem), escaped)
+        problem = self._escaper.escape(problem)
+        texts = {n: text and self._escaper.without_marks(text) for n, text in vars(context).items()}
+        text = self._text("teacher", problem, texts)
         ids = self._escaper.encode([text], self._adds_special_tokens("teacher"))[0]
-        offered = {name: (escaped[name] or "").strip() for name in _PROBES}
-        return ids, [name for name, words in offered.items() if words and words in text]
+        return ids, [name for name in _PROBES if self._shows(name, problem, texts)]
 
     def solution(self, problem: Problem) -> list[int]:
         """Token ids of the reference solution as a completion, including `end`."""
@@ -185,10 +185,25 @@ class PromptBuilder:
         if not sees:
             return self._text(side, _PROBE)
         choices = itertools.product(*([_PROBES[name], None] for name in sees))
-        none = dict.fromkeys(_PROBES)
+        none = dict.fromkeys(_PROBES) | {"attempt": "3"}
         contexts = [none | dict(zip(sees, chosen, strict=True)) for chosen in choices]
-        texts = [self._text(side, _PROBE, {"attempt": "3", **context}) for context in contexts]
+        texts = [self._text(side, _PROBE, context) for context in contexts]
+        for name in sees:
+            if not any(self._shows(name, _PROBE, context) for context in contexts):
+                raise UserError(
+                    f"prompts.teacher does not show the {name} of prompts.teacher_context: print "
+                    f"{{{{ {name} }}}}, or leave it out of teacher_context"
+                )
         return texts[0]
+
+    def _shows(self, name: str, problem: Problem, context: Mapping[str, Any]) -> bool:
+        """Whether the teacher's prompt would be another without this text of a rollout."""
+        if not context[name]:
+            return False
+        with_it, without = (
+            self._text("teacher", problem, {**context, **changed}) for changed in ({}, {name: None})
+        )
+        return with_it != without
 
     def _text(self, side: str, problem: Problem, context: Mapping[str, Any] | None = None) -> str:
         try:

@@ -75,7 +75,7 @@ def find_source(text: str, model: ModelConfig) -> Source:
     if (folder / "complete.json").is_file():
         return _of_run(folder.parents[1], model, folder)
     if (folder / "config.yaml").is_file():
-        return _of_run(folder, model, _newest(folder))
+        return _of_run(folder, model, _weights(folder))
     return Source(replace(model, name_or_path=text))
 
 
@@ -100,9 +100,9 @@ def _of_run(folder: Path, model: ModelConfig, weights: Path) -> Source:
     return Source(replace(model, name_or_path=run.model.name_or_path), run, folder, weights)
 
 
-def _newest(folder: Path) -> Path:
-    """The newest checkpoint; if there is none, the final adapter or model."""
-    checkpoint = Checkpoints(folder, 1, DistributedContext(torch.device("cpu"))).newest_whole()
+def _weights(folder: Path) -> Path:
+    """The run's checkpoint; if there is none, the final adapter or model."""
+    checkpoint = Checkpoints(folder, 1, DistributedContext(torch.device("cpu"))).of_the_run()
     if checkpoint is not None:
         return checkpoint
     for name, file in (("adapter", "adapter_config.json"), ("model", "config.json")):

@@ -10,16 +10,19 @@ import torch
 from safetensors.torch import load_file
 
 from opsd_train import run
+from opsd_train.checkpoint.export import export
 from opsd_train.config.errors import UserError
 from opsd_train.evaluation.accuracy import Evaluation
 from opsd_train.evaluation.heldout import HeldOut
+from opsd_train.evaluation.source import find_source
 from tests.helpers.tiny import config
 from tests.helpers.verdicts import made_up
 
-# A model that learns from all of its own samples settles on a few of them.
+# A model that learns from all of its own samples, drawn at a low temperature, settles on a few.
 COLLAPSING = (
-    *("method=star", "steps=30", "optim.lr=0.05", "optim.warmup_steps=20", "lora.rank=16"),
+    *("method=star", "steps=30", "optim.lr=0.03", "optim.warmup_steps=20", "lora.rank=16"),
     *("lora.alpha=64", "lora.target_modules=all-linear", "evaluation.every=3"),
+    "rollout.temperature=0.6",
     *("collapse.first_steps=4", "evaluation.teacher=false", "checkpoint.every=0"),
     "checkpoint.keep=1",
 )
@@ -105,6 +108,17 @@ def test_a_run_goes_back_to_its_best_checkpoint(
     )
     assert all(torch.equal(written[name], of_step[name]) for name in written)
     assert not all(torch.equal(written[name], ended[name]) for name in written)
+    # So are those that are evaluated or exported later.
+    found = find_source(str(tmp_path / "best"), config(tiny_folder, tmp_path).model)
+    assert found.weights == tmp_path / "best" / "checkpoints" / "step_000003"
+    exported = load_file(export(tmp_path / "best") / "adapter_model.safetensors")
+    assert all(torch.equal(exported[name], of_step[name]) for name in of_step)
+    # Once it has gone on from the newest, the newest counts.
+    made = config(tiny_folder, tmp_path / "best", *COLLAPSING, "collapse.action=warn")
+    with made_up(lambda answer: True):
+        assert run.train(made, resume=True) == 0
+    found = find_source(str(tmp_path / "best"), made.model)
+    assert found.weights == tmp_path / "best" / "checkpoints" / "step_000030"
 
 
 @pytest.mark.slow

@@ -138,6 +138,27 @@ def test_what_a_template_does_not_show_is_not_seen(tokenizer) -> None:
     assert [sample.context for sample in made] == [("sibling",)] * 5 + [()]
 
 
+def test_a_template_may_cut_what_it_shows(tokenizer) -> None:
+    """A sibling that thinks, without its thinking; and the rest has no control token either."""
+    thinks = make_tokenizer()
+    thinks.eos_token = "<|end|>"
+    thinks.add_tokens(["</think>"])
+    thinks.chat_template = "{% if false %}</think>{% endif %}" + tokenizer.chat_template
+    mark = thinks.convert_tokens_to_ids("<|user|>")
+    cut = "{{ problem.question }}{% if sibling %} S:{{ sibling.split('</think>')[-1] }}{% endif %}"
+    config = recipe("[sibling]", f"prompts.teacher={cut}")
+    samples = samples_of(thinks)
+    (end,) = samples[0].completion[-1:]
+    spelled = [thinks.convert_tokens_to_ids(c) for c in "long"]
+    answer = [thinks.convert_tokens_to_ids(c) for c in "<|user|>5"]
+    think = thinks.convert_tokens_to_ids("</think>")
+    samples[0] = replace(samples[0], completion=[*spelled, think, *answer, end])
+    made = shown(thinks, config, samples)
+    assert "S:<|user|>5" in text(thinks, made[1]) and "long" not in text(thinks, made[1])
+    assert made[1].teacher_prompt.count(mark) == 1 and think not in made[1].teacher_prompt
+    assert made[1].context == ("sibling",) and has_context(made[1])
+
+
 def test_the_length_limit(tokenizer) -> None:
     """What is too long is left out: another sibling is drawn, then none is shown."""
     texts = ["x" * 200, "short", "bad", "x" * 200, "y" * 200, "bad"]
@@ -175,6 +196,10 @@ def test_a_template_is_tried_with_and_without_each_text(tokenizer) -> None:
     fails_without = recipe("[sibling]", "prompts.teacher={{ sibling.strip() }}")
     with pytest.raises(UserError, match=r"prompts\.teacher: "):
         PromptBuilder(tokenizer, fails_without.prompts)
+    for template in ("{{ attempt }}", "{% if sibling %}{% endif %}{{ feedback }}"):
+        shows_none = recipe("[sibling, feedback]", f"prompts.teacher={template}")
+        with pytest.raises(UserError, match=r"does not show the sibling .*\{\{ sibling \}\}"):
+            PromptBuilder(tokenizer, shows_none.prompts)
     plain = config("model", "runs/none", "prompts.teacher={{ sibling }}")
     with pytest.raises(UserError, match=r"prompts\.teacher: 'sibling' is undefined"):
         PromptBuilder(tokenizer, plain.prompts)

@@ -126,6 +126,20 @@ from tests.helpers.method_cases import settings
             ],
             "needs samples of the student in every step",
         ),
+        (
+            ["method=context_distill", "curriculum={target: 0.5, width: 0.25}"],
+            "context_distill samples another model",
+        ),
+        (
+            [
+                *("method=distill", "distill.teacher=t", "distill.sampler_share=0.2"),
+                *(
+                    "loss.token_weight={importance_cap: 2.0}",
+                    "curriculum={target: 0.5, width: 0.25}",
+                ),
+            ],
+            "samples from the teacher too",
+        ),
     ],
 )
 def test_what_cannot_be_right_is_refused(overrides: list[str], words: str) -> None:
