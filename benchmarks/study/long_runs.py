@@ -21,6 +21,7 @@ SIGNALS = {
     "student_entropy": "entropy",
     "divergence": "divergence",
     "clipped_mass": "clipped mass",
+    "trained": "nothing trained",
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opsd_train.config.schema import CollapseConfig
-from opsd_train.reporting.collapse import MONITORED, CollapseMonitor
+from opsd_train.reporting.collapse import MONITORED, TRAINED, CollapseMonitor
 from opsd_train.reporting.metrics_log import read_rows
 
 LONG = "long"
@@ -25,8 +25,8 @@ def signals(run_folder: Path) -> dict[str, Any]:
     monitor, first = CollapseMonitor(CollapseConfig()), {}
     for row in rows:
         for warning in monitor.observe(row["step"], row):
-            name = next(n for n in MONITORED if f": {n} is " in warning)
-            side = "below" if " below the band " in warning else "above"
+            name = next(n for n in (*MONITORED, TRAINED) if f": {n} is " in warning)
+            side = "above" if " above the band " in warning else "below"
             first.setdefault(name, [row["step"], side])
     return {"first": first, "curves": {n: c for n in CURVES if (c := _curve(rows, n))}}
 

@@ -209,7 +209,8 @@ class CollapseConfig:
     """Warnings when a metric drifts from its values in the first steps."""
 
     first_steps: Positive = 10
-    """Steps that define a metric's normal mean and standard deviation; no warnings until then."""
+    """Steps that define a metric's normal mean and standard deviation; no warnings until then. As
+    many steps in a row that train on no sample are warned of, too."""
     width: PositiveReal = 4.0
     """Warn when a metric's running mean is this many standard deviations from normal, or falls to
     a quarter of it."""

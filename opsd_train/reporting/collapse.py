@@ -30,6 +30,11 @@ _SAMPLER_DRIFT = (
     "rollout.ahead=1, lower optim.lr"
 )
 
+_NOTHING = (
+    "no sample counted in the loss: if none is right, make the problems easier, raise "
+    "rollout.max_new_tokens or go back to a checkpoint"
+)
+
 # The advice for each side of the band. A falling divergence is the aim of training: no warning.
 MONITORED = {
     "completion_length": {"below": _SHORTER, "above": _LONGER},
@@ -40,12 +45,14 @@ MONITORED = {
     "sampler_mismatch": {"above": _SAMPLER_DRIFT},
     "importance": {"below": _SAMPLER_DRIFT, "above": _SAMPLER_DRIFT},
 }
+TRAINED = "trained"
 
 
 class CollapseMonitor:
     """Warns when a metric's running mean leaves mean ± width * std of its first steps.
 
-    A fall below LEAST_SHARE of that mean is outside in any case.
+    A fall below LEAST_SHARE of that mean is outside in any case. Warns too when as many steps in a
+    row have trained on nothing: then no other metric can tell.
     """
 
     def __init__(self, config: CollapseConfig) -> None:
@@ -55,6 +62,7 @@ class CollapseMonitor:
     def observe(self, step: int, row: dict[str, Any]) -> list[str]:
         """The warnings after this step, one line each: one each time a metric leaves its band."""
         warnings = [self._check(step, name, row[name]) for name in MONITORED if _usable(row, name)]
+        warnings.append(self._check_trained(step, row.get("trained")))
         return [warning for warning in warnings if warning]
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,6 +94,13 @@ class CollapseMonitor:
             f"band {max(low, 0.0):.4g} to {high:.4g} of its first {self.config.first_steps} "
             f"steps; {MONITORED[name][side]}"
         )
+
+    def _check_trained(self, step: int, share: float | None) -> str | None:
+        count, seen = self.config.first_steps, self._metrics.setdefault(TRAINED, {"idle": 0})
+        seen["idle"] = seen["idle"] + 1 if share == 0 else 0
+        if seen["idle"] != count:  # once each time
+            return None
+        return f"step {step}: {TRAINED} is 0 in each of the last {count} steps; {_NOTHING}"
 
     def _band(self, first: list[float]) -> tuple[float, float, float]:
         """Lower edge, mean and upper edge."""

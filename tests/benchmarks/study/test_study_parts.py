@@ -164,9 +164,11 @@ def test_signals_are_what_the_monitor_would_have_said(tmp_path: Path) -> None:
     for step in range(1, 61):
         entropy = 2.0 + 0.01 * (step % 3) - (0.1 * (step - 30) if step > 30 else 0)
         rows.append({"step": step, "student_entropy": entropy, "divergence": 0.5, "loss": 1.0})
+        rows[-1]["trained"] = 0.0 if step > 45 else 1.0
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = signals(tmp_path)
-    assert set(found["first"]) == {"student_entropy"}
+    assert set(found["first"]) == {"student_entropy", "trained"}
+    assert found["first"]["trained"] == [55, "below"]
     step, side = found["first"]["student_entropy"]
     assert side == "below" and 33 <= step <= 45
     assert found["curves"]["divergence"] == [0.5] * 6

@@ -88,6 +88,25 @@ def test_a_flat_start_does_not_make_noise_a_warning(level):
     assert len(run(monitor(), "divergence", [level] * len(FIRST) + [2 * level + 0.1] * RECENT)) == 1
 
 
+def test_steps_that_train_on_nothing():
+    made = monitor()
+    shares = [0.5, *[0.0] * 5, 0.25, *[0.0] * 12, 0.5, *[0.0] * 7]
+    found = {
+        step: warning
+        for step, share in enumerate(shares, 1)
+        for warning in made.observe(step, {"trained": share, "student_entropy": None})
+    }
+    assert list(found) == [13, 26]  # after six in a row, once each time
+    assert found[13].startswith("step 13: trained is 0 in each of the last 6 steps; no sample")
+    assert "\n" not in found[13]
+    first, second = monitor(), monitor()
+    assert first.observe(1, {"trained": 0.0}) == []
+    for step in range(2, 6):
+        first.observe(step, {"trained": 0.0})
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert len(second.observe(6, {"trained": 0.0})) == 1
+
+
 def test_nothing_to_judge():
     made = monitor()
     for step in range(1, 40):
