@@ -1,7 +1,7 @@
 """The paper's experiments on a small model, and a page with their results.
 
-    python -m benchmarks.study --quick                     about an hour on 2 CPU cores
-    python -m benchmarks.study                             the full grid of tasks, arms and seeds
+    python -m benchmarks.study                             the full grid: a night of 2 CPU cores
+    python -m benchmarks.study --quick                     fewer steps, seeds and arms
     python -m benchmarks.study --only methods,tokens --jobs 4
 
     python -m benchmarks.study --earlier docs/study/results.json    go on with a committed part
