@@ -178,7 +178,7 @@ def test_the_readme_has_a_row_of_each_measurement(folder):
     assert step[3] == "`python -m benchmarks.train_step --model smol`"
     assert step[1:3] == ("5.00 s, 700 MiB", "Their trainer: 12.5 s, \N{EN DASH}")
     assert demo[1:3] == ("29.5 % [23.6, 36.2]", "before training: 12.0 % [8.2, 17.2]")
-    assert study[3] == "`python -m benchmarks.study --quick`"
+    assert study[3] == "`python -m benchmarks.study`"
     assert minus not in study[1] and study[1].startswith("OPSD: ")
     block = (ROOT / "docs" / "benchmarks.md").read_text()
     for figures in (study[1].removeprefix("OPSD: "), study[2].split(": ")[1].split(";")[0]):
