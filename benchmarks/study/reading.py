@@ -134,7 +134,10 @@ def _ratio_text(contrast: Contrast, ratio: Ratio) -> str:
     first, second = contrast.first.label, contrast.second.label
     tops = {first: percent(ratio.best[0]), second: percent(ratio.best[1])}
     if math.isnan(ratio.value):
-        return "neither rises above the model before training, so there is no ratio."
+        return (
+            f"neither {first} nor {second} rises above the model before training, so there is no "
+            "ratio."
+        )
     if ratio.value in (0, math.inf):
         rises, stays = (second, first) if ratio.value == 0 else (first, second)
         return (

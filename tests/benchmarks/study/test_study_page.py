@@ -114,7 +114,7 @@ def test_numbers_as_text():
     [
         (math.inf, (0.6, 0.2), "not reached: GRPO, 8 samples never rises"),
         (0.0, (0.2, 0.6), "not reached: OPSD, 1 sample never rises"),
-        (math.nan, (0.2, 0.2), "neither rises"),
+        (math.nan, (0.2, 0.2), "neither OPSD, 1 sample nor GRPO, 8 samples rises"),
         (
             12.0,
             (0.6, 0.5),
