@@ -27,7 +27,7 @@ from opsd_train.reporting.plots import NEUTRAL, STUDENT, STYLE, TEACHER, Picture
 
 WIDTH, PANEL_HEIGHT = 10.4, 2.9
 OWN = "opsd"  # the arm that every experiment compares with
-COLORS = ("#c2570c", "#15803d", "#7e22ce", "#be123c", "#0e7490", "#334155")
+COLORS = ("#c2570c", "#15803d", "#7e22ce", "#be123c", "#0e7490", "#334155", "#eab308")
 INK = "#0f172a"
 AVERAGE = "average"
 # Letters as text, not as outlines, for a quarter of the file size.
