@@ -23,6 +23,7 @@ SIGNALS = {
     "clipped_mass": "clipped mass",
     "trained": "nothing trained",
 }
+ARROWS = {"below": "↓", "above": "↑"}
 
 
 def signals_table(results: Results, comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -85,7 +86,7 @@ def _first(runs: list[dict[str, Any]], name: str) -> str:
     found = [run["signals"]["first"].get(name) for run in runs]
     if not any(found):
         return NONE
-    return ", ".join(f"{one[0]} {one[1]}" if one else NONE for one in found)
+    return ", ".join(f"{one[0]} {ARROWS[one[1]]}" if one else NONE for one in found)
 
 
 def _peak(comparison: Comparison, arm: ArmResult) -> str:

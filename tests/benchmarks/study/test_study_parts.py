@@ -186,7 +186,7 @@ def test_the_page_of_long_runs(tmp_path: Path) -> None:
         run["signals"] = {"first": first, "curves": curves}
     header, rows = signals_table(results, compare(results, experiment))
     assert header[4] == "entropy, first warning"
-    assert {row[4] for row in rows} == {f"40 below, {NONE}"} and {row[3] for row in rows} == {NONE}
+    assert {row[4] for row in rows} == {f"40 ↓, {NONE}"} and {row[3] for row in rows} == {NONE}
     (tmp_path / "results.json").write_text(json.dumps(results))
     write_page(tmp_path)
     assert (tmp_path / "figures" / "objectives-long-runs.svg").stat().st_size > 10_000
