@@ -3,10 +3,16 @@
 import gc
 import importlib.util
 import os
+from collections.abc import Iterator
 
 # Idle OpenMP threads that spin make small tensors six times slower on busy cores. OpenMP reads this
 # when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from tests.helpers import devices, stand_in_library
+
+if devices.CHOICE == "stand-in":
+    stand_in_library.load()  # before PyTorch, which asks for it once
 
 import pytest
 import torch
@@ -21,6 +27,18 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     # Workers share the cores; more threads than cores make all of them slower.
     workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stand_in() -> Iterator[None]:
+    """The stand-in for a GPU around all tests, if they ask for it."""
+    if devices.CHOICE != "stand-in":
+        yield
+        return
+    from tests.helpers.stand_in_gpu import stand_in_gpu  # it imports PyTorch
+
+    with stand_in_gpu():
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

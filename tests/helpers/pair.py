@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from opsd_train.distributed.context import DistributedContext, init_distributed
+from tests.helpers import devices
 from tests.helpers.forked import forking
 
 SIZE = 2
@@ -79,7 +80,7 @@ def _result(pipe: Connection) -> tuple[bool, Any]:
 
 def alone() -> DistributedContext:
     """The context of the single process that the two are compared with."""
-    return DistributedContext(torch.device("cpu"))
+    return DistributedContext(torch.device(devices.NAME))
 
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:

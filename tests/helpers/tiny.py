@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opsd_train.config.load import config_from
 from opsd_train.config.schema import Config
+from tests.helpers import devices
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -69,7 +70,7 @@ def recipe(model: Path | str, output_dir: Path | str) -> dict:
         "steps": 3,
         "problems_per_step": 4,
         "micro_batch_tokens": 200,
-        "model": {"name_or_path": str(model), "dtype": "float32", "device": "cpu"},
+        "model": {"name_or_path": str(model), "dtype": "float32", "device": devices.NAME},
         "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"]},
         "data": {
             "source": "reasoning_gym",

@@ -33,6 +33,7 @@ from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
+from tests.helpers import devices
 from tests.helpers.tiny import make_tokenizer
 
 TRAINERS: dict[str, tuple[type, type]] = {
@@ -194,7 +195,7 @@ def build(
     settings = {
         "output_dir": str(folder), "max_steps": 2, "logging_steps": 1, "report_to": "none",
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-4,
-        "save_strategy": "no", "use_cpu": True, "bf16": False, "disable_tqdm": True, "seed": 1,
+        "save_strategy": "no", "use_cpu": devices.ON_CPU, "bf16": False, "disable_tqdm": True, "seed": 1,
         "lr_scheduler_type": "constant", "gradient_checkpointing": False, "max_grad_norm": 1e9,
     }  # fmt: skip
     args = config_class(**{**settings, **OPTIONS.get(kind, {}), **options})

@@ -12,6 +12,7 @@ import yaml
 
 import opsd_train
 from opsd_train.cli import NO_LOADING_BARS, main
+from tests.helpers import devices
 from tests.helpers.tiny import recipe, save_model
 
 ROOT = Path(opsd_train.__file__).parents[1]
@@ -73,13 +74,14 @@ def test_listing_recipes_in_a_real_process():
     assert any(line.startswith("paper/eval ") for line in lines[second:])
 
 
+@devices.starts_a_process
 def test_a_log_has_the_plan_a_line_a_step_and_no_bars(tmp_path):
     made = recipe(save_model(tmp_path / "model"), tmp_path / "run")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(made))
     done = run(str(tmp_path / "tiny.yaml"), "steps=2")
     assert done.returncode == 0, done.stderr
     plan, *rest = done.stdout.splitlines()
-    wanted = f"2 steps of opsd with {tmp_path / 'model'} (float32, device cpu); loading"
+    wanted = f"2 steps of opsd with {tmp_path / 'model'} (float32, device {devices.NAME}); loading"
     assert plan == f"{tmp_path / 'tiny.yaml'}: {wanted}"
     steps = [line for line in rest if re.match(r"step \d/2  ", line)]
     number = r"[\d.]+"

@@ -24,6 +24,7 @@ from opsd_train.reporting.run_folder import RunFolder, claim, release
 from opsd_train.reporting.timers import PhaseTimer
 from opsd_train.run import train
 from opsd_train.trainer import Trainer
+from tests.helpers import devices
 from tests.helpers.tiny import config, make_model, make_tokenizer, recipe
 from tests.helpers.verdicts import children, wait_until_gone
 
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_trainer(*arguments) -> Trainer:
-    made, context = config(*arguments), DistributedContext(torch.device("cpu"))
+    made, context = config(*arguments), DistributedContext(torch.device(devices.NAME))
     return Trainer(made, context, RunFolder(Path(made.output_dir), context), PhaseTimer(), "full")
 
 
@@ -197,6 +198,7 @@ def test_interrupted_between_steps(tiny_folder: Path, tmp_path: Path, monkeypatc
     assert "interrupted" in (run / "report.html").read_text()
 
 
+@devices.starts_a_process
 def test_interrupted_by_ctrl_c(tiny_folder: Path, tmp_path: Path) -> None:
     path, run = tmp_path / "tiny.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(recipe(tiny_folder, run)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from opsd_kernels.integrations import heads
 from opsd_kernels.integrations.transformers import fuse_loss, unfuse_loss
+from tests.helpers import devices
 from tests.helpers.family_models import FAMILIES, SLOW, VOCAB, make_family
 
 
@@ -220,7 +221,7 @@ def test_in_transformers_trainer(tmp_path: Path) -> None:
         if fused:
             fuse_loss(model)
         args = transformers.TrainingArguments(
-            str(tmp_path / str(fused)), max_steps=3, per_device_train_batch_size=2, use_cpu=True,
+            str(tmp_path / str(fused)), max_steps=3, per_device_train_batch_size=2, use_cpu=devices.ON_CPU,
             gradient_accumulation_steps=4, report_to="none", logging_steps=1, learning_rate=1e-4,
             disable_tqdm=True, save_steps=3,
         )  # fmt: skip

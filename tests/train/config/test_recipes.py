@@ -15,7 +15,7 @@ from opsd_train.config.load import config_from, load_recipe, recipe_names
 from opsd_train.config.schema import Config
 from opsd_train.data.problems import Problem
 from opsd_train.data.prompts import PromptBuilder
-from tests.helpers import qwen3
+from tests.helpers import devices, qwen3
 from tests.helpers.verdicts import made_up
 
 PAPER = [name for name in recipe_names() if name.startswith("paper/")]
@@ -194,7 +194,7 @@ def test_two_steps_of_the_papers_recipes(
     config = load(
         name,
         f"model.name_or_path={tiny_qwen3[name.rpartition('-')[2]]}",
-        "model.device=cpu",
+        f"model.device={devices.NAME}",
         "data.source=file",
         f"data.path={openthoughts}",
         "data.heldout_size=1",
@@ -223,7 +223,7 @@ def test_two_steps_of_the_demos(
     config = load(
         name,
         f"model.name_or_path={tiny_folder}",
-        "model.device=cpu",
+        f"model.device={devices.NAME}",
         "data.train_size=8",
         "data.heldout_size=2",
         "steps=2",

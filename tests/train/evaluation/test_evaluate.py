@@ -23,10 +23,11 @@ from opsd_train.evaluation.settings import EvalConfig
 from opsd_train.evaluation.source import find_source
 from opsd_train.evaluation.store import GenerationFile, Store
 from opsd_train.rollout.transformers_engine import TransformersEngine
+from tests.helpers import devices
 
 SMALL = (
     "model.dtype=float32",
-    "model.device=cpu",
+    f"model.device={devices.NAME}",
     "sampling.samples=3",
     "sampling.max_new_tokens=6",
     "sampling.batch_tokens=600",
