@@ -48,9 +48,7 @@ def test_a_race_in_cublas_is_named_and_one_of_ours_fails(
 
 
 @pytest.mark.parametrize("family", sanitizer._FAMILIES)
-def test_the_program_under_the_sanitizer_runs(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_program_under_the_sanitizer_runs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this device; every operation in both dtypes, with its backward."""
     ran, ours = [], sanitizer.our_call
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
