@@ -213,6 +213,23 @@ def test_only_the_stages_asked_for_run(tmp_path, monkeypatch, capsys) -> None:
 
 
 @ON_CPU
+def test_time_that_others_leave_is_for_the_stages_asked_for(tmp_path, monkeypatch) -> None:
+    """All tests take longer than their share of the whole command."""
+    limits = []
+
+    def ran(stage: Stage, job: GpuJob, limit: float) -> dict:
+        limits.append(limit)
+        return {"name": stage.name, "limit": limit, "seconds": 0.0}
+
+    monkeypatch.setattr(command, "run_stage", ran)
+    monkeypatch.setattr(command.summary, "lines", lambda *_: [])
+    call = ["first", "--out", str(tmp_path), "--small", "--stages", "suite,sanitizer"]
+    assert command.main(call) == 0
+    whole, sanitizing = command.SECONDS["first"], command.STAGES["first"][3].limit
+    assert limits == pytest.approx([whole - sanitizing, whole], abs=5)
+
+
+@ON_CPU
 def test_the_second_command_needs_no_winners(tmp_path, monkeypatch) -> None:
     """README and the result tables name it so."""
     monkeypatch.setitem(command.SECONDS, "second", 0.2)
