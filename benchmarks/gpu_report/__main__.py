@@ -22,7 +22,7 @@ from benchmarks.gpu_report.work import message
 from benchmarks.losses.memory import CudaMemory
 
 WHEELS = ROOT / ".whl"
-# In order, with their time limits in seconds; the last stage has all that is left of SECONDS.
+# In order, with their time limits in seconds, which are SECONDS together.
 STAGES = {
     "first": (
         Stage("ceilings", 20),
@@ -70,8 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         report |= {"memory_method": CudaMemory.method, "stages": []}
         failed = write_report(report, job, stages)
         for number, stage in enumerate(stages, 1):
-            left = deadline - time.time()
-            limit = left if number == len(stages) else min(stage.limit, left)
+            # A stage may use the time of those before it, or not asked for, that they left.
+            left, later = deadline - time.time(), sum(x.limit for x in stages[number:])
+            limit = max(min(stage.limit, left), left - later)
             report["stages"].append(run_stage(stage, job, limit))
             failed = write_report(report, job, stages[number:])
             if stage.name == "sweeps":

@@ -20,8 +20,8 @@ Row = dict[str, Any]
 Emit = Callable[[Row], None]
 
 _WORKERS = 12  # processes that compile or check at once
-# Takes Triton's interpreter a fraction of a second: one tile of the vocabulary.
-SMALL = Shape("small", 16, 40)
+# Takes Triton's interpreter a fraction of a second: three tiles, and more entries than TOP_K.
+SMALL = Shape("small", 16, 130)
 SMALL_TOKENS = 4
 
 

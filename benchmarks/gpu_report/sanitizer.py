@@ -26,17 +26,23 @@ _CUBLAS = "nvjet"
 _BROKEN = "Target application returned an error"
 # Two blocks of rows for any kernel; several tiles of the vocabulary, the last one partial.
 _TOKENS, _SHAPE = 160, Shape("smallest", 64, 9111)
-_LOSSES = ("jsd", "forward_kl", "logprob")
+# Operations and heads of a process. Of several targets a frozen head's gradient has its own kernel.
+_FAMILIES = {
+    "losses": (("jsd", "trained"), ("forward_kl", "trained"), ("logprob", "trained")),
+    "topk": (("topk", "trained"), ("topk", "frozen")),
+}
 
 
 def shards(job: GpuJob) -> list[list[str]]:
-    """Each tool on each schedule and precision. Raises Absent without a GPU or the tool."""
+    """Each tool on each way to run each family. Raises Absent without a GPU or the tool."""
     if job.device.type != "cuda":
         raise Absent("there is no GPU here")
     if shutil.which(_PROGRAM) is None:
         raise Absent(f"{_PROGRAM} is not on the PATH")
-    case = Case("jsd", "trained", "bfloat16", _SHAPE, _TOKENS)
-    ids = [f"{tool} {s} {p}" for tool, (s, p) in product(_TOOLS, ways(case, job.device))]
+    ids = []
+    for tool, (family, calls) in product(_TOOLS, _FAMILIES.items()):
+        case = Case(*calls[0], "bfloat16", _SHAPE, _TOKENS)
+        ids += [f"{tool} {s} {p} {family}" for s, p in ways(case, job.device)]
     return deal(ids, job.workers)
 
 
@@ -45,10 +51,10 @@ def run(identifier: str, job: GpuJob) -> dict[str, Any]:
 
     Raises RuntimeError if it found an error elsewhere, or if the program failed.
     """
-    tool, schedule, precision = identifier.split()
+    tool, *what = identifier.split()
     command = [
         _PROGRAM, "--tool", tool, "--error-exitcode", "9", "--print-limit", "10000",
-        sys.executable, "-m", "benchmarks.gpu_report.sanitizer", schedule, precision,
+        sys.executable, "-m", "benchmarks.gpu_report.sanitizer", *what,
     ]  # fmt: skip
     # The caching allocator would hide an access past a tensor's end.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -66,10 +72,10 @@ def run(identifier: str, job: GpuJob) -> dict[str, Any]:
     return {"summary": " ".join(summary), "in_cublas": len(in_cublas)}
 
 
-def smallest(schedule: str, precision: str) -> None:
-    """The program under test: forward and backward of a loss of each family, head trained."""
-    for operation, dtype in product(_LOSSES, ("bfloat16", "float32")):
-        x = Inputs(Case(operation, "trained", dtype, _SHAPE, _TOKENS), default_device())
+def smallest(schedule: str, precision: str, family: str) -> None:
+    """The program under test: forward and backward of each operation of a family."""
+    for call, dtype in product(_FAMILIES[family], ("bfloat16", "float32")):
+        x = Inputs(Case(*call, dtype, _SHAPE, _TOKENS), default_device())
         if (schedule, precision) in ways(x.case, default_device()):
             our_call(x, schedule, precision).backward()
     torch.cuda.synchronize()

@@ -121,11 +121,13 @@ def our_plan(
     precision: str = "auto",
     workspace: int | None = None,
 ) -> Plan:
-    """Our plan for the case, as the operators make it; of "topk" the teacher's.
+    """Our plan for the case, as the operators make it.
 
+    Of "topk" the teacher's, but the student's with "streaming", which chooses no largest logits.
     Raises ValueError if it is not possible.
     """
-    topk = case.operation in ("topk", "largest")
+    student_streams = case.operation == "topk" and schedule == "streaming"
+    topk = case.operation in ("topk", "largest") and not student_streams
     return plan(
         case.tokens, case.shape.hidden, case.shape.vocab,
         loss="topk" if topk else "divergence" if case.operation in BETA else "logprob",
@@ -166,7 +168,8 @@ def our_call(
     if operation == "largest":
         return -fused_linear_topk(x.student, x.head, TOP_K, schedule=schedule)[0].mean()
     if operation == "topk":
-        teacher_logprob, ids, _ = fused_linear_topk(*teacher, TOP_K, schedule=schedule)
+        chooses = "auto" if schedule == "streaming" else schedule
+        teacher_logprob, ids, _ = fused_linear_topk(*teacher, TOP_K, schedule=chooses)
         student_logprob = fused_linear_logprob(x.student, x.head, ids, schedule=schedule)
         return topk_divergence(student_logprob, teacher_logprob, beta=0.0).mean()
     advantage, logprob = fused_linear_advantage(

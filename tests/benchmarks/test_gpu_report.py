@@ -18,6 +18,7 @@ from benchmarks.gpu_report.conductor import Stage, run_stage
 from benchmarks.gpu_report.job import GpuJob
 from benchmarks.gpu_report.winners import tiles
 from benchmarks.losses import contenders
+from benchmarks.losses.cases import DIFFERENTIATED, ONE_HEAD, OPERATIONS
 from benchmarks.losses.truth import BETA
 from opsd_kernels.plan import SCHEDULES
 
@@ -73,9 +74,9 @@ def check_first(report: dict) -> None:
     every = [schedule for schedule in SCHEDULES if schedule != "auto"]
     assert smoke == {
         (loss, schedule, "fp32", head)
-        for loss in ("jsd", "forward_kl", "reverse_kl", "advantage", "logprob", "cross_entropy")
+        for loss in DIFFERENTIATED
         for schedule in every
-        for head in (("one",) if loss in ("logprob", "cross_entropy") else ("shared", "distinct"))
+        for head in (("one",) if loss in ONE_HEAD else ("shared", "distinct"))
     }
     assert {"row own", "streaming own", "rows 8"} <= {i for stage, i in rows if stage == "sweeps"}
     assert stages_of(report)["suite"]["found"] > 5
@@ -85,7 +86,7 @@ def check_second(report: dict, winners: dict) -> None:
     rows = {(row["stage"], row["id"]): row.get("found") for row in report["rows"]}
     assert report["winners"] == winners["tiles"]
     operations = {i.split("-")[0] for stage, i in rows if stage == "losses"}
-    assert len(operations) == 6
+    assert operations == set(OPERATIONS)
     losses = [found for (stage, _), found in rows.items() if stage == "losses"]
     assert losses[0]["contenders"]["opsd_kernels"]["seconds"]["both"]
     for schedule in (x for x in SCHEDULES if x != "auto"):
@@ -163,8 +164,8 @@ def test_a_gpu_checks_every_loss_schedule_head_dtype_and_vocabulary(as_on_a_gpu)
     shards = smoke.shards(as_on_a_gpu)
     schedules = len(SCHEDULES) - 1
     fp32 = [i for shard in shards for i in shard if " fp32 " in i]
-    # Two losses of one head, four of a pair; the top 64 are chosen in two of the schedules.
-    assert len(fp32) == (schedules * (4 * 2 + 2) + 2 * 2) * 4
+    # Two losses of one head, five of a pair.
+    assert len(fp32) == schedules * (5 * 2 + 2) * 4
     differences = {i for shard in shards for i in shard if " difference " in i}
     losses = {tuple(i.split()[::3]) for i in differences}
     assert losses == {(loss, head) for loss in BETA for head in ("shared", "distinct")}
@@ -209,6 +210,23 @@ def test_only_the_stages_asked_for_run(tmp_path, monkeypatch, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
         command.main([*call, "smoke,step"])
     assert "expected some of ceilings, smoke, suite" in capsys.readouterr().err
+
+
+@ON_CPU
+def test_time_that_others_leave_is_for_the_stages_asked_for(tmp_path, monkeypatch) -> None:
+    """All tests take longer than their share of the whole command."""
+    limits = []
+
+    def ran(stage: Stage, job: GpuJob, limit: float) -> dict:
+        limits.append(limit)
+        return {"name": stage.name, "limit": limit, "seconds": 0.0}
+
+    monkeypatch.setattr(command, "run_stage", ran)
+    monkeypatch.setattr(command.summary, "lines", lambda *_: [])
+    call = ["first", "--out", str(tmp_path), "--small", "--stages", "suite,sanitizer"]
+    assert command.main(call) == 0
+    whole, sanitizing = command.SECONDS["first"], command.STAGES["first"][3].limit
+    assert limits == pytest.approx([whole - sanitizing, whole], abs=5)
 
 
 @ON_CPU

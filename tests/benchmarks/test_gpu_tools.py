@@ -3,6 +3,7 @@
 import subprocess
 
 import pytest
+import torch
 
 from benchmarks.gpu_report import counters, sanitizer
 from benchmarks.gpu_report.job import GpuJob
@@ -40,10 +41,21 @@ def test_a_race_in_cublas_is_named_and_one_of_ours_fails(
     job = GpuJob("first", "", True)
     if says is not None:
         with pytest.raises(RuntimeError, match=says):
-            sanitizer.run(f"{tool} tiled fp32", job)
+            sanitizer.run(f"{tool} tiled fp32 losses", job)
         return
-    found = sanitizer.run(f"{tool} tiled fp32", job)
+    found = sanitizer.run(f"{tool} tiled fp32 losses", job)
     assert found["in_cublas"] == 2 * (text == IN_CUBLAS) and "SUMMARY" in found["summary"]
+
+
+@pytest.mark.parametrize("family", sanitizer._FAMILIES)
+def test_the_program_under_the_sanitizer_runs(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this device; every operation in both dtypes, with its backward."""
+    ran, ours = [], sanitizer.our_call
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(sanitizer, "our_call", lambda x, *how: ran.append(x) or ours(x, *how))
+    sanitizer.smallest("blocked", "fp32", family)
+    assert len(ran) == 2 * len(sanitizer._FAMILIES[family])
+    assert all(x.student.grad.abs().max() > 0 for x in ran)
 
 
 NCU = """\

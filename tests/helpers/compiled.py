@@ -11,6 +11,8 @@ from opsd_kernels.fused_cross_entropy import fused_linear_cross_entropy
 from opsd_kernels.fused_jsd import FusedLinearJSD, fused_linear_jsd
 from opsd_kernels.fused_kl import fused_linear_forward_kl, fused_linear_reverse_kl
 from opsd_kernels.fused_logprob import fused_linear_logprob
+from opsd_kernels.fused_topk import fused_linear_topk
+from opsd_kernels.sparse_divergence import topk_divergence
 from opsd_kernels.testing import cast, make_pair
 from tests.helpers.kernel_cases import STUDENT, run, workspace_for
 
@@ -79,6 +81,15 @@ def logprob_targets(**p: Tensor) -> object:
     return flat(fused_linear_logprob(hidden, weight, ids, bias=p["student_bias"], **options))
 
 
+def top_k(**p: Tensor) -> object:
+    teacher = p["teacher_input"], p["teacher_weight"]
+    how = {"vocab_size": 60, "shift_labels": p["shift_labels"]}
+    teacher_logprob, ids, _ = fused_linear_topk(*teacher, 6, bias=p["teacher_bias"], **how)
+    hidden, weight, _ = student(p)
+    student_logprob = fused_linear_logprob(hidden, weight, ids, bias=p["student_bias"])
+    return topk_divergence(student_logprob, teacher_logprob, 0.3), student_logprob, ids
+
+
 def cross_entropy(**p: Tensor) -> object:
     options = {"label_smoothing": 0.1, "logit_scale": 0.125, "return_stats": True}
     return flat(fused_linear_cross_entropy(*student(p), bias=p["student_bias"], **options))
@@ -107,6 +118,7 @@ FUNCTIONS = [
     logprob,
     logprob_entropy_stats,
     logprob_targets,
+    top_k,
     cross_entropy,
     sampled_token_loss,
     module,

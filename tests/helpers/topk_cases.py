@@ -1,4 +1,4 @@
-"""What the tests of `fused_linear_topk` share: inputs with ties, and comparison with float64."""
+"""What the tests of top-k and of several targets share: inputs, and comparison with float64."""
 
 import torch
 import torch.distributed as dist
@@ -30,17 +30,36 @@ def integer_case(tokens: int, hidden: int, vocab: int, seed: int = 0) -> dict[st
     return {"input": integers(tokens, hidden), "weight": integers(vocab, hidden), "bias": bias}
 
 
+def distinct_ids(tokens: int, vocab: int, count: int, ignored: int = 0, seed: int = 0) -> Tensor:
+    """(tokens, count) distinct ids; the last `ignored` of every third token are -100."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(vocab, generator=g)[:count] for _ in range(tokens)])
+    ids[::3, count - ignored :] = -100
+    return ids
+
+
+def targets_case(
+    count: int, tokens: int, hidden: int, vocab: int, ignored: int = 1
+) -> dict[str, Tensor]:
+    """Arguments of `fused_linear_logprob` with `count` targets per token."""
+    case = single(make_pair(tokens, hidden, vocab))
+    case["target"] = distinct_ids(tokens, vocab, count, ignored)
+    case["target"][tokens // 2] = -100  # a token without targets reaches no product
+    return case
+
+
 def check(
     case: dict[str, Tensor],
     k: int,
     dtype: torch.dtype,
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     only_ours: dict[str, object] | None = None,
+    near: float = 1e-5,
     **options: object,
 ) -> None:
     """Error against float64 at most twice that of PyTorch in fp32; ids as a stable sort has them.
 
-    Where two of the truth's logits are too close for fp32, either may come first.
+    Of two of the truth's logits that are less than `near` apart either may come first.
     """
     there = move(cast(case, dtype), device)
     found = fused_linear_topk(**there, k=k, **options, **(only_ours or {}))
@@ -52,13 +71,17 @@ def check(
     assert ours[0].dtype == ours[2].dtype == wide and ours[1].dtype == torch.int64
     for name, a, t, p in zip(NAMES, ours, true, plain, strict=True):
         if name == "ids":
-            assert_ids(a, t, exact, options)
+            assert_ids(a, t, exact, near, options)
         else:
             assert_close(a, t, p, max_factor=4.0, name=name)
 
 
 def assert_ids(
-    ids: Tensor, true: Tensor, exact: dict[str, Tensor], options: dict[str, object]
+    ids: Tensor,
+    true: Tensor,
+    exact: dict[str, Tensor],
+    near: float,
+    options: dict[str, object],
 ) -> None:
     assert ids.shape == true.shape
     names = ("softcap", "logit_scale", "temperature")
@@ -70,7 +93,7 @@ def assert_ids(
     in_order = ids.sort(-1).values
     assert (in_order[..., 1:] > in_order[..., :-1]).all(), "an id comes twice"
     other, same = z.gather(-1, ids), z.gather(-1, true)
-    wrong = (ids != true) & ~((other - same).abs() < 1e-5) | (ids != true) & (other == same)
+    wrong = (ids != true) & ~((other - same).abs() < near) | (ids != true) & (other == same)
     assert not wrong.any(), f"ids {ids[wrong]}, truth {true[wrong]}"
 
 

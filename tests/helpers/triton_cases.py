@@ -8,7 +8,7 @@ from torch import Tensor
 
 from opsd_kernels.fused_advantage import fused_linear_advantage, policy_gradient_loss
 from opsd_kernels.testing import make_pair
-from tests.helpers.kernel_cases import check, move, prepare, run
+from tests.helpers.kernel_cases import check, move, prepare, run, same_bits
 
 # One name for each kernel's way through; the other public losses call the same operators.
 KINDS = ("jsd 0", "jsd 0.1", "jsd 1", "cross-entropy", "logprob and entropy")
@@ -57,3 +57,25 @@ def check_nan_stays_nan(name: str, schedule: str, device: str) -> None:
     values, grads = run(fn, inputs, wrt, **options, **more)
     rows = values[0].isnan().nonzero().flatten().tolist() if values[0].dim() else [7]
     assert rows == [7] and grads[wrt[0]][7].isnan().all()
+
+
+def check_stays_on_the_current_stream(
+    fn: Callable, inputs: dict[str, Tensor], wrt: tuple[str, ...], **options: object
+) -> None:
+    """A call and its backward finish on a side stream while the default stream is busy."""
+    expected = run(fn, inputs, wrt, **options)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(fn, inputs, wrt, **options)  # the stream gets its memory and cuBLAS workspace
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2**31)  # about a second in which the default stream does nothing else
+    blocked = torch.cuda.Event()
+    blocked.record()
+    with torch.cuda.stream(side):
+        values, grads = run(fn, inputs, wrt, **options)
+        found = [x.cpu() for x in values], {k: v.cpu() for k, v in grads.items()}
+    waited = blocked.query()
+    torch.cuda.synchronize()
+    same_bits(([x.cpu() for x in expected[0]], move(expected[1], "cpu")), found)
+    assert not waited, "the call waited for the default stream"

@@ -32,6 +32,15 @@ def wide_tiles(triton_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_launch, "blocks", lambda **_: sizes)
 
 
+@pytest.fixture
+def ieee_float32() -> Iterator[None]:
+    """Products of fp32 on a GPU round no operand to tf32."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @pytest.fixture(scope="module", params=["cpp", "torch"])
 def cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both backends of the CPU, one after the other."""

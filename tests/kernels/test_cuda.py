@@ -4,7 +4,7 @@ The truth is float64 autograd over full logits on the CPU. The yardstick is plai
 same dtype on the same device, under the same matmul settings.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,10 +26,12 @@ from tests.helpers.kernel_cases import (
     run,
     same_bits,
 )
+from tests.helpers.triton_cases import check_stays_on_the_current_stream
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("ieee_float32"),
 ]
 DEVICE = torch.device("cuda")
 # As test_low_precision explains: the RMS gets 1.2, the worst entry is one draw from a heavy tail.
@@ -51,14 +53,6 @@ def compare(
     loss, inputs, wrt, options = prepare(name, pair, trained, reduction)
     rules = {"dtype": dtype, "device": DEVICE, **RULES[dtype]}
     check(loss.fn, loss.truth, inputs, wrt, **rules, **options)
-
-
-@pytest.fixture(autouse=True)
-def ieee_float32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 # ----------------------------------------------------------------------------------------- accuracy
@@ -307,19 +301,4 @@ def test_without_labels_the_host_never_waits(beta: float, reduction: str, traine
 def test_work_stays_on_the_current_stream(name: str, trained: bool) -> None:
     pair = move(make_pair(96, 64, 1111, masked=9, seed=12, dtype=torch.float32), DEVICE)
     loss, inputs, wrt, options = prepare(name, pair, trained, None)
-    expected = run(loss.fn, inputs, wrt, **options)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run(loss.fn, inputs, wrt, **options)  # the stream gets its memory and cuBLAS workspace
-    torch.cuda.synchronize()
-    torch.cuda._sleep(2**31)  # about a second in which the default stream does nothing else
-    blocked = torch.cuda.Event()
-    blocked.record()
-    with torch.cuda.stream(side):
-        values, grads = run(loss.fn, inputs, wrt, **options)
-        found = [x.cpu() for x in values], {k: v.cpu() for k, v in grads.items()}
-    waited = blocked.query()
-    torch.cuda.synchronize()
-    same_bits(([x.cpu() for x in expected[0]], move(expected[1], "cpu")), found)
-    assert not waited, "the call waited for the default stream"
+    check_stays_on_the_current_stream(loss.fn, inputs, wrt, **options)

@@ -53,6 +53,9 @@ FROZEN_SIZES, TRAINED_SIZES = (4096, 512, 65536), (4096, 64, 65536)
         "jsd head mean bfloat16",
         "jsd head none bfloat16",
         "cross_entropy head mean bfloat16",
+        "topk nothing none bfloat16",
+        "targets input none bfloat16",
+        "targets head none bfloat16",
     ],
 )
 def test_peak_memory(call: str) -> None:

@@ -11,12 +11,23 @@ import torch
 from torch import Tensor
 
 from opsd_kernels.fused_jsd import fused_linear_jsd
-from opsd_kernels.ops import divergence, logprob
+from opsd_kernels.fused_logprob import fused_linear_logprob
+from opsd_kernels.fused_topk import fused_linear_topk
+from opsd_kernels.ops import divergence, logprob, targets, topk
 from opsd_kernels.testing import make_pair
+from tests.helpers import compiled
 from tests.helpers.compiled import Recorder, equal_bits
 from tests.helpers.kernel_cases import LOSSES, STUDENT, prepare, run
 
-OPERATORS = ("divergence_tokens", "divergence_sum", "logprob_tokens", "logprob_sum")
+OPERATORS = (
+    "divergence_tokens",
+    "divergence_sum",
+    "logprob_tokens",
+    "logprob_sum",
+    "targets_tokens",
+    "targets_sum",
+    "topk",
+)
 
 
 @pytest.fixture
@@ -41,7 +52,7 @@ def entered(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 1)
-    for module in (divergence, logprob):
+    for module in (divergence, logprob, targets, topk):
         monkeypatch.setattr(module, "backend_of", recorded(module))
     return entered
 
@@ -54,6 +65,13 @@ def test_backends_run_under_the_device_of_their_tensors(
     """In forward and in the calls that backward makes."""
     loss, inputs, wrt, options = prepare(name, make_pair(5, 6, 11), trained, None)
     run(loss.fn, inputs, wrt, **options)
+    assert entered and set(entered) == {1}
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("fn", [compiled.logprob_targets, compiled.top_k])
+def test_top_k_and_several_targets_do_too(fn: Callable, trained: bool, entered: list[int]) -> None:
+    run(fn, compiled.case(), STUDENT if trained else STUDENT[:1])
     assert entered and set(entered) == {1}
 
 
@@ -88,6 +106,14 @@ def test_what_is_read_on_the_host_is_refused_by_name(name: str, capturing: None)
     loss, inputs, _, options = prepare(name, make_pair(5, 6, 11), False, None)
     argument = "shift_labels" if "shift_labels" in inputs else "target"
     refused(argument, lambda: loss.fn(**inputs, **options))
+
+
+def test_top_k_and_several_targets_are_refused_by_name(capturing: None) -> None:
+    hidden, weight, labels = compiled.student(make_pair(5, 6, 11))
+    several = labels[:, None]
+    refused("target", lambda: fused_linear_logprob(hidden, weight, several))
+    refused("shift_labels", lambda: fused_linear_topk(hidden, weight, 3, shift_labels=labels))
+    assert fused_linear_topk(hidden, weight, 3)[0].isfinite().all()
 
 
 def test_weights_are_refused_by_name(capturing: None) -> None:

@@ -10,27 +10,17 @@ from opsd_kernels import reference
 from opsd_kernels.fused_logprob import fused_linear_logprob
 from opsd_kernels.testing import assert_close, make_pair, random_upstream, single
 from tests.helpers.kernel_cases import SINGLE, check, run, same_bits, workspace_for
+from tests.helpers.topk_cases import distinct_ids, targets_case
 
 FROZEN, TRAINED = SINGLE[:1], SINGLE
 N, D, V = 29, 19, 101
 KINDS = [1, 3, 64, V]
 
 
-def targets(tokens: int, vocab: int, count: int, ignored: int = 0, seed: int = 0) -> Tensor:
-    """(tokens, count) distinct ids; the last `ignored` of every third token are -100."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.stack([torch.randperm(vocab, generator=g)[:count] for _ in range(tokens)])
-    ids[::3, count - ignored :] = -100
-    return ids
-
-
 def inputs(
     count: int, tokens: int = N, hidden: int = D, vocab: int = V, ignored: int = 1
 ) -> dict[str, Tensor]:
-    case = single(make_pair(tokens, hidden, vocab))
-    case["target"] = targets(tokens, vocab, count, ignored)
-    case["target"][tokens // 2] = -100  # a token without targets reaches no product
-    return case
+    return targets_case(count, tokens, hidden, vocab, ignored)
 
 
 @pytest.mark.usefixtures("cpu_backend")
@@ -221,7 +211,7 @@ def test_every_target_gives_the_whole_distribution() -> None:
     pair = make_pair(N, D, V)
     case = single(pair)
     lt = reference.log_probs(pair["teacher_input"], pair["teacher_weight"], pair["teacher_bias"])
-    ids = targets(N, V, V)
+    ids = distinct_ids(N, V, V)
 
     def kl(**arguments: Tensor) -> Tensor:
         ls = fused_linear_logprob(**{**arguments, "target": ids})
