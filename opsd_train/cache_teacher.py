@@ -25,6 +25,7 @@ from opsd_train.methods.distributions import TopTokens
 from opsd_train.methods.teachers import LocalTeacher, refuse_unknown_teachers
 from opsd_train.model.policy import load_model_config, load_teacher, load_tokenizer
 from opsd_train.model.weight_digest import weight_digest
+from opsd_train.reporting.out_of_memory import explained
 from opsd_train.rollout.context_checks import check_context
 from opsd_train.rollout.trajectories import solution_sample
 
@@ -43,7 +44,8 @@ def cache_teacher(config: Config) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     context = init_distributed(config.model.device)
-    write_caches(config, context)
+    with explained(lambda: f"lower micro_batch_tokens ({config.micro_batch_tokens})"):
+        write_caches(config, context)
     context.shutdown()
 
 

@@ -27,6 +27,7 @@ from opsd_train.evaluation.accuracy import as_summary, before_and, over_checkpoi
 from opsd_train.evaluation.rewards import failures
 from opsd_train.reporting.html import write_report
 from opsd_train.reporting.metrics_log import RunLogger
+from opsd_train.reporting.out_of_memory import explained, training_advice
 from opsd_train.reporting.run_folder import RunFolder, claim, release
 from opsd_train.reporting.step_stats import StepStats
 from opsd_train.reporting.timers import PhaseTimer, peak_memory_mib
@@ -39,11 +40,17 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
 
     `shard` "full" shards the weights over the processes (FSDP2), "none" copies them to each.
     The first Ctrl-C or SIGTERM ends the run after the current step, with a checkpoint (exit code
-    130 or 143); the second ends it at once. Raises UserError for a recipe that cannot be run.
+    130 or 143); the second ends it at once. Raises UserError for a recipe that cannot be run, and
+    where a GPU has too little memory for it.
     """
+    timer = PhaseTimer()
+    with explained(lambda: training_advice(config, timer.failed)):
+        return _train(config, resume, shard, timer)
+
+
+def _train(config: Config, resume: bool, shard: str, timer: PhaseTimer) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    timer = PhaseTimer()
     context = init_distributed(config.model.device)
     path = Path(config.output_dir)
     claimed = context.is_main and not resume

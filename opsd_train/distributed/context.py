@@ -84,11 +84,11 @@ def init_distributed(device: str) -> DistributedContext:
     local_rank, rank = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     own = resolve_device(device, local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)  # whose random state is kept, and on which libraries launch
     if size == 1:
         return DistributedContext(own)
     if not dist.is_initialized():
-        if own.type == "cuda":
-            torch.cuda.set_device(own)
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo")
     return DistributedContext(own, rank, size)
 

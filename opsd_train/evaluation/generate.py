@@ -19,6 +19,7 @@ from opsd_train.evaluation.settings import EvalConfig, SamplingConfig
 from opsd_train.evaluation.source import Source, open_engine
 from opsd_train.evaluation.store import GenerationFile, Key, Rows, Store
 from opsd_train.model.policy import load_model_config
+from opsd_train.reporting.out_of_memory import explained
 from opsd_train.rollout import Completion, Request, Sampling
 from opsd_train.rollout.context_checks import LongestSequence, check_batch_tokens, check_fits
 
@@ -53,7 +54,8 @@ def generate(
     `progress` is called with the completions done and the total, of this process. Each process
     generates its share. A completion depends neither on the number of processes nor on what the
     folder had, except for rounding where batches differ. Raises UserError if the longest prompt
-    and its completion exceed the model's context or sampling.batch_tokens.
+    and its completion exceed the model's context or sampling.batch_tokens, and where a GPU has too
+    little memory.
     """
     samples = _samples(config, store.problems(), prompts)
     longest = max(len(sample.prompt) for sample in samples)
@@ -69,6 +71,7 @@ def generate(
     if done == len(mine):
         return
     with (
+        explained(partial(_needs_less, config.sampling)),
         open_engine(
             config,
             source,
@@ -85,6 +88,13 @@ def generate(
             file.append(_rows(batch, completions, prompts.tokenizer))
             done += len(batch)
             progress(done, len(mine))
+
+
+def _needs_less(sampling: SamplingConfig) -> str:
+    """What needs less of a GPU's memory."""
+    if sampling.engine == "vllm":
+        return f"lower sampling.vllm_memory ({sampling.vllm_memory:g})"
+    return f"lower sampling.batch_tokens ({sampling.batch_tokens})"
 
 
 def patient_barrier(context: DistributedContext) -> Callable[[], None]:

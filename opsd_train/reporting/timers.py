@@ -13,18 +13,27 @@ import torch
 
 
 class PhaseTimer:
-    """Adds up wall-clock seconds by phase: `with timer.phase("rollout"): ...`."""
+    """Adds up wall-clock seconds by phase: `with timer.phase("rollout"): ...`.
+
+    `failed`: the phase that an error left; None if there was none.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self.failed: str | None = None
         self._start = time.perf_counter()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent within the context to the phase `name`."""
+        """Add the time spent within the context to the phase `name`, a GPU's work included."""
+        _wait_for_gpu()
         start = time.perf_counter()
         try:
             yield
+            _wait_for_gpu()
+        except BaseException:
+            self.failed = self.failed or name
+            raise
         finally:
             self.seconds[name] += time.perf_counter() - start
 
@@ -38,6 +47,12 @@ class PhaseTimer:
     def total(self) -> float:
         """Seconds that the processes of this run have lasted, inside and outside of phases."""
         return time.perf_counter() - self._start
+
+
+def _wait_for_gpu() -> None:
+    """Wait for what this thread has launched: the host runs ahead of a GPU."""
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
 
 
 def peak_memory_mib(device: torch.device) -> float:

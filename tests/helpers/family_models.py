@@ -9,6 +9,8 @@ import torch
 import transformers
 from torch import nn
 
+from tests.helpers import devices
+
 VOCAB = 131
 SIZES = {
     "vocab_size": VOCAB,
@@ -151,4 +153,4 @@ def _made(family: str) -> nn.Module:
 
 def make_family(family: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     """A model of its own, with untied random weights."""
-    return copy.deepcopy(_made(family)).to(dtype)
+    return copy.deepcopy(_made(family)).to(devices.NAME, dtype)

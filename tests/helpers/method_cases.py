@@ -22,6 +22,7 @@ from opsd_train.methods.base import Method, Stats
 from opsd_train.methods.teachers import LocalTeacher
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.policy import Policy
+from tests.helpers import devices
 from tests.helpers.tiny import config, make_model, recipe
 
 PAD, VOCAB, TEACHER_VOCAB = 0, 261, 288
@@ -103,7 +104,7 @@ def make_policy(
     model = make_model(vocab_size, dtype if lora else torch.float32, tied=tied)
     if lora:
         model = add_adapters(model, LORA)
-    policy = Policy(model, PAD, dtype)
+    policy = Policy(model.to(devices.NAME), PAD, dtype)
     if trained and lora:
         change(policy, seed=1, std=0.3, only="lora_B")
     return policy
@@ -112,7 +113,7 @@ def make_policy(
 def make_teacher(dtype: torch.dtype = torch.float32, vocab_size: int = TEACHER_VOCAB) -> Policy:
     """Another model: wider, its vocabulary padded further."""
     model = make_model(vocab_size, dtype, hidden_size=48).requires_grad_(False)
-    return Policy(model, PAD, dtype)
+    return Policy(model.to(devices.NAME), PAD, dtype)
 
 
 def make_method(config: Config, policy: Policy, teacher: Policy | None = None) -> Method:
@@ -130,7 +131,8 @@ def change(policy: Policy, seed: int, std: float = 0.02, only: str = "") -> None
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad and only in name:
-            parameter.data += std * torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data += std * noise.to(parameter.device)
 
 
 def make_samples(
@@ -194,21 +196,21 @@ def finish(method: Method, groups: list, precomputed: list, num_tokens: int) -> 
             for column in stats.values()
         )
         columns.append(stats)
-    stats = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+    stats = {name: torch.cat([column[name] for column in columns]).cpu() for name in columns[0]}
     return Outcome(total, stats, grads_of(method.policy.model))
 
 
 def grads_of(model: nn.Module) -> dict[str, Tensor]:
-    """The gradients of the trained parameters, those that have one."""
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    """The gradients of the trained parameters, those that have one, on the CPU."""
+    return {n: p.grad.clone().cpu() for n, p in model.named_parameters() if p.grad is not None}
 
 
 # ------------------------------------------------------------------------------------- the formulas
 
 
 def double(policy: Policy) -> nn.Module:
-    """A copy of the model as it is now, in fp64."""
-    return copy.deepcopy(policy.model).double()
+    """A copy of the model as it is now, in fp64 and on the CPU."""
+    return copy.deepcopy(policy.model).cpu().double()
 
 
 def logits_alone(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:

@@ -160,6 +160,7 @@ def answer(patch: pytest.MonkeyPatch) -> None:
     """Make `torch.cuda` answer."""
     answers = {
         "is_available": True,
+        "is_initialized": True,
         "device_count": 1,
         "current_device": 0,
         "get_device_capability": (PROPERTIES.major, PROPERTIES.minor),

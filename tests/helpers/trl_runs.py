@@ -195,8 +195,9 @@ def build(
     settings = {
         "output_dir": str(folder), "max_steps": 2, "logging_steps": 1, "report_to": "none",
         "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "learning_rate": 1e-4,
-        "save_strategy": "no", "use_cpu": devices.ON_CPU, "bf16": False, "disable_tqdm": True, "seed": 1,
-        "lr_scheduler_type": "constant", "gradient_checkpointing": False, "max_grad_norm": 1e9,
+        "save_strategy": "no", "use_cpu": devices.ON_CPU, "bf16": False, "seed": 1,
+        "disable_tqdm": True, "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False, "max_grad_norm": 1e9,
     }  # fmt: skip
     args = config_class(**{**settings, **OPTIONS.get(kind, {}), **options})
     record = Record()

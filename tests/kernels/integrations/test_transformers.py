@@ -20,7 +20,12 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
     ids = torch.randint(3, VOCAB, (2, 8), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
     labels[0, :3] = labels[1, 6:] = -100
-    return {"input_ids": ids, "labels": labels}
+    return there({"input_ids": ids, "labels": labels})
+
+
+def there(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs, tensors on the device that the tests use."""
+    return {k: v.to(devices.NAME) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def loss_and_grads(model: nn.Module, **inputs: Any) -> tuple[Tensor, Tensor]:
@@ -80,7 +85,7 @@ def test_arguments_of_the_loss_function(name: str) -> None:
     inputs = batch()
     if name == "ignore_index":
         inputs["labels"] = torch.where(inputs["labels"] == -100, 7, inputs["labels"])
-    assert_fused_is_same(make(), **inputs, **OPTIONS[name])
+    assert_fused_is_same(make(), **inputs, **there(OPTIONS[name]))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "qwen3_moe"])
@@ -164,7 +169,7 @@ def test_generation_is_untouched() -> None:
 def test_without_labels_to_count() -> None:
     model = make("llama")
     fuse_loss(model)
-    inputs = {"input_ids": batch()["input_ids"], "labels": torch.full((2, 8), -100)}
+    inputs = batch() | there({"labels": torch.full((2, 8), -100)})
     loss, grads = loss_and_grads(model, **inputs)
     assert loss == 0 and not grads.any()
 
@@ -214,16 +219,16 @@ def test_what_is_no_causal_lm_is_refused() -> None:
 
 def test_in_transformers_trainer(tmp_path: Path) -> None:
     """Gradient accumulation divides by the labels of the whole batch; then evaluation, loading."""
-    data = [{k: v[i % 2] for k, v in batch(i // 2).items()} for i in range(16)]
+    data = [{k: v[i % 2].cpu() for k, v in batch(i // 2).items()} for i in range(16)]
     weights, losses = [], []
     for fused in (False, True):
         model = make("gemma2")
         if fused:
             fuse_loss(model)
         args = transformers.TrainingArguments(
-            str(tmp_path / str(fused)), max_steps=3, per_device_train_batch_size=2, use_cpu=devices.ON_CPU,
-            gradient_accumulation_steps=4, report_to="none", logging_steps=1, learning_rate=1e-4,
-            disable_tqdm=True, save_steps=3,
+            str(tmp_path / str(fused)), max_steps=3, per_device_train_batch_size=2,
+            use_cpu=devices.ON_CPU, gradient_accumulation_steps=4, report_to="none",
+            logging_steps=1, learning_rate=1e-4, disable_tqdm=True, save_steps=3,
         )  # fmt: skip
         trainer = transformers.Trainer(model, args, train_dataset=data, eval_dataset=data[:4])
         trainer.train()
@@ -233,7 +238,7 @@ def test_in_transformers_trainer(tmp_path: Path) -> None:
         loaded = transformers.AutoModelForCausalLM.from_pretrained(saved)
         weights.append(torch.cat([p.flatten() for p in loaded.parameters()]))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    start = torch.cat([p.flatten() for p in make("gemma2").parameters()])
+    start = torch.cat([p.flatten() for p in make("gemma2").cpu().parameters()])
     moved = (weights[0] - start).norm()
     # Adam divides by the size of the gradient: where that is rounding, so is the step.
     assert (weights[1] - weights[0]).norm() < 1e-2 * moved

@@ -103,6 +103,16 @@ def test_one_rank_needs_no_process_group(monkeypatch: pytest.MonkeyPatch) -> Non
     assert context.sum(2.5) == context.max(2.5) == 2.5
 
 
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_single_process_makes_its_gpu_the_current_one(name: str, monkeypatch) -> None:
+    """Else the random state in checkpoints is that of another GPU."""
+    made: list[torch.device] = []
+    gpu = torch.device("cuda", 1 if name == "cuda:1" else 0)
+    monkeypatch.setattr("opsd_train.distributed.context.resolve_device", lambda *_: gpu)
+    monkeypatch.setattr(torch.cuda, "set_device", made.append)
+    assert init_distributed(name).device == gpu and made == [gpu]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_whole_run(models: Path, tmp_path: Path, ranks: int) -> None:

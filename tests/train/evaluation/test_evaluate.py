@@ -14,14 +14,15 @@ from opsd_train.checkpoint.export import export
 from opsd_train.config.errors import UserError
 from opsd_train.config.load import config_from, load_recipe
 from opsd_train.data.problems import load_problems
-from opsd_train.distributed.context import DistributedContext
+from opsd_train.distributed.context import DistributedContext, init_distributed
 from opsd_train.evaluation import evaluate as evaluation
 from opsd_train.evaluation.evaluate import evaluate, print_difference, regrade
 from opsd_train.evaluation.generate import generate
 from opsd_train.evaluation.grading import grade_one
 from opsd_train.evaluation.settings import EvalConfig
-from opsd_train.evaluation.source import find_source
+from opsd_train.evaluation.source import find_source, open_engine
 from opsd_train.evaluation.store import GenerationFile, Store
+from opsd_train.model.policy import load_tokenizer
 from opsd_train.rollout.transformers_engine import TransformersEngine
 from tests.helpers import devices
 
@@ -86,6 +87,15 @@ def test_every_sample_is_made_graded_and_scored(whole, model_folder):
     scores = json.loads((whole / "scores.json").read_text())
     assert list(scores) == ["chain_sum", "products"]
     assert (scores["chain_sum"]["problems"], scores["chain_sum"]["samples"]) == (4, 3)
+
+
+def test_the_model_is_on_the_device_of_the_recipe(model_folder, tmp_path):
+    config = settings(tmp_path / "eval")
+    source = find_source(str(model_folder), config.model)
+    tokenizer, context = load_tokenizer(source.model), init_distributed(devices.NAME)
+    opened = open_engine(config, source, tokenizer, context, scratch=tmp_path, longest=50)
+    with opened as engine:
+        assert engine.policy.device == context.device
 
 
 def test_a_killed_evaluation_goes_on_to_the_same_completions(

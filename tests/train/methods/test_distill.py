@@ -47,7 +47,7 @@ def test_loss_and_gradient_equal_full_logits(overrides: tuple[str, ...], lora: b
     method.after_step()  # which changes nothing: the teacher is frozen
     assert_same(run(method, samples), truth(config, double(policy), samples, teacher=its))
     assert all(
-        p.grad is None and torch.equal(p.double(), q)
+        p.grad is None and torch.equal(p.cpu().double(), q)
         for p, q in zip(teacher.model.parameters(), its.parameters(), strict=True)
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -289,7 +288,7 @@ def made(config: Config) -> tuple[Method, nn.Module, nn.Module | None]:
     method = make_method(config, policy, other)
     change(policy, 11)
     if config.distill:
-        return method, double(policy), copy.deepcopy(other.model).double()
+        return method, double(policy), double(other)
     return method, double(policy), teacher_model(config, policy, at_start)
 
 

@@ -72,7 +72,7 @@ def test_precompute_leaves_no_trace(name: str) -> None:
     method.precompute([samples])
     for parameter, (key, value) in zip(policy.model.parameters(), before.items(), strict=True):
         assert torch.equal(parameter, value) and parameter.requires_grad
-        assert torch.equal(parameter.grad, wanted[key])
+        assert torch.equal(parameter.grad.cpu(), wanted[key])
 
 
 class OtherHasOne(DistributedContext):
@@ -199,9 +199,9 @@ def test_bfloat16_rounds_no_more_than_plain_pytorch(name: str) -> None:
     exact = truth(config, double(policy), samples, teacher=its and double(its))
     found = run(method, samples)
     with torch.autocast("cpu", torch.bfloat16):
-        model = copy.deepcopy(policy.model)
+        model, other = (p and copy.deepcopy(p.model).cpu() for p in (policy, its))
         model.zero_grad()
-        loss = plain_loss(config, model, samples, teacher=its and its.model)
+        loss = plain_loss(config, model, samples, teacher=other)
     loss.backward()
     plain = Outcome(loss.item(), {}, grads_of(model))
     assert_close(flat(found, exact), flat(exact, exact), flat(plain, exact), name=name)

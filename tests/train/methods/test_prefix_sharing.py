@@ -14,6 +14,7 @@ from opsd_train.data.layout import PADDED
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.families import batch_layout
 from opsd_train.model.policy import Policy
+from tests.helpers import devices
 from tests.helpers.family_models import FAMILIES, SIZES
 from tests.helpers.method_cases import (
     CASES,
@@ -53,7 +54,7 @@ def make_policy(family: str, lora: bool, checkpointing: bool) -> Policy:
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     # Hidden sizes of a test are too small for sharing to save time.
-    policy = Policy(model, 0, torch.float32, replace(layout, hidden_size=10**4))
+    policy = Policy(model.to(devices.NAME), 0, torch.float32, replace(layout, hidden_size=10**4))
     change(policy, seed=1, std=0.1)
     policy.model.train()
     return policy
@@ -175,7 +176,7 @@ def test_other_methods_share_too(name: str) -> None:
 @pytest.mark.parametrize(
     "mask",
     [
-        lambda parts: torch.ones(*parts.shape, parts.shape[1]).tril().bool()[:, None],
+        lambda parts: parts.new_ones(*parts.shape, parts.shape[1]).tril().bool()[:, None],
         lambda parts: (parts[:, :, None] == parts[:, None, :]).tril()[:, None],
     ],
     ids=["it reads the completions before", "it does not read the prompt"],

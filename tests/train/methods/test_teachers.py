@@ -16,7 +16,7 @@ from opsd_train.dry_run.plan import expected
 from opsd_train.methods.distill import Distill
 from opsd_train.methods.teachers import LocalTeacher, refuse_unknown_teachers
 from opsd_train.model.policy import Policy
-from tests.helpers import tiny
+from tests.helpers import devices, tiny
 from tests.helpers.method_cases import (
     AHEAD,
     PAD,
@@ -60,7 +60,7 @@ def make_teachers() -> dict[str, Policy]:
         "code": tiny.make_model(VOCAB + 9, hidden_size=64),
     }
     return {
-        name: Policy(model.requires_grad_(False), PAD, torch.float32)
+        name: Policy(model.requires_grad_(False).to(devices.NAME), PAD, torch.float32)
         for name, model in models.items()
     }
 

@@ -100,8 +100,9 @@ def test_the_top_tokens_are_entries_that_both_models_have() -> None:
     method = make_method(config, make_policy(), make_teacher())
     (found,) = method.precompute([make_samples()])[0].teachers
     assert found.vocab_size == VOCAB
-    assert torch.equal(found.ids.sort(-1).values, torch.arange(VOCAB).expand(len(found.ids), -1))
-    torch.testing.assert_close(found.logprob.exp().sum(-1), torch.ones(len(found.ids)))
+    ids, probabilities = found.ids.cpu(), found.logprob.cpu().exp()
+    assert torch.equal(ids.sort(-1).values, torch.arange(VOCAB).expand(len(ids), -1))
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones(len(ids)))
 
 
 @pytest.mark.parametrize(

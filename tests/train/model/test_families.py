@@ -77,7 +77,8 @@ def own_logprobs(model: nn.Module, prompts: list, completions: list) -> Tensor:
     """Log-probabilities of each sequence alone, from the model's own logits."""
     parts = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0]
+        ids = torch.tensor([prompt + completion], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0].cpu()
         logits = logits[len(prompt) - 1 : -1].log_softmax(-1)
         parts.append(logits.gather(-1, torch.tensor(completion)[:, None])[:, 0])
     return torch.cat(parts)
@@ -86,7 +87,7 @@ def own_logprobs(model: nn.Module, prompts: list, completions: list) -> Tensor:
 def gradient(value: Tensor, policy: Policy) -> Tensor:
     """The gradient of a weighted sum of `value` in all trained weights, as one vector."""
     policy.model.zero_grad()
-    (value * torch.linspace(-1, 2, len(value), dtype=value.dtype)).sum().backward()
+    (value.cpu() * torch.linspace(-1, 2, len(value), dtype=value.dtype)).sum().backward()
     parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in policy.parameters]
     return torch.cat([part.flatten().double() for part in parts])
 
@@ -111,7 +112,7 @@ def test_logprobs_and_gradients_are_the_models_own(family: str, lora: bool) -> N
     ours = logprobs(policy, PROMPTS, COMPLETIONS)
     theirs = own_logprobs(policy.model, PROMPTS, COMPLETIONS)
     # Some models compute a norm, a router or a state in float32 whatever their weights are.
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5, check_dtype=False)
+    torch.testing.assert_close(ours.cpu(), theirs, rtol=0, atol=2e-5, check_dtype=False)
     found, wanted = gradient(ours, policy), gradient(theirs, policy)
     assert wanted.norm() > 0.1
     assert (found - wanted).norm() < 1e-4 * wanted.norm()
@@ -140,7 +141,7 @@ def test_the_samplers_logprobs_are_the_trainers(family: str) -> None:
     made = sampler.generate(requests, Sampling(5, temperature=1.0))
     ours = logprobs(sampler.policy, prompts, [completion.tokens for completion in made])
     theirs = torch.tensor([p for completion in made for p in completion.logprobs])
-    torch.testing.assert_close(ours.detach(), theirs, rtol=0, atol=1e-3)
+    torch.testing.assert_close(ours.detach().cpu(), theirs, rtol=0, atol=1e-3)
     assert len({tuple(completion.tokens) for completion in made}) == 4
 
 
@@ -269,7 +270,7 @@ def flash(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: An
     assert mask is None
     positions, window = options.get("position_ids"), options.get("sliding_window")
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
-    places = torch.arange(length)
+    places = torch.arange(length, device=query.device)
     seen = places[None] <= places[:, None]
     if positions is not None and len(query) == 1:
         part = (positions[0] == 0).cumsum(0)

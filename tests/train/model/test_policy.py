@@ -17,6 +17,7 @@ from opsd_train.distributed.fsdp import Snapshot
 from opsd_train.model.adapters import add_adapters
 from opsd_train.model.families import completion_hidden
 from opsd_train.model.policy import Policy, load_policy, load_tokenizer
+from tests.helpers import devices
 from tests.helpers.method_cases import (
     LORA,
     assert_same,
@@ -56,7 +57,7 @@ def test_logits_are_those_of_each_sample_alone(layout: Layout) -> None:
     policy.layout = layout
     prompts, completions = texts()
     hidden = hidden_of(policy, prompts, completions)
-    logits = hidden.double() @ lm_head(policy.core).weight.double().T
+    logits = (hidden.double() @ lm_head(policy.core).weight.double().T).cpu()
     model = double(policy)
     with torch.no_grad():
         alone = torch.cat(
@@ -163,7 +164,7 @@ def test_a_rank_with_fewer_micro_batches_runs_idle_ones() -> None:
 
 
 def test_adapters_off_is_the_base_model_bit_for_bit() -> None:
-    base, policy = Policy(make_model(), 0, torch.float32), make_policy()
+    base, policy = Policy(make_model().to(devices.NAME), 0, torch.float32), make_policy()
     before = {n: p.detach().clone() for n, p in policy.model.named_parameters()}
     with policy.without_adapters():
         off = hidden_of(policy, *texts())
