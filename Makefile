@@ -31,6 +31,12 @@ QUICK := $(addprefix tests/kernels/test_,divergence.py logprob.py advantage.py r
 	$(addprefix tests/train/methods/test_,opsd.py sft.py grpo.py distill.py star.py context_distill.py) \
 	tests/test_dependencies.py
 
+# The tests of `make test-stand-in`: each recipe, teachers and losses against formulas, where models are.
+ON_DEVICE := test_trainer.py::test_models_are_on_the_device_of_the_recipe \
+	evaluation/test_evaluate.py::test_the_model_is_on_the_device_of_the_recipe
+STAND_IN := $(addprefix tests/train/,config/test_recipes.py::test_two_steps_of_the_demos $(ON_DEVICE) \
+	$(addprefix methods/test_,family.py teachers.py served_teacher.py prefix_sharing.py top_k.py))
+
 # Python compiles what it imports, and keeps it whatever the caller says; pip would compile 170 MB, most of
 # which no test imports.
 PIP := $(BIN)/pip install -q --no-compile
@@ -40,7 +46,7 @@ FAST := not slow and not exhaustive and not gpu and not vllm
 # A worker that has finished takes tests of the other one.
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "$(FAST)"
 
-.PHONY: operators packages beside train check lint types quick test tests test-slow test-sanitized bench compile-triton36 hub-kernel docs vllm test-vllm clean
+.PHONY: operators packages beside train check lint types quick test tests test-stand-in test-slow test-sanitized bench compile-triton36 hub-kernel docs vllm test-vllm clean
 
 # Huge pages where the C library is glibc 2.35 or newer: rollouts took 8.5 s instead of 10.9, with the same tokens.
 train: $(READY)
@@ -61,9 +67,14 @@ quick: $(READY)
 
 test: lint
 	$(MAKE) --jobs=2 types tests
+	$(if $(filter torch==2.13.0,$(TORCH)),$(MAKE) test-stand-in)
 
 tests: $(READY)
 	$(PYTEST) --durations=25
+
+# Trainers with tensors that say they are on a GPU: what is made on the wrong device is seen here too.
+test-stand-in: $(READY)
+	OPSD_TEST_DEVICE=stand-in $(PYTEST) $(STAND_IN)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m "(slow or exhaustive) and not gpu"

@@ -43,38 +43,38 @@ def train(config: Config, *, resume: bool = False, shard: str = "full") -> int:
     130 or 143); the second ends it at once. Raises UserError for a recipe that cannot be run, and
     where a GPU has too little memory for it.
     """
-    timer = PhaseTimer()
-    with explained(lambda: training_advice(config, timer.failed)):
-        return _train(config, resume, shard, timer)
-
-
-def _train(config: Config, resume: bool, shard: str, timer: PhaseTimer) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    context = init_distributed(config.model.device)
-    path = Path(config.output_dir)
-    claimed = context.is_main and not resume
-    folder = RunFolder(context.broadcast(claim(path) if claimed else path), context)
-    try:
-        with timer.phase("load"):
-            names = config.report.trackers if context.is_main else []
-            trackers = open_trackers(names, folder.path, dataclasses.asdict(cast(Any, config)))
-            run = TrainingRun(Trainer(config, context, folder, timer, shard))
-            resumed_step = run.resume() if resume else None
-    except BaseException:
-        if claimed:
-            release(folder.path)
-        raise
-    try:
-        with run.recording(resumed_step, trackers), run.interruptible(), stop_requests() as stop:
-            ending = run.trainer.fit(
-                stop, evaluate=run.evaluate, log=run.log, save=run.save_checkpoint
-            )
-            run.finish(ending)
-    finally:
-        run.trainer.close()
-    context.shutdown()
-    return run.exit_code
+    timer = PhaseTimer()
+    with explained(lambda: training_advice(config, timer.failed)):
+        context = init_distributed(config.model.device)
+        path = Path(config.output_dir)
+        claimed = context.is_main and not resume
+        folder = RunFolder(context.broadcast(claim(path) if claimed else path), context)
+        try:
+            with timer.phase("load"):
+                names = config.report.trackers if context.is_main else []
+                trackers = open_trackers(names, folder.path, dataclasses.asdict(cast(Any, config)))
+                run = TrainingRun(Trainer(config, context, folder, timer, shard))
+                resumed_step = run.resume() if resume else None
+        except BaseException:
+            if claimed:
+                release(folder.path)
+            raise
+        try:
+            with (
+                run.recording(resumed_step, trackers),
+                run.interruptible(),
+                stop_requests() as stop,
+            ):
+                ending = run.trainer.fit(
+                    stop, evaluate=run.evaluate, log=run.log, save=run.save_checkpoint
+                )
+                run.finish(ending)
+        finally:
+            run.trainer.close()
+        context.shutdown()
+        return run.exit_code
 
 
 class TrainingRun:

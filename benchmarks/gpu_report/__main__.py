@@ -39,8 +39,12 @@ STAGES = {
         Stage("kernels", 30, triton=True),
         Stage("counters", 40),
     ),
+    "trainer": (
+        Stage("trainer_suite", 150),
+        Stage("training_run", 120),
+    ),
 }
-SECONDS = {"first": 320.0, "second": 380.0}
+SECONDS = {"first": 320.0, "second": 380.0, "trainer": 270.0}
 _SHOWN = 40
 
 
@@ -101,7 +105,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--stages", type=functools.partial(_chosen, name), help="only these, as in smoke,suite"
         )
-    command.add_argument(
+    commands.choices["second"].add_argument(
         "--winners", type=Path, help="winners.json of `first`; without it, the launchers' own tiles"
     )
     return parser.parse_args(arguments)

@@ -29,7 +29,7 @@ _LORA = {
     "lora_alpha": 128,
     "target_modules": [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")],
 }
-_QWEN3_17B = {
+QWEN3_17B = {
     "hidden_size": 2048,
     "intermediate_size": 6144,
     "num_hidden_layers": 28,
@@ -41,7 +41,7 @@ _QWEN3_17B = {
     "rope_theta": 1e6,
     "tie_word_embeddings": True,
 }
-_TINY = _QWEN3_17B | {
+TINY = QWEN3_17B | {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
@@ -138,7 +138,7 @@ class StepRun:
 
         self.settings, self.device = settings, job.device
         torch.manual_seed(0)
-        config = Qwen3Config(**(_TINY if job.small else _QWEN3_17B))
+        config = Qwen3Config(**(TINY if job.small else QWEN3_17B))
         self.dtype = getattr(torch, settings.dtype)
         with torch.device(job.device):
             model = AutoModelForCausalLM.from_config(

@@ -23,7 +23,11 @@ _OPTIONS = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
 
 def shards(job: GpuJob) -> list[list[str]]:
     """The slow tests, which need most of the memory, in one process; the others in the rest."""
-    selection = _SMALL if job.small else _GPU
+    return dealt(_SMALL if job.small else _GPU, job)
+
+
+def dealt(selection: list[str], job: GpuJob) -> list[list[str]]:
+    """The tests that pytest selects, as `shards` deals them."""
     command = [sys.executable, "-m", "benchmarks.gpu_report.suite", *selection]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=_COLLECTING)
     line = next((x for x in done.stdout.splitlines() if x.startswith(_MARK)), None)

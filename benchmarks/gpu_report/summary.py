@@ -29,6 +29,10 @@ def lines(report: dict[str, Any], rows: list[Row]) -> list[str]:
             shown.append(
                 f"{stage} {name}: {min(found['seconds']):.3f} s; {'; '.join(phases)}; {peak}"
             )
+        elif stage == "training_run":
+            phases = [f"{phase} {min(values):.3f}" for phase, values in found["seconds"].items()]
+            peaks = [f"{phase} {max(values):.0f}" for phase, values in found["peak_mib"].items()]
+            shown.append(f"{stage} {name}: {'; '.join(phases)} s; {'; '.join(peaks)} MiB")
         elif stage == "losses":
             cases.append(found)
     if cases:

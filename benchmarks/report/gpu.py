@@ -1,4 +1,4 @@
-"""The parts of docs/gpu.md: what the two commands of `benchmarks.gpu_report` measured.
+"""The parts of docs/gpu.md: what the commands of `benchmarks.gpu_report` measured.
 
 Measured figures only. What the time model predicts stands on a page of its own.
 """
@@ -6,6 +6,7 @@ Measured figures only. What the time model predicts stands on a page of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from statistics import median
 
 from benchmarks.report.data import Device, GpuReport, Json, TrainStep
 from benchmarks.report.tables import (
@@ -153,6 +154,18 @@ def steps(report: GpuReport) -> Blocks:
         yield from _absent(step)
 
 
+def training(report: GpuReport) -> Blocks:
+    for recipe, run in report.found("training_run").items():
+        settings = settings_text(run["settings"])
+        yield f"Steps of {recipe}, median time and largest peak: {settings}. {_where(report)}"
+        peaks = run["peak_mib"]
+        rows = [
+            (phase, time_text(median(seconds)), mib_text(max(peaks[phase])) if peaks else NONE)
+            for phase, seconds in run["seconds"].items()
+        ]
+        yield Table(("phase", "time", "peak memory"), tuple(rows))
+
+
 def _absent(step: TrainStep) -> Iterator[str]:
     missing = [f"{t.name}: {t.why_not}" for t in step.trainers if t.why_not]
     if missing:
@@ -175,6 +188,7 @@ STAGES: dict[str, Callable[[GpuReport], Blocks]] = {
     "gpu_sweeps": sweeps,
     "gpu_counters": counters,
     "gpu_step": steps,
+    "gpu_trainer": training,
 }
 PARTS = ("gpu_checks", *STAGES)
 

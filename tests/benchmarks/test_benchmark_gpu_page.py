@@ -1,4 +1,4 @@
-"""docs/gpu.md holds what the two GPU commands measured, each table with device and commit."""
+"""docs/gpu.md holds what the GPU commands measured, each table with device and commit."""
 
 import pytest
 
@@ -81,6 +81,15 @@ SECOND = report(
     row("step", "plain logits, 2 at once", found=trained(3.0, 2000.0, 2)),
     row("sanitizer", "all of it", absent="compute-sanitizer is not on the PATH"),
 )
+TRAINER = report(
+    "trainer",
+    row("training_run", "paper/opsd-qwen3-1.7b", found={
+        "settings": {"problems": 8, "completion": 256},
+        "seconds": {"rollout": [8.0, 7.0, 9.5], "student": [0.5, 0.25, 0.75]},
+        "peak_mib": {"rollout": [5000.0, 5001.0, 5000.0], "student": [7000.0, 7000.0, 7000.0]},
+        "expected_mib": {"student": 98765.4},
+    }),
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -114,10 +123,12 @@ def test_the_page_holds_the_figures(folder) -> None:
     (folder / "json" / "gpu.json").unlink()
     write(folder, "gpu_first", FIRST)
     write(folder, "gpu_second", SECOND)
+    write(folder, "gpu_trainer", TRAINER)
     found = sections(folder)
+    files = {"gpu_losses": "gpu_second", "gpu_step": "gpu_second", "gpu_trainer": "gpu_trainer"}
     for part, text in found.items():
         assert WHERE in " ".join(text.split()), part
-        assert f"gpu_{'second' if part in ('gpu_losses', 'gpu_step') else 'first'}.json" in text
+        assert f"{files.get(part, 'gpu_first')}.json" in text
     assert "A copy moves 3,012 GB/s" in found["gpu_products"]
     times = "\N{MULTIPLICATION SIGN}"
     product = f"| dh slice new | 384 {times} 19,200 {times} 4,096 | 90.0 µs | 670 |"
@@ -132,6 +143,8 @@ def test_the_page_holds_the_figures(folder) -> None:
     assert "| **whole step** | **2.00 s** | **3.00 s** |" in found["gpu_step"]
     assert "| peak extra memory | 500 MiB | 2,000 MiB |" in found["gpu_step"]
     assert "plain logits: out of memory with 8 sequences at once" in found["gpu_step"]
+    assert "| rollout | 8.00 s | 5,001 MiB |" in found["gpu_trainer"]
+    assert "| student | 500 ms | 7,000 MiB |" in found["gpu_trainer"]
     checks = " ".join(found["gpu_checks"].split())
     assert "| smoke | 012345678 | 0 | 0 | 1 | 70.5 s |" in checks
     assert "jsd tiled shared bfloat16 50257: AssertionError: loss is off by 1." in checks
@@ -167,6 +180,7 @@ def test_the_results_have_a_step_that_another_took_too(folder) -> None:
 
 def test_predicted_figures_are_in_no_table_of_measured_ones(folder) -> None:
     write(folder, "gpu_first", FIRST)
+    write(folder, "gpu_trainer", TRAINER)
     assert not any("98,765" in text or "98.8 s" in text for text in sections(folder).values())
 
 

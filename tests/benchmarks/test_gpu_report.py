@@ -1,4 +1,4 @@
-"""The two commands for a machine with a GPU: rehearsed on the CPU, and what counts as failed."""
+"""The commands for a machine with a GPU: rehearsed on the CPU, and what counts as failed."""
 
 import dataclasses
 import importlib
@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.environment import ROOT
 from benchmarks.gpu_report import __main__ as command
-from benchmarks.gpu_report import counters, sanitizer, smoke, step, suite, sweeps
+from benchmarks.gpu_report import counters, sanitizer, smoke, step, suite, sweeps, training_run
 from benchmarks.gpu_report.conductor import Stage, run_stage
 from benchmarks.gpu_report.job import GpuJob
 from benchmarks.gpu_report.winners import tiles
@@ -33,12 +33,12 @@ def stages_of(report: dict) -> dict[str, dict]:
     return {stage["name"]: stage for stage in report["stages"]}
 
 
-# ------------------------------------------------------------------------------- both commands
+# -------------------------------------------------------------------------------- the commands
 
 
 @ON_CPU
 @pytest.mark.slow
-def test_both_commands_in_their_small_mode(tmp_path, capsys) -> None:
+def test_the_commands_in_their_small_mode(tmp_path, capsys) -> None:
     """The second takes what the first wrote; every stage ran or says why it cannot here."""
     out = ["--out", str(tmp_path), "--small", "--commit", "abc"]
     assert command.main(["first", *out]) == 0
@@ -46,8 +46,9 @@ def test_both_commands_in_their_small_mode(tmp_path, capsys) -> None:
     assert "ceilings copy: " in printed and "0 failed; " in printed
     assert command.main(["second", *out, "--winners", str(tmp_path / "winners.json")]) == 0
     assert "x floor" in capsys.readouterr().out
-    first, second = (read(tmp_path / f"{name}.json") for name in ("first", "second"))
-    for report in (first, second):
+    assert command.main(["trainer", *out]) == 0
+    first, second, trainer = (read(tmp_path / f"{name}.json") for name in command.STAGES)
+    for report in (first, second, trainer):
         assert report["kind"] == "gpu_report" and report["failed"] == []
         assert report["environment"]["device"] and report["environment"]["commit"]
         lines = (tmp_path / f"{report['command']}.jsonl").read_text().splitlines()
@@ -60,10 +61,11 @@ def test_both_commands_in_their_small_mode(tmp_path, capsys) -> None:
     # What comes back from a lent machine: a few files in one folder.
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"winners.json"} | {
-        f"{name}.{suffix}" for name in ("first", "second") for suffix in ("json", "jsonl", "log")
+        f"{name}.{suffix}" for name in command.STAGES for suffix in ("json", "jsonl", "log")
     }
     check_first(first)
     check_second(second, read(tmp_path / "winners.json"))
+    assert all(stage["found"] > 1 for stage in trainer["stages"])
 
 
 def check_first(report: dict) -> None:
@@ -119,6 +121,15 @@ def test_both_steps_of_the_optimizer_are_the_same(tmp_path) -> None:
         assert (gradient - found[0][1]).norm() < 1e-3 * found[0][1].norm()
 
 
+@pytest.mark.parametrize("recipe", training_run.RECIPES)
+def test_steps_of_the_trainer(tmp_path, recipe: str) -> None:
+    found = training_run.run(recipe, GpuJob("trainer", str(tmp_path), True))
+    phases = ("rollout", "grading", "teacher", "student", "optimizer")
+    assert tuple(found["seconds"]) == phases
+    assert all(len(values) == 1 and values[0] > 0 for values in found["seconds"].values())
+    assert set(found["expected_mib"]) == {*phases, "load"} - {"grading"}
+
+
 @ON_CPU
 def test_without_a_gpu_only_the_small_mode_runs(tmp_path, capsys) -> None:
     assert command.main(["first", "--out", str(tmp_path)]) == 2
@@ -145,7 +156,7 @@ def as_on_a_gpu(monkeypatch) -> GpuJob:
     monkeypatch.setattr(contenders, "backend_name", lambda *_: "triton")
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **how: empty(*a, **how | {"device": "cpu"}))
-    monkeypatch.setattr(suite, "shards", lambda job: [["tests/kernels/test_x.py::test_x"]])
+    monkeypatch.setattr(suite, "dealt", lambda *_: [["tests/kernels/test_x.py::test_x"]])
     return GpuJob("first", "", False, {})
 
 

@@ -44,6 +44,23 @@ def status(run: Path) -> str:
     return json.loads((run / "summary.json").read_text())["status"]
 
 
+@pytest.mark.parametrize("lora", [(), ("lora=null",)], ids=["lora", "all weights"])
+@pytest.mark.parametrize("method", ["opsd", "distill"])
+def test_models_are_on_the_device_of_the_recipe(
+    tiny_folder: Path, tmp_path: Path, method: str, lora: tuple[str, ...]
+) -> None:
+    other = [f"distill.teacher={tiny_folder}"] if method == "distill" else []
+    trainer = make_trainer(tiny_folder, tmp_path / "run", f"method={method}", *other, *lora)
+    policies = [trainer.policy]
+    if other:
+        policies += [teacher.policy for teacher in trainer.method.teachers.values()]
+    kept = [*trainer.method.state().values()]
+    for policy in policies:
+        kept += [*policy.model.parameters(), *policy.model.buffers()]
+    assert {tensor.device.type for tensor in kept} == {devices.NAME}
+    trainer.close()
+
+
 @pytest.mark.parametrize("objective", ["full_vocabulary", "sampled_token"])
 def test_run_folder(tiny_folder: Path, tmp_path: Path, objective: str) -> None:
     assert train(config(tiny_folder, tmp_path / "run", f"loss.objective={objective}")) == 0
