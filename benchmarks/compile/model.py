@@ -31,6 +31,10 @@ _UNHIDDEN = 0.75
 _WAITING, _STARTING = 1.35, 5e-6
 # Programs of a row kernel over a slice start and end unevenly: fitted to an H100's times.
 _UNEVEN = 9e-6
+# Programs that read and compute in turns also wait: fitted to a block of 355 µs on an H100.
+_TURNS = 1.14
+# A merge of what many slices know of each row: fitted to an H100's times.
+_MERGING = 25e-6
 _DIVERGENCE = {
     "statistics": "statistics_pair", "sums": "divergence_sums", "gradient": "divergence_gradient",
 }  # fmt: skip
@@ -41,7 +45,7 @@ _LOGPROB = {"statistics": "statistics", "gradient": "logprob_gradient"}
 def predict(plan: Plan, gpu: str, *, kind: str = "jsd", shared: bool = True) -> dict[str, float]:
     """Milliseconds of each phase of a call in bf16 whose loss is reduced to a scalar.
 
-    `gpu` is "H100" or "A100"; `kind` of a divergence is "jsd", "forward kl" or "reverse kl";
+    `gpu` is a name of `GPUS`; `kind` of a divergence is "jsd", "forward kl" or "reverse kl";
     `shared` says that student and teacher pass the same head. Phases are named after the products
     ("logits", "dh", "dw") and kernels ("rows", which are all in one, or "statistics", "sums" and
     "gradient") in them.
@@ -135,7 +139,7 @@ class _Call:
             yield "logits", times * self._logits(rows, columns, in_cache=True)
             written = _WAITING * self._rows(_DIFFERENCE["statistics"], rows * columns, kept)
             yield "statistics", times * (written + _STARTING)
-        yield "statistics", LAUNCH
+        yield "statistics", _MERGING
         if self.sums or self.kind == "reverse kl":  # its value as rounded logits have it
             yield "sums", _WAITING * self._rows(_DIFFERENCE["sums"], rows * v, kept)
         yield "gradient", _WAITING * self._rows(_DIFFERENCE["gradient"], rows * v, kept + _BF16)
@@ -169,6 +173,7 @@ class _Call:
             yield "gradient", times * (found + _UNEVEN)
             height = 2 * rows if joined else rows
             yield from self._products(height, columns, times, first, adds=True, in_cache=inside)
+        yield "statistics", _MERGING
 
     def _streaming(self, rows: int, first: bool) -> Iterator[tuple[str, float]]:
         """Tiles of logits multiplied where they are used; only slices of dz reach memory."""
@@ -209,8 +214,9 @@ class _Call:
         turns, so times add up."""
         found = self._count("resident_divergence", "blocked", self.kind)
         pairs = rows * self.plan.vocab_size
-        seconds = self.gpu.moving(pairs * (self.heads * _FP32 + _BF16))
-        return seconds + self.gpu.computing(pairs, found["all"], found["special"]) + 2 * LAUNCH
+        moving = self.gpu.moving(pairs * (self.heads * _FP32 + _BF16))
+        computing = self.gpu.computing(pairs, found["all"], found["special"])
+        return _TURNS * (moving + computing) + 2 * LAUNCH
 
     def _products(
         self, rows: int, columns: int, times: int, first: bool, *, adds: bool,

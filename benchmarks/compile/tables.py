@@ -92,7 +92,7 @@ def _counts() -> str:
     rows = [
         ["GPU", "kernel", "case", "a pair", "of them MUFU", "registers", "programs a processor"]
     ]
-    names = {gpu.target: gpu.name for gpu in GPUS.values()}
+    names = {gpu.target: gpu.name for gpu in reversed(GPUS.values())}  # the first of a target
     for k in counted()["kernels"]:
         figures = k["all"], k["special"], k["registers"], k["blocks_per_processor"]
         product = ["", ""]

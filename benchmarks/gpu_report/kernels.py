@@ -66,10 +66,11 @@ def _predicted(case: Case, chosen: Plan, shared: bool, device: torch.device) -> 
     """{"predicted": ms by phase} of the time model; empty if it does not know the device."""
     if device.type != "cuda" or not find_spec("benchmarks.compile.model"):
         return {}
+    from benchmarks.compile.gpus import GPUS
     from benchmarks.compile.model import predict
 
     name = torch.cuda.get_device_name(device)
-    known = next((short for short in ("H100", "A100") if short in name), None)
+    known = next((short for short in GPUS if short in name), None)
     if known is None:
         return {}
     kind = {"kind": case.operation.replace("_", " ")} if case.operation in BETA else {}

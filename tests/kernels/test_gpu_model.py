@@ -1,7 +1,10 @@
-"""Counting machine code, and the times predicted from it: closed forms, and a listing by hand."""
+"""Counting machine code, and the times predicted from it: closed forms, a listing, a GPU."""
 
+import json
 import math
+from collections import Counter
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -79,6 +82,8 @@ def test_bytes_of_logits_in_fp32_and_as_differences(
     """20 and 16 bytes a pair, as the passes over the logits add up by hand."""
     monkeypatch.setattr(model, "_WAITING", 1.0)
     monkeypatch.setattr(model, "_STARTING", 0.0)
+    monkeypatch.setattr(model, "_TURNS", 1.0)
+    monkeypatch.setattr(model, "_MERGING", 0.0)
     whole = SimpleNamespace(**{**asdict(call()), "precision": "fp32"})
     assert bytes_a_pair(monkeypatch, whole) == pytest.approx(20, rel=0.02)
     coded = {"precision": "difference", "slice_columns": 4096}
@@ -109,7 +114,7 @@ def test_tiles_in_cache_cost_no_memory(monkeypatch: pytest.MonkeyPatch, every_ke
 
 
 # Every schedule; two generations of GPUs, with and without TMA.
-@pytest.mark.parametrize("gpu", ["H100", "A100"])
+@pytest.mark.parametrize("gpu", gpus.GPUS)
 @pytest.mark.parametrize("schedule", ["blocked", "tiled", "streaming"])
 def test_nothing_is_faster_than_the_bare_products(schedule: str, gpu: str) -> None:
     for trained in (False, True):
@@ -128,6 +133,54 @@ def test_every_loss_is_predicted() -> None:
         assert ("sums" in streamed) == (kind == "jsd")
     found = model.predict(call(loss="logprob"), "H100")
     assert {"logits", "statistics", "gradient", "dh"} <= found.keys() and "sums" not in found
+
+
+# Kernels' names, and the phases that they are of; of cuBLAS' the layouts of its operands.
+PHASES = {
+    "resident": "rows",
+    "statistics": "statistics",
+    "merge": "statistics",
+    "sums": "sums",
+    "gradient": "gradient",
+    "shares": "gradient",
+    "_scale": "backward",
+    "splitK": "dh",
+}
+PRODUCTS = {"TNN": "logits", "TNT": "logits", "NNN": "dh", "NNT": "dh", "NTT": "dw"}
+
+
+def phase_of(kernel: str) -> str:
+    if kernel.startswith("nvjet"):
+        return PRODUCTS[kernel[-3:]]
+    return next((phase for word, phase in PHASES.items() if word in kernel), "other")
+
+
+def test_an_h200_took_what_constants_fitted_to_an_h100_say(monkeypatch) -> None:
+    """Every phase of the calls measured there; the memory's rate is the H200's own."""
+    monkeypatch.setattr(tables.planning, "processors_of", lambda _: gpus.GPUS["H200"].processors)
+    file = Path(__file__).parents[2] / "benchmarks/results/gpu_second_h200.json"
+    measured = [row for row in json.loads(file.read_text())["rows"] if row["stage"] == "kernels"]
+    compared: list[float] = []
+    for row in measured:
+        loss, head, schedule, precision, heads, *mib = row["id"].split()
+        divergence = loss != "cross_entropy"
+        how = {"grad_weight": head == "trained", "schedule": schedule, "precision": precision}
+        how |= {"loss": "divergence" if divergence else "logprob", "dtype": torch.bfloat16}
+        size = int(mib[0]) * 2**20 if mib else None
+        chosen = plan(8192, 4096, 151936, device="cuda", workspace_bytes=size, **how)
+        assert f"up to {chosen.rows_per_block} rows" in row["found"]["plan"]
+        kind = {"kind": loss.replace("_", " ")} if divergence else {}
+        found = model.predict(chosen, "H200", shared=heads == "shared", **kind)
+        took: Counter[str] = Counter()
+        for kernel, _, ms in row["found"]["kernels"]:
+            took[phase_of(kernel)] += ms
+        assert took["other"] < 0.02 * sum(took.values())
+        for phase, ms in found.items():
+            if ms > 0.5:  # shorter ones may not be among the longest kernels that were kept
+                assert took[phase] == pytest.approx(ms, rel=0.14), (row["id"], phase)
+                compared.append(took[phase] / ms)
+    assert len(measured) == 13 and len(compared) > 40
+    assert 1 < sum(compared) / len(compared) < 1.05  # it errs towards too fast
 
 
 def test_the_page_has_the_tables_of_this_code() -> None:
