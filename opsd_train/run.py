@@ -171,6 +171,7 @@ class TrainingRun:
     def save_checkpoint(self) -> None:
         """Write a checkpoint after the last finished step. Every rank calls it."""
         trainer = self.trainer
+        trainer.results["peak_memory_mib"] = self._peak_memory()
         write_adapter = partial(save_adapter, trainer.policy, context=self.context)
         self.checkpoints.save(
             trainer.steps_done,
@@ -222,10 +223,15 @@ class TrainingRun:
             "steps": trainer.steps_done,
             **results,
             "tokens": trainer.tokens_generated,
-            "peak_memory_mib": peak_memory_mib(self.context.device),
+            "peak_memory_mib": self._peak_memory(),
             "seconds": trainer.timer.seconds | {"total": trainer.timer.total()},
             "report": str(self.folder / "report.html"),
         }
+
+    def _peak_memory(self) -> float:
+        """The peak in MiB of this process and of those that the run resumed from."""
+        earlier = self.trainer.results.get("peak_memory_mib", 0.0)
+        return max(earlier, peak_memory_mib(self.context.device))
 
     def _stop_early(self) -> None:
         """Say that a warning of collapse ended the run; go back to the best checkpoint."""

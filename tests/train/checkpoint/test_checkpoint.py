@@ -322,6 +322,7 @@ def test_a_run_goes_on_after_sigterm(tiny_folder: Path, tmp_path: Path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", stopped_in_step_3)
+        patch.setattr("opsd_train.run.peak_memory_mib", lambda _: 90_000.0)
         assert train(config(tiny_folder, tmp_path / "run", *changes)) == 128 + signal.SIGTERM
     assert names(tmp_path / "run") == ["step_000003"]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -336,3 +337,5 @@ def test_a_run_goes_on_after_sigterm(tiny_folder: Path, tmp_path: Path, monkeypa
     ]
     for key in ("status", "steps", "before", "teacher", "after", "paired", "divergence_after"):
         assert summaries[0][key] == summaries[1][key], key
+    # The peak is that of both processes.
+    assert summaries[0]["peak_memory_mib"] < summaries[1]["peak_memory_mib"] == 90_000
