@@ -44,7 +44,8 @@ def cache_teacher(config: Config) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     context = init_distributed(config.model.device)
-    with explained(lambda: f"lower micro_batch_tokens ({config.micro_batch_tokens})"):
+    smaller = f"lower micro_batch_tokens ({config.micro_batch_tokens}) or take a smaller teacher"
+    with explained(lambda: smaller):
         write_caches(config, context)
     context.shutdown()
 

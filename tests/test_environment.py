@@ -10,8 +10,8 @@ def test_idle_threads_do_not_spin() -> None:
     """OpenMP itself says what it read."""
     environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
     done = subprocess.run(
-        [sys.executable, "-c", "import conftest"],
-        cwd=Path(__file__).parent,
+        [sys.executable, "-c", "import tests.conftest"],
+        cwd=Path(__file__).parents[1],
         env={**environment, "OMP_DISPLAY_ENV": "true"},
         capture_output=True,
         text=True,

@@ -33,7 +33,7 @@ _WAITING, _STARTING = 1.35, 5e-6
 _UNEVEN = 9e-6
 # Programs that read and compute in turns also wait: fitted to a block of 355 µs on an H100.
 _TURNS = 1.14
-# A merge of what many slices know of each row: fitted to an H100's times.
+# Merging the statistics that slices have of a block's rows: fitted to an H100's times.
 _MERGING = 25e-6
 _DIVERGENCE = {
     "statistics": "statistics_pair", "sums": "divergence_sums", "gradient": "divergence_gradient",

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         report |= {"memory_method": CudaMemory.method, "stages": []}
         failed = write_report(report, job, stages)
         for number, stage in enumerate(stages, 1):
-            # A stage may use the time of those before it, or not asked for, that they left.
+            # A stage may also use time that earlier stages, or those not asked for, did not need.
             left, later = deadline - time.time(), sum(x.limit for x in stages[number:])
             limit = max(min(stage.limit, left), left - later)
             report["stages"].append(run_stage(stage, job, limit))

@@ -70,7 +70,7 @@ def _predicted(case: Case, chosen: Plan, shared: bool, device: torch.device) -> 
     from benchmarks.compile.model import predict
 
     name = torch.cuda.get_device_name(device)
-    known = next((short for short in GPUS if short in name), None)
+    known = next((short for short in GPUS if f" {short}" in name), None)
     if known is None:
         return {}
     kind = {"kind": case.operation.replace("_", " ")} if case.operation in BETA else {}

@@ -15,19 +15,25 @@ _WHERE = [
     *(f"{_TRAIN}/test_{name}.py" for name in ("cache_teacher", "family_runs", "trainer")),
     f"{_TRAIN}/config/test_recipes.py",
     f"{_TRAIN}/evaluation/test_evaluate.py",
-    *(f"{_INTEGRATIONS}/test_{name}.py" for name in ("transformers", "trl")),
+    f"{_INTEGRATIONS}/test_transformers.py",
 ]
 _FAST = ["-m", "not slow and not exhaustive and not gpu and not vllm"]
 _SMALL = [f"{_TRAIN}/methods/test_methods.py", "-k", "opsd and JSD"]
-_NEEDED = ("pydantic", "reasoning_gym", "math_verify", "matplotlib", "trl")
+_NEEDED = ("pydantic", "reasoning_gym", "math_verify", "matplotlib", "rich", "jinja2", "yaml")
+_NEEDED += ("pyarrow", "tensorboard")
 
 
 def shards(job: GpuJob) -> list[list[str]]:
     """The tests, dealt to the processes. Raises Absent without the packages that they import."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in _NEEDED if not _installed(name)]
     if missing:
         raise Absent(f"not installed: {', '.join(missing)}")
-    return suite.dealt(_SMALL if job.small else [*_WHERE, *_FAST], job)
+    trl = [f"{_INTEGRATIONS}/test_trl.py"] if _installed("trl") else []
+    return suite.dealt(_SMALL if job.small else [*_WHERE, *trl, *_FAST], job)
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def work(ids: list[str], job: GpuJob, emit: Emit) -> None:

@@ -152,7 +152,7 @@ def _write_problems(path: Path, settings: Settings) -> None:
     letters = string.ascii_lowercase
     rows = [
         {
-            "question": "".join(letters[(i * k) % 26] for i in range(settings.question)),
+            "question": f"{k}".ljust(settings.question, letters[k % 26]),
             "solution": "".join(letters[(i + k) % 26] for i in range(settings.solution)),
             "answer": str(k),
         }

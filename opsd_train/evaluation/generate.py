@@ -93,8 +93,8 @@ def generate(
 def _needs_less(sampling: SamplingConfig) -> str:
     """What needs less of a GPU's memory."""
     if sampling.engine == "vllm":
-        return f"lower sampling.vllm_memory ({sampling.vllm_memory:g})"
-    return f"lower sampling.batch_tokens ({sampling.batch_tokens})"
+        return f"lower sampling.vllm_memory ({sampling.vllm_memory:g}) or take a smaller model"
+    return f"lower sampling.batch_tokens ({sampling.batch_tokens}) or take a smaller model"
 
 
 def patient_barrier(context: DistributedContext) -> Callable[[], None]:

@@ -10,10 +10,12 @@ import torch
 from opsd_train.config.errors import UserError
 from opsd_train.config.schema import Config
 
+PREDICTION = "--dry-run predicts each phase's peak for models like Llama"
+
 
 @contextmanager
 def explained(advice: Callable[[], str]) -> Iterator[None]:
-    """Raise UserError instead of PyTorch's OutOfMemoryError, with the end that `advice` returns."""
+    """Raise UserError instead of PyTorch's OutOfMemoryError, ending with what `advice` returns."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -23,19 +25,21 @@ def explained(advice: Callable[[], str]) -> Iterator[None]:
 
 
 def training_advice(config: Config, phase: str | None) -> str:
-    """What needs less memory in a phase of training; None is a time between phases."""
-    passes = f"micro_batch_tokens ({config.micro_batch_tokens})"
-    samples = f"rollout.batch_tokens ({config.rollout.batch_tokens})"
-    if config.rollout.engine == "vllm":
-        samples = f"rollout.vllm_memory ({config.rollout.vllm_memory:g})"
-    if phase in ("load", "optimizer"):
-        advice = "train adapters (lora) or shard the weights over more processes (torchrun)"
-    elif phase == "evaluate":  # samples, and their divergence
-        advice = f"lower {samples} or {passes}"
-    elif phase == "rollout":
-        advice = f"lower {samples}"
-    elif phase == "teacher" or config.model.gradient_checkpointing:
-        advice = f"lower {passes}"
-    else:
-        advice = f"lower {passes} or set model.gradient_checkpointing=true"
-    return f"{advice}; --dry-run predicts the peak of each phase"
+    """What needs less memory in a phase of training; None: a time between phases."""
+    return f"{' or '.join(_ways(config, phase))}; {PREDICTION}"
+
+
+def _ways(config: Config, phase: str | None) -> Iterator[str]:
+    """What this recipe can still change."""
+    rollout = config.rollout
+    if rollout.engine == "vllm":
+        yield f"lower rollout.vllm_memory ({rollout.vllm_memory:g})"
+    if rollout.engine == "transformers" and phase in ("rollout", "evaluate"):
+        yield f"lower rollout.batch_tokens ({rollout.batch_tokens})"
+    if phase in ("evaluate", "teacher", "student"):  # evaluations have a divergence
+        yield f"lower micro_batch_tokens ({config.micro_batch_tokens})"
+    if phase == "student" and not config.model.gradient_checkpointing:
+        yield "set model.gradient_checkpointing=true"
+    if phase in ("load", "optimizer") and config.lora is None:
+        yield "train adapters (lora)"
+    yield "shard the weights over more processes (torchrun)"

@@ -15,7 +15,7 @@ import torch
 class PhaseTimer:
     """Adds up wall-clock seconds by phase: `with timer.phase("rollout"): ...`.
 
-    `failed`: the phase that an error left; None if there was none.
+    `failed`: the innermost phase in which an error was raised; None if there was none.
     """
 
     def __init__(self) -> None:

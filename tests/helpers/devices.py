@@ -8,6 +8,8 @@ import os
 import pytest
 
 CHOICE = os.environ.get("OPSD_TEST_DEVICE", "cpu")
+if CHOICE not in ("cpu", "cuda", "stand-in"):
+    raise ValueError(f"OPSD_TEST_DEVICE={CHOICE}: expected cpu, cuda or stand-in")
 NAME = "cpu" if CHOICE == "cpu" else "cuda"
 ON_CPU = NAME == "cpu"
 

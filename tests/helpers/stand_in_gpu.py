@@ -1,7 +1,7 @@
 """A stand-in for a GPU: tensors that say they are on "cuda" and are computed on the CPU.
 
 Where there is no GPU, nobody sees a tensor that was made on the wrong device. Here an operator that
-gets tensors of two devices raises, as it would on a GPU. It is an old GPU, for which the losses
+gets tensors of two devices raises, as most do on a GPU. It is an old GPU, for which the losses
 run in plain PyTorch. `OPSD_TEST_DEVICE=stand-in pytest ...` runs tests on it.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,12 +131,12 @@ def run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def check(func: Any, args: Sequence[Any], tensors: list[Tensor]) -> None:
-    """Raise RuntimeError if a GPU would refuse the devices; numbers without a dimension may mix."""
+    """Raise RuntimeError for devices that a GPU refuses; numbers on the CPU meet any tensor."""
     if func in COPIES:
         return
     if func in INDEXING and isinstance(args[0], OnGpu):
         tensors = [tensor for tensor in (args[0], *args[2:3])]
-    devices = {tensor.device for tensor in tensors if tensor.dim()}
+    devices = {tensor.device for tensor in tensors if tensor.dim() or isinstance(tensor, OnGpu)}
     if len(devices) > 1:
         each = ", ".join(f"{tuple(tensor.shape)} on {tensor.device}" for tensor in tensors)
         raise RuntimeError(f"{func}: tensors on two devices: {each}")
@@ -154,6 +155,10 @@ def stand_in_gpu() -> Iterator[None]:
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
         torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+def _answer(value: Any, *_: Any, **__: Any) -> Any:
+    return value
 
 
 def answer(patch: pytest.MonkeyPatch) -> None:
@@ -176,7 +181,7 @@ def answer(patch: pytest.MonkeyPatch) -> None:
     for name in ("_lazy_init", "set_device", "synchronize", "empty_cache"):
         answers[name] = None
     for name, value in answers.items():
-        patch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+        patch.setattr(torch.cuda, name, partial(_answer, value))
     for module in (torch.cuda, torch.cuda.random):
         patch.setattr(module, "get_rng_state", lambda *_: torch.get_rng_state())
         patch.setattr(module, "set_rng_state", lambda state, *_: torch.set_rng_state(state))

@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import devices
 from tests.helpers.pair import Pair
 from tests.helpers.tiny import make_model, make_tokenizer
+
+if not devices.ON_CPU:
+    collect_ignore_glob = ["test_*.py"]  # two ranks on CPUs, compared with one on a CPU
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from opsd_train.data.batches import balanced_micro_batches, micro_batches
 from opsd_train.distributed.context import DistributedContext
 from opsd_train.methods import METHODS
 from opsd_train.methods import common as losses
+from tests.helpers import devices
 from tests.helpers.method_cases import (
     CASES,
     TERMS,
@@ -125,7 +126,10 @@ def largest(monkeypatch) -> Iterator[Largest]:
         with seen:
             return whole(*args, **options)
 
-    for module in (blocked_torch, cpp_backend):
+    modules = [blocked_torch, cpp_backend]
+    if devices.CHOICE == "cuda":
+        modules.append(importlib.import_module("opsd_kernels.backends.triton_backend"))
+    for module in modules:
         for name in ("divergence", "logprob", "topk"):
             monkeypatch.setattr(module, name, functools.partial(watched, getattr(module, name)))
     monkeypatch.setattr(planning, "default_workspace", lambda device: WORKSPACE)

@@ -10,8 +10,11 @@ import yaml
 from opsd_train import cache_teacher, cli, run
 from opsd_train.evaluation.heldout import HeldOut
 from opsd_train.methods.opsd import Opsd
+from opsd_train.reporting.out_of_memory import training_advice
 from opsd_train.rollout.transformers_engine import TransformersEngine
+from opsd_train.run import TrainingRun
 from opsd_train.trainer import Trainer
+from tests.helpers import tiny
 from tests.helpers.tiny import recipe
 
 # As PyTorch says it.
@@ -26,9 +29,13 @@ SAID = (
     "error: CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of "
     "79.11 GiB of which 3.20 GiB is free; "
 )
-END = "; --dry-run predicts the peak of each phase\n"
-PASSES = "lower micro_batch_tokens (200)"
-WEIGHTS = "train adapters (lora) or shard the weights over more processes (torchrun)"
+END = (
+    "shard the weights over more processes (torchrun); --dry-run predicts each phase's peak for "
+    "models like Llama\n"
+)
+SAMPLES, PASSES = "lower rollout.batch_tokens (400) or ", "lower micro_batch_tokens (200) or "
+SERVED = ("rollout.engine=vllm-server", "rollout.servers=[http://a:1]")
+CHECKPOINTING, ADAPTERS = "set model.gradient_checkpointing=true or ", "train adapters (lora) or "
 
 
 def full(*_: Any, **__: Any) -> None:
@@ -46,27 +53,35 @@ def written(tiny_folder: Path, tmp_path: Path, monkeypatch) -> str:
 @pytest.mark.parametrize(
     ("where", "advice"),
     [
-        ((Trainer, "_teacher_configs"), WEIGHTS),
-        ((HeldOut, "evaluate"), "lower rollout.batch_tokens (400) or micro_batch_tokens (200)"),
-        ((TransformersEngine, "generate"), "lower rollout.batch_tokens (400)"),
+        ((Trainer, "_teacher_configs"), ADAPTERS),
+        ((HeldOut, "evaluate"), SAMPLES + PASSES),
+        ((TransformersEngine, "generate"), SAMPLES),
         ((Opsd, "precompute"), PASSES),
-        ((Opsd, "loss"), PASSES + " or set model.gradient_checkpointing=true"),
-        ((Trainer, "_update"), WEIGHTS),
+        ((Opsd, "loss"), PASSES + CHECKPOINTING),
+        ((Trainer, "_update"), ADAPTERS),
+        ((TrainingRun, "save_checkpoint"), ""),
     ],
-    ids=["load", "evaluate", "rollout", "teacher", "student", "optimizer"],
+    ids=["load", "evaluate", "rollout", "teacher", "student", "optimizer", "between"],
 )
 def test_a_run_names_what_needs_less(where, advice: str, written, monkeypatch, capsys) -> None:
     monkeypatch.setattr(*where, full)
     problems = 2 if where[0] is HeldOut else 0
-    assert cli.main([written, f"evaluation.problems={problems}"]) == 2
+    assert cli.main([written, f"evaluation.problems={problems}", "lora=null", "steps=1"]) == 2
     assert capsys.readouterr().err == SAID + advice + END
 
 
-def test_what_a_recipe_has_already_is_not_advised(written, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(Opsd, "loss", full)
-    changed = ["model.gradient_checkpointing=true", "evaluation.problems=0"]
-    assert cli.main([written, *changed]) == 2
-    assert capsys.readouterr().err == SAID + PASSES + END
+@pytest.mark.parametrize(
+    ("overrides", "phase", "advice"),
+    [
+        ((), "load", ""),
+        (("model.gradient_checkpointing=true",), "student", PASSES),
+        (("rollout.engine=vllm",), "rollout", "lower rollout.vllm_memory (0.3) or "),
+        (SERVED, "rollout", ""),
+        (SERVED, "evaluate", PASSES),
+    ],
+)
+def test_what_a_recipe_has_or_has_not_is_not_advised(overrides, phase, advice: str) -> None:
+    assert training_advice(tiny.config("m", "r", *overrides), phase) + "\n" == advice + END
 
 
 def test_an_evaluation(tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -74,7 +89,8 @@ def test_an_evaluation(tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -
     options = ["--set", "chain_sum", "--recipe", "demo/eval", f"output_dir={tmp_path / 'eval'}"]
     overrides = ["sampling.batch_tokens=5000", "task_problems=2", "model.device=cpu"]
     assert cli.main(["eval", str(tiny_folder), *options, *overrides]) == 2
-    assert capsys.readouterr().err == SAID + "lower sampling.batch_tokens (5000)\n"
+    advice = "lower sampling.batch_tokens (5000) or take a smaller model\n"
+    assert capsys.readouterr().err == SAID + advice
 
 
 def test_a_cache(written, tiny_folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -83,4 +99,4 @@ def test_a_cache(written, tiny_folder: Path, tmp_path: Path, monkeypatch, capsys
     distill += ["method=distill", "distill.on_policy=false", "evaluation.divergence=false"]
     options = [*distill, "loss.objective=top_k"]
     assert cli.main(["cache-teacher", written, *options]) == 2
-    assert capsys.readouterr().err == SAID + PASSES + "\n"
+    assert capsys.readouterr().err == SAID + PASSES + "take a smaller teacher\n"

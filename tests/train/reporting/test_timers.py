@@ -37,10 +37,7 @@ def test_a_phase_has_the_work_that_it_launched(queue: Queue) -> None:
         queue.launch(0.1)
     with timer.phase("student"):
         queue.launch(0.2)
-    assert timer.seconds == {
-        "teacher": pytest.approx(0.1, abs=0.05),
-        "student": pytest.approx(0.2, abs=0.05),
-    }
+    assert 0.1 <= timer.seconds["teacher"] < 0.3 and 0.2 <= timer.seconds["student"] < 0.4
 
 
 def test_without_a_gpu_nothing_is_waited_for(queue: Queue, monkeypatch) -> None:
