@@ -1,7 +1,7 @@
 # For a machine with Python 3.11+, a C++ compiler and git. Each command makes the environment first.
 #   make train   the demo: SmolLM2-135M teaches itself (CPU)
 #   make check   ruff, mypy and a minute's selection of the tests: after every change
-#   make test    ruff, mypy and all fast tests: what CI runs, 11 minutes on 2 cores once installed
+#   make test    ruff, mypy and all fast tests: what CI runs, 7 minutes on 2 cores of an AMD EPYC
 # With another torch, in a clone of its own: make test TORCH=torch==2.11.0
 PYTHON ?= python3
 DEFAULT := torch==2.13.0
