@@ -80,7 +80,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """None where the tree came without its history, as on a lent machine."""
+    """None where the tree came without its history, as where the files alone were copied."""
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

@@ -22,6 +22,7 @@ from benchmarks.gpu_report.job import GpuJob
 from benchmarks.gpu_report.step import QWEN3_17B, TINY
 from benchmarks.gpu_report.work import Absent, one_by_one
 
+Series = dict[str, list[float]]
 RECIPES = ("paper/opsd-qwen3-1.7b", "paper/opsd-sampled-qwen3-1.7b")
 
 
@@ -57,15 +58,15 @@ def run(recipe: str, job: GpuJob) -> dict[str, Any]:
     settings = _SMALL if job.small else Settings()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _save_model(folder / "model", TINY if job.small else QWEN3_17B)
+        _save_model(folder / "model", TINY if job.small else QWEN3_17B, job.device)
         _write_problems(folder / "problems.jsonl", settings)
         config = config_from(load_recipe(recipe), _overrides(folder, settings, job))
         predicted = {phase: memory.total / 2**20 for phase, memory in expected(config).items()}
-        timer = _steps(config, settings, job.device)
+        seconds, peaks = _steps(config, settings, job.device)
     return {
         "settings": asdict(settings),
-        "seconds": {phase: values[1:] for phase, values in timer.each.items()},
-        "peak_mib": {phase: values[1:] for phase, values in timer.peaks.items() if values[1:]},
+        "seconds": {phase: values[1:] for phase, values in seconds.items()},
+        "peak_mib": {phase: values[1:] for phase, values in peaks.items() if phase in seconds},
         "expected_mib": predicted,
     }
 
@@ -87,32 +88,27 @@ def _overrides(folder: Path, settings: Settings, job: GpuJob) -> list[str]:
     ]
 
 
-def _steps(config: Any, settings: Settings, device: torch.device) -> Any:
-    """The timer of a trainer that has taken the steps."""
+def _steps(config: Any, settings: Settings, device: torch.device) -> tuple[Series, Series]:
+    """Of each phase the seconds and, on a GPU, the peak in MiB of every step."""
     from opsd_train.distributed.context import init_distributed
     from opsd_train.reporting.run_folder import RunFolder
     from opsd_train.trainer import STEP_PHASES, Trainer
 
     timer, context = _timer(device), init_distributed(config.model.device)
     trainer = Trainer(config, context, RunFolder(Path(config.output_dir), context), timer, "full")
-    for step in range(1, settings.steps + 2):
-        before = {phase: timer.seconds[phase] for phase in STEP_PHASES}
-        trainer.step(step)
-        for phase, seconds in before.items():
-            timer.each[phase].append(timer.seconds[phase] - seconds)
+    rows = [trainer.step(step)[0] for step in range(1, settings.steps + 2)]
     trainer.close()
-    return timer
+    return {phase: [row[f"seconds_{phase}"] for row in rows] for phase in STEP_PHASES}, timer.peaks
 
 
 def _timer(device: torch.device) -> Any:
-    """A timer that also keeps each phase's seconds (`each`) and, on a GPU, peaks, by step."""
+    """A timer that on a GPU also keeps each phase's `peaks` in MiB, in their order."""
     from opsd_train.reporting.timers import PhaseTimer, peak_memory_mib
 
     class Timer(PhaseTimer):
         def __init__(self) -> None:
             super().__init__()
-            self.each: dict[str, list[float]] = defaultdict(list)
-            self.peaks: dict[str, list[float]] = defaultdict(list)
+            self.peaks: Series = defaultdict(list)
 
         @contextmanager
         def phase(self, name: str) -> Iterator[None]:
@@ -126,7 +122,7 @@ def _timer(device: torch.device) -> Any:
     return Timer()
 
 
-def _save_model(folder: Path, shape: dict[str, Any]) -> None:
+def _save_model(folder: Path, shape: dict[str, Any], device: torch.device) -> None:
     """Random weights, and a tokenizer that has a token for each entry of the vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -143,7 +139,7 @@ def _save_model(folder: Path, shape: dict[str, Any]) -> None:
         tokenizer_object=tokenizer, eos_token="<end>", pad_token="<pad>", chat_template=chat
     ).save_pretrained(folder)
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with device:
         model = Qwen3ForCausalLM(Qwen3Config(**shape, eos_token_id=0)).bfloat16()
     model.save_pretrained(folder)
 

@@ -56,7 +56,7 @@ def test_the_commands_in_their_small_mode(tmp_path, capsys) -> None:
         ]
         absent = {row["stage"] for row in report["rows"] if "absent" in row}
         assert absent <= {"counters", "sanitizer"}
-    # What comes back from a lent machine: a few files in one folder.
+    # What a machine gives back: a few files in one folder.
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"winners.json"} | {
         f"{name}.{suffix}" for name in command.STAGES for suffix in ("json", "jsonl", "log")

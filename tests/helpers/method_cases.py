@@ -215,7 +215,7 @@ def double(policy: Policy) -> nn.Module:
 
 def logits_alone(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
     """(T, V) logits that predict the completion, of one sample in a batch of its own."""
-    ids = torch.tensor([[*prompt, *completion]], device=next(model.parameters()).device)
+    ids = torch.tensor([[*prompt, *completion]])
     return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
 
 

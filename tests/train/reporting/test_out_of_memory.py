@@ -1,4 +1,4 @@
-"""A GPU that has too little memory: one line that names the key to lower, in each phase."""
+"""A GPU that has too little memory: one line with what needs less, in each phase."""
 
 from pathlib import Path
 from typing import Any

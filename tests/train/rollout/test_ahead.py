@@ -54,7 +54,7 @@ def test_samples_are_of_the_weights_one_step_earlier(tiny_folder, tmp_path, doub
         for sample in rollout.own:
             with torch.no_grad():
                 own = log_probs(model, sample.student_prompt, sample.completion)
-            gaps.append(chosen(own.cpu(), sample.completion) - torch.tensor(sample.logprobs))
+            gaps.append(chosen(own, sample.completion) - torch.tensor(sample.logprobs))
         mismatch = torch.cat(gaps).abs().mean().item()
         assert row["sampler_mismatch"] == pytest.approx(mismatch, rel=1e-3, abs=1e-5)
         assert (mismatch > 0.01) == (step > 1)  # the weights changed enough to be told apart
