@@ -65,7 +65,7 @@ def _ratios() -> str:
         for tokens in TOKENS:
             cells = [_cell(run, mib, tokens, gpu, how) for gpu in GPUS for how in (False, True)]
             rows.append([", ".join(run.values()), f"{mib} MiB", f"{tokens:,}", *cells])
-    return _markdown(rows)
+    return _markdown(rows, words=1)
 
 
 def _cell(run: dict[str, str], mib: int, tokens: int, gpu: str, trained: bool) -> str:
@@ -76,31 +76,30 @@ def _cell(run: dict[str, str], mib: int, tokens: int, gpu: str, trained: bool) -
 
 def _phases() -> str:
     """Where an H100's time goes with 8,192 tokens."""
-    rows = [["schedule", "workspace", "head", *PHASES, "sum", "bare products"]]
+    rows = [["schedule", "head", "workspace", *PHASES, "sum", "bare products"]]
     for run, mib in _runs():
         for head, trained, shared in _HEADS:
             chosen = _plan(run, mib, 8192, trained, "H100")
             found = predict(chosen, "H100", shared=shared)
             times = [found.get(phase, 0.0) for phase in PHASES]
             cells = [f"{t:.1f}" for t in (*times, sum(found.values()), floor(chosen, "H100"))]
-            rows.append([", ".join(run.values()), f"{mib} MiB", head, *cells])
-    return _markdown(rows)
+            rows.append([", ".join(run.values()), head, f"{mib} MiB", *cells])
+    return _markdown(rows, words=2)
 
 
 def _counts() -> str:
     """Instructions a pair, as they go into both."""
-    rows = [
-        ["GPU", "kernel", "case", "a pair", "of them MUFU", "registers", "programs a processor"]
-    ]
+    figures = ("a pair", "of them MUFU", "registers", "programs a processor", *_PRODUCT)
+    rows = [["GPU", "kernel", "case", *figures]]
     names = {gpu.target: gpu.name for gpu in reversed(GPUS.values())}  # the first of a target
     for k in counted()["kernels"]:
-        figures = k["all"], k["special"], k["registers"], k["blocks_per_processor"]
+        counts = k["all"], k["special"], k["registers"], k["blocks_per_processor"]
         product = ["", ""]
         if k["product"]:
             waits = ", ".join(map(str, k["product"]["waits"])) or "no wgmma"
             product = [waits, str(k["product"]["barriers"])]
-        rows.append([names[k["target"]], k["kernel"], k["case"], *map(str, figures), *product])
-    return _markdown(rows)
+        rows.append([names[k["target"]], k["kernel"], k["case"], *map(str, counts), *product])
+    return _markdown(rows, words=3)
 
 
 def _runs() -> Iterator[tuple[dict[str, str], int]]:
@@ -116,6 +115,7 @@ def _plan(run: dict[str, str], mib: int, tokens: int, trained: bool, gpu: str) -
         return plan(tokens, HIDDEN, VOCAB, workspace_bytes=mib * _MIB, **how, **run)
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    rule = ["---"] * len(rows[0])
+def _markdown(rows: list[list[str]], words: int) -> str:
+    """A table whose first `words` columns are words; the others are figures, to the right."""
+    rule = ["---"] * words + ["---:"] * (len(rows[0]) - words)
     return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))

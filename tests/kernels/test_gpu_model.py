@@ -183,6 +183,12 @@ def test_an_h200_took_what_constants_fitted_to_an_h100_say(monkeypatch) -> None:
     assert 1 < sum(compared) / len(compared) < 1.05  # it errs towards too fast
 
 
+def test_every_column_has_a_heading() -> None:
+    for table in tables.document().split("\n\n"):
+        rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({row.count("|") for row in rows}) <= 1
+
+
 def test_the_page_has_the_tables_of_this_code() -> None:
     assert tables.document() in tables.PAGE.read_text(), "run `python -m benchmarks.compile model`"
 
